@@ -1,0 +1,1 @@
+//! Library and commands for people: generate, chat, status.

@@ -1,0 +1,1 @@
+//! Decides (planner, cluster, scheduler) and answers clients (gRPC, HTTP).

@@ -1,0 +1,1 @@
+//! Arithmetic on slices: ternary products, norms, RoPE, attention, quantisers, own elementary functions.

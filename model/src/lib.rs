@@ -1,0 +1,1 @@
+//! What a model is on disk: import, store, shards, memory maps, shapes, ids.

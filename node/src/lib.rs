@@ -1,0 +1,1 @@
+//! Being a good process: config, telemetry, supervisor, membership.

@@ -1,0 +1,133 @@
+//! The cluster as the coordinator sees it. Serialises to what `tercet status --json` prints.
+
+use serde::{Deserialize, Serialize};
+
+/// The whole.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    /// Name.
+    pub cluster: String,
+    /// Random id, made once.
+    pub cluster_id: String,
+    /// The coordinator's reign.
+    pub term: u64,
+    /// Numerics class, hex; empty when no plan is active.
+    pub class: String,
+    /// Has generated a token through every pipeline it counts.
+    pub ready: bool,
+    /// Version of the coordinator.
+    pub version: String,
+    /// What is served.
+    pub model: ModelStatus,
+    /// Everyone in the registry.
+    pub workers: Vec<WorkerStatus>,
+    /// What is placed.
+    pub plan: PlanStatus,
+    /// Requests.
+    pub queue: QueueStatus,
+    /// Tokens.
+    pub rates: RateStatus,
+}
+
+/// What is served.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelStatus {
+    /// For people.
+    pub name: String,
+    /// Hex.
+    pub id: String,
+    /// How many.
+    pub layers: u32,
+    /// Longest sequence in tokens.
+    pub context: u32,
+    /// Without one only token ids work.
+    pub has_tokenizer: bool,
+}
+
+/// One worker.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Name.
+    pub id: String,
+    /// Where it is reached.
+    pub address: String,
+    /// Hex.
+    pub incarnation: String,
+    /// active | standby | draining | suspect | unfit
+    pub state: String,
+    /// Which kernels.
+    pub isa: String,
+    /// Compute threads.
+    pub threads: u32,
+    /// For weights and KV.
+    pub memory_bytes: u64,
+    /// Why it is not active, when that needs a reason.
+    pub detail: String,
+}
+
+/// What is placed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlanStatus {
+    /// Every pipeline.
+    pub pipelines: Vec<PipelineStatus>,
+    /// Why it is so, or why there is none.
+    pub reason: String,
+}
+
+/// One pipeline.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PipelineStatus {
+    /// Id.
+    pub id: u64,
+    /// Revision at which its stages last changed.
+    pub epoch: u64,
+    /// preparing | active | failed
+    pub state: String,
+    /// In order.
+    pub stages: Vec<StageStatus>,
+    /// By the cost model, for steps of 16 rows.
+    pub predicted_tokens_per_s: f64,
+}
+
+/// One stage.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageStatus {
+    /// Who.
+    pub worker: String,
+    /// Where.
+    pub address: String,
+    /// `[begin, end)`.
+    pub layers: [u32; 2],
+    /// Moving mean over steps.
+    pub compute_ms: f64,
+    /// Moving mean over steps.
+    pub wait_ms: f64,
+}
+
+/// Requests.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Admitted.
+    pub running: u32,
+    /// Not admitted.
+    pub waiting: u32,
+    /// The most that may wait.
+    pub waiting_limit: u32,
+    /// Of the KV cache.
+    pub kv_blocks_total: u32,
+    /// Reserved.
+    pub kv_blocks_used: u32,
+}
+
+/// Tokens, over the last 10 s.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RateStatus {
+    /// Prefilled.
+    pub prompt_tokens_per_s: f64,
+    /// Generated.
+    pub generated_tokens_per_s: f64,
+    /// Since start.
+    pub requests_finished: u64,
+    /// Since start.
+    pub requests_failed: u64,
+}

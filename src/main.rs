@@ -1,0 +1,2 @@
+//! The `tercet` binary.
+fn main() {}

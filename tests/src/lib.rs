@@ -1,0 +1,1 @@
+//! Harness, and what only the whole can show: golden, cluster, wire, tidy.

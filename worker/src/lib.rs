@@ -1,0 +1,1 @@
+//! Computes its layers: the engine, session checks, the stage service and its links.
