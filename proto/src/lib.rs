@@ -13,7 +13,12 @@ pub mod step;
 
 /// The generated messages, clients and servers of `tercet.v1`.
 pub mod pb {
-    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated code")]
+    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+    #![allow(
+        clippy::allow_attributes_without_reason,
+        clippy::missing_errors_doc,
+        reason = "generated code"
+    )]
     tonic::include_proto!("tercet.v1");
 }
 
