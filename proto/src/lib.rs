@@ -4,9 +4,11 @@
 //! [`pb`] is generated. Nothing outside the `grpc`, `link` and `workers` files of the other rooms
 //! may name it: inside, values are the domain types of this crate, valid by construction.
 
+pub mod convert;
 pub mod generate;
 pub mod ids;
 pub mod keys;
+pub mod limits;
 pub mod plan;
 pub mod status;
 pub mod step;

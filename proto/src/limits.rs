@@ -1,0 +1,71 @@
+//! The bounds of everything that arrives over the wire, each with its reason.
+
+use std::time::Duration;
+
+/// Tokens in one step. At a width of 8192 their activations are 32 MiB, half of [`MESSAGE_BYTES`].
+pub const STEP_TOKENS: usize = 1024;
+
+/// Rows in one step: a step of nothing but decode rows.
+pub const STEP_ROWS: usize = 1024;
+
+/// Blocks that one row may name: contexts of up to 262,144 tokens.
+pub const ROW_BLOCKS: usize = 8192;
+
+/// Bytes of one gRPC message between coordinator and workers: the activations of a full step of a
+/// wide model, or the logits of a few tokens, with room to spare.
+pub const MESSAGE_BYTES: usize = 64 << 20;
+
+/// Bytes of one message between client and coordinator: a prompt of a whole context as token ids
+/// fits many times.
+pub const CLIENT_MESSAGE_BYTES: usize = 4 << 20;
+
+/// Stages of one pipeline: no known model has more layers.
+pub const STAGES: usize = 512;
+
+/// Sequences that one step may report as ended: more ended ones wait for the next step.
+pub const ENDED_SEQUENCES: usize = 4096;
+
+/// Entries of a sparse list of token counts: a full context of distinct tokens.
+pub const TOKEN_COUNTS: usize = 262_144;
+
+/// Biased tokens in one request, as in OpenAI's API.
+pub const LOGIT_BIAS: usize = 300;
+
+/// Most probable tokens reported at one place, as in OpenAI's API.
+pub const TOP_LOGPROBS: u32 = 20;
+
+/// Tokens of a prompt, or ids that a resuming client has.
+pub const PROMPT_TOKENS: usize = 262_144;
+
+/// Messages of one conversation.
+pub const CHAT_MESSAGES: usize = 4096;
+
+/// Stop strings of one request. OpenAI allows four.
+pub const STOP_STRINGS: usize = 4;
+
+/// Bytes of one stop string. The answer's last bytes are held back by as many.
+pub const STOP_STRING_BYTES: usize = 64;
+
+/// Stop tokens of one request.
+pub const STOP_TOKENS: usize = 64;
+
+/// Bytes of a name, an address, an idempotency key or a trace parent.
+pub const NAME_BYTES: usize = 256;
+
+/// Bytes of a text for people that travels with a status.
+pub const DETAIL_BYTES: usize = 1024;
+
+/// HTTP/2 streams that one connection may have open.
+pub const STREAMS_PER_CONNECTION: u32 = 256;
+
+/// HTTP/2 flow control of one stream: more than a LAN's bandwidth times delay.
+pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+
+/// HTTP/2 flow control of one connection.
+pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
+/// How often a quiet connection of the data plane is probed.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How long a probe may go unanswered: a silent host is found within two seconds.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_millis(1500);
