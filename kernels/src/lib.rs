@@ -1,1 +1,49 @@
-//! Arithmetic on slices: ternary products, norms, RoPE, attention, quantisers, own elementary functions.
+//! Arithmetic on slices: ternary products, norms, RoPE, attention, quantisers, own elementary
+//! functions. No threads, no files, no allocation; every operation is defined to the bit in
+//! `docs/numerics.md`, and every backend returns those bits.
+//!
+//! # Letters
+//!
+//! | letter | meaning |
+//! |---|---|
+//! | `m` | rows of a weight matrix: outputs |
+//! | `k` | columns of a weight matrix: inputs |
+//! | `n` | rows of activations: tokens |
+//! | `w` | weights |
+//! | `x` | activations going in |
+//! | `y` | activations coming out |
+//! | `q` | int8 activations; in attention, one query head |
+//! | `s` | activation scale, 127 / absmax |
+//! | `d` | dimension of an attention head |
+//! | `t` | token slot within a KV block |
+//!
+//! # Use
+//!
+//! ```
+//! use kernels::Backend;
+//!
+//! let backend = Backend::detect();
+//! let mut y = [0.0; 2];
+//! backend.rms_norm(&[3.0, 4.0], &[1.0, 1.0], 0.0, &mut y);
+//! assert_eq!(y[1] / y[0], 4.0 / 3.0);
+//! ```
+
+mod backend;
+mod float_matrix;
+mod known_answer;
+mod scalar;
+mod ternary_matrix;
+mod views;
+
+pub use backend::{Backend, NotFinite};
+pub use float_matrix::{FloatKind, FloatMatrix};
+pub use known_answer::known_answer;
+pub use ternary_matrix::{LayoutError, TernaryMatrix, pack_tile, padded_cols};
+pub use views::{
+    ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
+    Quantised,
+};
+
+/// Revision of the numerics of `docs/numerics.md`. It changes when any result may change by a
+/// bit, and is part of the numerics class: stages of different revisions never share a pipeline.
+pub const KERNEL_REVISION: u32 = 1;

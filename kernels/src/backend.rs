@@ -1,0 +1,309 @@
+//! The door to every kernel: which implementation runs, and what callers must hand it. Each method
+//! checks its shapes once; behind it nothing is checked again.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::float_matrix::FloatMatrix;
+use crate::scalar;
+use crate::ternary_matrix::TernaryMatrix;
+use crate::views::{AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut, Quantised};
+
+/// An implementation of the kernels that this machine can run; its existence is the proof. Cheap to
+/// copy: choose one at start-up and hand it down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backend(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Scalar,
+}
+
+/// An activation is infinite or not a number, so its row cannot be quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotFinite {
+    /// The first such element of the row.
+    pub index: usize,
+}
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "activation {} of the row is not finite", self.index)
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
+/// Calls the function of the chosen implementation.
+macro_rules! dispatch {
+    ($backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* )) => {
+        match $backend.0 {
+            Kind::Scalar => scalar::$($module)::+::$function($($argument),*),
+        }
+    };
+}
+
+/// Choosing one.
+impl Backend {
+    /// The fastest backend that this CPU can run.
+    pub fn detect() -> Self {
+        Self::available().last().unwrap_or(Self(Kind::Scalar))
+    }
+
+    /// Every backend that this CPU can run, slowest first. Tests and benches walk this list.
+    pub fn available() -> impl Iterator<Item = Self> {
+        std::iter::once(Kind::Scalar).map(Self)
+    }
+
+    /// The backend of this name, if there is one and this CPU can run it.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::available().find(|backend| backend.name() == name)
+    }
+
+    /// Its name in logs, flags and records: `scalar`, `avx2`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Scalar => "scalar",
+        }
+    }
+}
+
+/// Linear layers.
+impl Backend {
+    /// Quantises a row: s = 127 / max(absmax, 1e-5), q = clamp(round-half-even(x s), -128, 127).
+    /// `q` may be longer than `x` (see [`padded_cols`](crate::padded_cols)); the rest becomes zero.
+    /// Returns s and the sum of `q`.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFinite`] if an element is infinite or NaN; `q` is then as it was or half written.
+    ///
+    /// # Panics
+    ///
+    /// If `q` is shorter than `x`.
+    pub fn quantise(self, x: &[f32], q: &mut [i8]) -> Result<(f32, i32), NotFinite> {
+        assert!(q.len() >= x.len(), "no room for {} activations", x.len());
+        dispatch!(self, quantise, quantise(x, q))
+    }
+
+    /// `y[i][r] = (Σ_j trit[r][j] q[i][j]) as f32 * (scale / s[i])` for the rows r of `tiles` and
+    /// every row i of `x`. `y` are the columns of [`TernaryMatrix::tile_rows`].
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree.
+    pub fn ternary(
+        self,
+        w: TernaryMatrix<'_>,
+        tiles: Range<usize>,
+        x: Quantised<'_>,
+        y: Columns<'_>,
+    ) {
+        assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
+        assert_eq!(y.rows(), x.rows(), "one row of output per row of activations");
+        assert_eq!(y.cols().len(), w.tile_rows(tiles.clone()).len(), "one column per weight row");
+        dispatch!(self, products, ternary(w, tiles, x, y));
+    }
+
+    /// `y[i][r]` = row r of `w` · `x[i]` by the 16-lane rule, for the rows r of `rows`. `x` is
+    /// `[n][cols]`.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree.
+    pub fn head(self, w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>) {
+        assert!(rows.start <= rows.end && rows.end <= w.rows(), "rows {rows:?} of {}", w.rows());
+        assert_eq!(x.len(), y.rows() * w.cols(), "one row of activations per row of output");
+        assert_eq!(y.cols().len(), rows.len(), "one column of output per row of weights");
+        dispatch!(self, products, head(w, rows, x, y));
+    }
+}
+
+/// Norms, gates and positions.
+impl Backend {
+    /// `y = (x r) weight` with `r = 1 / sqrt(Σ x² / n + eps)`.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree or are zero.
+    pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+        assert!(!x.is_empty(), "the norm of nothing");
+        assert_eq!(x.len(), weight.len(), "one weight per element");
+        assert_eq!(x.len(), y.len(), "one output per element");
+        dispatch!(self, reduce, rms_norm(x, weight, eps, y));
+    }
+
+    /// `y = (r r) up` with `r = gate > 0 ? gate : +0`: a NaN gate counts as closed.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn squared_relu_mul(self, gate: &[f32], up: &[f32], y: &mut [f32]) {
+        assert_eq!(gate.len(), up.len(), "one gate per element");
+        assert_eq!(gate.len(), y.len(), "one output per element");
+        dispatch!(self, elementwise, squared_relu_mul(gate, up, y));
+    }
+
+    /// `y = (gate / (1 + exp(-gate))) up`.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn silu_mul(self, gate: &[f32], up: &[f32], y: &mut [f32]) {
+        assert_eq!(gate.len(), up.len(), "one gate per element");
+        assert_eq!(gate.len(), y.len(), "one output per element");
+        dispatch!(self, elementwise, silu_mul(gate, up, y));
+    }
+
+    /// `x += y`.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn add(self, x: &mut [f32], y: &[f32]) {
+        assert_eq!(x.len(), y.len(), "one addend per element");
+        dispatch!(self, elementwise, add(x, y));
+    }
+
+    /// Cosine and sine of `position as f32 * frequency` for every frequency.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn rope_table(
+        self,
+        inverse_frequencies: &[f32],
+        position: u32,
+        cos: &mut [f32],
+        sin: &mut [f32],
+    ) {
+        assert_eq!(inverse_frequencies.len(), cos.len(), "one cosine per frequency");
+        assert_eq!(inverse_frequencies.len(), sin.len(), "one sine per frequency");
+        dispatch!(self, elementwise, rope_table(inverse_frequencies, position, cos, sin));
+    }
+
+    /// Rotates one head in place: element j of the first half with element j of the second.
+    ///
+    /// # Panics
+    ///
+    /// If `x` is not twice as long as `cos` and `sin`.
+    pub fn rope(self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        assert_eq!(x.len(), 2 * cos.len(), "one cosine per pair");
+        assert_eq!(cos.len(), sin.len(), "one sine per cosine");
+        dispatch!(self, elementwise, rope(x, cos, sin));
+    }
+}
+
+/// Functions and sums that other operations and the sampler are made of.
+impl Backend {
+    /// `y = e^x`; exp(0) = 1, results below 2^-126 are +0.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn exp(self, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "one output per element");
+        dispatch!(self, elementwise, map_exp(x, y));
+    }
+
+    /// `y = ln x`; ln(0) = -inf, NaN below.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn ln(self, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "one output per element");
+        dispatch!(self, elementwise, map_ln(x, y));
+    }
+
+    /// `y = sin x`.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn sin(self, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "one output per element");
+        dispatch!(self, elementwise, map_sin(x, y));
+    }
+
+    /// `y = cos x`.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn cos(self, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "one output per element");
+        dispatch!(self, elementwise, map_cos(x, y));
+    }
+
+    /// `Σ a b` by the 16-lane rule; +0 for nothing.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths disagree.
+    pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "one factor per element");
+        dispatch!(self, reduce, dot(a, b))
+    }
+
+    /// `Σ x` by the 16-lane rule; +0 for nothing.
+    pub fn sum(self, x: &[f32]) -> f32 {
+        dispatch!(self, reduce, sum(x))
+    }
+}
+
+/// Attention. The caller walks the blocks: for each segment of 256 tokens a state that is reset,
+/// then [`Backend::attend_block`] in ascending order; the state of segment 0 takes in those of
+/// segments 1, 2, … by [`Backend::attend_merge`]; [`Backend::attend_finish`] ends it.
+impl Backend {
+    /// Rounds a key and a value of one head to the KV type and writes them to slot `slot`.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree or `slot` is not below 32.
+    pub fn store_kv(self, k: &[f32], v: &[f32], slot: usize, block: KvBlockMut<'_>) {
+        assert!(slot < KV_BLOCK_TOKENS, "slot {slot} of {KV_BLOCK_TOKENS}");
+        assert_eq!(k.len(), v.len(), "a key and a value have one dimension");
+        assert!(block.as_block().fits(k.len()), "the block is not of dimension {}", k.len());
+        dispatch!(self, attention, store_kv(k, v, slot, block));
+    }
+
+    /// Attends with `q` (one head, after RoPE) to the first `filled` tokens of a block; the other
+    /// slots have no influence, whatever they hold.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree or `filled` is not 1 to 32.
+    pub fn attend_block(
+        self,
+        q: &[f32],
+        block: KvBlock<'_>,
+        filled: usize,
+        state: &mut AttentionState<'_>,
+    ) {
+        assert!((1..=KV_BLOCK_TOKENS).contains(&filled), "{filled} of {KV_BLOCK_TOKENS} tokens");
+        assert!(block.fits(q.len()), "the block is not of dimension {}", q.len());
+        assert_eq!(state.dimension(), q.len(), "the state is of another dimension");
+        dispatch!(self, attention, attend_block(q, block, filled, state));
+    }
+
+    /// Takes the state of the next segment into that of the segments before it.
+    ///
+    /// # Panics
+    ///
+    /// If the dimensions disagree.
+    pub fn attend_merge(self, into: &mut AttentionState<'_>, other: &AttentionState<'_>) {
+        assert_eq!(into.dimension(), other.dimension(), "states of different dimensions");
+        dispatch!(self, attention, attend_merge(into, other));
+    }
+
+    /// `out = acc / sum`: the head's output.
+    ///
+    /// # Panics
+    ///
+    /// If the dimensions disagree.
+    pub fn attend_finish(self, state: &AttentionState<'_>, out: &mut [f32]) {
+        assert_eq!(state.dimension(), out.len(), "the output is of another dimension");
+        dispatch!(self, attention, attend_finish(state, out));
+    }
+}

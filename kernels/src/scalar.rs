@@ -1,0 +1,10 @@
+//! The definition of every operation: slow, obvious, believed. Other backends equal it bit for bit.
+
+pub(crate) mod attention;
+pub(crate) mod elementwise;
+pub(crate) mod half;
+pub(crate) mod products;
+pub(crate) mod quantise;
+pub(crate) mod reduce;
+pub(crate) mod transcendental;
+pub(crate) mod trigonometry;

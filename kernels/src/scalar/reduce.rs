@@ -1,0 +1,40 @@
+//! The 16-lane rule, the one way in which floats are summed, and what is made of nothing else.
+
+/// Lanes of the rule: one AVX-512 register, two AVX2 registers, four NEON registers.
+pub(crate) const LANES: usize = 16;
+
+/// The sum of `a * b` over `terms` by the 16-lane rule: term `i` goes to lane `i % 16` by a fused
+/// multiply-add, in ascending order from +0; then lanes `i` and `i + 8` are added, then +4, +2, +1.
+pub(crate) fn sum_of_products(terms: impl Iterator<Item = (f32, f32)>) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    for (i, (a, b)) in terms.enumerate() {
+        let lane = &mut lanes[i % LANES];
+        *lane = a.mul_add(b, *lane);
+    }
+    fold_lanes(lanes)
+}
+
+/// Adds lanes `i` and `i + 8`, then +4, +2, +1.
+pub(crate) fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
+    for distance in [8, 4, 2, 1] {
+        for i in 0..distance {
+            lanes[i] += lanes[i + distance];
+        }
+    }
+    lanes[0]
+}
+
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum_of_products(a.iter().copied().zip(b.iter().copied()))
+}
+
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    sum_of_products(x.iter().map(|x| (*x, 1.0)))
+}
+
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let r = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+        *y = (x * r) * weight;
+    }
+}
