@@ -1,1 +1,16 @@
 //! Being a good process: config, telemetry, supervisor, membership.
+//!
+//! This room knows nothing of models, layers or requests: keys are strings and values are bytes.
+
+mod chain;
+pub mod config;
+pub mod exit;
+pub mod membership;
+pub mod metrics;
+pub mod observe;
+pub mod signals;
+mod supervisor;
+pub mod telemetry;
+
+pub use chain::Chain;
+pub use supervisor::{Supervisor, SupervisorError, TaskError};

@@ -1,0 +1,279 @@
+//! The map itself: keys, leases, revisions and a bounded past. No clock, no tasks.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+
+use crate::membership::{Entry, Event, Revision, Snapshot, WriteOutcome};
+
+/// Changes kept for watches that are behind; one that is further behind gets a reset.
+const HISTORY_LEN: usize = 4096;
+
+/// One connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct ClientId(u64);
+
+/// One lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct LeaseId(u64);
+
+/// Everything in the store.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    revision: Revision,
+    /// Counts what `revision` does not: changes that waiters must look at and that write nothing.
+    wakes: u64,
+    entries: BTreeMap<String, Entry>,
+    leases: BTreeMap<LeaseId, Lease>,
+    clients: BTreeMap<ClientId, Client>,
+    /// The latest changes, in the order of their revisions.
+    history: VecDeque<(Revision, Event)>,
+    /// Changes up to this revision may be missing from `history`.
+    compacted: Revision,
+    next_id: u64,
+}
+
+#[derive(Debug)]
+struct Client {
+    connected: bool,
+    /// What the next fenced write does before its answer is lost.
+    lost_answer: Option<bool>,
+}
+
+#[derive(Debug)]
+struct Lease {
+    client: ClientId,
+    key: String,
+    value: Bytes,
+    /// The key is in the map under this lease.
+    present: bool,
+    /// For leaders: how they learn that their term is over. Registrations are made again instead.
+    lost: Option<CancellationToken>,
+    /// The owner let go while cut off: the key stays until the lease ends.
+    abandoned: bool,
+}
+
+impl State {
+    /// Differs after anything that somebody may be waiting for.
+    pub(super) fn version(&self) -> (Revision, u64) {
+        (self.revision, self.wakes)
+    }
+
+    pub(super) fn connect(&mut self) -> ClientId {
+        self.next_id += 1;
+        let id = ClientId(self.next_id);
+        self.clients.insert(id, Client { connected: true, lost_answer: None });
+        id
+    }
+
+    pub(super) fn disconnect(&mut self, id: ClientId) {
+        self.client(id).connected = false;
+    }
+
+    pub(super) fn reconnect(&mut self, id: ClientId) {
+        self.client(id).connected = true;
+        self.wakes += 1;
+        // What the owner let go of while it was away, it lets go of now.
+        let abandoned = self.leases_where(|lease| lease.client == id && lease.abandoned);
+        for lease in abandoned {
+            self.release(lease);
+        }
+        self.settle();
+    }
+
+    /// Ends every lease of a client that was silent for too long.
+    pub(super) fn expire_client(&mut self, id: ClientId) {
+        for lease in self.leases_where(|lease| lease.client == id) {
+            self.expire(lease);
+        }
+        self.settle();
+    }
+
+    /// Ends the lease that holds `key`; false if none does.
+    pub(super) fn expire_key(&mut self, key: &str) -> bool {
+        let found = self.leases_where(|lease| lease.present && lease.key == key);
+        for lease in &found {
+            self.expire(*lease);
+        }
+        self.settle();
+        !found.is_empty()
+    }
+
+    pub(super) fn lose_next_answer(&mut self, id: ClientId, applied: bool) {
+        self.client(id).lost_answer = Some(applied);
+    }
+
+    pub(super) fn take_lost_answer(&mut self, id: ClientId) -> Option<bool> {
+        self.client(id).lost_answer.take()
+    }
+
+    /// Forgets every change but the last.
+    pub(super) fn compact(&mut self) {
+        self.history.retain(|(revision, _)| *revision == self.revision);
+        self.compacted = self.revision.saturating_sub(1);
+    }
+
+    pub(super) fn snapshot(&self, prefix: &str) -> Snapshot {
+        let entries = self.entries.values().filter(|entry| entry.key.starts_with(prefix));
+        Snapshot { revision: self.revision, entries: entries.cloned().collect() }
+    }
+
+    /// The first event under `prefix` after `seen`, which moves on; `None` if there is none yet.
+    pub(super) fn after(&self, prefix: &str, seen: &mut Option<Revision>) -> Option<Event> {
+        let Some(last) = seen.filter(|last| *last >= self.compacted) else {
+            *seen = Some(self.revision);
+            return Some(Event::Reset(self.snapshot(prefix)));
+        };
+        let start = self.history.partition_point(|(revision, _)| *revision <= last);
+        let mut later = self.history.range(start..);
+        let found = later.find(|(_, event)| event_key(event).starts_with(prefix));
+        *seen = Some(found.map_or(self.revision, |(revision, _)| *revision));
+        found.map(|(_, event)| event.clone())
+    }
+
+    pub(super) fn get_or_create(&mut self, key: &str, value: Bytes) -> Entry {
+        match self.entries.get(key) {
+            Some(entry) => entry.clone(),
+            None => self.put(key, value),
+        }
+    }
+
+    /// Puts `key` under a new lease, if it is free.
+    pub(super) fn take(
+        &mut self,
+        client: ClientId,
+        key: &str,
+        value: Bytes,
+        lost: Option<CancellationToken>,
+    ) -> Option<(Revision, LeaseId)> {
+        if self.entries.contains_key(key) {
+            return None;
+        }
+        self.next_id += 1;
+        let id = LeaseId(self.next_id);
+        let revision = self.put(key, value.clone()).create_revision;
+        let lease =
+            Lease { client, key: key.to_owned(), value, present: true, lost, abandoned: false };
+        self.leases.insert(id, lease);
+        Some((revision, id))
+    }
+
+    /// Changes a lease's value: at once if its key is there and its owner connected.
+    pub(super) fn update(&mut self, id: LeaseId, value: Bytes) {
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        lease.value = value.clone();
+        if lease.present && self.clients[&lease.client].connected {
+            let key = lease.key.clone();
+            self.put(&key, value);
+        }
+    }
+
+    /// Ends a lease because its owner says so. One who is cut off can say nothing yet.
+    pub(super) fn release(&mut self, id: LeaseId) {
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        if !self.clients[&lease.client].connected && lease.present {
+            lease.abandoned = true;
+            return;
+        }
+        if let Some(lease) = self.leases.remove(&id).filter(|lease| lease.present) {
+            self.delete(&lease.key);
+        }
+        self.settle();
+    }
+
+    pub(super) fn write_if_leader(
+        &mut self,
+        leader_key: &str,
+        term: Revision,
+        key: &str,
+        previous: Option<Revision>,
+        value: Bytes,
+    ) -> WriteOutcome {
+        let leads = self.entries.get(leader_key).is_some_and(|e| e.create_revision == term);
+        let found = self.entries.get(key).map(|entry| entry.mod_revision);
+        if !leads || found != previous {
+            return WriteOutcome::Conflict;
+        }
+        WriteOutcome::Written(self.put(key, value).mod_revision)
+    }
+
+    /// Ends a lease against its owner's will: the key goes, the lease waits to be made anew.
+    fn expire(&mut self, id: LeaseId) {
+        let Some(lease) = self.leases.get_mut(&id).filter(|lease| lease.present) else { return };
+        lease.present = false;
+        let key = lease.key.clone();
+        self.delete(&key);
+    }
+
+    /// Lets connected owners learn what became of their leases: registrations put their key there
+    /// again if it is free, leaders are told, and leases that nobody wants are forgotten.
+    fn settle(&mut self) {
+        let clients = &self.clients;
+        let owed: Vec<LeaseId> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| !lease.present && clients[&lease.client].connected)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in owed {
+            let lease = &self.leases[&id];
+            if let Some(lost) = &lease.lost {
+                lost.cancel();
+                self.leases.remove(&id);
+            } else if lease.abandoned {
+                self.leases.remove(&id);
+            } else if !self.entries.contains_key(&lease.key) {
+                let (key, value) = (lease.key.clone(), lease.value.clone());
+                self.put(&key, value);
+                if let Some(lease) = self.leases.get_mut(&id) {
+                    lease.present = true;
+                }
+            }
+        }
+    }
+
+    fn put(&mut self, key: &str, value: Bytes) -> Entry {
+        self.revision += 1;
+        let create_revision = self.entries.get(key).map_or(self.revision, |e| e.create_revision);
+        let entry =
+            Entry { key: key.to_owned(), value, create_revision, mod_revision: self.revision };
+        self.entries.insert(key.to_owned(), entry.clone());
+        self.record(Event::Put(entry.clone()));
+        entry
+    }
+
+    fn delete(&mut self, key: &str) {
+        if self.entries.remove(key).is_some() {
+            self.revision += 1;
+            self.record(Event::Delete { key: key.to_owned(), revision: self.revision });
+        }
+    }
+
+    fn record(&mut self, event: Event) {
+        self.history.push_back((self.revision, event));
+        if self.history.len() > HISTORY_LEN
+            && let Some((revision, _)) = self.history.pop_front()
+        {
+            self.compacted = revision;
+        }
+    }
+
+    fn leases_where(&self, wanted: impl Fn(&Lease) -> bool) -> Vec<LeaseId> {
+        self.leases.iter().filter(|(_, lease)| wanted(lease)).map(|(id, _)| *id).collect()
+    }
+
+    fn client(&mut self, id: ClientId) -> &mut Client {
+        // Clients are never removed: every id in use names one.
+        self.clients.get_mut(&id).expect("a connection that was made")
+    }
+}
+
+fn event_key(event: &Event) -> &str {
+    match event {
+        Event::Put(entry) => &entry.key,
+        Event::Delete { key, .. } => key,
+        // Resets are made for one watch and not recorded.
+        Event::Reset(_) => "",
+    }
+}

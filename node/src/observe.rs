@@ -1,0 +1,87 @@
+//! The small HTTP server that every process has for whoever watches it: `/metrics`, `/health`.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// What `/metrics` is, to the letter that Prometheus expects.
+const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// How a process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Condition {
+    /// Not yet able to serve.
+    Starting,
+    /// Serving.
+    Serving,
+    /// Told to stop: takes no new work.
+    Stopping,
+}
+
+/// A process's condition, shared by whoever knows it and whoever is asked.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<AtomicU8>);
+
+impl Health {
+    /// A process that starts.
+    pub fn starting() -> Self {
+        Self(Arc::new(AtomicU8::new(Condition::Starting as u8)))
+    }
+
+    /// Says how it is from now on.
+    pub fn set(&self, condition: Condition) {
+        self.0.store(condition as u8, Ordering::Relaxed);
+    }
+
+    /// How it is.
+    pub fn get(&self) -> Condition {
+        match self.0.load(Ordering::Relaxed) {
+            1 => Condition::Serving,
+            2 => Condition::Stopping,
+            _ => Condition::Starting,
+        }
+    }
+}
+
+/// Routes `/metrics` and `/health`, to be served alone or merged into a larger router.
+///
+/// `/health` answers 200 while [`Condition::Serving`], otherwise 503, and says which in its body.
+pub fn router(health: Health) -> Router {
+    Router::new().route("/metrics", get(metrics)).route("/health", get(report)).with_state(health)
+}
+
+/// Serves `router` on `listener` until `stop` fires and open requests are answered.
+///
+/// # Errors
+///
+/// If the operating system takes the listener away.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
+async fn metrics() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], crate::metrics::render())
+}
+
+async fn report(State(health): State<Health>) -> Response {
+    let (code, status) = match health.get() {
+        Condition::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting"),
+        Condition::Serving => (StatusCode::OK, "ok"),
+        Condition::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+    };
+    (code, Json(json!({ "status": status }))).into_response()
+}
