@@ -1,0 +1,125 @@
+//! Which worker runs which layers. Pure: no clock, no network, no randomness.
+
+use std::ops::Range;
+
+/// What the layers of a model cost, whoever computes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelCosts {
+    /// Layers, all of the same cost.
+    pub layers: u32,
+    /// Weights of one layer.
+    pub layer_bytes: u64,
+    /// Embedding: held by the first stage; its time is not worth counting.
+    pub embedding_bytes: u64,
+    /// Final norm and head: held by the last stage.
+    pub head_bytes: u64,
+    /// Embedding and head are the same bytes: one stage that holds both holds them once.
+    pub tied_head: bool,
+    /// K and V of one block of 32 tokens in one layer.
+    pub kv_block_layer_bytes: u64,
+}
+
+/// A worker as the planner sees it. Times are those of a step of [`STEP_ROWS`] rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerSpec {
+    /// Its id: unique, and the order of workers in a plan follows it.
+    pub id: String,
+    /// Bytes for weights and KV.
+    pub memory_bytes: u64,
+    /// One layer, in nanoseconds.
+    pub layer_ns: u64,
+    /// Final norm and head, in nanoseconds.
+    pub head_ns: u64,
+}
+
+/// Rows of the steps that plans are judged by: the middle of what a busy pipeline runs.
+pub const STEP_ROWS: u32 = 16;
+
+/// What is asked of a plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Exactly so many stages; `None`: the number with the highest predicted rate.
+    pub stages: Option<u32>,
+    /// KV blocks that every plan must have room for: at least one.
+    pub min_kv_blocks: u32,
+    /// More are never planned.
+    pub max_kv_blocks: u32,
+    /// The stages that served before, in order: kept where that costs little.
+    pub incumbent: Vec<Stage>,
+}
+
+/// The layers of one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stage {
+    /// The worker's id.
+    pub worker: String,
+    /// Half-open, never empty.
+    pub layers: Range<u32>,
+}
+
+/// Who runs what, and how fast that should be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Assignment {
+    /// In the order of layers; together every layer once.
+    pub stages: Vec<Stage>,
+    /// Blocks that every stage can hold.
+    pub kv_blocks: u32,
+    /// Time of the slowest stage for a step of [`STEP_ROWS`] rows.
+    pub bottleneck_ns: u64,
+    /// `STEP_ROWS` in that time.
+    pub predicted_tokens_per_s: f64,
+    /// For people.
+    pub reason: String,
+}
+
+/// Why there is no plan.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Nobody to plan with.
+    #[error("no worker can serve this model")]
+    NoWorkers,
+    /// A stage without a layer is none.
+    #[error("{stages} stages were asked for, the model has only {layers} layers")]
+    MoreStagesThanLayers {
+        /// Asked for.
+        stages: u32,
+        /// Of the model.
+        layers: u32,
+    },
+    /// A worker holds at most one stage.
+    #[error("{stages} stages were asked for, only {workers} workers can serve this model")]
+    MoreStagesThanWorkers {
+        /// Asked for.
+        stages: u32,
+        /// Who could take one.
+        workers: u32,
+    },
+    /// Memory is short, whatever the speeds.
+    #[error(
+        "the model does not fit: the workers have {memory_bytes} bytes in all, weights and \
+         {kv_blocks} KV blocks need {needed_bytes}{}",
+        if memory_bytes >= needed_bytes { ", and no cut into whole layers makes every stage fit" } else { "" }
+    )]
+    DoesNotFit {
+        /// Of all workers together.
+        memory_bytes: u64,
+        /// Of weights and the least KV.
+        needed_bytes: u64,
+        /// The least KV.
+        kv_blocks: u32,
+    },
+}
+
+/// The pipeline whose slowest stage is as fast as it can be.
+///
+/// # Errors
+///
+/// Why there is none.
+pub fn plan(
+    model: &ModelCosts,
+    workers: &[WorkerSpec],
+    options: &Options,
+) -> Result<Assignment, PlanError> {
+    unimplemented!("{model:?} {workers:?} {options:?}")
+}
