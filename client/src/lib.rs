@@ -1,1 +1,24 @@
 //! Library and commands for people: generate, chat, status.
+//!
+//! [`Client`] speaks to a coordinator's gRPC interface in the domain types of `proto`. The commands
+//! print for people on a terminal and for programs with `--json`; their arguments are clap structs
+//! that the root package puts beside `--model`, so that a cluster in the same process is used
+//! through exactly this code.
+//!
+//! ```text
+//! args ──▶ GenerateRequest ──▶ Client ──gRPC──▶ coordinator
+//!                                │
+//! stdout ◀── text as it comes ◀──┴── Answer: a stream of GenerateEvent
+//! ```
+
+pub mod chat;
+pub mod command;
+pub mod endpoint;
+pub mod generate;
+mod grpc;
+pub mod request;
+pub mod status;
+
+pub use command::CommandError;
+pub use endpoint::Endpoint;
+pub use grpc::{Answer, Client, ClientError};

@@ -1,0 +1,350 @@
+//! The connection to a coordinator. The only file of this crate that names protobuf types.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::Stream;
+use node::telemetry::propagation;
+use proto::convert::{self, WireError};
+use proto::generate::{GenerateEvent, GenerateRequest, Prompt};
+use proto::limits::CLIENT_MESSAGE_BYTES;
+use proto::pb;
+use proto::pb::inference_client::InferenceClient;
+use proto::status::ClusterStatus;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status, Streaming};
+use tracing::{Instrument, Span, field};
+
+use crate::Endpoint;
+
+/// How long opening a connection may take: a host that is there answers within round trips.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the coordinator may take to say how the cluster is. It reads only its own memory.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often a connection with an answer under way is probed. An answer may be silent for long
+/// (a queue, a long prompt), so silence alone is no reason to give up: an unanswered probe is.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long a probe may go unanswered.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection to a coordinator. Cheap to clone; clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Client {
+    endpoint: Endpoint,
+    inference: InferenceClient<Channel>,
+}
+
+/// Why a coordinator gave no answer, or no whole one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// Nobody listens, or not in time.
+    #[error(
+        "no coordinator answers at {endpoint} (start one with `tercet up`, or name another with \
+         --endpoint)"
+    )]
+    Unreachable {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// What the transport said.
+        source: tonic::transport::Error,
+    },
+    /// The coordinator answered with an error.
+    #[error("{refusal} (coordinator at {endpoint}): {message}")]
+    Refused {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// What kind of error.
+        refusal: Refusal,
+        /// In the coordinator's words.
+        message: String,
+    },
+    /// The answer began and did not end.
+    #[error("the answer broke off after {tokens} tokens (coordinator at {endpoint}): {message}")]
+    BrokeOff {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// Tokens that had arrived.
+        tokens: u64,
+        /// What happened.
+        message: String,
+    },
+    /// What arrived is not what the contract says.
+    #[error("the coordinator at {endpoint} sent something that cannot be understood")]
+    Wire {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// What was wrong.
+        source: WireError,
+    },
+}
+
+/// What kind of error a coordinator answered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request cannot be served by this model, ever.
+    Invalid,
+    /// The queue is full; a later try may succeed.
+    Full,
+    /// No pipeline serves at the moment, or the connection broke; a later try may succeed.
+    Unavailable,
+    /// The request's time was up.
+    Late,
+    /// What was asked for was made for another numerics class or model.
+    Conflict,
+    /// Something else went wrong.
+    Failed,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Invalid => "the request was refused",
+            Self::Full => "the cluster is full",
+            Self::Unavailable => "the cluster cannot serve now",
+            Self::Late => "the request ran out of time",
+            Self::Conflict => "the request does not fit what is served",
+            Self::Failed => "the request failed",
+        })
+    }
+}
+
+impl From<Code> for Refusal {
+    fn from(code: Code) -> Self {
+        match code {
+            Code::InvalidArgument | Code::OutOfRange | Code::NotFound | Code::Unimplemented => {
+                Self::Invalid
+            }
+            Code::ResourceExhausted => Self::Full,
+            Code::Unavailable => Self::Unavailable,
+            Code::DeadlineExceeded => Self::Late,
+            Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => Self::Conflict,
+            _ => Self::Failed,
+        }
+    }
+}
+
+impl ClientError {
+    /// Whether another try, with nothing changed by a person, may succeed.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::BrokeOff { .. } => true,
+            Self::Refused { refusal, .. } => {
+                matches!(refusal, Refusal::Full | Refusal::Unavailable | Refusal::Late)
+            }
+            Self::Wire { .. } => false,
+        }
+    }
+}
+
+impl Client {
+    /// Connects to the coordinator at `endpoint`.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Unreachable`] if nobody listens there.
+    pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
+        let unreachable = |source| ClientError::Unreachable { endpoint: endpoint.clone(), source };
+        let channel = Channel::from_shared(endpoint.uri())
+            .map_err(|_| ClientError::Refused {
+                endpoint: endpoint.clone(),
+                refusal: Refusal::Invalid,
+                message: "its host is not a valid name or address".into(),
+            })?
+            .user_agent(concat!("tercet/", env!("CARGO_PKG_VERSION")))
+            .map_err(unreachable)?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .connect()
+            .await
+            .map_err(unreachable)?;
+        let inference = InferenceClient::new(channel)
+            .max_decoding_message_size(CLIENT_MESSAGE_BYTES)
+            .max_encoding_message_size(CLIENT_MESSAGE_BYTES);
+        Ok(Self { endpoint: endpoint.clone(), inference })
+    }
+
+    /// Whom this client asks.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Asks for an answer. Dropping the [`Answer`] cancels it on every stage.
+    ///
+    /// The answer is one span of the process's trace, and the root of the request's trace if there
+    /// is no other; its context travels with the request.
+    ///
+    /// # Errors
+    ///
+    /// If the coordinator does not take the request.
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Answer, ClientError> {
+        let span = answer_span(&request);
+        let mut message = Request::new(convert::encode_generate(&request));
+        propagation::inject(&span, message.metadata_mut());
+        let answer = self.inference.clone().generate(message).instrument(span.clone()).await;
+        match answer {
+            Ok(response) => Ok(Answer {
+                endpoint: self.endpoint.clone(),
+                events: response.into_inner(),
+                span,
+                tokens: 0,
+                ended: false,
+            }),
+            Err(status) => {
+                span.record("error.type", field::debug(status.code()));
+                Err(self.refused(status))
+            }
+        }
+    }
+
+    /// The cluster as the coordinator sees it.
+    ///
+    /// # Errors
+    ///
+    /// If the coordinator does not say, or not in time.
+    pub async fn status(&self) -> Result<ClusterStatus, ClientError> {
+        let mut message = Request::new(pb::StatusRequest {});
+        message.set_timeout(STATUS_TIMEOUT);
+        propagation::inject(&Span::current(), message.metadata_mut());
+        let status = self.inference.clone().status(message).await;
+        status
+            .map(|response| convert::decode_status(response.into_inner()))
+            .map_err(|status| self.refused(status))
+    }
+
+    fn refused(&self, status: Status) -> ClientError {
+        ClientError::Refused {
+            endpoint: self.endpoint.clone(),
+            refusal: status.code().into(),
+            message: said(&status),
+        }
+    }
+}
+
+/// The span of one request, named and attributed by OpenTelemetry's GenAI conventions. Prompt and
+/// answer are not in it.
+fn answer_span(request: &GenerateRequest) -> Span {
+    let operation = match request.prompt {
+        Prompt::Conversation { .. } => "chat",
+        Prompt::Text(_) | Prompt::Tokens(_) => "text_completion",
+    };
+    let span = tracing::info_span!(
+        "client.generate",
+        otel.name = %format!("{operation} {}", request.model).trim_end(),
+        otel.kind = "client",
+        gen_ai.operation.name = operation,
+        gen_ai.provider.name = "tercet",
+        gen_ai.request.model = %request.model,
+        gen_ai.request.stream = true,
+        gen_ai.request.max_tokens = field::Empty,
+        gen_ai.request.temperature = field::Empty,
+        gen_ai.request.seed = field::Empty,
+        gen_ai.response.id = field::Empty,
+        gen_ai.response.model = field::Empty,
+        gen_ai.response.finish_reasons = field::Empty,
+        gen_ai.usage.input_tokens = field::Empty,
+        gen_ai.usage.output_tokens = field::Empty,
+        error.type = field::Empty,
+    );
+    if request.max_tokens > 0 {
+        span.record("gen_ai.request.max_tokens", request.max_tokens);
+    }
+    if let Some(temperature) = request.sampling.temperature {
+        span.record("gen_ai.request.temperature", temperature);
+    }
+    if let Some(seed) = request.seed {
+        span.record("gen_ai.request.seed", seed);
+    }
+    span
+}
+
+/// What a status says, or at least its code.
+fn said(status: &Status) -> String {
+    match status.message() {
+        "" => status.code().description().to_owned(),
+        message => message.to_owned(),
+    }
+}
+
+/// The events of one answer, in order: `Started`, deltas, `Finished`.
+///
+/// A stream that ends has ended well: every other end is an error, and nothing follows an error.
+#[derive(Debug)]
+pub struct Answer {
+    endpoint: Endpoint,
+    events: Streaming<pb::GenerateEvent>,
+    span: Span,
+    /// That have arrived.
+    tokens: u64,
+    /// `Finished` or an error was passed on.
+    ended: bool,
+}
+
+impl Answer {
+    fn take(&mut self, event: pb::GenerateEvent) -> Result<GenerateEvent, ClientError> {
+        let event = convert::decode_event(event)
+            .map_err(|source| ClientError::Wire { endpoint: self.endpoint.clone(), source })?;
+        match &event {
+            GenerateEvent::Started(started) => {
+                self.span.record("gen_ai.response.id", &started.request_id);
+                self.span.record("gen_ai.response.model", &started.model);
+            }
+            GenerateEvent::Delta(delta) => self.tokens += delta.tokens.len() as u64,
+            GenerateEvent::Finished(finished) => {
+                self.ended = true;
+                self.span.record("gen_ai.response.finish_reasons", finished.reason.name());
+                self.span.record("gen_ai.usage.input_tokens", finished.prompt_tokens);
+                self.span.record("gen_ai.usage.output_tokens", finished.completion_tokens);
+            }
+        }
+        Ok(event)
+    }
+
+    fn broke_off(&self, message: String) -> ClientError {
+        ClientError::BrokeOff { endpoint: self.endpoint.clone(), tokens: self.tokens, message }
+    }
+
+    fn failed(&self, status: &Status) -> ClientError {
+        self.span.record("error.type", field::debug(status.code()));
+        if self.tokens > 0 {
+            return self.broke_off(said(status));
+        }
+        ClientError::Refused {
+            endpoint: self.endpoint.clone(),
+            refusal: status.code().into(),
+            message: said(status),
+        }
+    }
+}
+
+impl Stream for Answer {
+    type Item = Result<GenerateEvent, ClientError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let answer = self.get_mut();
+        if answer.ended {
+            return Poll::Ready(None);
+        }
+        let polled = {
+            let _entered = answer.span.enter();
+            Pin::new(&mut answer.events).poll_next(context)
+        };
+        let Poll::Ready(next) = polled else { return Poll::Pending };
+        let item = match next {
+            Some(Ok(event)) => answer.take(event),
+            Some(Err(status)) => Err(answer.failed(&status)),
+            None => Err(answer.broke_off("the coordinator ended the stream too early".into())),
+        };
+        answer.ended |= item.is_err();
+        Poll::Ready(Some(item))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

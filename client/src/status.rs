@@ -1,0 +1,185 @@
+//! `tercet status`: the cluster as the coordinator sees it, as a table or as JSON.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use proto::status::{ClusterStatus, PipelineStatus, QueueStatus, WorkerStatus};
+
+use crate::command::TextWriter;
+use crate::{Client, CommandError};
+
+/// Clears a terminal and goes to its top left corner.
+const CLEAR: &str = "\x1b[2J\x1b[H";
+
+/// Hexadecimal digits shown of an id: enough to tell ids apart by eye.
+const SHORT_ID_DIGITS: usize = 12;
+
+/// What `tercet status` is told, beside whom to ask.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct StatusArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Ask again every SECONDS, until stopped
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub watch: Option<u32>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// If the coordinator does not say, or the answer cannot be written.
+pub async fn run(client: &Client, args: &StatusArgs) -> Result<(), CommandError> {
+    let mut writer = TextWriter::stdout();
+    loop {
+        let status = client.status().await?;
+        if args.json {
+            writer.json(&status)?;
+        } else {
+            if args.watch.is_some() && writer.is_terminal() {
+                writer.control(CLEAR)?;
+            }
+            writer.text(&table(&status))?;
+        }
+        let Some(seconds) = args.watch else { return Ok(()) };
+        tokio::time::sleep(Duration::from_secs(seconds.into())).await;
+    }
+}
+
+/// The cluster for people.
+pub fn table(status: &ClusterStatus) -> String {
+    let mut text = String::new();
+    let ready = if status.ready { "ready" } else { "not ready" };
+    let model = &status.model;
+    let tokenizer = if model.has_tokenizer { "" } else { ", no tokenizer" };
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "cluster  {} ({ready}), term {}", status.cluster, status.term);
+    let _ = writeln!(
+        text,
+        "model    {} ({}), {} layers, context {}{tokenizer}",
+        model.name,
+        short(&model.id),
+        model.layers,
+        model.context
+    );
+    if !status.class.is_empty() {
+        let _ = writeln!(text, "class    {}", short(&status.class));
+    }
+    let _ = writeln!(text, "queue    {}", queue_line(&status.queue));
+    let rates = &status.rates;
+    let _ = writeln!(
+        text,
+        "rates    prompt {:.1} tokens/s, generated {:.1} tokens/s; {} requests finished, {} failed",
+        rates.prompt_tokens_per_s,
+        rates.generated_tokens_per_s,
+        rates.requests_finished,
+        rates.requests_failed
+    );
+    text.push('\n');
+    text.push_str(&workers_table(&status.workers));
+    for pipeline in &status.plan.pipelines {
+        text.push('\n');
+        text.push_str(&pipeline_table(pipeline));
+    }
+    if !status.plan.reason.is_empty() {
+        let _ = writeln!(text, "\nplan: {}", status.plan.reason);
+    }
+    text
+}
+
+fn queue_line(queue: &QueueStatus) -> String {
+    format!(
+        "{} running, {} of {} waiting, {} of {} KV blocks in use",
+        queue.running,
+        queue.waiting,
+        queue.waiting_limit,
+        queue.kv_blocks_used,
+        queue.kv_blocks_total
+    )
+}
+
+fn workers_table(workers: &[WorkerStatus]) -> String {
+    if workers.is_empty() {
+        return "no workers\n".into();
+    }
+    let row = |worker: &WorkerStatus| {
+        let state = match worker.detail.as_str() {
+            "" => worker.state.clone(),
+            detail => format!("{} ({detail})", worker.state),
+        };
+        [
+            worker.id.clone(),
+            worker.address.clone(),
+            worker.isa.clone(),
+            worker.threads.to_string(),
+            bytes(worker.memory_bytes),
+            short(&worker.incarnation).to_owned(),
+            state,
+        ]
+    };
+    let head = ["WORKER", "ADDRESS", "ISA", "THREADS", "MEMORY", "INCARNATION", "STATE"];
+    columns(head.map(String::from), workers.iter().map(row))
+}
+
+fn pipeline_table(pipeline: &PipelineStatus) -> String {
+    let PipelineStatus { id, epoch, state, stages, predicted_tokens_per_s } = pipeline;
+    let mut text = format!(
+        "pipeline {id}, epoch {epoch}: {state}, predicted {predicted_tokens_per_s:.0} tokens/s\n"
+    );
+    let head = ["STAGE", "WORKER", "ADDRESS", "LAYERS", "COMPUTE", "WAIT"].map(String::from);
+    let rows = stages.iter().enumerate().map(|(index, stage)| {
+        [
+            index.to_string(),
+            stage.worker.clone(),
+            stage.address.clone(),
+            format!("{}..{}", stage.layers[0], stage.layers[1]),
+            format!("{:.2} ms", stage.compute_ms),
+            format!("{:.2} ms", stage.wait_ms),
+        ]
+    });
+    text.push_str(&columns(head, rows));
+    text
+}
+
+/// Rows under a head, every column as wide as its widest cell.
+fn columns<const N: usize>(head: [String; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let table: Vec<[String; N]> = std::iter::once(head).chain(rows).collect();
+    let mut widths = [0; N];
+    for row in &table {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in &table {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The first digits of an id.
+fn short(id: &str) -> &str {
+    id.get(..SHORT_ID_DIGITS).unwrap_or(id)
+}
+
+/// A size for people: `1.5 GiB`.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+//! The table for people.
+
+use proto::status::{ModelStatus, PlanStatus, RateStatus, StageStatus};
+
+use super::*;
+
+fn sample() -> ClusterStatus {
+    let worker = |id: &str, state: &str, detail: &str| WorkerStatus {
+        id: id.into(),
+        address: "127.0.0.1:7071".into(),
+        incarnation: "0123456789abcdef0123456789abcdef".into(),
+        state: state.into(),
+        isa: "avx2".into(),
+        threads: 2,
+        memory_bytes: 3 << 29,
+        detail: detail.into(),
+    };
+    let stage = StageStatus {
+        worker: "w1".into(),
+        address: "127.0.0.1:7071".into(),
+        layers: [0, 6],
+        compute_ms: 1.234,
+        wait_ms: 0.0,
+    };
+    ClusterStatus {
+        cluster: "rack".into(),
+        cluster_id: "c".into(),
+        term: 12,
+        class: "fedcba98765432100123456789abcdef".into(),
+        ready: true,
+        version: "0.1.0".into(),
+        model: ModelStatus {
+            name: "tiny".into(),
+            id: "00112233445566778899".into(),
+            layers: 6,
+            context: 512,
+            has_tokenizer: false,
+        },
+        workers: vec![worker("w1", "active", ""), worker("worker-2", "standby", "came late")],
+        plan: PlanStatus {
+            pipelines: vec![PipelineStatus {
+                id: 1,
+                epoch: 9,
+                state: "active".into(),
+                stages: vec![stage],
+                predicted_tokens_per_s: 99.6,
+            }],
+            reason: "one worker holds it all".into(),
+        },
+        queue: QueueStatus {
+            running: 1,
+            waiting: 2,
+            waiting_limit: 64,
+            kv_blocks_total: 100,
+            kv_blocks_used: 7,
+        },
+        rates: RateStatus {
+            prompt_tokens_per_s: 10.0,
+            generated_tokens_per_s: 20.04,
+            requests_finished: 3,
+            requests_failed: 0,
+        },
+    }
+}
+
+#[test]
+fn the_table_is_this() {
+    let want = "\
+cluster  rack (ready), term 12
+model    tiny (001122334455), 6 layers, context 512, no tokenizer
+class    fedcba987654
+queue    1 running, 2 of 64 waiting, 7 of 100 KV blocks in use
+rates    prompt 10.0 tokens/s, generated 20.0 tokens/s; 3 requests finished, 0 failed
+
+WORKER    ADDRESS         ISA   THREADS  MEMORY   INCARNATION   STATE
+w1        127.0.0.1:7071  avx2  2        1.5 GiB  0123456789ab  active
+worker-2  127.0.0.1:7071  avx2  2        1.5 GiB  0123456789ab  standby (came late)
+
+pipeline 1, epoch 9: active, predicted 100 tokens/s
+STAGE  WORKER  ADDRESS         LAYERS  COMPUTE  WAIT
+0      w1      127.0.0.1:7071  0..6    1.23 ms  0.00 ms
+
+plan: one worker holds it all
+";
+    assert_eq!(table(&sample()), want);
+}
+
+#[test]
+fn an_empty_cluster_has_a_table_too() {
+    let text = table(&ClusterStatus::default());
+    assert!(text.contains("(not ready)") && text.contains("no workers"), "{text}");
+}
+
+#[test]
+fn the_json_is_the_status_itself() {
+    let mut bytes = Vec::new();
+    TextWriter::new(&mut bytes, true).json(&sample()).unwrap();
+    let read: ClusterStatus = serde_json::from_slice(&bytes).unwrap();
+    assert_eq!(read, sample());
+}
+
+#[test]
+fn sizes_are_short() {
+    for (count, want) in [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 50, "1024.0 TiB")]
+    {
+        assert_eq!(bytes(count), want);
+    }
+}
