@@ -1,1 +1,33 @@
 //! What a model is on disk: import, store, shards, memory maps, shapes, ids.
+//!
+//! ```text
+//! Hugging Face directory ─┐                          ┌─▶ LayerShard::weights()  mapped, used in place
+//! GGUF file ──────────────┼─ import ─▶ Store (dir) ──┼─▶ EmbeddingShard, HeadShard, NormShard
+//! SynthShape ─────────────┘            manifest.json └─▶ ModelConfig, tokenizer, chat template
+//! ```
+//!
+//! Everything that has a fixed answer is decided when a model is imported, so that a worker only
+//! maps files. Nothing here computes an activation, opens a socket or awaits.
+
+pub mod bundled;
+pub mod config;
+mod file;
+pub mod id;
+pub mod import;
+mod layout;
+pub mod manifest;
+mod progress;
+pub mod safetensors;
+pub mod shard;
+pub mod store;
+pub mod synth;
+
+pub use bundled::{BundledModel, bundled, import_bundled};
+pub use config::{Activation, ConfigError, ModelConfig};
+pub use id::ModelId;
+pub use import::{ImportError, ImportOptions, Imported, import};
+pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};
+pub use progress::Progress;
+pub use shard::{EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ShardError};
+pub use store::{Store, StoreError, find_stores};
+pub use synth::{SynthShape, synth};

@@ -1,0 +1,248 @@
+//! `manifest.json`: what a store holds, and the size and hash of each of its files.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use kernels::TernaryMatrix;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::config::{ConfigError, ModelConfig};
+use crate::id::{ModelId, parse_hash};
+use crate::layout::{STORE_FORMAT, TOKENIZER_FILE, shard_files};
+
+/// Longest manifest: a model of 1024 layers needs under 1 MB, a chat template at most another.
+pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
+/// Longest chat template: the longest in use has about 30 KB.
+pub const CHAT_TEMPLATE_BYTES_MAX: usize = 1 << 20;
+/// Longest text of a special token.
+const TOKEN_TEXT_BYTES_MAX: usize = 1024;
+
+/// A BLAKE3 hash of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileHash(pub [u8; 32]);
+
+impl fmt::Display for FileHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for FileHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FileHash({self})")
+    }
+}
+
+impl Serialize for FileHash {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for FileHash {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_hash(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+/// One file of a store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Plain name inside the store's directory.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Its hash.
+    pub blake3: FileHash,
+}
+
+/// The layout of packed tensors that a store was written with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layout {
+    /// Name.
+    pub name: String,
+    /// Version.
+    pub version: u32,
+}
+
+impl Layout {
+    /// The one that this program reads and writes.
+    pub fn current() -> Self {
+        Self { name: TernaryMatrix::LAYOUT.into(), version: TernaryMatrix::LAYOUT_VERSION }
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} version {}", self.name, self.version)
+    }
+}
+
+/// Where a model came from and what was decided on the way; for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provenance {
+    /// Name of the file or directory that was imported, without its path; or how it was made.
+    pub source: String,
+    /// Container and weight format, such as `gguf i2_s`.
+    pub format: String,
+    /// Decisions of the import, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// The contents of `manifest.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of the store's format.
+    pub format: u32,
+    /// Layout of its packed tensors.
+    pub layout: Layout,
+    /// Hash of the model's logical content.
+    pub id: ModelId,
+    /// Shapes and constants.
+    pub config: ModelConfig,
+    /// The tokenizer, if the model has one; else only token ids work.
+    pub tokenizer: Option<FileEntry>,
+    /// Jinja source that renders a conversation.
+    pub chat_template: Option<String>,
+    /// Text of the BOS token, for templates.
+    pub bos_token_text: Option<String>,
+    /// Text of the EOS token, for templates.
+    pub eos_token_text: Option<String>,
+    /// Where the model came from.
+    pub provenance: Provenance,
+    /// The shards: embedding, head unless tied, norm, layers.
+    pub files: Vec<FileEntry>,
+}
+
+/// Why a manifest cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// Not JSON, or not a manifest.
+    #[error("it is not a manifest")]
+    Json(#[source] serde_json::Error),
+    /// Written by another version of this program.
+    #[error(
+        "the store has format {found}, this program reads {STORE_FORMAT}: import the model again"
+    )]
+    Format {
+        /// Version of the store.
+        found: u32,
+    },
+    /// The packed tensors have another layout.
+    #[error(
+        "the store has layout {found}, this program reads {}: import the model again",
+        Layout::current()
+    )]
+    Layout {
+        /// Layout of the store.
+        found: Layout,
+    },
+    /// The shape is impossible.
+    #[error("the model's shape cannot be used")]
+    Config(#[source] ConfigError),
+    /// The list of files is not that of a model of this shape.
+    #[error("file {found} in place of {expected}")]
+    Files {
+        /// The name that the shape demands there; `none` at the end.
+        expected: String,
+        /// The name that is there.
+        found: String,
+    },
+    /// A text is longer than it may be.
+    #[error("{field} has {found_bytes} bytes, at most {most_bytes} are accepted")]
+    TooLong {
+        /// The field.
+        field: &'static str,
+        /// Its length.
+        found_bytes: usize,
+        /// The limit.
+        most_bytes: usize,
+    },
+}
+
+/// The part of a manifest that every version has: read first, so that an old store is refused for
+/// its age and not for a missing field.
+#[derive(Deserialize)]
+struct Versions {
+    format: u32,
+    layout: Layout,
+}
+
+impl Manifest {
+    /// Reads and checks a manifest.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError`]; among them one for every older store.
+    pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
+        let versions: Versions = serde_json::from_slice(json).map_err(ManifestError::Json)?;
+        if versions.format != STORE_FORMAT {
+            return Err(ManifestError::Format { found: versions.format });
+        }
+        if versions.layout != Layout::current() {
+            return Err(ManifestError::Layout { found: versions.layout });
+        }
+        let manifest: Self = serde_json::from_slice(json).map_err(ManifestError::Json)?;
+        manifest.config.validate().map_err(ManifestError::Config)?;
+        manifest.check_files()?;
+        manifest.check_texts()?;
+        Ok(manifest)
+    }
+
+    /// The entry of a shard by its name.
+    pub fn file(&self, name: &str) -> Option<&FileEntry> {
+        self.files.iter().find(|file| file.name == name)
+    }
+
+    /// Bytes of all files but the manifest.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().chain(&self.tokenizer).map(|file| file.bytes).sum()
+    }
+
+    /// File names follow from the shape, so no name of a manifest ever leads out of the directory.
+    fn check_files(&self) -> Result<(), ManifestError> {
+        let expected = shard_files(&self.config);
+        let none = || "none".to_owned();
+        for index in 0..expected.len().max(self.files.len()) {
+            let expected = expected.get(index).cloned().unwrap_or_else(none);
+            let found = self.files.get(index).map_or_else(none, |file| file.name.clone());
+            if expected != found {
+                return Err(ManifestError::Files { expected, found });
+            }
+        }
+        match &self.tokenizer {
+            Some(file) if file.name != TOKENIZER_FILE => Err(ManifestError::Files {
+                expected: TOKENIZER_FILE.into(),
+                found: file.name.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_texts(&self) -> Result<(), ManifestError> {
+        let texts = [
+            ("the chat template", &self.chat_template, CHAT_TEMPLATE_BYTES_MAX),
+            ("the BOS token's text", &self.bos_token_text, TOKEN_TEXT_BYTES_MAX),
+            ("the EOS token's text", &self.eos_token_text, TOKEN_TEXT_BYTES_MAX),
+        ];
+        for (field, text, most_bytes) in texts {
+            let found_bytes = text.as_ref().map_or(0, String::len);
+            if found_bytes > most_bytes {
+                return Err(ManifestError::TooLong { field, found_bytes, most_bytes });
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of all files of a store of this model, the manifest included.
+    pub fn file_names(&self) -> BTreeSet<&str> {
+        let files = self.files.iter().chain(&self.tokenizer);
+        files.map(|file| file.name.as_str()).chain([crate::layout::MANIFEST_FILE]).collect()
+    }
+}

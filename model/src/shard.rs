@@ -1,0 +1,377 @@
+//! The shards of a store, mapped and checked once: after that, handing out weights costs nothing.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use kernels::{FloatKind, FloatMatrix, LayoutError, TernaryMatrix};
+
+use crate::config::ModelConfig;
+use crate::file::MappedFile;
+use crate::id::{PartDigest, PartHasher};
+use crate::layout::{self, ALIGNMENT, Norm, Projection, WEIGHT};
+use crate::manifest::Layout;
+use crate::safetensors::{Dtype, NewTensor, SafetensorsError, Table};
+
+/// Why a shard cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShardError {
+    /// The container is broken.
+    #[error("the shard is not a valid safetensors file")]
+    Container(#[source] SafetensorsError),
+    /// The shard has another layout.
+    #[error(
+        "the shard has layout {name} version {version}, this program reads {}: \
+             import the model again",
+        Layout::current()
+    )]
+    Layout {
+        /// Its layout.
+        name: String,
+        /// Its version.
+        version: String,
+    },
+    /// A tensor is absent.
+    #[error("tensor {tensor} is missing")]
+    Missing {
+        /// Its name.
+        tensor: &'static str,
+    },
+    /// There is a tensor that no such shard has.
+    #[error("tensor {tensor} does not belong here")]
+    Unknown {
+        /// Its name.
+        tensor: String,
+    },
+    /// A tensor has another type or shape than the model demands.
+    #[error("tensor {tensor} is {found}, expected {expected}")]
+    Tensor {
+        /// Its name.
+        tensor: &'static str,
+        /// Its type and shape.
+        found: String,
+        /// What the model's shape demands.
+        expected: String,
+    },
+    /// A tensor does not begin where a kernel may load it from.
+    #[error("tensor {tensor} begins at byte {offset}, expected a multiple of {alignment}")]
+    Alignment {
+        /// Its name.
+        tensor: &'static str,
+        /// Where it begins.
+        offset: usize,
+        /// What the offset must be a multiple of.
+        alignment: usize,
+    },
+    /// A matrix has no scale, or one that is not a positive number.
+    #[error("matrix {tensor} has no usable scale")]
+    Scale {
+        /// Its name.
+        tensor: &'static str,
+    },
+    /// A matrix holds codes that are no trits.
+    #[error("matrix {tensor} is corrupt")]
+    Codes {
+        /// Its name.
+        tensor: &'static str,
+        /// The first bad place.
+        source: LayoutError,
+    },
+    /// A float is an infinity or not a number.
+    #[error("tensor {tensor} holds a number that is not finite")]
+    NotFinite {
+        /// Its name.
+        tensor: &'static str,
+    },
+}
+
+/// A mapped shard whose tensors are exactly the expected ones.
+#[derive(Debug)]
+struct Shard {
+    file: MappedFile,
+    path: PathBuf,
+    /// Byte ranges in the order in which the tensors were asked for.
+    ranges: Vec<Range<usize>>,
+    table: Table,
+}
+
+impl Shard {
+    /// Checks the header of a mapped file against `tensors`.
+    fn check(file: MappedFile, path: &Path, tensors: &[NewTensor]) -> Result<Self, ShardError> {
+        let table = Table::parse(file.bytes()).map_err(ShardError::Container)?;
+        let current = Layout::current();
+        let (name, version) = layout::layout_of(&table.metadata);
+        if name != current.name || version != current.version.to_string() {
+            let (name, version) = (name.to_owned(), version.to_owned());
+            return Err(ShardError::Layout { name, version });
+        }
+        let mut ranges = Vec::with_capacity(tensors.len());
+        for NewTensor { name, dtype, shape } in tensors {
+            let tensor = *name;
+            let found = table.tensors.get(tensor).ok_or(ShardError::Missing { tensor })?;
+            if found.dtype != *dtype || found.shape != *shape {
+                let describe =
+                    |dtype: Dtype, shape: &[usize]| format!("{} {shape:?}", dtype.name());
+                return Err(ShardError::Tensor {
+                    tensor,
+                    found: describe(found.dtype, &found.shape),
+                    expected: describe(*dtype, shape),
+                });
+            }
+            let alignment = if *dtype == Dtype::U8 { ALIGNMENT } else { dtype.bytes() };
+            if !found.range.start.is_multiple_of(alignment) {
+                let offset = found.range.start;
+                return Err(ShardError::Alignment { tensor, offset, alignment });
+            }
+            ranges.push(found.range.clone());
+        }
+        let known = |name: &&String| tensors.iter().any(|tensor| tensor.name == **name);
+        if let Some(tensor) = table.tensors.keys().find(|name| !known(name)) {
+            return Err(ShardError::Unknown { tensor: tensor.clone() });
+        }
+        Ok(Self { file, path: path.to_owned(), ranges, table })
+    }
+
+    fn bytes(&self, tensor: usize) -> &[u8] {
+        &self.file.bytes()[self.ranges[tensor].clone()]
+    }
+
+    /// A tensor of F32. Alignment and length were checked when the shard was opened.
+    fn floats(&self, tensor: usize) -> &[f32] {
+        bytemuck::cast_slice(self.bytes(tensor))
+    }
+}
+
+fn check_finite(tensor: &'static str, values: &[f32]) -> Result<(), ShardError> {
+    match values.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(ShardError::NotFinite { tensor }),
+    }
+}
+
+/// The weights of one layer, in a map of their file.
+#[derive(Debug)]
+pub struct LayerShard {
+    shard: Shard,
+    /// Rows, columns and scale of each of [`Projection::ALL`].
+    matrices: [(usize, usize, f32); 7],
+    sub_norms: bool,
+}
+
+/// The weights of one layer, borrowed from its shard.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerWeights<'a> {
+    /// Norm before q, k and v, `[hidden]`.
+    pub attn_norm: &'a [f32],
+    /// Query projection, `[heads * head_dim, hidden]`.
+    pub q: TernaryMatrix<'a>,
+    /// Key projection, `[kv_heads * head_dim, hidden]`.
+    pub k: TernaryMatrix<'a>,
+    /// Value projection, `[kv_heads * head_dim, hidden]`.
+    pub v: TernaryMatrix<'a>,
+    /// Output projection, `[hidden, heads * head_dim]`.
+    pub o: TernaryMatrix<'a>,
+    /// Norm before `o`, `[heads * head_dim]`.
+    pub attn_sub_norm: Option<&'a [f32]>,
+    /// Norm before gate and up, `[hidden]`.
+    pub ffn_norm: &'a [f32],
+    /// Gate projection, `[ffn, hidden]`.
+    pub gate: TernaryMatrix<'a>,
+    /// Up projection, `[ffn, hidden]`.
+    pub up: TernaryMatrix<'a>,
+    /// Down projection, `[hidden, ffn]`.
+    pub down: TernaryMatrix<'a>,
+    /// Norm before `down`, `[ffn]`.
+    pub ffn_sub_norm: Option<&'a [f32]>,
+}
+
+impl LayerShard {
+    pub(crate) fn new(
+        file: MappedFile,
+        path: &Path,
+        config: &ModelConfig,
+    ) -> Result<Self, ShardError> {
+        let tensors = layout::layer_tensors(config).ok_or(ShardError::Missing { tensor: "q" })?;
+        let shard = Shard::check(file, path, &tensors)?;
+        let mut matrices = [(0, 0, 0.0); 7];
+        for (matrix, projection) in matrices.iter_mut().zip(Projection::ALL) {
+            let (rows, cols) = projection.shape(config);
+            let scale = layout::scale_of(&shard.table.metadata, projection)
+                .ok_or(ShardError::Scale { tensor: projection.name() })?;
+            *matrix = (rows, cols, scale);
+        }
+        Ok(Self { shard, matrices, sub_norms: config.sub_norms })
+    }
+
+    /// The weights. Costs a few additions.
+    pub fn weights(&self) -> LayerWeights<'_> {
+        let norm = |index| self.shard.floats(Projection::ALL.len() + index);
+        let (attn_sub_norm, ffn_norm, ffn_sub_norm) = match self.sub_norms {
+            true => (Some(norm(1)), norm(2), Some(norm(3))),
+            false => (None, norm(1), None),
+        };
+        LayerWeights {
+            attn_norm: norm(0),
+            q: self.matrix(Projection::Q),
+            k: self.matrix(Projection::K),
+            v: self.matrix(Projection::V),
+            o: self.matrix(Projection::O),
+            attn_sub_norm,
+            ffn_norm,
+            gate: self.matrix(Projection::Gate),
+            up: self.matrix(Projection::Up),
+            down: self.matrix(Projection::Down),
+            ffn_sub_norm,
+        }
+    }
+
+    /// The file that is mapped.
+    pub fn path(&self) -> &Path {
+        &self.shard.path
+    }
+
+    /// The bytes of the whole file.
+    pub fn bytes(&self) -> &[u8] {
+        self.shard.file.bytes()
+    }
+
+    fn matrix(&self, projection: Projection) -> TernaryMatrix<'_> {
+        let (rows, cols, scale) = self.matrices[projection as usize];
+        TernaryMatrix::new(self.shard.bytes(projection as usize), rows, cols, scale)
+            .expect("the size was compared with the shape when the shard was opened")
+    }
+
+    /// Looks at every code and every float, and hashes the content.
+    pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
+        let mut part = PartHasher::new();
+        for projection in Projection::ALL {
+            let (tensor, matrix) = (projection.name(), self.matrix(projection));
+            matrix.check_codes().map_err(|source| ShardError::Codes { tensor, source })?;
+            part.ternary(tensor, matrix);
+        }
+        let norms = if self.sub_norms {
+            &[Norm::Attn, Norm::AttnSub, Norm::Ffn, Norm::FfnSub][..]
+        } else {
+            &[Norm::Attn, Norm::Ffn]
+        };
+        for (index, norm) in norms.iter().enumerate() {
+            let values = self.shard.floats(Projection::ALL.len() + index);
+            check_finite(norm.name(), values)?;
+            part.vector(norm.name(), values);
+        }
+        Ok(part.finish())
+    }
+}
+
+/// A float matrix in a map of its file: what embedding and head have in common.
+#[derive(Debug)]
+struct FloatShard {
+    shard: Shard,
+    kind: FloatKind,
+    rows: usize,
+    cols: usize,
+}
+
+impl FloatShard {
+    fn new(file: MappedFile, path: &Path, config: &ModelConfig) -> Result<Self, ShardError> {
+        // Either type is valid, so the file says which.
+        let table = Table::parse(file.bytes()).map_err(ShardError::Container)?;
+        let kind = match table.tensors.get(WEIGHT).map(|tensor| tensor.dtype) {
+            Some(Dtype::F16) => FloatKind::F16,
+            _ => FloatKind::Bf16,
+        };
+        let shard = Shard::check(file, path, &[layout::float_tensor(config, kind)])?;
+        let (rows, cols) = (config.vocab as usize, config.hidden as usize);
+        Ok(Self { shard, kind, rows, cols })
+    }
+
+    fn matrix(&self) -> FloatMatrix<'_> {
+        let bits = bytemuck::cast_slice(self.shard.bytes(0));
+        FloatMatrix::new(self.kind, bits, self.rows, self.cols)
+            .expect("the size was compared with the shape when the shard was opened")
+    }
+
+    fn verify(&self) -> Result<PartDigest, ShardError> {
+        let matrix = self.matrix();
+        let mut values = vec![0.0; self.cols];
+        for row in 0..self.rows {
+            matrix.widen_row(row, &mut values);
+            check_finite(WEIGHT, &values)?;
+        }
+        let mut part = PartHasher::new();
+        part.float_matrix(WEIGHT, matrix);
+        Ok(part.finish())
+    }
+}
+
+/// The embedding, in a map of its file.
+#[derive(Debug)]
+pub struct EmbeddingShard(FloatShard);
+
+impl EmbeddingShard {
+    pub(crate) fn new(
+        file: MappedFile,
+        path: &Path,
+        config: &ModelConfig,
+    ) -> Result<Self, ShardError> {
+        FloatShard::new(file, path, config).map(Self)
+    }
+
+    /// One row per token, `[vocab, hidden]`.
+    pub fn matrix(&self) -> FloatMatrix<'_> {
+        self.0.matrix()
+    }
+
+    pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
+        self.0.verify()
+    }
+}
+
+/// The head, in a map of its file; of a tied model, that of the embedding.
+#[derive(Debug)]
+pub struct HeadShard(FloatShard);
+
+impl HeadShard {
+    pub(crate) fn new(
+        file: MappedFile,
+        path: &Path,
+        config: &ModelConfig,
+    ) -> Result<Self, ShardError> {
+        FloatShard::new(file, path, config).map(Self)
+    }
+
+    /// One row per token, `[vocab, hidden]`.
+    pub fn matrix(&self) -> FloatMatrix<'_> {
+        self.0.matrix()
+    }
+
+    pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
+        self.0.verify()
+    }
+}
+
+/// The final norm, in a map of its file.
+#[derive(Debug)]
+pub struct NormShard(Shard);
+
+impl NormShard {
+    pub(crate) fn new(
+        file: MappedFile,
+        path: &Path,
+        config: &ModelConfig,
+    ) -> Result<Self, ShardError> {
+        Shard::check(file, path, &[layout::norm_tensor(config)]).map(Self)
+    }
+
+    /// The weights, `[hidden]`.
+    pub fn weight(&self) -> &[f32] {
+        self.0.floats(0)
+    }
+
+    pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
+        check_finite(WEIGHT, self.weight())?;
+        let mut part = PartHasher::new();
+        part.vector(WEIGHT, self.weight());
+        Ok(part.finish())
+    }
+}

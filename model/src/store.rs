@@ -1,0 +1,324 @@
+//! A directory that holds a model: opening it, handing out its shards, verifying it.
+//!
+//! A store never changes after it was renamed into place. Whoever shortens a mapped file under a
+//! running program ends that program (SIGBUS): replace a store by renaming, never by writing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::config::ModelConfig;
+use crate::file::{MappedFile, read_limited};
+use crate::id::{ContentText, ModelId, model_id};
+use crate::layout::{
+    EMBEDDING_FILE, HEAD_FILE, MANIFEST_FILE, NORM_FILE, TOKENIZER_FILE, layer_file,
+};
+use crate::manifest::{FileEntry, FileHash, MANIFEST_BYTES_MAX, Manifest, ManifestError};
+use crate::progress::Progress;
+use crate::shard::{EmbeddingShard, HeadShard, LayerShard, NormShard, ShardError};
+
+/// Longest `tokenizer.json`: several times the largest in use.
+pub const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
+
+/// Why a store, or a file in it, cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// There is no manifest.
+    #[error("{} is not a model store: it has no {MANIFEST_FILE}", path.display())]
+    NotAStore {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The operating system refused a file.
+    #[error("failed to read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The manifest is bad.
+    #[error("failed to use {}", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ManifestError,
+    },
+    /// A file has another length than the manifest says.
+    #[error("{} has {found_bytes} bytes, the manifest says {expected_bytes}", path.display())]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found_bytes: u64,
+        /// What the manifest says.
+        expected_bytes: u64,
+    },
+    /// A file has another content than the manifest says.
+    #[error("{} has hash {found}, the manifest says {expected}", path.display())]
+    Hash {
+        /// The file.
+        path: PathBuf,
+        /// Its hash.
+        found: FileHash,
+        /// What the manifest says.
+        expected: FileHash,
+    },
+    /// The content is not that of the model that the manifest names.
+    #[error("{} holds model {found}, its manifest says {expected}", path.display())]
+    Id {
+        /// The store.
+        path: PathBuf,
+        /// The id of its content.
+        found: ModelId,
+        /// What the manifest says.
+        expected: ModelId,
+    },
+    /// A shard is bad.
+    #[error("failed to use {}", path.display())]
+    Shard {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ShardError,
+    },
+    /// A layer was asked for that the model does not have.
+    #[error("layer {layer} does not exist, the model has {layers}")]
+    NoSuchLayer {
+        /// The layer.
+        layer: u32,
+        /// Layers of the model.
+        layers: u32,
+    },
+}
+
+/// A model on disk.
+#[derive(Clone, Debug)]
+pub struct Store {
+    dir: PathBuf,
+    manifest: Manifest,
+}
+
+impl Store {
+    /// Opens a store: reads its manifest, and looks at the size of every file. Maps nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`], naming the file.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let path = dir.join(MANIFEST_FILE);
+        let json = match read_limited(&path, MANIFEST_BYTES_MAX) {
+            Ok(json) => json,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::NotAStore { path: dir.to_owned() });
+            }
+            Err(source) => return Err(StoreError::Read { path, source }),
+        };
+        let manifest =
+            Manifest::parse(&json).map_err(|source| StoreError::Manifest { path, source })?;
+        let store = Self { dir: dir.to_owned(), manifest };
+        for file in store.files() {
+            let path = dir.join(&file.name);
+            match std::fs::metadata(&path) {
+                Ok(found) => store.check_size(path, file, found.len())?,
+                Err(source) => return Err(StoreError::Read { path, source }),
+            }
+        }
+        Ok(store)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the store holds.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Shapes and constants of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.manifest.config
+    }
+
+    /// The model's id.
+    pub fn id(&self) -> ModelId {
+        self.manifest.id
+    }
+
+    /// Maps a layer.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if there is no such layer, or its file is bad.
+    pub fn layer(&self, layer: u32) -> Result<LayerShard, StoreError> {
+        let layers = self.config().layers;
+        if layer >= layers {
+            return Err(StoreError::NoSuchLayer { layer, layers });
+        }
+        self.shard(&layer_file(layer), LayerShard::new)
+    }
+
+    /// Maps the embedding.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if its file is bad.
+    pub fn embedding(&self) -> Result<EmbeddingShard, StoreError> {
+        self.shard(EMBEDDING_FILE, EmbeddingShard::new)
+    }
+
+    /// Maps the head; of a tied model, the embedding's file.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if its file is bad.
+    pub fn head(&self) -> Result<HeadShard, StoreError> {
+        let name = if self.config().tied_head { EMBEDDING_FILE } else { HEAD_FILE };
+        self.shard(name, HeadShard::new)
+    }
+
+    /// Maps the final norm.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if its file is bad.
+    pub fn final_norm(&self) -> Result<NormShard, StoreError> {
+        self.shard(NORM_FILE, NormShard::new)
+    }
+
+    /// Reads `tokenizer.json`; `None` if the model has none.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if it cannot be read, or is not the file that the manifest names.
+    pub fn tokenizer_json(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some(file) = &self.manifest.tokenizer else { return Ok(None) };
+        let path = self.dir.join(TOKENIZER_FILE);
+        let json = read_limited(&path, TOKENIZER_BYTES_MAX)
+            .map_err(|source| StoreError::Read { path: path.clone(), source })?;
+        check_hash(path, file, &json)?;
+        Ok(Some(json))
+    }
+
+    /// Bytes of one layer's file, header included; every layer has the same shape.
+    pub fn layer_bytes(&self) -> u64 {
+        self.file_bytes(&layer_file(0))
+    }
+
+    /// Bytes of the embedding's file.
+    pub fn embedding_bytes(&self) -> u64 {
+        self.file_bytes(EMBEDDING_FILE)
+    }
+
+    /// Bytes of the head's file; of a tied model, those of the embedding's.
+    pub fn head_bytes(&self) -> u64 {
+        self.file_bytes(if self.config().tied_head { EMBEDDING_FILE } else { HEAD_FILE })
+    }
+
+    /// Reads everything: hashes of files, codes of every matrix, floats, and the model's id.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] with the first thing that is wrong.
+    pub fn verify(&self, mut progress: impl FnMut(&Progress)) -> Result<(), StoreError> {
+        let names = self.files().count() as u64;
+        let mut parts = Vec::new();
+        for (done, file) in self.manifest.files.iter().enumerate() {
+            progress(&Progress { what: &file.name, done: done as u64, total: names });
+            self.check_content(file)?;
+            let path = self.dir.join(&file.name);
+            let shard_error = |source| StoreError::Shard { path, source };
+            let digest = match file.name.as_str() {
+                EMBEDDING_FILE => self.embedding()?.verify(),
+                HEAD_FILE => self.head()?.verify(),
+                NORM_FILE => self.final_norm()?.verify(),
+                _ => self.shard(&file.name, LayerShard::new)?.verify(),
+            };
+            parts.push(digest.map_err(shard_error)?);
+        }
+        let tokenizer = self.tokenizer_json()?;
+        let text = ContentText {
+            tokenizer: tokenizer.as_deref(),
+            chat_template: self.manifest.chat_template.as_deref(),
+            bos_text: self.manifest.bos_token_text.as_deref(),
+            eos_text: self.manifest.eos_token_text.as_deref(),
+        };
+        let found = model_id(self.config(), text, &parts);
+        if found != self.id() {
+            let expected = self.id();
+            return Err(StoreError::Id { path: self.dir.clone(), found, expected });
+        }
+        progress(&Progress { what: "all files", done: names, total: names });
+        Ok(())
+    }
+
+    fn files(&self) -> impl Iterator<Item = &FileEntry> {
+        self.manifest.files.iter().chain(&self.manifest.tokenizer)
+    }
+
+    /// Names come from the shape, and [`Manifest::parse`] checked that each has its entry.
+    fn file_bytes(&self, name: &str) -> u64 {
+        self.manifest.file(name).map_or(0, |file| file.bytes)
+    }
+
+    fn check_size(
+        &self,
+        path: PathBuf,
+        file: &FileEntry,
+        found_bytes: u64,
+    ) -> Result<(), StoreError> {
+        match found_bytes == file.bytes {
+            true => Ok(()),
+            false => Err(StoreError::Size { path, found_bytes, expected_bytes: file.bytes }),
+        }
+    }
+
+    fn check_content(&self, file: &FileEntry) -> Result<(), StoreError> {
+        let path = self.dir.join(&file.name);
+        let mapped = MappedFile::open(&path)
+            .map_err(|source| StoreError::Read { path: path.clone(), source })?;
+        mapped.advise_sequential();
+        check_hash(path, file, mapped.bytes())
+    }
+
+    fn shard<T>(
+        &self,
+        name: &str,
+        check: impl FnOnce(MappedFile, &Path, &ModelConfig) -> Result<T, ShardError>,
+    ) -> Result<T, StoreError> {
+        let path = self.dir.join(name);
+        let read_error = |source| StoreError::Read { path: path.clone(), source };
+        let mapped = MappedFile::open(&path).map_err(read_error)?;
+        if let Some(file) = self.manifest.file(name) {
+            self.check_size(path.clone(), file, mapped.bytes().len() as u64)?;
+        }
+        check(mapped, &path, self.config())
+            .map_err(|source| StoreError::Shard { path: path.clone(), source })
+    }
+}
+
+fn check_hash(path: PathBuf, file: &FileEntry, bytes: &[u8]) -> Result<(), StoreError> {
+    let found = FileHash(blake3::hash(bytes).into());
+    match found == file.blake3 {
+        true => Ok(()),
+        false => Err(StoreError::Hash { path, found, expected: file.blake3 }),
+    }
+}
+
+/// The stores that a directory names: itself if it is one, else those directly inside, by name.
+/// A directory that cannot be read holds none.
+pub fn find_stores(dir: &Path) -> Vec<PathBuf> {
+    let is_store = |dir: &Path| dir.join(MANIFEST_FILE).is_file();
+    if is_store(dir) {
+        return vec![dir.to_owned()];
+    }
+    let inside = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let visible = inside.filter(|entry| !entry.file_name().as_encoded_bytes().starts_with(b"."));
+    let mut stores: Vec<PathBuf> =
+        visible.map(|entry| entry.path()).filter(|path| is_store(path)).collect();
+    stores.sort();
+    stores
+}

@@ -1,0 +1,216 @@
+//! What a worker is told at its start: fields, defaults, and what is refused. Reads no file.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kernels::Backend;
+use serde::{Deserialize, Serialize};
+
+mod memory;
+#[cfg(test)]
+mod tests;
+
+/// Port of the stage service when none is named.
+pub const DEFAULT_PORT: u16 = 7071;
+
+/// Share of the machine's (or the control group's) memory that a worker takes by default.
+/// The rest is for the system, the page cache of its own binary, and network buffers.
+const MEMORY_SHARE_PERCENT: u64 = 80;
+
+/// What is assumed when the machine does not say how much memory it has.
+const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
+
+/// Steps in flight finish within a second; a minute is for a drain that the coordinator leads.
+const DEFAULT_SHUTDOWN_GRACE: Duration = Duration::from_secs(60);
+
+/// Longest id: it is part of a registry key and of every log line.
+const ID_BYTES_MAX: usize = 128;
+
+/// More threads than any machine we know; a larger number is a mistake in a config file.
+const THREADS_MAX: usize = 1024;
+
+/// The whole configuration of one worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Stable name, unique in the cluster. Empty: the caller fills in the host's name.
+    pub id: String,
+    /// Where the stage service listens; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// `host:port` under which others reach it; by default the bound address.
+    pub advertise: Option<String>,
+    /// Compute threads.
+    pub threads: usize,
+    /// A store, or a directory that holds stores.
+    pub store: PathBuf,
+    /// Bytes that weights and KV may take together; written as `4GiB` or a number.
+    #[serde(with = "as_size")]
+    pub memory_bytes: u64,
+    /// Name of the kernels to use; by default the fastest that this CPU runs.
+    pub isa: Option<String>,
+    /// Where `/metrics` and `/health` are served; by default nowhere.
+    pub http: Option<SocketAddr>,
+    /// How long what is in flight may take after the process was asked to stop.
+    #[serde(with = "as_time")]
+    pub shutdown_grace: Duration,
+    /// Allows an address other than loopback without TLS.
+    pub insecure: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            id: String::new(),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)),
+            advertise: None,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            store: PathBuf::from("store"),
+            memory_bytes: default_memory_bytes(),
+            isa: None,
+            http: None,
+            shutdown_grace: DEFAULT_SHUTDOWN_GRACE,
+            insecure: false,
+        }
+    }
+}
+
+/// Why a configuration is refused. The process ends with exit code 64.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The id is empty, too long, or would break a registry key.
+    #[error(
+        "worker id must be 1 to {ID_BYTES_MAX} letters, digits, '-', '_' or '.', found {found:?}"
+    )]
+    Id {
+        /// What was given.
+        found: String,
+    },
+    /// No compute threads, or absurdly many.
+    #[error("threads must be 1 to {THREADS_MAX}, found {found}")]
+    Threads {
+        /// What was given.
+        found: usize,
+    },
+    /// No memory at all.
+    #[error("memory_bytes must be more than zero")]
+    Memory,
+    /// The kernels asked for do not exist or need another CPU.
+    #[error("this CPU does not run the kernels {found:?}; it runs {available}")]
+    Isa {
+        /// What was given.
+        found: String,
+        /// Names of those that it runs.
+        available: String,
+    },
+    /// Others cannot be told to connect to "every address".
+    #[error("listening on {listen} needs an advertised address that others can reach")]
+    Advertise {
+        /// Where it would listen.
+        listen: SocketAddr,
+    },
+    /// Not `host:port`.
+    #[error("an advertised address must be host:port, found {found:?}")]
+    AdvertiseForm {
+        /// What was given.
+        found: String,
+    },
+    /// Open to the network without TLS.
+    #[error("the address of the {what} is refused")]
+    Listen {
+        /// Which server.
+        what: &'static str,
+        /// Why.
+        source: node::config::ListenError,
+    },
+}
+
+impl Config {
+    /// Checks everything that needs neither a file nor a socket.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], with the field and what it must be.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let valid_byte = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        if self.id.is_empty() || self.id.len() > ID_BYTES_MAX || !self.id.bytes().all(valid_byte) {
+            return Err(ConfigError::Id { found: self.id.clone() });
+        }
+        if !(1..=THREADS_MAX).contains(&self.threads) {
+            return Err(ConfigError::Threads { found: self.threads });
+        }
+        if self.memory_bytes == 0 {
+            return Err(ConfigError::Memory);
+        }
+        self.backend()?;
+        let listen = |what, address, insecure| {
+            node::config::check_listen_address(address, insecure)
+                .map_err(|source| ConfigError::Listen { what, source })
+        };
+        listen("stage service", self.listen, self.insecure)?;
+        if let Some(http) = self.http {
+            listen("metrics", http, self.insecure)?;
+        }
+        match &self.advertise {
+            None if self.listen.ip().is_unspecified() => {
+                Err(ConfigError::Advertise { listen: self.listen })
+            }
+            None => Ok(()),
+            Some(text) => match text.rsplit_once(':') {
+                Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(()),
+                _ => Err(ConfigError::AdvertiseForm { found: text.clone() }),
+            },
+        }
+    }
+
+    /// The kernels to use: those named, else the fastest that this CPU runs.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Isa`] if the CPU lacks what was named.
+    pub fn backend(&self) -> Result<Backend, ConfigError> {
+        let Some(name) = &self.isa else { return Ok(Backend::detect()) };
+        Backend::by_name(name).ok_or_else(|| ConfigError::Isa {
+            found: name.clone(),
+            available: Backend::available().map(Backend::name).collect::<Vec<_>>().join(", "),
+        })
+    }
+}
+
+/// [`MEMORY_SHARE_PERCENT`] of what the machine or the control group gives.
+fn default_memory_bytes() -> u64 {
+    memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES) / 100 * MEMORY_SHARE_PERCENT
+}
+
+/// A number of bytes, in a file as a size with a unit.
+mod as_size {
+    use node::config::ByteSize;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &u64, s: S) -> Result<S::Ok, S::Error> {
+        ByteSize(*bytes).serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
+        ByteSize::deserialize(d).map(ByteSize::bytes)
+    }
+}
+
+/// A span of time, in a file as a text with a unit.
+mod as_time {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        time: &std::time::Duration,
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
+        node::config::Duration(*time).serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        d: D,
+    ) -> Result<std::time::Duration, D::Error> {
+        node::config::Duration::deserialize(d).map(node::config::Duration::get)
+    }
+}

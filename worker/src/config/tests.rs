@@ -1,0 +1,64 @@
+//! Every field that can be wrong, and the file form.
+
+use super::*;
+
+fn good() -> Config {
+    Config { id: "w1".into(), ..Config::default() }
+}
+
+#[test]
+fn the_default_with_an_id_is_valid() {
+    assert_eq!(good().validate(), Ok(()));
+    assert!(good().memory_bytes > 1 << 20);
+}
+
+#[test]
+fn each_wrong_field_is_named() {
+    let check = |change: fn(&mut Config), expected: &str| {
+        let mut config = good();
+        change(&mut config);
+        let error = config.validate().expect_err(expected);
+        assert!(error.to_string().contains(expected), "{error}");
+    };
+    check(|c| c.id.clear(), "worker id");
+    check(|c| c.id = "a/b".into(), "worker id");
+    check(|c| c.id = "x".repeat(200), "worker id");
+    check(|c| c.threads = 0, "threads");
+    check(|c| c.threads = 100_000, "threads");
+    check(|c| c.memory_bytes = 0, "memory_bytes");
+    check(|c| c.isa = Some("avx9".into()), "scalar");
+    check(|c| c.listen = "10.0.0.1:1".parse().unwrap(), "stage service");
+    check(|c| c.http = Some("10.0.0.1:1".parse().unwrap()), "metrics");
+    check(|c| c.advertise = Some("no-port".into()), "host:port");
+    check(|c| c.advertise = Some(":1".into()), "host:port");
+    check(
+        |c| {
+            c.listen = "0.0.0.0:1".parse().unwrap();
+            c.insecure = true;
+        },
+        "advertised",
+    );
+}
+
+#[test]
+fn other_addresses_need_the_word() {
+    let mut config = good();
+    config.listen = "10.0.0.1:1".parse().unwrap();
+    config.http = Some("10.0.0.1:2".parse().unwrap());
+    config.insecure = true;
+    assert_eq!(config.validate(), Ok(()));
+    config.listen = "0.0.0.0:1".parse().unwrap();
+    config.advertise = Some("rack1-host7:7071".into());
+    assert_eq!(config.validate(), Ok(()));
+}
+
+#[test]
+fn sizes_and_times_have_units_in_a_file() {
+    let text = r#"{"id": "w1", "memory_bytes": "4GiB", "shutdown_grace": "1500ms"}"#;
+    let config: Config = serde_json::from_str(text).unwrap();
+    assert_eq!(config.memory_bytes, 4 << 30);
+    assert_eq!(config.shutdown_grace, Duration::from_millis(1500));
+    let again: Config = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+    assert_eq!(again, config);
+    assert!(serde_json::from_str::<Config>(r#"{"storre": "x"}"#).is_err());
+}
