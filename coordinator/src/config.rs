@@ -1,0 +1,219 @@
+//! What a coordinator is told at its start. Checked whole before a port is bound.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use node::config::{ByteSize, Duration, ListenError, check_listen_address};
+use proto::plan::KvType;
+use serde::{Deserialize, Serialize};
+
+/// Where the gRPC API listens unless told otherwise.
+pub const DEFAULT_GRPC: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
+
+/// Where the HTTP API listens unless told otherwise.
+pub const DEFAULT_HTTP: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+
+/// A coordinator's configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Name of the cluster: which keys in the registry are its own.
+    pub cluster: String,
+    /// Directory of the model's store.
+    pub model: PathBuf,
+    /// How KV is stored; part of the numerics class.
+    pub kv_type: KvType,
+    /// Exactly so many stages; absent: as many as the planner finds best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stages: Option<u32>,
+    /// Where the gRPC API listens.
+    pub grpc: SocketAddr,
+    /// Where the HTTP API listens.
+    pub http: SocketAddr,
+    /// How others reach the gRPC API (`host:port`); absent: at the address that was bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// Allows addresses that other machines reach, without TLS.
+    pub insecure: bool,
+    /// How long open answers may go on after the process was told to stop.
+    pub shutdown_grace: Duration,
+    /// How long the first plan waits for more workers after the last one came.
+    pub settle: Duration,
+    /// What requests may ask for and how many are taken.
+    pub limits: LimitsConfig,
+}
+
+/// What requests may ask for and how many are taken.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Requests that may wait for KV; more get 429.
+    pub waiting_requests: u32,
+    /// The longest that a request waits for KV, or for a pipeline when there is none.
+    pub wait: Duration,
+    /// Requests that may run at once, whatever the KV would hold.
+    pub running_requests: u32,
+    /// Tokens in one step.
+    pub step_tokens: u32,
+    /// Blocks of 32 tokens in the KV cache, at most.
+    pub kv_blocks: u32,
+    /// Bytes of one HTTP request's body.
+    pub body_bytes: ByteSize,
+    /// Connections of clients, of each of the two servers.
+    pub connections: u32,
+    /// The longest that one request may take, unless it asks for less.
+    pub request_deadline: Duration,
+    /// How long a step may be on its way before workers drop it.
+    pub step_deadline: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cluster: "default".to_owned(),
+            model: PathBuf::new(),
+            kv_type: KvType::F16,
+            stages: None,
+            grpc: DEFAULT_GRPC,
+            http: DEFAULT_HTTP,
+            advertise: None,
+            insecure: false,
+            // Most answers end within it; the rest end with an error that says why.
+            shutdown_grace: Duration::from_secs(10),
+            // Workers of one cluster start within moments of each other.
+            settle: Duration::from_millis(500),
+            limits: LimitsConfig::default(),
+        }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            // A minute of short answers on one small machine.
+            waiting_requests: 256,
+            // Less than the minute after which proxies commonly give up.
+            wait: Duration::from_secs(45),
+            // Beyond this a token costs the same and everyone only waits longer.
+            running_requests: 256,
+            // As the scheduler's own default: 640 KB of activations for a width of 2560.
+            step_tokens: 64,
+            // 128 Ki tokens: 32 contexts of 4096.
+            kv_blocks: 4096,
+            // A prompt of a whole context as token ids fits many times.
+            body_bytes: ByteSize(4 << 20),
+            // Below the usual limit of 1024 open files.
+            connections: 400,
+            // The read timeout of OpenAI's own clients.
+            request_deadline: Duration::from_secs(600),
+            step_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// No model was named.
+    #[error("no model: name the directory of a model's store")]
+    NoModel,
+    /// The cluster's name cannot be part of a key.
+    #[error(
+        "the cluster's name must be 1 to 64 letters, digits, dots, dashes or underscores, found \
+         {name:?}"
+    )]
+    ClusterName {
+        /// What was given.
+        name: String,
+    },
+    /// A number that makes no sense.
+    #[error("{field} must be from {least} to {most}, found {found}")]
+    Range {
+        /// The key.
+        field: &'static str,
+        /// What was given.
+        found: u64,
+        /// The least.
+        least: u64,
+        /// The most.
+        most: u64,
+    },
+    /// An address that others reach.
+    #[error("refusing to serve {service}")]
+    Listen {
+        /// gRPC or HTTP.
+        service: &'static str,
+        /// Why.
+        source: ListenError,
+    },
+}
+
+impl Config {
+    /// Checks everything that can be checked without touching the world.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`]: the first thing that is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.model.as_os_str().is_empty() {
+            return Err(ConfigError::NoModel);
+        }
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        if !(1..=64).contains(&self.cluster.len()) || !self.cluster.chars().all(legal) {
+            return Err(ConfigError::ClusterName { name: self.cluster.chars().take(80).collect() });
+        }
+        let limits = &self.limits;
+        let stages = self.stages.unwrap_or(1);
+        for (field, found, least, most) in [
+            ("stages", u64::from(stages), 1, proto::limits::STAGES as u64),
+            ("limits.waiting_requests", limits.waiting_requests.into(), 1, 1 << 16),
+            ("limits.running_requests", limits.running_requests.into(), 1, 1 << 16),
+            ("limits.step_tokens", limits.step_tokens.into(), 1, proto::limits::STEP_TOKENS as u64),
+            ("limits.kv_blocks", limits.kv_blocks.into(), 1, 1 << 24),
+            ("limits.connections", limits.connections.into(), 1, 1 << 20),
+            ("limits.body_bytes", limits.body_bytes.bytes(), 1 << 10, 1 << 30),
+        ] {
+            if !(least..=most).contains(&found) {
+                return Err(ConfigError::Range { field, found, least, most });
+            }
+        }
+        for (service, address) in [("gRPC", self.grpc), ("HTTP", self.http)] {
+            check_listen_address(address, self.insecure)
+                .map_err(|source| ConfigError::Listen { service, source })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usable() -> Config {
+        Config { model: "store".into(), ..Config::default() }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_name() {
+        usable().validate().unwrap();
+        let mut limits = LimitsConfig { step_tokens: 0, ..LimitsConfig::default() };
+        for (config, words) in [
+            (Config { model: PathBuf::new(), ..usable() }, "no model"),
+            (Config { cluster: "a/b".into(), ..usable() }, "cluster's name"),
+            (Config { cluster: String::new(), ..usable() }, "cluster's name"),
+            (Config { stages: Some(0), ..usable() }, "stages must be from 1"),
+            (Config { limits: limits.clone(), ..usable() }, "limits.step_tokens"),
+            (Config { http: "0.0.0.0:1".parse().unwrap(), ..usable() }, "refusing to serve HTTP"),
+        ] {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        let open = Config { http: "0.0.0.0:1".parse().unwrap(), insecure: true, ..usable() };
+        open.validate().unwrap();
+        limits.step_tokens = 1;
+        Config { limits, ..usable() }.validate().unwrap();
+    }
+}

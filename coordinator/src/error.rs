@@ -1,0 +1,39 @@
+//! Why a coordinator could not run.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::config::ConfigError;
+
+/// Why a coordinator could not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The configuration cannot be used.
+    #[error("the configuration cannot be used")]
+    Config(#[from] ConfigError),
+    /// A port could not be bound.
+    #[error("failed to listen for {service} on {address}")]
+    Bind {
+        /// gRPC or HTTP.
+        service: &'static str,
+        /// Where.
+        address: SocketAddr,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The model's store could not be opened.
+    #[error("failed to open the model {}", path.display())]
+    Model {
+        /// The store's directory.
+        path: PathBuf,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The registry refused.
+    #[error("failed to use the registry")]
+    Membership(#[from] node::membership::MembershipError),
+    /// A task failed.
+    #[error("the coordinator stopped")]
+    Stopped(#[from] node::SupervisorError),
+}
