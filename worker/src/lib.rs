@@ -3,6 +3,7 @@
 //! A worker is pure dataflow: a step carries all it needs, and only the coordinator decides.
 
 pub mod config;
+pub mod engine;
 mod error;
 mod session;
 

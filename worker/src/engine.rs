@@ -1,0 +1,275 @@
+//! Computes the layers of one stage: rows of many sequences in, activations or results out.
+//!
+//! Pure: no clock, no socket, no file but the mapped shards, no randomness. What a row's result is
+//! depends on its tokens, its KV and its parameters alone: not on the other rows of the step, on
+//! how a prompt was cut into chunks, on the number of stages or of threads, nor on the CPU
+//! (`docs/numerics.md`).
+//!
+//! ```text
+//! rows, input ──▶ rows::Batch ──▶ step: every thread walks all phases ──▶ StepOutput
+//!                 (checked,        embed │ per layer: norm, q k v, KV,      (rows that failed
+//!                  packed)         or x  │ attention, o, norm, FFN │ head     have a status)
+//! ```
+//!
+//! * `stage_model` the weights; `cache` the KV blocks; `buffers` everything else that is written
+//! * `step` the walk of one thread; `attention` and `head` its two larger parts; `sampler`
+//! * `shared` and `barrier` make it safe and quick for many threads
+
+mod attention;
+mod barrier;
+mod buffers;
+mod cache;
+mod head;
+mod rows;
+mod sampler;
+mod shared;
+mod stage_model;
+mod step;
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use kernels::Backend;
+use model::{ModelConfig, StoreError};
+use proto::plan::KvType;
+use proto::step::{Row, RowStatus, RowValue};
+
+use self::buffers::{Buffers, Local};
+use self::cache::KvCache;
+use self::rows::Batch;
+pub use self::stage_model::StageModel;
+
+/// How an engine computes. None of it but the KV type changes a result.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Which kernels.
+    pub backend: Backend,
+    /// Threads that compute.
+    pub threads: usize,
+    /// How keys and values are rounded and stored.
+    pub kv_type: KvType,
+    /// Block ids are `0..kv_blocks`.
+    pub kv_blocks: u32,
+    /// The most tokens in one step; working memory is allocated for as many.
+    pub max_step_tokens: u32,
+}
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// A stage has some of the model's layers.
+    #[error("a stage cannot have layers {}..{} of a model of {model_layers}", layers.start, layers.end)]
+    Layers {
+        /// What was asked for.
+        layers: Range<u32>,
+        /// What there is.
+        model_layers: u32,
+    },
+    /// The store does not give the weights.
+    #[error("failed to open the weights of a stage")]
+    Store(#[from] StoreError),
+    /// Something must be at least one.
+    #[error("{what} must be at least 1")]
+    Zero {
+        /// What was 0.
+        what: &'static str,
+    },
+    /// There is not so much memory.
+    #[error("failed to get {bytes} bytes of memory for {what}")]
+    Memory {
+        /// What for.
+        what: &'static str,
+        /// How much; `u64::MAX` when it cannot be counted.
+        bytes: u64,
+    },
+    /// The operating system gave no threads.
+    #[error("failed to start {threads} compute threads")]
+    Threads {
+        /// How many.
+        threads: usize,
+        /// Why not.
+        source: rayon::ThreadPoolBuildError,
+    },
+}
+
+/// What one step gave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepOutput {
+    /// `[tokens of the step][hidden]`, zeros for rows that are not OK; empty on the last stage.
+    pub activations: Vec<f32>,
+    /// One for every row, in their order.
+    pub rows: Vec<RowOutcome>,
+}
+
+/// How one row went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowOutcome {
+    /// What it came in with, unless something happened here.
+    pub status: RowStatus,
+    /// For people, when it is not OK.
+    pub detail: String,
+    /// What was asked for; only on the last stage, and when the status is OK.
+    pub value: RowValue,
+}
+
+/// One stage's weights, KV cache and threads.
+pub struct Engine {
+    model: StageModel,
+    config: EngineConfig,
+    cache: KvCache,
+    buffers: Buffers,
+    /// One for each thread, which holds it for a whole step.
+    locals: Vec<Mutex<Local>>,
+    pool: rayon::ThreadPool,
+}
+
+impl Engine {
+    /// Gets memory and threads. KV pages are zero and untouched until a block is first written.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Zero`], [`EngineError::Memory`] and [`EngineError::Threads`].
+    pub fn new(model: StageModel, config: EngineConfig) -> Result<Self, EngineError> {
+        for (what, is_zero) in [
+            ("the number of threads", config.threads == 0),
+            ("the number of KV blocks", config.kv_blocks == 0),
+            ("the number of tokens in a step", config.max_step_tokens == 0),
+        ] {
+            if is_zero {
+                return Err(EngineError::Zero { what });
+            }
+        }
+        let cache = KvCache::new(model.config(), model.layer_count(), &config)?;
+        let buffers = Buffers::new(&model, &config)?;
+        let locals = (0..config.threads).map(|_| Mutex::new(Local::new(&model))).collect();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(config.threads)
+            .thread_name(|index| format!("engine-{index}"))
+            .build()
+            .map_err(|source| EngineError::Threads { threads: config.threads, source })?;
+        Ok(Self { model, config, cache, buffers, locals, pool })
+    }
+
+    /// Computes one step: `rows` in order, each seeing the KV of earlier rows of its sequence.
+    ///
+    /// `input` is `[tokens of the step][hidden]` for a later stage, and empty for the first. A row
+    /// with a status other than OK is passed over. A row fails alone: with
+    /// [`RowStatus::Invalid`] before anything of it is computed, with [`RowStatus::NotFinite`] when
+    /// its numbers leave the floats (its own KV is then worthless), or with
+    /// [`RowStatus::NeedState`] when it builds on an earlier row of the step that was not computed.
+    ///
+    /// # Panics
+    ///
+    /// If `input` has another length: the caller checks sizes first.
+    pub fn forward(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
+        let batch = Batch::new(rows, self.model.config(), &self.config);
+        let input_len =
+            if self.model.is_first() { 0 } else { batch.place_count() * self.hidden() };
+        assert_eq!(input.len(), input_len, "activations must match the tokens of the step");
+        let results = if batch.tokens().is_empty() {
+            Vec::new()
+        } else {
+            self.compute(&batch, input)
+        };
+        let activations = if self.is_last() { Vec::new() } else { self.activations(&batch) };
+        StepOutput { activations, rows: batch.finish(results) }
+    }
+
+    /// Enters the pool once, for the whole step.
+    fn compute(&mut self, batch: &Batch<'_>, input: &[f32]) -> Vec<head::PositionResult> {
+        let team = shared::Team::new(&self.pool);
+        let mut results = head::results(batch);
+        let step = step::Step {
+            backend: self.config.backend,
+            model: &self.model,
+            batch,
+            input,
+            cache: self.cache.lend(&team),
+            planes: self.buffers.lend(&team, batch.tokens().len()),
+            results: results.lend(&team, batch.wanted().len(), 1),
+            queue: shared::Queue::default(),
+        };
+        let locals = &self.locals;
+        shared::run(&self.pool, team, |member| {
+            // Not poisoned for good by a step that panicked: nothing in it outlives a step.
+            let mut local =
+                locals[member.index()].lock().unwrap_or_else(PoisonError::into_inner);
+            step.walk(member, &mut local)
+        });
+        drop(step);
+        results.into_values()
+    }
+
+    /// The residual stream in the places of the step's tokens, zeros where a row failed.
+    fn activations(&self, batch: &Batch<'_>) -> Vec<f32> {
+        let hidden = self.hidden();
+        let mut activations = vec![0.0; batch.place_count() * hidden];
+        let computed = self.buffers.residual().chunks_exact(hidden);
+        for (token, from) in batch.tokens().iter().zip(computed) {
+            if !batch.has_failed(token.row) {
+                activations[token.place * hidden..][..hidden].copy_from_slice(from);
+            }
+        }
+        activations
+    }
+
+    /// Bytes of the mapped weights of this stage.
+    pub fn weight_bytes(&self) -> u64 {
+        self.model.weight_bytes()
+    }
+
+    /// Bytes of this stage's KV cache when every block was used.
+    pub fn kv_bytes(&self) -> u64 {
+        let EngineConfig { kv_type, kv_blocks, .. } = self.config;
+        kv_bytes(self.model.config(), self.model.layer_count(), kv_type, kv_blocks)
+    }
+
+    /// Whether the model's first layer is here, and so the embedding.
+    pub fn is_first(&self) -> bool {
+        self.model.is_first()
+    }
+
+    /// Whether the model's last layer is here, and so norm, head and sampler.
+    pub fn is_last(&self) -> bool {
+        self.model.is_last()
+    }
+
+    /// The layers of this stage.
+    pub fn layers(&self) -> Range<u32> {
+        self.model.layers()
+    }
+
+    /// Width of the residual stream.
+    pub fn hidden(&self) -> usize {
+        self.model.config().hidden as usize
+    }
+
+    /// Tokens that the model knows.
+    pub fn vocab(&self) -> usize {
+        self.model.config().vocab as usize
+    }
+
+    /// How it computes.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+}
+
+/// Bytes of the KV cache of `layers` layers with `blocks` blocks; `u64::MAX` when it cannot be
+/// counted.
+pub fn kv_bytes(config: &ModelConfig, layers: u32, kv_type: KvType, blocks: u32) -> u64 {
+    let factors = [
+        u64::from(layers),
+        u64::from(blocks),
+        u64::from(proto::BLOCK_TOKENS),
+        u64::from(config.kv_heads),
+        u64::from(config.head_dim),
+        u64::from(kv_type.value_bytes()),
+    ];
+    // Keys and values.
+    factors.into_iter().fold(2, u64::saturating_mul)
+}
+
+#[cfg(test)]
+mod tests;

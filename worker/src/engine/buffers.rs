@@ -1,0 +1,282 @@
+//! The working memory of an engine: allocated once for the largest step, lent to every step.
+
+use kernels::{ATTENTION_STATE_HEADER, Quantised, padded_cols};
+
+use super::shared::{Buffer, Member, Shared, Team};
+use super::{EngineConfig, EngineError, StageModel, sampler};
+
+/// Tokens in an attention segment (`docs/numerics.md`): segments may run on different threads.
+pub(super) const SEGMENT_TOKENS: usize = 256;
+
+/// Positions whose logits are computed at once: enough that the head is limited by arithmetic and
+/// not by reading it, few enough that the logits of a large vocabulary stay within some MiB.
+pub(super) const HEAD_POSITIONS: usize = 16;
+
+/// Below so many (token, head) pairs a thread, attention is split into segments as well.
+pub(super) const PAIRS_PER_THREAD: usize = 4;
+
+/// Everything that a step writes beside KV and results. Shapes in tokens `n` of the step.
+pub(super) struct Buffers {
+    widths: Widths,
+    residual: Buffer<f32>,
+    product: Buffer<f32>,
+    query: Buffer<f32>,
+    key: Buffer<f32>,
+    value: Buffer<f32>,
+    attended: Buffer<f32>,
+    gate: Buffer<f32>,
+    up: Buffer<f32>,
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+    hidden_codes: CodesBuffer,
+    attended_codes: CodesBuffer,
+    ffn_codes: CodesBuffer,
+    partial_states: Buffer<f32>,
+    head_input: Buffer<f32>,
+    logits: Buffer<f32>,
+}
+
+/// [`Buffers`] in the hands of a team.
+pub(super) struct Planes<'a> {
+    /// `[n][hidden]`: the residual stream.
+    pub(super) residual: Shared<'a, f32>,
+    /// `[n][hidden]`: what is to be added to it.
+    pub(super) product: Shared<'a, f32>,
+    /// `[n][heads * d]`, before RoPE.
+    pub(super) query: Shared<'a, f32>,
+    /// `[n][kv heads * d]`, before RoPE.
+    pub(super) key: Shared<'a, f32>,
+    /// `[n][kv heads * d]`.
+    pub(super) value: Shared<'a, f32>,
+    /// `[n * heads][d]`: one row for each pair of token and head.
+    pub(super) attended: Shared<'a, f32>,
+    /// `[n][ffn]`.
+    pub(super) gate: Shared<'a, f32>,
+    /// `[n][ffn]`.
+    pub(super) up: Shared<'a, f32>,
+    /// `[n][d / 2]`.
+    pub(super) cos: Shared<'a, f32>,
+    /// `[n][d / 2]`.
+    pub(super) sin: Shared<'a, f32>,
+    /// `[n][hidden]`: what enters q, k, v, gate and up.
+    pub(super) hidden_codes: Codes<'a>,
+    /// `[n][heads * d]`: what enters o.
+    pub(super) attended_codes: Codes<'a>,
+    /// `[n][ffn]`: what enters down.
+    pub(super) ffn_codes: Codes<'a>,
+    /// `[pairs * segments][2 + d]`: attention of single segments.
+    pub(super) partial_states: Shared<'a, f32>,
+    /// `[HEAD_POSITIONS][hidden]`.
+    pub(super) head_input: Shared<'a, f32>,
+    /// `[HEAD_POSITIONS][vocab]`.
+    pub(super) logits: Shared<'a, f32>,
+}
+
+/// What is as wide as the model says.
+#[derive(Clone, Copy)]
+struct Widths {
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+    kv: usize,
+    ffn: usize,
+    vocab: usize,
+    partial_states: usize,
+    head_positions: usize,
+}
+
+impl Buffers {
+    /// Gets memory for steps of `config.max_step_tokens`.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Memory`].
+    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Result<Self, EngineError> {
+        let shape = model.config();
+        let n = config.max_step_tokens as usize;
+        let segments = (shape.context as usize).div_ceil(SEGMENT_TOKENS);
+        let widths = Widths {
+            hidden: shape.hidden as usize,
+            heads: shape.heads as usize,
+            head_dim: shape.head_dim as usize,
+            kv: shape.kv_heads as usize * shape.head_dim as usize,
+            ffn: shape.ffn as usize,
+            vocab: shape.vocab as usize,
+            partial_states: PAIRS_PER_THREAD.saturating_mul(config.threads).saturating_mul(segments),
+            head_positions: if model.is_last() { HEAD_POSITIONS.min(n) } else { 0 },
+        };
+        let Widths { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =
+            widths;
+        let state = ATTENTION_STATE_HEADER + head_dim;
+        // A little more than what is allocated below: some of the codes count as floats.
+        let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 4 * ffn + head_dim;
+        let floats = (n as u128 * a_token as u128)
+            + partial_states as u128 * state as u128
+            + head_positions as u128 * (hidden + vocab) as u128;
+        let bytes = u64::try_from(4 * floats).unwrap_or(u64::MAX);
+        check_memory("the working memory of a step", bytes)?;
+        let floats = |width: usize| Buffer::new(0.0f32, n * width);
+        Ok(Self {
+            widths,
+            residual: floats(hidden),
+            product: floats(hidden),
+            query: floats(heads * head_dim),
+            key: floats(kv),
+            value: floats(kv),
+            attended: floats(heads * head_dim),
+            gate: floats(ffn),
+            up: floats(ffn),
+            cos: floats(head_dim / 2),
+            sin: floats(head_dim / 2),
+            hidden_codes: CodesBuffer::new(n, hidden),
+            attended_codes: CodesBuffer::new(n, heads * head_dim),
+            ffn_codes: CodesBuffer::new(n, ffn),
+            partial_states: Buffer::new(0.0, partial_states * state),
+            head_input: Buffer::new(0.0, head_positions * hidden),
+            logits: Buffer::new(0.0, head_positions * vocab),
+        })
+    }
+
+    /// Lends what a step of `n` tokens needs.
+    pub(super) fn lend(&mut self, team: &Team, n: usize) -> Planes<'_> {
+        let w = self.widths;
+        Planes {
+            residual: self.residual.lend(team, n, w.hidden),
+            product: self.product.lend(team, n, w.hidden),
+            query: self.query.lend(team, n, w.heads * w.head_dim),
+            key: self.key.lend(team, n, w.kv),
+            value: self.value.lend(team, n, w.kv),
+            attended: self.attended.lend(team, n * w.heads, w.head_dim),
+            gate: self.gate.lend(team, n, w.ffn),
+            up: self.up.lend(team, n, w.ffn),
+            cos: self.cos.lend(team, n, w.head_dim / 2),
+            sin: self.sin.lend(team, n, w.head_dim / 2),
+            hidden_codes: self.hidden_codes.lend(team, n),
+            attended_codes: self.attended_codes.lend(team, n),
+            ffn_codes: self.ffn_codes.lend(team, n),
+            partial_states: self.partial_states.lend(
+                team,
+                w.partial_states,
+                ATTENTION_STATE_HEADER + w.head_dim,
+            ),
+            head_input: self.head_input.lend(team, w.head_positions, w.hidden),
+            logits: self.logits.lend(team, w.head_positions, w.vocab),
+        }
+    }
+
+    /// The residual stream as the last step left it: `[n][hidden]` and more.
+    pub(super) fn residual(&self) -> &[f32] {
+        self.residual.values()
+    }
+}
+
+/// int8 activations of every token, with scales and sums.
+struct CodesBuffer {
+    stride: usize,
+    codes: Buffer<i8>,
+    scales: Buffer<f32>,
+    sums: Buffer<i32>,
+}
+
+impl CodesBuffer {
+    fn new(n: usize, width: usize) -> Self {
+        let stride = padded_cols(width);
+        Self {
+            stride,
+            codes: Buffer::new(0, n * stride),
+            scales: Buffer::new(0.0, n),
+            sums: Buffer::new(0, n),
+        }
+    }
+
+    fn lend(&mut self, team: &Team, n: usize) -> Codes<'_> {
+        Codes {
+            stride: self.stride,
+            codes: self.codes.lend(team, n, self.stride),
+            scales: self.scales.lend(team, n, 1),
+            sums: self.sums.lend(team, n, 1),
+        }
+    }
+}
+
+/// [`CodesBuffer`] in the hands of a team.
+pub(super) struct Codes<'a> {
+    stride: usize,
+    codes: Shared<'a, i8>,
+    scales: Shared<'a, f32>,
+    sums: Shared<'a, i32>,
+}
+
+impl Codes<'_> {
+    /// Quantises `x` into row `token`, which becomes all zeros if that cannot be done.
+    ///
+    /// # Errors
+    ///
+    /// [`kernels::NotFinite`] if `x` holds a NaN or an infinity.
+    pub(super) fn quantise(
+        &self,
+        member: &Member<'_>,
+        backend: kernels::Backend,
+        token: usize,
+        x: &[f32],
+    ) -> Result<(), kernels::NotFinite> {
+        let codes = self.codes.row(member, token);
+        let outcome = backend.quantise(x, codes);
+        let (scale, sum) = outcome.unwrap_or_else(|_| {
+            codes.fill(0);
+            (1.0, 0)
+        });
+        self.scales.row(member, token)[0] = scale;
+        self.sums.row(member, token)[0] = sum;
+        outcome.map(|_| ())
+    }
+
+    /// All rows, to read in this phase.
+    pub(super) fn read<'m>(&'m self, member: &'m Member<'_>) -> Quantised<'m> {
+        let codes = self.codes.read(member);
+        Quantised::new(codes, self.stride, self.scales.read(member), self.sums.read(member))
+    }
+}
+
+/// What one thread needs for itself.
+pub(super) struct Local {
+    /// As wide as the widest product's input.
+    pub(super) normed: Vec<f32>,
+    /// `[d]`: a query or a key after RoPE.
+    pub(super) rotated: Vec<f32>,
+    /// `[2 + d]`: the segments so far.
+    pub(super) state: Vec<f32>,
+    /// `[2 + d]`: the current segment.
+    pub(super) segment: Vec<f32>,
+    /// On the last stage.
+    pub(super) sampler: Option<sampler::Scratch>,
+}
+
+impl Local {
+    pub(super) fn new(model: &StageModel) -> Self {
+        let shape = model.config();
+        let head_dim = shape.head_dim as usize;
+        let attended = shape.heads as usize * head_dim;
+        let widest = (shape.hidden as usize).max(shape.ffn as usize).max(attended);
+        let state = ATTENTION_STATE_HEADER + head_dim;
+        Self {
+            normed: vec![0.0; widest],
+            rotated: vec![0.0; head_dim],
+            state: vec![0.0; state],
+            segment: vec![0.0; state],
+            sampler: model.is_last().then(|| sampler::Scratch::new(shape.vocab as usize)),
+        }
+    }
+}
+
+/// Asks for `bytes` and gives them back untouched: so that too much is an error here and not the
+/// end of the process in an allocation that cannot fail politely.
+///
+/// # Errors
+///
+/// [`EngineError::Memory`].
+pub(super) fn check_memory(what: &'static str, bytes: u64) -> Result<(), EngineError> {
+    let asked = usize::try_from(bytes).ok();
+    let granted = asked.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
+    if granted { Ok(()) } else { Err(EngineError::Memory { what, bytes }) }
+}

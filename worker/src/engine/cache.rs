@@ -1,0 +1,168 @@
+//! The KV cache: where a block of a layer lies. Which block holds what is the scheduler's business.
+//!
+//! A layer's memory is `[kv head][block]`, each block K `[dimension][32 tokens]` and then V
+//! `[32 tokens][dimension]`. A KV head comes first so that a thread that stores keys owns one
+//! contiguous part.
+
+use kernels::{KV_BLOCK_TOKENS, KvBlock, KvBlockMut};
+use model::ModelConfig;
+use proto::plan::KvType;
+
+use super::shared::{Buffer, Member, Shared, Team};
+use super::{EngineConfig, EngineError, buffers, kv_bytes};
+
+/// The KV cache of a stage.
+pub(super) struct KvCache {
+    layers: Layers,
+    kv_heads: usize,
+    /// Values of K, and of V, in one block of one KV head.
+    half_block: usize,
+    blocks: usize,
+}
+
+/// One buffer for each layer.
+enum Layers {
+    F16(Vec<Buffer<u16>>),
+    F32(Vec<Buffer<f32>>),
+}
+
+impl KvCache {
+    /// Gets zero pages for all blocks of `layers` layers, untouched.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Memory`].
+    pub(super) fn new(
+        model: &ModelConfig,
+        layers: u32,
+        config: &EngineConfig,
+    ) -> Result<Self, EngineError> {
+        let bytes = kv_bytes(model, layers, config.kv_type, config.kv_blocks);
+        buffers::check_memory("the KV cache", bytes)?;
+        let kv_heads = model.kv_heads as usize;
+        let half_block = model.head_dim as usize * KV_BLOCK_TOKENS;
+        let blocks = config.kv_blocks as usize;
+        let len = kv_heads * blocks * 2 * half_block;
+        let layers = match config.kv_type {
+            KvType::F16 => Layers::F16((0..layers).map(|_| Buffer::new(0, len)).collect()),
+            KvType::F32 => Layers::F32((0..layers).map(|_| Buffer::new(0.0, len)).collect()),
+        };
+        Ok(Self { layers, kv_heads, half_block, blocks })
+    }
+
+    /// Lends all of it to a team.
+    pub(super) fn lend(&mut self, team: &Team) -> SharedCache<'_> {
+        let (rows, width) = (self.kv_heads, self.blocks * 2 * self.half_block);
+        let layers = match &mut self.layers {
+            Layers::F16(layers) => SharedLayers::F16(
+                layers.iter_mut().map(|layer| layer.lend(team, rows, width)).collect(),
+            ),
+            Layers::F32(layers) => SharedLayers::F32(
+                layers.iter_mut().map(|layer| layer.lend(team, rows, width)).collect(),
+            ),
+        };
+        SharedCache { layers, half_block: self.half_block, blocks: self.blocks }
+    }
+}
+
+/// The KV cache in the hands of a team.
+pub(super) struct SharedCache<'a> {
+    layers: SharedLayers<'a>,
+    half_block: usize,
+    blocks: usize,
+}
+
+enum SharedLayers<'a> {
+    F16(Vec<Shared<'a, u16>>),
+    F32(Vec<Shared<'a, f32>>),
+}
+
+impl SharedCache<'_> {
+    /// All blocks of one KV head of layer `layer`, to write in this phase.
+    ///
+    /// # Panics
+    ///
+    /// If they were given away in this phase before.
+    pub(super) fn head<'m>(
+        &'m self,
+        member: &'m Member<'_>,
+        layer: usize,
+        kv_head: usize,
+    ) -> HeadMut<'m> {
+        let values = match &self.layers {
+            SharedLayers::F16(layers) => ValuesMut::F16(layers[layer].row(member, kv_head)),
+            SharedLayers::F32(layers) => ValuesMut::F32(layers[layer].row(member, kv_head)),
+        };
+        HeadMut { values, half_block: self.half_block }
+    }
+
+    /// Layer `layer`, to read in this phase.
+    pub(super) fn layer<'m>(&'m self, member: &'m Member<'_>, layer: usize) -> Layer<'m> {
+        let values = match &self.layers {
+            SharedLayers::F16(layers) => Values::F16(layers[layer].read(member)),
+            SharedLayers::F32(layers) => Values::F32(layers[layer].read(member)),
+        };
+        Layer { values, half_block: self.half_block, blocks: self.blocks }
+    }
+}
+
+/// All blocks of one KV head, writable.
+pub(super) struct HeadMut<'m> {
+    values: ValuesMut<'m>,
+    half_block: usize,
+}
+
+enum ValuesMut<'m> {
+    F16(&'m mut [u16]),
+    F32(&'m mut [f32]),
+}
+
+impl HeadMut<'_> {
+    /// Block `block` of this head.
+    pub(super) fn block(&mut self, block: u32) -> KvBlockMut<'_> {
+        let start = block as usize * 2 * self.half_block;
+        let end = start + 2 * self.half_block;
+        match &mut self.values {
+            ValuesMut::F16(values) => {
+                let (k, v) = values[start..end].split_at_mut(self.half_block);
+                KvBlockMut::F16 { k, v }
+            }
+            ValuesMut::F32(values) => {
+                let (k, v) = values[start..end].split_at_mut(self.half_block);
+                KvBlockMut::F32 { k, v }
+            }
+        }
+    }
+}
+
+/// One layer's keys and values, readable.
+#[derive(Clone, Copy)]
+pub(super) struct Layer<'m> {
+    values: Values<'m>,
+    half_block: usize,
+    blocks: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Values<'m> {
+    F16(&'m [u16]),
+    F32(&'m [f32]),
+}
+
+impl<'m> Layer<'m> {
+    /// Block `block` of KV head `kv_head`.
+    pub(super) fn block(&self, kv_head: usize, block: u32) -> KvBlock<'m> {
+        let start = (kv_head * self.blocks + block as usize) * 2 * self.half_block;
+        let end = start + 2 * self.half_block;
+        match self.values {
+            Values::F16(values) => {
+                let (k, v) = values[start..end].split_at(self.half_block);
+                KvBlock::F16 { k, v }
+            }
+            Values::F32(values) => {
+                let (k, v) = values[start..end].split_at(self.half_block);
+                KvBlock::F32 { k, v }
+            }
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! From logits to a token. The order of operations is in `docs/numerics.md`, section "Sampling".
+//!
+//! Nothing here keeps state: the same logits, parameters and position give the same token, whoever
+//! computes it and whatever was computed before.
+
+use kernels::Backend;
+use proto::limits::TOP_LOGPROBS;
+use proto::step::{Sampled, SamplingParameters, TokenLogprob};
+
+/// Candidates put in order at first; eight times as many whenever they do not suffice. A draw from
+/// a trained model seldom needs more than a few.
+const FIRST_RANKED: usize = 64;
+
+/// Working memory for one row.
+pub(super) struct Scratch {
+    /// `[vocab]`: logits after penalties and bias.
+    adjusted: Vec<f32>,
+    /// `[vocab]`: arguments of exp.
+    exponents: Vec<f32>,
+    /// `[vocab]`: results of exp.
+    weights: Vec<f32>,
+    /// `[vocab]`: tokens, partly in order.
+    tokens: Vec<u32>,
+}
+
+impl Scratch {
+    pub(super) fn new(vocab: usize) -> Self {
+        Self {
+            adjusted: vec![0.0; vocab],
+            exponents: vec![0.0; vocab],
+            weights: vec![0.0; vocab],
+            tokens: vec![0; vocab],
+        }
+    }
+}
+
+/// Penalties or bias made a logit infinite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NotFinite;
+
+/// Refuses parameters that have no meaning, in words.
+pub(super) fn check(parameters: &SamplingParameters, vocab: u32) -> Result<(), String> {
+    let p = parameters;
+    let demand = |holds: bool, name: &str, needs: &str, found: f32| {
+        if holds { Ok(()) } else { Err(format!("{name} must be {needs}, found {found}")) }
+    };
+    let is_at_least_0 = |x: f32| x.is_finite() && x >= 0.0;
+    demand(is_at_least_0(p.temperature), "temperature", "finite and at least 0", p.temperature)?;
+    demand(p.top_p > 0.0 && p.top_p <= 1.0, "top_p", "above 0 and at most 1", p.top_p)?;
+    demand((0.0..=1.0).contains(&p.min_p), "min_p", "between 0 and 1", p.min_p)?;
+    let repetition = p.repetition_penalty;
+    demand(
+        repetition.is_finite() && repetition > 0.0,
+        "repetition_penalty",
+        "finite and above 0",
+        repetition,
+    )?;
+    demand(p.presence_penalty.is_finite(), "presence_penalty", "finite", p.presence_penalty)?;
+    demand(p.frequency_penalty.is_finite(), "frequency_penalty", "finite", p.frequency_penalty)?;
+    for &(token, bias) in &p.logit_bias {
+        demand(bias.is_finite(), "logit_bias", "finite", bias)?;
+        if token >= vocab {
+            return Err(format!("logit_bias names token {token} of a vocabulary of {vocab}"));
+        }
+    }
+    for (name, counts) in [("prompt", &p.prompt_counts), ("output", &p.output_counts)] {
+        if !counts.is_sorted_by(|a, b| a.0 < b.0) {
+            return Err(format!("{name} counts must be in ascending order of tokens"));
+        }
+        if let Some(&(token, _)) = counts.last().filter(|last| last.0 >= vocab) {
+            return Err(format!("{name} counts name token {token} of a vocabulary of {vocab}"));
+        }
+    }
+    match p.top_logprobs {
+        Some(count) if count > TOP_LOGPROBS => {
+            Err(format!("top_logprobs must be at most {TOP_LOGPROBS}, found {count}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Draws the token at `position` from finite `logits`, with parameters that [`check`] admits.
+///
+/// # Errors
+///
+/// [`NotFinite`] if penalties or bias made a logit infinite.
+pub(super) fn sample(
+    backend: Backend,
+    logits: &[f32],
+    parameters: &SamplingParameters,
+    position: u32,
+    scratch: &mut Scratch,
+) -> Result<Sampled, NotFinite> {
+    scratch.adjusted.copy_from_slice(logits);
+    adjust(&mut scratch.adjusted, parameters);
+    if !scratch.adjusted.iter().all(|logit| logit.is_finite()) {
+        return Err(NotFinite);
+    }
+    let token = if parameters.temperature == 0.0 {
+        argmax(&scratch.adjusted)
+    } else {
+        draw(backend, parameters, position, scratch)
+    };
+    let Some(top_count) = parameters.top_logprobs else {
+        return Ok(Sampled { token, logprob: None, top: Vec::new() });
+    };
+    let softmax = LogSoftmax::new(backend, logits, scratch);
+    let mut ranking = Ranking::new(logits, &mut scratch.tokens);
+    let top_count = (top_count as usize).min(logits.len());
+    let top = (0..top_count)
+        .map(|rank| {
+            let token = ranking.token(rank);
+            TokenLogprob { token, logprob: softmax.at(logits, token) }
+        })
+        .collect();
+    Ok(Sampled { token, logprob: Some(softmax.at(logits, token)), top })
+}
+
+/// ln of the probability of `target` after finite `logits`.
+pub(super) fn score(backend: Backend, logits: &[f32], target: u32, scratch: &mut Scratch) -> f32 {
+    LogSoftmax::new(backend, logits, scratch).at(logits, target)
+}
+
+/// The greatest logit's token; the lowest of equals.
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (token, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = token;
+        }
+    }
+    best as u32
+}
+
+/// Penalties, then bias: the repetition penalty looks at a logit's sign, which is the model's.
+fn adjust(logits: &mut [f32], parameters: &SamplingParameters) {
+    let p = parameters;
+    if p.repetition_penalty != 1.0 {
+        let seen_in_prompt =
+            |token: u32| p.prompt_counts.binary_search_by_key(&token, |&(token, _)| token).is_ok();
+        let in_prompt = p.prompt_counts.iter().map(|&(token, _)| token);
+        let in_output = p.output_counts.iter().map(|&(token, _)| token);
+        for token in in_prompt.chain(in_output.filter(|&token| !seen_in_prompt(token))) {
+            let logit = &mut logits[token as usize];
+            *logit = if *logit > 0.0 {
+                *logit / p.repetition_penalty
+            } else {
+                *logit * p.repetition_penalty
+            };
+        }
+    }
+    for &(token, count) in &p.output_counts {
+        if count > 0 {
+            let logit = &mut logits[token as usize];
+            *logit -= p.frequency_penalty * count as f32;
+            *logit -= p.presence_penalty;
+        }
+    }
+    for &(token, bias) in &p.logit_bias {
+        logits[token as usize] += bias;
+    }
+}
+
+/// A draw from the softmax of `scratch.adjusted` at a temperature above 0, after the cuts.
+fn draw(
+    backend: Backend,
+    parameters: &SamplingParameters,
+    position: u32,
+    scratch: &mut Scratch,
+) -> u32 {
+    let vocab = scratch.adjusted.len();
+    let best = scratch.adjusted[argmax(&scratch.adjusted) as usize];
+    for (exponent, &logit) in scratch.exponents.iter_mut().zip(&scratch.adjusted) {
+        // At most 0 and exactly 0 for the best: no temperature is so low that this overflows.
+        *exponent = (logit - best) / parameters.temperature;
+    }
+    backend.exp(&scratch.exponents, &mut scratch.weights);
+    let mut ranking = Ranking::new(&scratch.adjusted, &mut scratch.tokens);
+    let top_k = parameters.top_k as usize;
+    let kept_by_top_k = if top_k == 0 { vocab } else { top_k.min(vocab) };
+    if kept_by_top_k < vocab {
+        ranking.rank_first(kept_by_top_k);
+        for &token in &ranking.tokens[kept_by_top_k..] {
+            scratch.weights[token as usize] = 0.0;
+        }
+    }
+    let weights = &scratch.weights;
+    let total = f64::from(backend.sum(weights));
+    let has_more_cuts = parameters.top_p < 1.0 || parameters.min_p > 0.0;
+    let (kept, total) = if has_more_cuts {
+        cut(&mut ranking, weights, kept_by_top_k, total, parameters)
+    } else {
+        (kept_by_top_k, total)
+    };
+    let target = uniform(parameters.seed, parameters.choice, position) * total;
+    let mut cumulative = 0.0;
+    let mut last_possible = ranking.token(0);
+    for rank in 0..kept {
+        let token = ranking.token(rank);
+        let weight = weights[token as usize];
+        cumulative += f64::from(weight);
+        if cumulative > target {
+            return token;
+        }
+        if weight > 0.0 {
+            last_possible = token;
+        }
+    }
+    // Rounding can leave the sum at or under the target.
+    last_possible
+}
+
+/// How many of the best candidates top-p and min-p keep, and the sum of their weights.
+fn cut(
+    ranking: &mut Ranking<'_>,
+    weights: &[f32],
+    kept_by_top_k: usize,
+    total: f64,
+    parameters: &SamplingParameters,
+) -> (usize, f64) {
+    let enough =
+        if parameters.top_p < 1.0 { f64::from(parameters.top_p) * total } else { f64::INFINITY };
+    let mut cumulative = 0.0;
+    for rank in 0..kept_by_top_k {
+        let weight = weights[ranking.token(rank) as usize];
+        // The best has weight 1, so this is the share of the best's probability.
+        if rank > 0 && weight < parameters.min_p {
+            return (rank, cumulative);
+        }
+        cumulative += f64::from(weight);
+        if cumulative >= enough {
+            return (rank + 1, cumulative);
+        }
+    }
+    (kept_by_top_k, cumulative)
+}
+
+/// Tokens by logit, descending, then by id; put in order no further than was asked for.
+struct Ranking<'a> {
+    logits: &'a [f32],
+    tokens: &'a mut [u32],
+    ranked: usize,
+}
+
+impl<'a> Ranking<'a> {
+    fn new(logits: &'a [f32], tokens: &'a mut [u32]) -> Self {
+        for (id, token) in tokens.iter_mut().enumerate() {
+            *token = id as u32;
+        }
+        Self { logits, tokens, ranked: 0 }
+    }
+
+    fn token(&mut self, rank: usize) -> u32 {
+        if rank >= self.ranked {
+            let more = (8 * self.ranked).max(FIRST_RANKED).max(rank + 1);
+            self.rank_first(more.min(self.tokens.len()));
+        }
+        self.tokens[rank]
+    }
+
+    /// Puts at least the first `count` in order.
+    fn rank_first(&mut self, count: usize) {
+        if count <= self.ranked {
+            return;
+        }
+        let logits = self.logits;
+        let order = |a: &u32, b: &u32| {
+            let (of_a, of_b) = (logits[*a as usize], logits[*b as usize]);
+            of_b.partial_cmp(&of_a).expect("logits are finite").then(a.cmp(b))
+        };
+        let unranked = &mut self.tokens[self.ranked..];
+        let new = count - self.ranked;
+        if new < unranked.len() {
+            unranked.select_nth_unstable_by(new, order);
+        }
+        unranked[..new].sort_unstable_by(order);
+        self.ranked = count;
+    }
+}
+
+/// ln softmax of raw logits: `(logit - max) - ln(sum of exp(logit - max))`.
+struct LogSoftmax {
+    max: f32,
+    ln_sum: f32,
+}
+
+impl LogSoftmax {
+    fn new(backend: Backend, logits: &[f32], scratch: &mut Scratch) -> Self {
+        let max = logits[argmax(logits) as usize];
+        for (exponent, &logit) in scratch.exponents.iter_mut().zip(logits) {
+            *exponent = logit - max;
+        }
+        backend.exp(&scratch.exponents, &mut scratch.weights);
+        let mut ln_sum = [0.0];
+        backend.ln(&[backend.sum(&scratch.weights)], &mut ln_sum);
+        Self { max, ln_sum: ln_sum[0] }
+    }
+
+    fn at(&self, logits: &[f32], token: u32) -> f32 {
+        (logits[token as usize] - self.max) - self.ln_sum
+    }
+}
+
+/// A number in `[0, 1)` for one place of one answer: 53 bits of a hash of the key.
+///
+/// The hash is three rounds of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+/// Generators", 2014), one for each part of the key. Each round is a bijection of its state, so two
+/// positions of one answer never share a hash. Stable for ever: a change would change answers.
+fn uniform(seed: u64, choice: u32, position: u32) -> f64 {
+    let state = split_mix(seed);
+    let state = split_mix(state ^ u64::from(choice));
+    let state = split_mix(state ^ u64::from(position));
+    (state >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// One output of SplitMix64 from state `z`.
+fn split_mix(z: u64) -> u64 {
+    let z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+#[cfg(test)]
+mod tests;

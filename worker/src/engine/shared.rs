@@ -1,0 +1,392 @@
+//! Disjoint writes by the threads of a step. The engine's only unsafe code, and all of its reasons.
+//!
+//! A step is a row of *phases* with a barrier between each two. In one phase a buffer is either
+//! read by every thread, or written in parts of which each is handed out once. That is checked
+//! while the program runs, in release builds too, so nothing outside this file can break it:
+//!
+//! 1. **Same phase everywhere.** [`run`] makes one [`Member`] for each thread of the pool and a
+//!    barrier for exactly so many. A member's phase number grows only in [`Member::next_phase`],
+//!    after the barrier. So two members that are running have the same number.
+//! 2. **References end with their phase.** Every reference borrows the `Member` it came from, and
+//!    `next_phase` needs the member whole: the compiler ends them before the barrier.
+//! 3. **One use of a buffer a phase.** Each buffer has an atomic word, `(phase, use)`: the first to
+//!    come in a phase sets the use, the others must agree with it or panic.
+//! 4. **Parts are handed out once.** Rows: each has an atomic with the phase in which it was last
+//!    given away; giving it away twice panics. Columns: they come from an atomic counter, so each
+//!    range is new.
+//! 5. **Only one team.** A buffer is lent to one team (`Shared` holds `&mut` of it) and knows its
+//!    number; a member of another panics. A team runs once: [`run`] takes it.
+//!
+//! The barrier makes what was written in one phase visible in the next (see `barrier.rs`).
+#![expect(unsafe_code, reason = "disjoint parts of one buffer for several threads")]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::{slice, thread};
+
+use kernels::Columns;
+
+use super::barrier::{Barrier, Poisoned};
+
+/// The use of a buffer in a phase. The kinds share no phase with one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum Use {
+    Read = 1,
+    WriteRows = 2,
+    WriteColumns = 3,
+}
+
+/// The threads of one step.
+pub(super) struct Team {
+    /// Unlike that of any other team of this process.
+    number: u64,
+    threads: usize,
+    barrier: Barrier,
+}
+
+impl Team {
+    /// A team of all threads of `pool`.
+    pub(super) fn new(pool: &rayon::ThreadPool) -> Self {
+        static TEAMS: AtomicU64 = AtomicU64::new(0);
+        let threads = pool.current_num_threads();
+        Self { number: TEAMS.fetch_add(1, SeqCst), threads, barrier: Barrier::new(threads) }
+    }
+}
+
+/// Runs `work` on every thread of `pool` at once and waits for all of them.
+///
+/// # Panics
+///
+/// If `work` panics on any thread: the others then find their barrier poisoned, so none waits for
+/// ever. Also if `pool` has another number of threads than `team`.
+pub(super) fn run<F>(pool: &rayon::ThreadPool, team: Team, work: F)
+where
+    F: Fn(&mut Member<'_>) -> Result<(), Poisoned> + Sync,
+{
+    assert_eq!(pool.current_num_threads(), team.threads, "a team of another pool");
+    let team = &team;
+    let outcomes = pool.broadcast(|context| {
+        let mut member =
+            Member { team, index: context.index(), phase: 1 };
+        let _poison = PoisonOnPanic(&team.barrier);
+        work(&mut member)
+    });
+    assert!(outcomes.iter().all(Result::is_ok), "a step ended early without a panic");
+}
+
+struct PoisonOnPanic<'t>(&'t Barrier);
+
+impl Drop for PoisonOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.poison();
+        }
+    }
+}
+
+/// One thread's part in a step: the right to use shared buffers in the current phase.
+pub(super) struct Member<'t> {
+    team: &'t Team,
+    index: usize,
+    phase: u32,
+}
+
+impl Member<'_> {
+    /// This thread's number, from 0.
+    pub(super) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// How many threads the team has.
+    pub(super) fn threads(&self) -> usize {
+        self.team.threads
+    }
+
+    /// Waits until every thread has finished this phase, and begins the next.
+    ///
+    /// # Errors
+    ///
+    /// [`Poisoned`] if another thread panicked.
+    pub(super) fn next_phase(&mut self) -> Result<(), Poisoned> {
+        self.team.barrier.wait()?;
+        self.phase = self.phase.checked_add(1).expect("a step has fewer than 2^32 phases");
+        Ok(())
+    }
+
+    /// The next `count` of `0..total` that no thread has taken in this phase; `None` at the end.
+    pub(super) fn take(&self, queue: &Queue, count: usize, total: usize) -> Option<Range<usize>> {
+        take(&queue.0, self.phase, count, total)
+    }
+}
+
+/// Hands out numbers, from 0 again in every phase. Decides who works on what, not what is allowed.
+#[derive(Default)]
+pub(super) struct Queue(AtomicU64);
+
+/// Moves a counter `(phase: high 32 bits, next: low 32 bits)` on by `count`, at most to `total`.
+fn take(counter: &AtomicU64, phase: u32, count: usize, total: usize) -> Option<Range<usize>> {
+    assert!(count > 0, "taking nothing never ends");
+    assert!(u32::try_from(total).is_ok(), "a phase has fewer than 2^32 parts");
+    let mut seen = counter.load(SeqCst);
+    loop {
+        let start = if seen >> 32 == u64::from(phase) { (seen & 0xffff_ffff) as usize } else { 0 };
+        if start >= total {
+            return None;
+        }
+        let end = start.saturating_add(count).min(total);
+        let next = u64::from(phase) << 32 | end as u64;
+        match counter.compare_exchange_weak(seen, next, SeqCst, SeqCst) {
+            Ok(_) => return Some(start..end),
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Memory that is lent to the teams of one step after another.
+pub(super) struct Buffer<T> {
+    values: Vec<T>,
+    /// The phase in which a row was last given away. Empty until lent.
+    given: Vec<AtomicU32>,
+}
+
+impl<T: Clone> Buffer<T> {
+    /// `len` copies of `value`.
+    pub(super) fn new(value: T, len: usize) -> Self {
+        Self { values: vec![value; len], given: Vec::new() }
+    }
+
+    /// What is in it.
+    pub(super) fn values(&self) -> &[T] {
+        &self.values
+    }
+
+    /// What was in it.
+    pub(super) fn into_values(self) -> Vec<T> {
+        self.values
+    }
+
+    /// Lends the first `rows * width` values to `team` as `[rows][width]`.
+    ///
+    /// # Panics
+    ///
+    /// If the buffer is smaller.
+    pub(super) fn lend<'a>(
+        &'a mut self,
+        team: &Team,
+        rows: usize,
+        width: usize,
+    ) -> Shared<'a, T> {
+        let len = rows.checked_mul(width).expect("a shape that fits memory");
+        let values = &mut self.values[..len];
+        self.given.clear();
+        self.given.resize_with(rows, || AtomicU32::new(0));
+        Shared {
+            team: team.number,
+            values: NonNull::from(values).cast(),
+            rows,
+            width,
+            purpose: AtomicU64::new(0),
+            columns: AtomicU64::new(0),
+            given: &self.given,
+            lent: PhantomData,
+        }
+    }
+}
+
+/// A buffer `[rows][width]` in the hands of a team.
+pub(super) struct Shared<'a, T> {
+    team: u64,
+    values: NonNull<T>,
+    rows: usize,
+    width: usize,
+    /// `(phase, use)`, 32 bits each.
+    purpose: AtomicU64,
+    /// The counter of [`take`].
+    columns: AtomicU64,
+    given: &'a [AtomicU32],
+    lent: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: threads get at the values only through `&Member`, by the five rules above: as shared
+// references, hence `T: Sync`, or as unique ones, which may move values, hence `T: Send`.
+unsafe impl<T: Send + Sync> Sync for Shared<'_, T> {}
+
+impl<T> Shared<'_, T> {
+    /// How many rows it has.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How many values a row has.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Settles or confirms the use of this buffer in the member's phase (rules 3 and 5).
+    fn enter(&self, member: &Member<'_>, purpose: Use) {
+        assert_eq!(self.team, member.team.number, "a buffer of another team");
+        let wanted = u64::from(member.phase) << 32 | u64::from(purpose as u32);
+        let mut seen = self.purpose.load(SeqCst);
+        while seen != wanted {
+            let is_new_phase = seen >> 32 != u64::from(member.phase);
+            assert!(is_new_phase, "a buffer is read and written in the same phase");
+            match self.purpose.compare_exchange_weak(seen, wanted, SeqCst, SeqCst) {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Everything, to read in this phase.
+    pub(super) fn read<'m>(&'m self, member: &'m Member<'_>) -> &'m [T] {
+        self.enter(member, Use::Read);
+        // SAFETY: `values` covers `rows * width` initialised values for the time of the loan, and
+        // in this phase nobody can get a unique reference (rule 3).
+        unsafe { slice::from_raw_parts(self.values.as_ptr(), self.rows * self.width) }
+    }
+
+    /// Row `row`, to write in this phase.
+    ///
+    /// # Panics
+    ///
+    /// If the row was given away in this phase before, or the buffer has another use in it.
+    #[expect(clippy::mut_from_ref, reason = "each row is given away once a phase (rule 4)")]
+    pub(super) fn row<'m>(&'m self, member: &'m Member<'_>, row: usize) -> &'m mut [T] {
+        self.enter(member, Use::WriteRows);
+        let before = self.given[row].swap(member.phase, SeqCst);
+        assert_ne!(before, member.phase, "row {row} is given away twice in a phase");
+        let start = self.values.as_ptr().wrapping_add(row * self.width);
+        // SAFETY: `given` has `rows` entries, so the row lies inside the loan; in this phase it was
+        // given to nobody else (rule 4) and nothing but rows is handed out (rule 3).
+        unsafe { slice::from_raw_parts_mut(start, self.width) }
+    }
+}
+
+impl Shared<'_, f32> {
+    /// The next `count` columns of the first `rows` rows, to write in this phase; `None` when all
+    /// columns are given away.
+    pub(super) fn columns<'m>(
+        &'m self,
+        member: &'m Member<'_>,
+        rows: usize,
+        count: usize,
+    ) -> Option<(Range<usize>, Columns<'m>)> {
+        assert!(rows <= self.rows, "{rows} rows of {}", self.rows);
+        self.enter(member, Use::WriteColumns);
+        let range = take(&self.columns, member.phase, count, self.width)?;
+        // SAFETY: the loan covers at least `rows` rows of `width` values; `range` lies inside a row and
+        // was given to nobody else in this phase (rule 4), in which only columns are handed out (rule 3).
+        let columns =
+            unsafe { Columns::from_raw(self.values.as_ptr(), rows, self.width, range.clone()) };
+        Some((range, columns))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    const ROWS: usize = 37;
+    const WIDTH: usize = 50;
+
+    fn pool(threads: usize) -> rayon::ThreadPool {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+    }
+
+    /// Runs `work` with a buffer of its own on three threads; tells whether it panicked.
+    fn panics(work: impl Fn(&mut Member<'_>, &Shared<'_, f32>) -> Result<(), Poisoned> + Sync) -> bool {
+        let pool = pool(3);
+        let team = Team::new(&pool);
+        let mut buffer = Buffer::new(0.0f32, ROWS * WIDTH);
+        let shared = buffer.lend(&team, ROWS, WIDTH);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            run(&pool, team, |member| work(member, &shared));
+        }));
+        outcome.is_err()
+    }
+
+    #[test]
+    fn rows_then_columns_reach_every_value_once() {
+        let pool = pool(4);
+        let team = Team::new(&pool);
+        let mut buffer = Buffer::new(0.0f32, ROWS * WIDTH);
+        let shared = buffer.lend(&team, ROWS, WIDTH);
+        let queue = Queue::default();
+        run(&pool, team, |member| {
+            while let Some(rows) = member.take(&queue, 2, ROWS) {
+                for row in rows {
+                    shared.row(member, row).iter_mut().for_each(|value| *value += 1.0);
+                }
+            }
+            member.next_phase()?;
+            while let Some((range, mut columns)) = shared.columns(member, ROWS, 7) {
+                for row in 0..ROWS {
+                    assert_eq!(columns.row(row).len(), range.len());
+                    columns.row(row).iter_mut().for_each(|value| *value += 10.0);
+                }
+            }
+            member.next_phase()?;
+            assert!(shared.read(member).iter().all(|&value| value == 11.0));
+            Ok(())
+        });
+        assert!(buffer.values().iter().all(|&value| value == 11.0));
+    }
+
+    #[test]
+    fn a_row_is_given_away_once_a_phase() {
+        assert!(panics(|member, shared| {
+            shared.row(member, 5);
+            Ok(())
+        }));
+        assert!(!panics(|member, shared| {
+            shared.row(member, member.index())[0] = 1.0;
+            member.next_phase()?;
+            shared.row(member, member.index())[0] = 2.0;
+            Ok(())
+        }));
+    }
+
+    #[test]
+    fn a_buffer_has_one_use_a_phase() {
+        assert!(panics(|member, shared| {
+            shared.read(member);
+            shared.row(member, member.index());
+            Ok(())
+        }));
+        assert!(panics(|member, shared| {
+            shared.row(member, member.index());
+            shared.columns(member, ROWS, 1);
+            Ok(())
+        }));
+    }
+
+    #[test]
+    fn another_team_gets_nothing() {
+        let pool = pool(2);
+        let (lent_to, other) = (Team::new(&pool), Team::new(&pool));
+        let mut buffer = Buffer::new(0.0f32, 4);
+        let shared = buffer.lend(&lent_to, 2, 2);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            run(&pool, other, |member| {
+                shared.read(member);
+                Ok(())
+            });
+        }));
+        assert!(outcome.is_err());
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_nobody_hangs() {
+        assert!(panics(|member, _| {
+            member.next_phase()?;
+            assert_ne!(member.index(), 1, "one of three");
+            member.next_phase()?;
+            member.next_phase()
+        }));
+    }
+}
