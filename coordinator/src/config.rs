@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// Where the gRPC API listens unless told otherwise.
 pub const DEFAULT_GRPC: SocketAddr =
-    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 7420);
 
 /// Where the HTTP API listens unless told otherwise.
 pub const DEFAULT_HTTP: SocketAddr =
@@ -19,7 +19,9 @@ pub const DEFAULT_HTTP: SocketAddr =
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Name of the cluster: which keys in the registry are its own.
+    /// Name of the cluster: which keys in the registry are its own. In a file it stands above the
+    /// sections, for workers need it too.
+    #[serde(skip)]
     pub cluster: String,
     /// Directory of the model's store.
     pub model: PathBuf,
