@@ -19,8 +19,10 @@ pub mod manifest;
 mod progress;
 pub mod safetensors;
 pub mod shard;
+mod staging;
 pub mod store;
 pub mod synth;
+mod writer;
 
 pub use bundled::{BundledModel, bundled, import_bundled};
 pub use config::{Activation, ConfigError, ModelConfig};
@@ -29,5 +31,6 @@ pub use import::{ImportError, ImportOptions, Imported, import};
 pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};
 pub use progress::Progress;
 pub use shard::{EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ShardError};
+pub use staging::WriteError;
 pub use store::{Store, StoreError, find_stores};
-pub use synth::{SynthShape, synth};
+pub use synth::{SynthError, SynthShape, synth};
