@@ -2,6 +2,12 @@
 
 use std::ops::Range;
 
+mod search;
+#[cfg(test)]
+mod tests;
+
+use search::Search;
+
 /// What the layers of a model cost, whoever computes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelCosts {
@@ -98,7 +104,7 @@ pub enum PlanError {
     /// Memory is short, whatever the speeds.
     #[error(
         "the model does not fit: the workers have {memory_bytes} bytes in all, weights and \
-         {kv_blocks} KV blocks need {needed_bytes}{}",
+         {kv_blocks} KV blocks need {needed_bytes} bytes{}",
         if memory_bytes >= needed_bytes { ", and no cut into whole layers makes every stage fit" } else { "" }
     )]
     DoesNotFit {
@@ -111,15 +117,77 @@ pub enum PlanError {
     },
 }
 
+/// Numbers of stages whose bottlenecks differ by less than this many per mille count as equal, and
+/// the fewer stages win: measured speeds are no better, and every stage is one more that can die.
+const TIE_PER_MILLE: u64 = 10;
+
+/// A plan that keeps what served before may be slower than the best one by so many per cent:
+/// layers that stay are in the page cache of their worker.
+const KEEP_PERCENT: u64 = 20;
+
 /// The pipeline whose slowest stage is as fast as it can be.
+///
+/// Layers are uniform, so only the number of layers of each worker matters, and who holds the
+/// embedding (memory) and the head (memory and time). For a bound on the slowest stage every
+/// worker can take `min(layers that fit, (bound - head) / layer time)` layers; the bound is
+/// feasible if the shares of some choice of workers add up to all layers. Shares only grow with
+/// the bound, so the least bound is found by bisection, for every pair of first and last stage at
+/// once: exact, in O(workers² × log(time)) for each number of stages. Among the plans of the least
+/// bound the one with the most KV is taken. Equal inputs give equal plans, in any order of
+/// `workers`.
 ///
 /// # Errors
 ///
 /// Why there is none.
+///
+/// # Panics
+///
+/// If the model has no layers, or empty ones; the reader of stores admits neither.
 pub fn plan(
     model: &ModelCosts,
     workers: &[WorkerSpec],
     options: &Options,
 ) -> Result<Assignment, PlanError> {
-    unimplemented!("{model:?} {workers:?} {options:?}")
+    assert!(model.layers > 0 && model.layer_bytes > 0, "a model has layers with weights");
+    let search = Search::new(model, workers, options);
+    let available = search.workers.len() as u32;
+    if available == 0 {
+        return Err(PlanError::NoWorkers);
+    }
+    let counts = match options.stages {
+        Some(stages) if stages > model.layers => {
+            return Err(PlanError::MoreStagesThanLayers { stages, layers: model.layers });
+        }
+        Some(stages) if stages > available => {
+            return Err(PlanError::MoreStagesThanWorkers { stages, workers: available });
+        }
+        Some(stages) => stages.max(1)..=stages.max(1),
+        None => 1..=available.min(model.layers),
+    };
+
+    let bounds: Vec<_> = counts.filter_map(|n| Some((n, search.least_bound(n)?))).collect();
+    let Some(least) = bounds.iter().map(|&(_, bound)| bound).min() else {
+        return Err(search.does_not_fit());
+    };
+    let tie = least.saturating_add(least / 1000 * TIE_PER_MILLE);
+    let (stages, bound) = bounds
+        .iter()
+        .copied()
+        .find(|&(_, bound)| bound <= tie)
+        .expect("the least is a tie of itself");
+
+    let slack = bound.saturating_add(bound / 100 * KEEP_PERCENT);
+    if let Some(kept) = search.keep(slack) {
+        let unchanged = kept.iter().filter(|stage| options.incumbent.contains(stage)).count();
+        let why = format!(
+            "{unchanged} stages stay as they were, at most {KEEP_PERCENT} % slower than the best plan"
+        );
+        return Ok(search.assignment(kept, &why));
+    }
+    let why = match options.stages {
+        Some(_) => "as many stages as were asked for".to_owned(),
+        None if stages == available.min(model.layers) => "more stages are faster".to_owned(),
+        None => format!("more than {stages} stages would not be faster"),
+    };
+    Ok(search.assignment(search.best(stages, bound), &why))
 }

@@ -8,18 +8,48 @@
 //!
 //! The rules and their reasons are in `docs/scheduling.md`.
 
-use proto::generate::Timings;
-use proto::ids::{Epoch, SequenceId, StepId};
-use proto::step::StepResult;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto::generate::{FinishReason, Timings};
+use proto::ids::{BlockId, Epoch, Generation, SequenceId, StepId};
+use proto::step::{
+    Output, Row, RowResult, RowStatus, RowValue, Sampled, Step, StepHeader, StepResult,
+};
 
 use crate::tick::Tick;
 
+mod blocks;
+mod sequence;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
 mod types;
 
+use blocks::BlockPool;
+use sequence::{Scoring, Sequence};
 pub use types::{
     Class, Emission, EmissionEvent, Finish, Limits, PipelineShape, QueueStats, Rejected, Request,
     Running, ScheduledStep, SequenceError,
 };
+
+/// Ids of ended sequences that one step carries; the rest go with the next ones.
+const ENDED_PER_STEP: usize = 1024;
+
+/// The part of a step's tokens (one in so many) that decode rows leave to prefill when there is
+/// any, so that many running answers never keep a new one from starting.
+const PREFILL_SHARE: usize = 4;
+
+/// A step is overdue after so many times the slowest of the last [`PACE_STEPS`] steps ...
+const OVERDUE_FACTOR: u32 = 8;
+/// ... which are remembered ...
+const PACE_STEPS: usize = 64;
+/// ... but never sooner than this, whatever the pace: a probe costs little, a false one nothing ...
+const OVERDUE_FLOOR: Duration = Duration::from_millis(500);
+/// ... and so long before the first result: weights may still come from the disk.
+const FIRST_STEP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Steps that keep a pipeline of `stages` stages busy: ceil(1.5 × stages) + 1. With as many as
 /// stages, noise in the stages' times costs 10 to 25 % of the rate; with this 2 to 7 %.
@@ -29,12 +59,85 @@ pub fn in_flight_limit(stages: u32) -> u32 {
 
 /// All requests of one pipeline.
 #[derive(Debug)]
-pub struct Scheduler {}
+pub struct Scheduler {
+    limits: Limits,
+    active: Option<Active>,
+    /// Everyone who waits or runs. Ids ascend in the order of submission.
+    sequences: BTreeMap<SequenceId, Sequence>,
+    last_sequence: SequenceId,
+    /// By class; each in order of arrival.
+    waiting: BTreeMap<Class, VecDeque<SequenceId>>,
+    /// Admitted and not wholly sent, in order of admission.
+    prefilling: VecDeque<SequenceId>,
+    /// Has one known token that was not sent, the one that went longest without a row first.
+    decode_ready: VecDeque<SequenceId>,
+    held: bool,
+    closed: bool,
+    totals: Totals,
+}
+
+/// What belongs to one epoch.
+#[derive(Debug)]
+struct Active {
+    shape: PipelineShape,
+    blocks: BlockPool,
+    in_flight: BTreeMap<StepId, SentStep>,
+    next_step: StepId,
+    /// Had rows in this epoch and have none any more; workers were not told yet.
+    ended: VecDeque<SequenceId>,
+    /// How long the last steps took, newest last.
+    pace: VecDeque<Duration>,
+}
+
+#[derive(Debug)]
+struct SentStep {
+    sent: Tick,
+    rows: Vec<SentRow>,
+}
+
+/// What the result of a row must match.
+#[derive(Debug)]
+struct SentRow {
+    sequence: SequenceId,
+    generation: Generation,
+    position: u32,
+    token_count: u32,
+    wants: Wants,
+    /// Named by the row.
+    blocks: Vec<BlockId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wants {
+    Nothing,
+    Scores,
+    Token,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    prompt_tokens: u64,
+    generated_tokens: u64,
+    finished: u64,
+    failed: u64,
+    cancelled: u64,
+}
 
 impl Scheduler {
     /// A scheduler without a pipeline.
     pub fn new(limits: Limits) -> Self {
-        unimplemented!("{limits:?}")
+        Self {
+            limits,
+            active: None,
+            sequences: BTreeMap::new(),
+            last_sequence: SequenceId(0),
+            waiting: BTreeMap::new(),
+            prefilling: VecDeque::new(),
+            decode_ready: VecDeque::new(),
+            held: false,
+            closed: false,
+            totals: Totals::default(),
+        }
     }
 
     /// Takes a request into the queue. It is admitted by a later [`Self::next_step`].
@@ -43,35 +146,302 @@ impl Scheduler {
     ///
     /// Why it was not taken; nothing is kept of it then.
     pub fn submit(&mut self, request: Request, now: Tick) -> Result<SequenceId, Rejected> {
-        unimplemented!("{request:?} {now:?}")
+        self.check(&request)?;
+        self.last_sequence.0 += 1;
+        let id = self.last_sequence;
+        self.waiting.entry(request.class).or_default().push_back(id);
+        self.sequences.insert(id, Sequence::new(request, now));
+        Ok(id)
+    }
+
+    fn check(&self, request: &Request) -> Result<(), Rejected> {
+        if request.prompt.is_empty() {
+            return Err(Rejected::EmptyPrompt);
+        }
+        if let Some(finish) = complete_already(request) {
+            return Err(Rejected::Complete { finish });
+        }
+        if self.closed {
+            return Err(Rejected::Draining);
+        }
+        let Some(active) = &self.active else { return Err(Rejected::NoPipeline) };
+        let kv_tokens = active.blocks.total().saturating_mul(proto::BLOCK_TOKENS);
+        let limit = self.limits.context_tokens.min(kv_tokens);
+        if request.prompt.len() as u64 + u64::from(request.max_tokens) > u64::from(limit) {
+            let prompt_tokens = request.prompt.len().try_into().unwrap_or(u32::MAX);
+            let max_tokens = request.max_tokens;
+            return Err(Rejected::TooLong { prompt_tokens, max_tokens, limit });
+        }
+        if self.waiting_count() >= self.limits.waiting_requests as usize {
+            return Err(Rejected::Full { limit: self.limits.waiting_requests });
+        }
+        Ok(())
     }
 
     /// The client went away. Nothing more is emitted for the sequence. Unknown ids are ignored.
     pub fn cancel(&mut self, sequence: SequenceId) {
-        unimplemented!("{sequence}")
+        if self.remove(sequence).is_some() {
+            self.totals.cancelled += 1;
+        }
     }
 
     /// The caller ends an answer early (a stop string): nothing more is emitted for the sequence.
     /// `None` if it has ended already.
     pub fn finish(&mut self, sequence: SequenceId, now: Tick) -> Option<Timings> {
-        unimplemented!("{sequence} {now:?}")
+        let ended = self.remove(sequence)?;
+        self.totals.finished += 1;
+        Some(ended.timings(now))
     }
 
     /// The next step to send, if there is work and room for one more in flight. Call it until it
     /// returns `None`, after everything that may have made work: submit, complete, activation.
     pub fn next_step(&mut self, now: Tick) -> Option<ScheduledStep> {
-        unimplemented!("{now:?}")
+        if !self.active.as_ref()?.has_room() {
+            return None;
+        }
+        self.admit(now);
+        let rows = self.pick_rows();
+        if rows.is_empty() {
+            return None;
+        }
+        let active = self.active.as_mut()?;
+        let step = active.send(rows, now, self.limits.step_deadline);
+        Some(ScheduledStep { step, deadline: now + self.limits.step_deadline })
+    }
+
+    /// Gives KV to those who wait, in their order. The first of the queue blocks the others when
+    /// it does not fit: a long request is never overtaken for ever by short ones.
+    fn admit(&mut self, now: Tick) {
+        let Some(active) = &mut self.active else { return };
+        let mut running =
+            self.sequences.len() - self.waiting.values().map(VecDeque::len).sum::<usize>();
+        for queue in self.waiting.values_mut() {
+            while let Some(&id) = queue.front() {
+                if self.held || running >= self.limits.running_requests as usize {
+                    return;
+                }
+                let sequence = self.sequences.get_mut(&id).expect("who waits is known");
+                let Some(blocks) = active.blocks.take(sequence.blocks_needed()) else { return };
+                sequence.admit(blocks, now);
+                queue.pop_front();
+                self.prefilling.push_back(id);
+                running += 1;
+            }
+        }
+    }
+
+    /// Decode rows first, then prefill chunks in the order of admission.
+    fn pick_rows(&mut self) -> Vec<Row> {
+        let Some(active) = &self.active else { return Vec::new() };
+        let mut budget = self.limits.step_tokens as usize;
+        let reserved = match self.prefilling.is_empty() {
+            true => 0,
+            false => (budget / PREFILL_SHARE).max(1),
+        };
+        // Not "everyone who is ready": sequences would clump into one step, and all stages but
+        // one would wait for it.
+        let decoding = self.running_count() - self.prefilling.len();
+        let share = decoding.div_ceil(in_flight_limit(active.shape.stages) as usize);
+        let decode_rows = share.min(budget - reserved).min(self.decode_ready.len());
+
+        let mut rows = Vec::new();
+        for id in self.decode_ready.drain(..decode_rows) {
+            let sequence = self.sequences.get_mut(&id).expect("who is ready is known");
+            rows.push(sequence.next_row(id, 1));
+        }
+        budget -= rows.len();
+        let mut done = 0;
+        for &id in &self.prefilling {
+            if budget == 0 {
+                break;
+            }
+            let sequence = self.sequences.get_mut(&id).expect("who prefills is known");
+            let row = sequence.next_row(id, budget);
+            budget -= row.tokens.len();
+            rows.push(row);
+            if sequence.unsent() > 0 {
+                // Ends before the budget only where scoring ends: its next chunk is another row,
+                // and a step has one row of a sequence.
+                continue;
+            }
+            done += 1;
+        }
+        if done > 0 {
+            let sequences = &self.sequences;
+            self.prefilling.retain(|id| sequences[id].unsent() > 0);
+        }
+        rows
     }
 
     /// Takes a step's result. Results of unknown steps, of steps known already and of other
     /// epochs are ignored: sending again is safe.
     pub fn complete(&mut self, result: StepResult, now: Tick) -> Vec<Emission> {
-        unimplemented!("{result:?} {now:?}")
+        let Some(active) = &mut self.active else { return Vec::new() };
+        if active.shape.epoch != result.epoch {
+            return Vec::new();
+        }
+        let Some(step) = active.take_sent(result.step, now) else { return Vec::new() };
+
+        let mut emissions = Vec::new();
+        let (want, found) = (step.rows.len(), result.rows.len());
+        if want != found {
+            let detail = format!("{found} rows came back for {want}");
+            for sent in step.rows {
+                if self.is_current(&sent) {
+                    let error = bad_result(result.step, detail.clone());
+                    self.fail(sent.sequence, error, &mut emissions);
+                }
+            }
+            return emissions;
+        }
+        for (sent, row) in step.rows.into_iter().zip(result.rows) {
+            // Ended or restarted while its row was on the way.
+            if !self.is_current(&sent) {
+                continue;
+            }
+            if let Err(error) = self.complete_row(result.step, &sent, row, now, &mut emissions) {
+                self.fail(sent.sequence, error, &mut emissions);
+            }
+        }
+        emissions
+    }
+
+    fn is_current(&self, sent: &SentRow) -> bool {
+        let sequence = self.sequences.get(&sent.sequence);
+        sequence.is_some_and(|sequence| sequence.log.generation() == sent.generation)
+    }
+
+    fn complete_row(
+        &mut self,
+        step: StepId,
+        sent: &SentRow,
+        row: RowResult,
+        now: Tick,
+        emissions: &mut Vec<Emission>,
+    ) -> Result<(), SequenceError> {
+        let named = (row.sequence, row.generation, row.position, row.token_count);
+        if named != (sent.sequence, sent.generation, sent.position, sent.token_count) {
+            let detail = format!(
+                "sequence {} at {} came back for sequence {} at {}",
+                row.sequence, row.position, sent.sequence, sent.position
+            );
+            return Err(bad_result(step, detail));
+        }
+        if row.status != RowStatus::Ok {
+            let (status, detail) = (row.status, row.detail);
+            return Err(SequenceError::Row { status, position: sent.position, detail });
+        }
+        let sequence = self.sequences.get_mut(&sent.sequence).expect("the row is current");
+        let prompt_len = sequence.log.prompt().len() as u32;
+        let of_prompt = (sent.position + sent.token_count).min(prompt_len);
+        self.totals.prompt_tokens += u64::from(of_prompt.saturating_sub(sent.position));
+        match (sent.wants, row.value) {
+            (Wants::Nothing, _) => Ok(()),
+            (Wants::Scores, RowValue::Scores(scores))
+                if scores.len() == sent.token_count as usize =>
+            {
+                sequence.add_scores(sent.position, &scores);
+                self.tell_scores(sent.sequence, now, emissions);
+                Ok(())
+            }
+            (Wants::Token, RowValue::Sampled(sampled)) => {
+                sequence.held_back = Some(sampled);
+                self.tell_scores(sent.sequence, now, emissions);
+                Ok(())
+            }
+            (wants, _) => Err(bad_result(step, format!("{wants:?} was asked for, another came"))),
+        }
+    }
+
+    /// Emits the prompt's scores once they are whole, and then what waited for them.
+    fn tell_scores(&mut self, id: SequenceId, now: Tick, emissions: &mut Vec<Emission>) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if let Scoring::Collecting(scores) = &sequence.scoring {
+            let Some(scores) = scores.iter().copied().collect::<Option<Vec<f32>>>() else { return };
+            sequence.scoring = Scoring::Done;
+            emissions.push(Emission { sequence: id, event: EmissionEvent::PromptScores(scores) });
+            if sequence.request.max_tokens == 0 {
+                let finish = Finish { reason: FinishReason::Length, stop_token: None };
+                return self.finished(id, finish, now, emissions);
+            }
+        }
+        if let Some(sampled) = sequence.held_back.take() {
+            self.accept(id, sampled, now, emissions);
+        }
+    }
+
+    fn accept(
+        &mut self,
+        id: SequenceId,
+        sampled: Sampled,
+        now: Tick,
+        emissions: &mut Vec<Emission>,
+    ) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let (index, finish) = sequence.append(sampled.token, now);
+        self.totals.generated_tokens += 1;
+        emissions.push(Emission { sequence: id, event: EmissionEvent::Token { index, sampled } });
+        match finish {
+            Some(finish) => self.finished(id, finish, now, emissions),
+            None => self.decode_ready.push_back(id),
+        }
+    }
+
+    fn finished(
+        &mut self,
+        id: SequenceId,
+        finish: Finish,
+        now: Tick,
+        emissions: &mut Vec<Emission>,
+    ) {
+        let Some(sequence) = self.remove(id) else { return };
+        self.totals.finished += 1;
+        let event = EmissionEvent::Finished { finish, timings: sequence.timings(now) };
+        emissions.push(Emission { sequence: id, event });
+    }
+
+    fn fail(&mut self, id: SequenceId, error: SequenceError, emissions: &mut Vec<Emission>) {
+        if self.remove(id).is_some() {
+            self.totals.failed += 1;
+            emissions.push(Emission { sequence: id, event: EmissionEvent::Failed(error) });
+        }
+    }
+
+    /// Takes a sequence out of everything. Its blocks return to the pool, now or with the last
+    /// step that names them.
+    fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
+        let sequence = self.sequences.remove(&id)?;
+        for queue in self.waiting.values_mut() {
+            queue.retain(|&waiting| waiting != id);
+        }
+        self.prefilling.retain(|&other| other != id);
+        self.decode_ready.retain(|&other| other != id);
+        if let Some(active) = &mut self.active {
+            active.blocks.give_back(&sequence.blocks);
+            if sequence.sent > 0 {
+                active.ended.push_back(id);
+            }
+        }
+        Some(sequence)
     }
 
     /// Fails what waited or ran for too long. Call it several times a second.
     pub fn expire(&mut self, now: Tick) -> Vec<Emission> {
-        unimplemented!("{now:?}")
+        let mut late = Vec::new();
+        for (&id, sequence) in &self.sequences {
+            let waited = now.since(sequence.waiting_since);
+            if sequence.request.deadline.is_some_and(|deadline| now >= deadline) {
+                let tokens = sequence.log.output().len() as u32;
+                late.push((id, SequenceError::DeadlineExceeded { tokens }));
+            } else if self.is_waiting(id) && waited >= self.limits.wait {
+                late.push((id, SequenceError::WaitedTooLong { waited }));
+            }
+        }
+        let mut emissions = Vec::new();
+        for (id, error) in late {
+            self.fail(id, error, &mut emissions);
+        }
+        emissions
     }
 
     /// A pipeline serves from now on. What ran on an earlier one becomes what `running` says;
@@ -82,46 +452,210 @@ impl Scheduler {
         running: Running,
         now: Tick,
     ) -> Vec<Emission> {
-        unimplemented!("{shape:?} {running:?} {now:?}")
+        let mut emissions = self.clear_pipeline(running, now);
+        for id in self.sequences.keys().copied().collect::<Vec<_>>() {
+            let needed_blocks = self.sequences[&id].blocks_needed();
+            if needed_blocks > shape.kv_blocks {
+                let kv_blocks = shape.kv_blocks;
+                let error = SequenceError::NeverFits { needed_blocks, kv_blocks };
+                self.fail(id, error, &mut emissions);
+            }
+        }
+        self.active = Some(Active::new(shape));
+        emissions
     }
 
     /// No pipeline serves any more. Requests that wait go on waiting; new ones are rejected.
     pub fn clear_pipeline(&mut self, running: Running, now: Tick) -> Vec<Emission> {
-        unimplemented!("{running:?} {now:?}")
+        self.active = None;
+        let ran: Vec<_> =
+            self.sequences.keys().copied().filter(|&id| !self.is_waiting(id)).collect();
+        let mut emissions = Vec::new();
+        self.prefilling.clear();
+        self.decode_ready.clear();
+        // From the last, so that the first comes first in its queue.
+        for id in ran.into_iter().rev() {
+            match &running {
+                Running::Fail(reason) => {
+                    let error = SequenceError::PipelineLost { reason: reason.clone() };
+                    self.fail(id, error, &mut emissions);
+                }
+                Running::Keep => {
+                    let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+                    sequence.restart(now);
+                    self.waiting.entry(sequence.request.class).or_default().push_front(id);
+                }
+            }
+        }
+        emissions
     }
 
     /// Fails everyone, running and waiting.
     pub fn fail_all(&mut self, reason: &str) -> Vec<Emission> {
-        unimplemented!("{reason}")
+        let mut emissions = Vec::new();
+        for id in self.sequences.keys().copied().collect::<Vec<_>>() {
+            let error = SequenceError::PipelineLost { reason: reason.to_owned() };
+            self.fail(id, error, &mut emissions);
+        }
+        emissions
     }
 
     /// While held, nobody is admitted: requests wait and those that run go on.
     pub fn hold_admission(&mut self, hold: bool) {
-        unimplemented!("{hold}")
+        self.held = hold;
     }
 
     /// From now on every new request is rejected as [`Rejected::Draining`].
     pub fn close(&mut self) {
-        unimplemented!()
+        self.closed = true;
     }
 
-    /// Whether nothing runs and nothing is in flight.
+    /// Whether nothing runs. Requests may wait, and rows of ended sequences be on their way.
     pub fn is_idle(&self) -> bool {
-        unimplemented!()
+        self.running_count() == 0
     }
 
     /// The epoch that serves.
     pub fn epoch(&self) -> Option<Epoch> {
-        unimplemented!()
+        self.active.as_ref().map(|active| active.shape.epoch)
     }
 
     /// The oldest step that has been on its way for so long that somebody should ask the workers.
     pub fn overdue(&self, now: Tick) -> Option<StepId> {
-        unimplemented!("{now:?}")
+        let active = self.active.as_ref()?;
+        let (&id, step) = active.in_flight.first_key_value()?;
+        (now.since(step.sent) > active.patience()).then_some(id)
     }
 
     /// How full it is.
     pub fn stats(&self) -> QueueStats {
-        unimplemented!()
+        let blocks = self.active.as_ref().map(|active| &active.blocks);
+        QueueStats {
+            running: self.running_count() as u32,
+            waiting: self.waiting_count() as u32,
+            kv_blocks_total: blocks.map_or(0, BlockPool::total),
+            kv_blocks_used: blocks.map_or(0, |blocks| blocks.total() - blocks.free_count()),
+            steps_in_flight: self.active.as_ref().map_or(0, |active| active.in_flight.len() as u32),
+            prompt_tokens: self.totals.prompt_tokens,
+            generated_tokens: self.totals.generated_tokens,
+            finished: self.totals.finished,
+            failed: self.totals.failed,
+            cancelled: self.totals.cancelled,
+        }
     }
+
+    fn waiting_count(&self) -> usize {
+        self.waiting.values().map(VecDeque::len).sum()
+    }
+
+    fn running_count(&self) -> usize {
+        self.sequences.len() - self.waiting_count()
+    }
+
+    fn is_waiting(&self, id: SequenceId) -> bool {
+        self.waiting.values().any(|queue| queue.contains(&id))
+    }
+}
+
+impl Active {
+    fn new(shape: PipelineShape) -> Self {
+        Self {
+            shape,
+            blocks: BlockPool::new(shape.kv_blocks),
+            in_flight: BTreeMap::new(),
+            next_step: StepId(1),
+            ended: VecDeque::new(),
+            pace: VecDeque::new(),
+        }
+    }
+
+    /// Every step up to this one has completed.
+    fn acked_step(&self) -> StepId {
+        let first_open = self.in_flight.keys().next().unwrap_or(&self.next_step);
+        StepId(first_open.0 - 1)
+    }
+
+    /// Counted from the oldest open step, so that stages keep at most so many outputs.
+    fn has_room(&self) -> bool {
+        let open = self.next_step.0 - 1 - self.acked_step().0;
+        open < u64::from(in_flight_limit(self.shape.stages))
+    }
+
+    /// Makes a step of `rows` and remembers what its result must match.
+    fn send(&mut self, rows: Vec<Row>, now: Tick, deadline_remaining: Duration) -> Step {
+        let header = StepHeader {
+            pipeline: self.shape.pipeline,
+            epoch: self.shape.epoch,
+            term: self.shape.term,
+            dst_incarnation: self.shape.first_incarnation,
+            step: self.next_step,
+            acked_step: self.acked_step(),
+            deadline_remaining,
+        };
+        self.next_step.0 += 1;
+        for row in &rows {
+            self.blocks.pin(&row.blocks);
+        }
+        let sent = rows.iter().map(SentRow::of).collect();
+        self.in_flight.insert(header.step, SentStep { sent: now, rows: sent });
+        let ended = self.ended.len().min(ENDED_PER_STEP);
+        Step {
+            header,
+            rows,
+            ended_sequences: self.ended.drain(..ended).collect(),
+            stage_times: Vec::new(),
+            activations: Bytes::new(),
+        }
+    }
+
+    /// The step is on its way no more.
+    fn take_sent(&mut self, id: StepId, now: Tick) -> Option<SentStep> {
+        let step = self.in_flight.remove(&id)?;
+        for row in &step.rows {
+            self.blocks.unpin(&row.blocks);
+        }
+        if self.pace.len() == PACE_STEPS {
+            self.pace.pop_front();
+        }
+        self.pace.push_back(now.since(step.sent));
+        Some(step)
+    }
+
+    fn patience(&self) -> Duration {
+        match self.pace.iter().max() {
+            Some(&slowest) => (slowest * OVERDUE_FACTOR).max(OVERDUE_FLOOR),
+            None => FIRST_STEP_PATIENCE,
+        }
+    }
+}
+
+impl SentRow {
+    fn of(row: &Row) -> Self {
+        Self {
+            sequence: row.sequence,
+            generation: row.generation,
+            position: row.position,
+            token_count: row.tokens.len() as u32,
+            wants: match row.output {
+                Output::None | Output::Logits => Wants::Nothing,
+                Output::Score(_) => Wants::Scores,
+                Output::Sample(_) => Wants::Token,
+            },
+            blocks: row.blocks.clone(),
+        }
+    }
+}
+
+fn bad_result(step: StepId, detail: String) -> SequenceError {
+    SequenceError::BadResult { step, detail }
+}
+
+/// Whether what is known of the answer ends it.
+fn complete_already(request: &Request) -> Option<Finish> {
+    let ended = (0..).zip(&request.forced);
+    let by_token = ended.into_iter().find_map(|(i, &token)| sequence::finish_at(request, i, token));
+    let scores_only = request.score_prompt && request.prompt.len() > 1;
+    let by_length = (request.max_tokens == 0 && !scores_only)
+        .then_some(Finish { reason: FinishReason::Length, stop_token: None });
+    by_token.or(by_length)
 }
