@@ -1,1 +1,9 @@
-//! Harness, and what only the whole can show: golden, cluster, wire, tidy.
+//! The harness: real processes, real etcd, real sockets. What the tests in `tests/tests` share.
+
+pub mod cluster;
+pub mod collector;
+pub mod etcd;
+pub mod http;
+pub mod model;
+pub mod process;
+pub mod python;

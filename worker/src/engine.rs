@@ -270,3 +270,6 @@ pub fn kv_bytes(config: &ModelConfig, layers: u32, kv_type: KvType, blocks: u32)
     // Keys and values.
     factors.into_iter().fold(2, u64::saturating_mul)
 }
+
+#[cfg(test)]
+mod tests;

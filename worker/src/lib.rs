@@ -5,7 +5,6 @@
 pub mod config;
 pub mod engine;
 mod error;
-pub mod measure;
 mod session;
 
 pub use config::{Config, ConfigError};

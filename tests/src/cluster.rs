@@ -1,0 +1,176 @@
+//! A cluster of real processes: one coordinator, workers, and etcd between them.
+
+use std::path::PathBuf;
+use std::process::Output;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::etcd::Etcd;
+use crate::process::{self, Process, free_port, wait_for};
+
+/// How long a cluster may take until it serves: two lease times and a margin for a busy machine.
+const READY: Duration = Duration::from_secs(60);
+
+/// A coordinator, its workers and its etcd.
+pub struct Cluster {
+    /// First, so that it ends last.
+    workers: Vec<Process>,
+    coordinator: Process,
+    etcd: Etcd,
+    store: PathBuf,
+    grpc: String,
+    http: String,
+    environment: Vec<(String, String)>,
+}
+
+/// The name under which all of them meet.
+const NAME: &str = "test";
+
+impl Cluster {
+    /// Starts a coordinator and `workers` workers that serve `store` in `stages` stages.
+    ///
+    /// # Panics
+    ///
+    /// If it does not serve within a minute.
+    pub fn start(store: PathBuf, workers: usize, stages: usize) -> Self {
+        Self::start_with(store, workers, stages, &[])
+    }
+
+    /// The same, with variables in the environment of each process.
+    ///
+    /// # Panics
+    ///
+    /// If it does not serve within a minute.
+    pub fn start_with(
+        store: PathBuf,
+        workers: usize,
+        stages: usize,
+        environment: &[(&str, &str)],
+    ) -> Self {
+        let environment: Vec<(String, String)> =
+            environment.iter().map(|&(key, value)| (key.into(), value.into())).collect();
+        let etcd = Etcd::start();
+        let (grpc, http) = (address(), address());
+        let model = store.to_str().expect("test paths are text");
+        let arguments = format!(
+            "coordinator --etcd {} --cluster {NAME} --model {model} --grpc {grpc} --http {http} \
+             --stages {stages}",
+            etcd.url()
+        );
+        let coordinator = launch("coordinator", &arguments, &environment);
+        let mut cluster =
+            Self { workers: Vec::new(), coordinator, etcd, store, grpc, http, environment };
+        for index in 0..workers {
+            let worker = cluster.start_worker(&format!("worker-{index}"));
+            cluster.workers.push(worker);
+        }
+        cluster.wait_until_ready();
+        cluster
+    }
+
+    /// Starts one more worker process; the caller keeps it.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be started.
+    pub fn start_worker(&self, id: &str) -> Process {
+        let store = self.store.to_str().expect("test paths are text");
+        let arguments = format!(
+            "worker --etcd {} --cluster {NAME} --id {id} --listen {} --threads 1 --store {store}",
+            self.etcd.url(),
+            address()
+        );
+        launch(id, &arguments, &self.environment)
+    }
+
+    /// Worker `index`, as it was started.
+    pub fn worker(&mut self, index: usize) -> &mut Process {
+        &mut self.workers[index]
+    }
+
+    /// The coordinator.
+    pub fn coordinator(&mut self) -> &mut Process {
+        &mut self.coordinator
+    }
+
+    /// The registry.
+    pub fn etcd(&mut self) -> &mut Etcd {
+        &mut self.etcd
+    }
+
+    /// Address of the gRPC API.
+    pub fn grpc(&self) -> &str {
+        &self.grpc
+    }
+
+    /// Address of the HTTP API.
+    pub fn http(&self) -> &str {
+        &self.http
+    }
+
+    /// Waits until a token has gone through the pipeline.
+    ///
+    /// # Panics
+    ///
+    /// If that takes more than a minute.
+    pub fn wait_until_ready(&self) {
+        wait_for("the cluster to be ready", READY, || {
+            let answer = crate::http::get(&self.http, "/ready").ok()?;
+            (answer.status == 200).then_some(())
+        });
+    }
+
+    /// What `tercet status --json` prints.
+    ///
+    /// # Panics
+    ///
+    /// If it fails.
+    pub fn status(&self) -> Value {
+        let output = process::run(&["status", "--endpoint", &self.grpc, "--json"]);
+        json_of(&output)
+    }
+
+    /// State of the worker called `id`, if the coordinator knows it.
+    ///
+    /// # Panics
+    ///
+    /// If the status cannot be had.
+    pub fn state_of(&self, id: &str) -> Option<String> {
+        let status = self.status();
+        let workers = status["workers"].as_array().expect("a list of workers");
+        let worker = workers.iter().find(|worker| worker["id"] == id)?;
+        Some(worker["state"].as_str().expect("a state").into())
+    }
+
+    /// Runs `tercet generate` against this cluster.
+    pub fn generate(&self, more: &[&str]) -> Output {
+        let mut arguments = vec!["generate", "--endpoint", &self.grpc, "--json"];
+        arguments.extend(more);
+        process::run(&arguments)
+    }
+}
+
+/// What a command printed with `--json`.
+///
+/// # Panics
+///
+/// If it failed or printed something else.
+pub fn json_of(output: &Output) -> Value {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {stderr}", output.status);
+    let found = serde_json::from_slice(&output.stdout);
+    found.unwrap_or_else(|error| panic!("{error} in {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Test paths hold no spaces.
+fn launch(name: &str, arguments: &str, environment: &[(String, String)]) -> Process {
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    Process::start_with(name, &arguments, |command| {
+        command.envs(environment.iter().map(|(key, value)| (key, value)));
+    })
+}
+
+fn address() -> String {
+    format!("127.0.0.1:{}", free_port())
+}

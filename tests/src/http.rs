@@ -1,0 +1,92 @@
+//! The least HTTP/1.1 client: one request, one connection, for tests that look at bytes.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+/// How long a server may be silent.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// An answer with its body read to the end.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Status code.
+    pub status: u16,
+    /// Header lines as they came.
+    pub headers: String,
+    /// Body, chunks joined.
+    pub body: String,
+}
+
+impl Answer {
+    /// The body as JSON.
+    ///
+    /// # Panics
+    ///
+    /// If it is not JSON.
+    pub fn json(&self) -> serde_json::Value {
+        let found = serde_json::from_str(&self.body);
+        found.unwrap_or_else(|error| panic!("{error} in {:?}", self.body))
+    }
+}
+
+/// `GET path` from `address` (`host:port`).
+///
+/// # Errors
+///
+/// What the socket said, or that the answer is not HTTP.
+pub fn get(address: &str, path: &str) -> io::Result<Answer> {
+    request(address, "GET", path, "")
+}
+
+/// `POST path` with a JSON body.
+///
+/// # Errors
+///
+/// What the socket said, or that the answer is not HTTP.
+pub fn post(address: &str, path: &str, body: &serde_json::Value) -> io::Result<Answer> {
+    request(address, "POST", path, &body.to_string())
+}
+
+/// Any request with a body that is sent as JSON.
+///
+/// # Errors
+///
+/// What the socket said, or that the answer is not HTTP.
+pub fn request(address: &str, method: &str, path: &str, body: &str) -> io::Result<Answer> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    parse(&text)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("not HTTP: {text:?}")))
+}
+
+fn parse(text: &str) -> Option<Answer> {
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let (status_line, headers) = head.split_once("\r\n").unwrap_or((head, ""));
+    let status = status_line.split(' ').nth(1)?.parse().ok()?;
+    let is_chunked = headers.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    let body = if is_chunked { join_chunks(body)? } else { body.into() };
+    Some(Answer { status, headers: headers.into(), body })
+}
+
+fn join_chunks(mut rest: &str) -> Option<String> {
+    let mut body = String::new();
+    loop {
+        let (length, after) = rest.split_once("\r\n")?;
+        let length = usize::from_str_radix(length.trim(), 16).ok()?;
+        if length == 0 {
+            return Some(body);
+        }
+        body.push_str(after.get(..length)?);
+        rest = after.get(length..)?.strip_prefix("\r\n")?;
+    }
+}

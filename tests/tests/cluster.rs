@@ -1,0 +1,204 @@
+//! One coordinator, real workers, real etcd: what holds while all is well and when a worker dies.
+
+use std::process::Output;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tests::cluster::{Cluster, json_of};
+use tests::model::{bundled_store, comma_separated, golden, ids};
+use tests::process::{self, wait_for};
+
+/// In how many stages every cluster here runs.
+const STAGES: usize = 3;
+
+/// Within which a request must fail when a worker of its pipeline died.
+const FAILURE: Duration = Duration::from_secs(5);
+
+/// How long the cluster may take to settle after a change: a lease, and a margin.
+const SETTLE: Duration = Duration::from_secs(30);
+
+fn local(more: &[&str]) -> Value {
+    let store = bundled_store();
+    let mut arguments = vec!["generate", "--model", store.to_str().unwrap(), "--json"];
+    arguments.extend(more);
+    json_of(&process::run(&arguments))
+}
+
+#[test]
+fn a_cluster_gives_the_tokens_of_one_process_and_sixteen_at_once_too() {
+    let cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+    let status = cluster.status();
+    let stages = status["plan"]["pipelines"][0]["stages"].as_array().unwrap().len();
+    assert_eq!(stages, STAGES);
+
+    // Different prompts, lengths, samplings and seeds, so that a mix-up cannot go unseen.
+    let prompts = ["Once upon a time,", "Tom had a red ball.", "The dog", "One day, Lily"];
+    let requests: Vec<Vec<String>> = (0..16)
+        .map(|index| {
+            let temperature = if index % 3 == 0 { "0" } else { "0.9" };
+            let max_tokens = (12 + 3 * index).to_string();
+            let seed = index.to_string();
+            let prompt = prompts[index % prompts.len()];
+            ["--max-tokens", &max_tokens, "--temperature", temperature, "--seed", &seed, prompt]
+                .map(str::to_owned)
+                .to_vec()
+        })
+        .collect();
+    let answers: Vec<Value> = thread::scope(|scope| {
+        let running: Vec<_> = requests
+            .iter()
+            .map(|request| {
+                let cluster = &cluster;
+                scope.spawn(move || {
+                    let request: Vec<&str> = request.iter().map(String::as_str).collect();
+                    json_of(&cluster.generate(&request))
+                })
+            })
+            .collect();
+        running.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (request, answer) in requests.iter().zip(&answers) {
+        let request: Vec<&str> = request.iter().map(String::as_str).collect();
+        let alone = local(&request);
+        for field in ["tokens", "text", "finish_reason", "usage"] {
+            assert_eq!(answer[field], alone[field], "{field} of {request:?}");
+        }
+    }
+    let status = cluster.status();
+    assert_eq!(status["queue"]["kv_blocks_used"], 0, "finished requests hold no KV");
+}
+
+#[test]
+fn token_ids_go_through_the_pipeline_as_they_are() {
+    let cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+    let golden = golden();
+    let prompt = comma_separated(&ids(&golden["greedy"][0]["prompt_ids"]));
+    let request =
+        ["--tokens", &prompt, "--max-tokens", "20", "--temperature", "0", "--top-logprobs", "3"];
+    let answer = json_of(&cluster.generate(&request));
+    assert_eq!(answer["tokens"], local(&request)["tokens"]);
+    assert_eq!(answer["logprobs"], local(&request)["logprobs"], "bit for bit");
+    assert_eq!(answer["top_logprobs"].as_array().unwrap().len(), 20);
+}
+
+#[test]
+fn a_late_worker_stands_by_and_an_idle_one_leaves_cleanly() {
+    let mut cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+    let epoch = cluster.status()["plan"]["pipelines"][0]["epoch"].clone();
+    let mut late = cluster.start_worker("late");
+    wait_for("the late worker to stand by", SETTLE, || {
+        (cluster.state_of("late")? == "standby").then_some(())
+    });
+    assert_eq!(cluster.status()["plan"]["pipelines"][0]["epoch"], epoch, "nothing was moved");
+
+    late.signal(Signal::SIGTERM);
+    assert!(late.wait(SETTLE).success(), "{}", late.log());
+    wait_for("the registry to forget it", SETTLE, || {
+        cluster.state_of("late").is_none().then_some(())
+    });
+    assert_eq!(
+        json_of(&cluster.generate(&["--max-tokens", "4", "Tom"]))["usage"]["completion_tokens"],
+        4
+    );
+
+    // Everyone else leaves cleanly, too.
+    cluster.coordinator().signal(Signal::SIGTERM);
+    assert!(cluster.coordinator().wait(SETTLE).success(), "{}", cluster.coordinator().log());
+    for index in 0..STAGES {
+        cluster.worker(index).signal(Signal::SIGTERM);
+        let status = cluster.worker(index).wait(SETTLE);
+        assert!(status.success(), "{}", cluster.worker(index).log());
+    }
+}
+
+/// A request long enough to be running when something happens to it.
+fn long_request(cluster: &Cluster, seed: u32) -> Output {
+    let seed = seed.to_string();
+    cluster.generate(&["--max-tokens", "480", "--ignore-eos", "--seed", &seed, "Once upon a time,"])
+}
+
+#[test]
+fn a_killed_worker_fails_its_requests_and_its_successor_serves() {
+    for stage in 0..STAGES {
+        let mut cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+        let before =
+            json_of(&cluster.generate(&["--max-tokens", "8", "--temperature", "0", "Tom"]));
+        let stage_worker =
+            cluster.status()["plan"]["pipelines"][0]["stages"][stage]["worker"].clone();
+        let stage_worker = stage_worker.as_str().unwrap().to_owned();
+        let index: usize = stage_worker.strip_prefix("worker-").unwrap().parse().unwrap();
+
+        let killed = Instant::now();
+        let pid = nix::unistd::Pid::from_raw(cluster.worker(index).id().try_into().unwrap());
+        let outputs: Vec<(Output, Duration)> = thread::scope(|scope| {
+            let cluster = &cluster;
+            let running: Vec<_> = (0..4)
+                .map(|seed| scope.spawn(move || (long_request(cluster, seed), killed.elapsed())))
+                .collect();
+            wait_for("all requests to run", SETTLE, || {
+                (cluster.status()["queue"]["running"] == 4).then_some(())
+            });
+            let at = killed.elapsed();
+            nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+            let ends: Vec<_> = running.into_iter().map(|thread| thread.join().unwrap()).collect();
+            ends.into_iter().map(|(output, end)| (output, end.saturating_sub(at))).collect()
+        });
+        for (output, after) in outputs {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{stderr}");
+            assert!(stderr.contains("worker"), "says what happened: {stderr}");
+            assert_eq!(stderr.trim().lines().count(), 1, "in one sentence: {stderr}");
+            assert!(after < FAILURE, "stage {stage} failed after {after:?}");
+        }
+        cluster.worker(index).kill();
+        let replacement = cluster.start_worker(&stage_worker);
+        wait_for("the cluster to serve again", Duration::from_secs(60), || {
+            let output = cluster.generate(&["--max-tokens", "8", "--temperature", "0", "Tom"]);
+            output
+                .status
+                .success()
+                .then(|| assert_eq!(json_of(&output)["tokens"], before["tokens"]))
+        });
+        assert_eq!(cluster.status()["queue"]["kv_blocks_used"], 0);
+        drop(replacement);
+    }
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_kv() {
+    let cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+    let grpc = cluster.grpc().to_owned();
+    let mut client = process::Process::start(
+        "client",
+        &["generate", "--endpoint", &grpc, "--max-tokens", "490", "--ignore-eos", "Once"],
+    );
+    wait_for("the request to hold KV", SETTLE, || {
+        (cluster.status()["queue"]["kv_blocks_used"].as_u64()? > 0).then_some(())
+    });
+    client.kill();
+    wait_for("its KV to be free", SETTLE, || {
+        (cluster.status()["queue"]["kv_blocks_used"] == 0).then_some(())
+    });
+}
+
+#[test]
+fn a_cluster_serves_on_while_etcd_is_down() {
+    let mut cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+    let request = ["--max-tokens", "8", "--temperature", "0", "Tom"];
+    let before = json_of(&cluster.generate(&request));
+    cluster.etcd().kill();
+    // Longer than a lease: what is placed keeps serving.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(8) {
+        assert_eq!(json_of(&cluster.generate(&request))["tokens"], before["tokens"]);
+    }
+    cluster.etcd().restart();
+    let late = cluster.start_worker("late");
+    wait_for("changes to be seen again", SETTLE, || {
+        (cluster.state_of("late")? == "standby").then_some(())
+    });
+    assert_eq!(json_of(&cluster.generate(&request))["tokens"], before["tokens"]);
+    drop(late);
+}

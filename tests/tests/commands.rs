@@ -1,0 +1,163 @@
+//! What a person types into a terminal, and what programs read from it.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tests::cluster::{Cluster, json_of};
+use tests::model::bundled_store;
+use tests::process::{Process, run, run_with_input};
+
+const MOMENT: Duration = Duration::from_secs(30);
+
+#[test]
+fn interrupting_chat_ends_the_answer_and_not_the_program() {
+    let cluster = Cluster::start(bundled_store(), 1, 1);
+    let mut chat = Process::start(
+        "chat",
+        &["chat", "--endpoint", cluster.grpc(), "--max-tokens", "480", "--ignore-eos"],
+    );
+    chat.say("Tell me a story about a dog.");
+    tests::process::wait_for("the answer to run", MOMENT, || {
+        (cluster.status()["queue"]["running"] == 1).then_some(())
+    });
+    chat.signal(Signal::SIGINT);
+    tests::process::wait_for("the answer to be cancelled", MOMENT, || {
+        (cluster.status()["queue"]["kv_blocks_used"] == 0).then_some(())
+    });
+    chat.say("/exit");
+    assert!(chat.wait(MOMENT).success(), "{}", chat.log());
+}
+
+#[test]
+fn chat_keeps_the_conversation() {
+    let cluster = Cluster::start(bundled_store(), 1, 1);
+    let arguments = [
+        "chat",
+        "--endpoint",
+        cluster.grpc(),
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "30",
+        "--json",
+    ];
+    let output = run_with_input(&arguments, "Hello.\nTell me more.\n/reset\nHello.\n");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let answers: Vec<serde_json::Value> = String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(answers.len(), 3);
+    let prompt_tokens = |index: usize| answers[index]["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(
+        prompt_tokens(1)
+            > prompt_tokens(0) + answers[0]["usage"]["completion_tokens"].as_u64().unwrap()
+    );
+    assert_eq!(answers[2]["tokens"], answers[0]["tokens"], "a new conversation starts afresh");
+}
+
+#[test]
+fn generate_streams_plain_text_and_reads_standard_input() {
+    let store = bundled_store();
+    let store = store.to_str().unwrap();
+    let request = ["generate", "--model", store, "--max-tokens", "16", "--temperature", "0"];
+    let from = |more: &[&str], input: &str| {
+        let arguments: Vec<&str> = request.iter().chain(more).copied().collect();
+        run_with_input(&arguments, input)
+    };
+    let plain = from(&["Once upon a time,"], "");
+    let piped = from(&["-"], "Once upon a time,");
+    let json = json_of(&from(&["--json", "Once upon a time,"], ""));
+    assert!(plain.status.success());
+    assert_eq!(plain.stdout, piped.stdout);
+    let text = String::from_utf8(plain.stdout).unwrap();
+    assert_eq!(text.trim_end_matches('\n'), json["text"].as_str().unwrap().trim_end_matches('\n'));
+    for field in ["tokens", "text", "finish_reason", "usage", "timings"] {
+        assert!(!json[field].is_null(), "{field} in {json}");
+    }
+}
+
+#[test]
+fn one_process_gives_the_same_tokens_in_any_number_of_stages() {
+    let store = bundled_store();
+    let store = store.to_str().unwrap();
+    let tokens = |stages: &str, kv_type: &str| {
+        json_of(&run(&[
+            "generate",
+            "--model",
+            store,
+            "--stages",
+            stages,
+            "--kv-type",
+            kv_type,
+            "--max-tokens",
+            "40",
+            "--temperature",
+            "0.8",
+            "--seed",
+            "3",
+            "--json",
+            "Tom and Lily went to the park.",
+        ]))["tokens"]
+            .clone()
+    };
+    for kv_type in ["f16", "f32"] {
+        let one = tokens("1", kv_type);
+        for stages in ["2", "3", "6"] {
+            assert_eq!(tokens(stages, kv_type), one, "{stages} stages");
+        }
+    }
+}
+
+#[test]
+fn completions_exist_for_every_shell() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let output = run(&["completions", shell]);
+        assert!(output.status.success() && output.stdout.len() > 1000, "{shell}");
+    }
+}
+
+#[test]
+fn every_command_explains_itself() {
+    let commands: [&[&str]; 14] = [
+        &[],
+        &["up"],
+        &["coordinator"],
+        &["worker"],
+        &["generate"],
+        &["chat"],
+        &["status"],
+        &["import"],
+        &["model"],
+        &["model", "synth"],
+        &["eval"],
+        &["debug"],
+        &["debug", "logits"],
+        &["completions"],
+    ];
+    for command in commands {
+        let arguments: Vec<&str> = command.iter().chain(&["--help"]).copied().collect();
+        let output = run(&arguments);
+        let help = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && help.contains("Usage:"), "{command:?}: {help}");
+    }
+}
+
+#[test]
+fn a_configuration_can_be_checked_without_starting() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let config = folder.path().join("tercet.toml");
+    let store = bundled_store();
+    let text = format!(
+        "[worker]\nlisten = \"127.0.0.1:7421\"\nthreads = 2\nstore = {:?}\nmemory = \"1GiB\"\n",
+        store.to_str().unwrap()
+    );
+    std::fs::write(&config, text).unwrap();
+    let output =
+        run(&["worker", "--config", config.to_str().unwrap(), "--threads", "1", "--check-config"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(shown.contains("threads = 1"), "a flag beats the file: {shown}");
+    assert!(shown.contains("127.0.0.1:7421"), "{shown}");
+}
