@@ -8,6 +8,8 @@ use crate::float_matrix::FloatMatrix;
 use crate::scalar;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut, Quantised};
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::avx2::Avx2;
 
 /// An implementation of the kernels that this machine can run; its existence is the proof. Cheap to
 /// copy: choose one at start-up and hand it down.
@@ -17,6 +19,8 @@ pub struct Backend(Kind);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
 }
 
 /// An activation is infinite or not a number, so its row cannot be quantised.
@@ -39,6 +43,8 @@ macro_rules! dispatch {
     ($backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* )) => {
         match $backend.0 {
             Kind::Scalar => scalar::$($module)::+::$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(token) => token.$function($($argument),*),
         }
     };
 }
@@ -52,7 +58,11 @@ impl Backend {
 
     /// Every backend that this CPU can run, slowest first. Tests and benches walk this list.
     pub fn available() -> impl Iterator<Item = Self> {
-        std::iter::once(Kind::Scalar).map(Self)
+        #[cfg(target_arch = "x86_64")]
+        let vector = Avx2::detect().map(Kind::Avx2);
+        #[cfg(not(target_arch = "x86_64"))]
+        let vector = None;
+        std::iter::once(Kind::Scalar).chain(vector).map(Self)
     }
 
     /// The backend of this name, if there is one and this CPU can run it.
@@ -64,6 +74,8 @@ impl Backend {
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(_) => "avx2",
         }
     }
 }

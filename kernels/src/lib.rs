@@ -34,6 +34,11 @@ mod known_answer;
 mod scalar;
 mod ternary_matrix;
 mod views;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+#[cfg(test)]
+mod tests;
 
 pub use backend::{Backend, NotFinite};
 pub use float_matrix::{FloatKind, FloatMatrix};

@@ -163,7 +163,7 @@ impl<'a> TernaryMatrix<'a> {
     /// If `tiles` is reversed or ends past the last tile.
     pub fn tile_rows(self, tiles: Range<usize>) -> Range<usize> {
         assert!(tiles.start <= tiles.end && tiles.end <= self.tiles(), "tiles {tiles:?}");
-        tiles.start * TILE_ROWS..(tiles.end * TILE_ROWS).min(self.rows)
+        (tiles.start * TILE_ROWS).min(self.rows)..(tiles.end * TILE_ROWS).min(self.rows)
     }
 
     /// The bytes of tile `tile`: `[blocks][TILE_ROWS][ROW_BLOCK_BYTES]`.

@@ -36,9 +36,13 @@ pub(crate) fn rope_table(
     }
 }
 
-/// Rotates element `i` of the first half with element `i` of the second.
 pub(crate) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = x.split_at_mut(cos.len());
+    rotate(first, second, cos, sin);
+}
+
+/// Rotates each pair of elements (a, b) by its angle.
+pub(crate) fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
     for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }

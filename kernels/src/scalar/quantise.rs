@@ -19,8 +19,13 @@ pub(crate) fn quantise(x: &[f32], q: &mut [i8]) -> Result<(f32, i32), NotFinite>
     q.fill(0);
     let mut sum = 0;
     for (q, x) in q.iter_mut().zip(x) {
-        *q = (x * s).round_ties_even().clamp(-128.0, 127.0) as i8;
+        *q = round(*x, s);
         sum += i32::from(*q);
     }
     Ok((s, sum))
+}
+
+/// One activation, whose magnitude is at most 127 / s.
+pub(crate) fn round(x: f32, s: f32) -> i8 {
+    (x * s).round_ties_even().clamp(-128.0, 127.0) as i8
 }

@@ -47,7 +47,7 @@ pub(crate) fn cos(x: f32) -> f32 {
 }
 
 /// sin(x + quarters π/2).
-fn sin_of_quarters(x: f32, quarters: u32) -> f32 {
+pub(crate) fn sin_of_quarters(x: f32, quarters: u32) -> f32 {
     if !x.is_finite() {
         return f32::NAN;
     }
