@@ -197,8 +197,7 @@ pub trait Membership: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// If the store refuses, or if the write was certainly not sent. A lost answer is no error
-    /// but [`WriteOutcome::Unknown`].
+    /// If the store refuses. No answer is no error but [`WriteOutcome::Unknown`].
     async fn write_if_leader(
         &self,
         leader_key: &str,

@@ -216,7 +216,9 @@ impl Membership for Memory {
         previous: Option<Revision>,
         value: Bytes,
     ) -> Result<WriteOutcome, MembershipError> {
-        self.check_connected("write", key)?;
+        if self.check_connected("write", key).is_err() {
+            return Ok(WriteOutcome::Unknown);
+        }
         Ok(self.store.change(|state| {
             let lost_answer = state.take_lost_answer(self.client.id);
             if lost_answer == Some(false) {

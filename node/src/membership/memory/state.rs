@@ -48,6 +48,8 @@ struct Lease {
     value: Bytes,
     /// The key is in the map under this lease.
     present: bool,
+    /// `value` was changed while the owner was cut off and is not in the map yet.
+    stale: bool,
     /// For leaders: how they learn that their term is over. Registrations are made again instead.
     lost: Option<CancellationToken>,
     /// The owner let go while cut off: the key stays until the lease ends.
@@ -153,8 +155,9 @@ impl State {
         self.next_id += 1;
         let id = LeaseId(self.next_id);
         let revision = self.put(key, value.clone()).create_revision;
-        let lease =
-            Lease { client, key: key.to_owned(), value, present: true, lost, abandoned: false };
+        let key = key.to_owned();
+        let (present, stale, abandoned) = (true, false, false);
+        let lease = Lease { client, key, value, present, stale, lost, abandoned };
         self.leases.insert(id, lease);
         Some((revision, id))
     }
@@ -162,11 +165,9 @@ impl State {
     /// Changes a lease's value: at once if its key is there and its owner connected.
     pub(super) fn update(&mut self, id: LeaseId, value: Bytes) {
         let Some(lease) = self.leases.get_mut(&id) else { return };
-        lease.value = value.clone();
-        if lease.present && self.clients[&lease.client].connected {
-            let key = lease.key.clone();
-            self.put(&key, value);
-        }
+        lease.value = value;
+        lease.stale = true;
+        self.settle();
     }
 
     /// Ends a lease because its owner says so. One who is cut off can say nothing yet.
@@ -206,28 +207,30 @@ impl State {
         self.delete(&key);
     }
 
-    /// Lets connected owners learn what became of their leases: registrations put their key there
-    /// again if it is free, leaders are told, and leases that nobody wants are forgotten.
+    /// Lets connected owners learn what became of their leases and do what they want: registrations
+    /// put their key there again if it is free and write their new value, leaders are told, and
+    /// leases that nobody wants are forgotten.
     fn settle(&mut self) {
         let clients = &self.clients;
         let owed: Vec<LeaseId> = self
             .leases
             .iter()
-            .filter(|(_, lease)| !lease.present && clients[&lease.client].connected)
+            .filter(|(_, lease)| !lease.present || lease.stale)
+            .filter(|(_, lease)| clients[&lease.client].connected)
             .map(|(id, _)| *id)
             .collect();
         for id in owed {
             let lease = &self.leases[&id];
-            if let Some(lost) = &lease.lost {
-                lost.cancel();
+            if !lease.present && (lease.lost.is_some() || lease.abandoned) {
+                if let Some(lost) = &lease.lost {
+                    lost.cancel();
+                }
                 self.leases.remove(&id);
-            } else if lease.abandoned {
-                self.leases.remove(&id);
-            } else if !self.entries.contains_key(&lease.key) {
+            } else if lease.present || !self.entries.contains_key(&lease.key) {
                 let (key, value) = (lease.key.clone(), lease.value.clone());
                 self.put(&key, value);
                 if let Some(lease) = self.leases.get_mut(&id) {
-                    lease.present = true;
+                    (lease.present, lease.stale) = (true, false);
                 }
             }
         }
