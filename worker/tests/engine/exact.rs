@@ -32,8 +32,13 @@ fn check_matrix(store: &Store, kv_type: KvType) {
     let want = want(store, &sequence, kv_type);
     assert!(want.iter().all(|logit| logit.is_finite()));
     for backend in Backend::available() {
-        for threads in [1, 2] {
-            for stages in 1..=LAYERS {
+        // All of it with the backend that will be used; the slow ones need not show again that
+        // the engine's ways agree.
+        let is_used = backend == Backend::detect();
+        let (threads, stages) =
+            if is_used { (vec![1, 2], vec![1, 2, 3, LAYERS]) } else { (vec![2], vec![1, LAYERS]) };
+        for &threads in &threads {
+            for &stages in &stages {
                 for chunk in [1, 7, 32, SHORT] {
                     let config = config(backend, threads, kv_type);
                     let found = Pipeline::open(store, stages, config).logits(&sequence, chunk);
