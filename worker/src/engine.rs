@@ -164,14 +164,10 @@ impl Engine {
     /// If `input` has another length: the caller checks sizes first.
     pub fn forward(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
         let batch = Batch::new(rows, self.model.config(), &self.config);
-        let input_len =
-            if self.model.is_first() { 0 } else { batch.place_count() * self.hidden() };
+        let input_len = if self.model.is_first() { 0 } else { batch.place_count() * self.hidden() };
         assert_eq!(input.len(), input_len, "activations must match the tokens of the step");
-        let results = if batch.tokens().is_empty() {
-            Vec::new()
-        } else {
-            self.compute(&batch, input)
-        };
+        let results =
+            if batch.tokens().is_empty() { Vec::new() } else { self.compute(&batch, input) };
         let activations = if self.is_last() { Vec::new() } else { self.activations(&batch) };
         StepOutput { activations, rows: batch.finish(results) }
     }
@@ -193,8 +189,7 @@ impl Engine {
         let locals = &self.locals;
         shared::run(&self.pool, team, |member| {
             // Not poisoned for good by a step that panicked: nothing in it outlives a step.
-            let mut local =
-                locals[member.index()].lock().unwrap_or_else(PoisonError::into_inner);
+            let mut local = locals[member.index()].lock().unwrap_or_else(PoisonError::into_inner);
             step.walk(member, &mut local)
         });
         drop(step);
@@ -270,6 +265,3 @@ pub fn kv_bytes(config: &ModelConfig, layers: u32, kv_type: KvType, blocks: u32)
     // Keys and values.
     factors.into_iter().fold(2, u64::saturating_mul)
 }
-
-#[cfg(test)]
-mod tests;

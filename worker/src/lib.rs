@@ -5,6 +5,7 @@
 pub mod config;
 pub mod engine;
 mod error;
+pub mod measure;
 mod session;
 
 pub use config::{Config, ConfigError};

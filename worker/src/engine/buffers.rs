@@ -102,7 +102,9 @@ impl Buffers {
             kv: shape.kv_heads as usize * shape.head_dim as usize,
             ffn: shape.ffn as usize,
             vocab: shape.vocab as usize,
-            partial_states: PAIRS_PER_THREAD.saturating_mul(config.threads).saturating_mul(segments),
+            partial_states: PAIRS_PER_THREAD
+                .saturating_mul(config.threads)
+                .saturating_mul(segments),
             head_positions: if model.is_last() { HEAD_POSITIONS.min(n) } else { 0 },
         };
         let Widths { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =

@@ -227,7 +227,10 @@ fn check(row: &Row, model: &ModelConfig, config: &EngineConfig) -> Result<(), St
     }
     let needed = end.div_ceil(BLOCK_TOKENS as usize);
     let Some(blocks) = row.blocks.get(..needed) else {
-        return Err(format!("{end} tokens need {needed} blocks, the row names {}", row.blocks.len()));
+        return Err(format!(
+            "{end} tokens need {needed} blocks, the row names {}",
+            row.blocks.len()
+        ));
     };
     if let Some(block) = blocks.iter().find(|block| block.0 >= config.kv_blocks) {
         return Err(format!("block {block} is not below the {} there are", config.kv_blocks));

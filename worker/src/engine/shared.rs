@@ -69,8 +69,7 @@ where
     assert_eq!(pool.current_num_threads(), team.threads, "a team of another pool");
     let team = &team;
     let outcomes = pool.broadcast(|context| {
-        let mut member =
-            Member { team, index: context.index(), phase: 1 };
+        let mut member = Member { team, index: context.index(), phase: 1 };
         let _poison = PoisonOnPanic(&team.barrier);
         work(&mut member)
     });
@@ -173,12 +172,7 @@ impl<T: Clone> Buffer<T> {
     /// # Panics
     ///
     /// If the buffer is smaller.
-    pub(super) fn lend<'a>(
-        &'a mut self,
-        team: &Team,
-        rows: usize,
-        width: usize,
-    ) -> Shared<'a, T> {
+    pub(super) fn lend<'a>(&'a mut self, team: &Team, rows: usize, width: usize) -> Shared<'a, T> {
         let len = rows.checked_mul(width).expect("a shape that fits memory");
         let values = &mut self.values[..len];
         self.given.clear();
@@ -299,7 +293,9 @@ mod tests {
     }
 
     /// Runs `work` with a buffer of its own on three threads; tells whether it panicked.
-    fn panics(work: impl Fn(&mut Member<'_>, &Shared<'_, f32>) -> Result<(), Poisoned> + Sync) -> bool {
+    fn panics(
+        work: impl Fn(&mut Member<'_>, &Shared<'_, f32>) -> Result<(), Poisoned> + Sync,
+    ) -> bool {
         let pool = pool(3);
         let team = Team::new(&pool);
         let mut buffer = Buffer::new(0.0f32, ROWS * WIDTH);

@@ -2,10 +2,8 @@
 
 use std::ops::Range;
 
-use model::{
-    EmbeddingShard, HeadShard, LayerShard, LayerWeights, ModelConfig, NormShard, Store,
-};
 use kernels::FloatMatrix;
+use model::{EmbeddingShard, HeadShard, LayerShard, LayerWeights, ModelConfig, NormShard, Store};
 
 use super::EngineError;
 
@@ -35,9 +33,9 @@ impl StageModel {
         let is_last = layers.end == config.layers;
         let shards = layers.clone().map(|layer| store.layer(layer)).collect::<Result<_, _>>()?;
         let embedding = is_first.then(|| store.embedding()).transpose()?;
-        let end =
-            if is_last { Some((store.final_norm()?, store.head()?)) } else { None };
-        let mut weight_bytes = store.layer_bytes().saturating_mul(u64::from(layers.end - layers.start));
+        let end = if is_last { Some((store.final_norm()?, store.head()?)) } else { None };
+        let mut weight_bytes =
+            store.layer_bytes().saturating_mul(u64::from(layers.end - layers.start));
         if is_first {
             weight_bytes += store.embedding_bytes();
         }

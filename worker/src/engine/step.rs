@@ -217,7 +217,8 @@ impl Step<'_> {
         assert_eq!(weights.rows(), out.width(), "a product is as wide as its matrix is high");
         let x = codes.read(member);
         let tiles = share(weights.tiles(), member);
-        while let Some((rows, y)) = out.columns(member, out.rows(), tiles * TernaryMatrix::TILE_ROWS)
+        while let Some((rows, y)) =
+            out.columns(member, out.rows(), tiles * TernaryMatrix::TILE_ROWS)
         {
             let tiles =
                 rows.start / TernaryMatrix::TILE_ROWS..rows.end.div_ceil(TernaryMatrix::TILE_ROWS);

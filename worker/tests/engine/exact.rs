@@ -2,8 +2,8 @@
 //! blocks, or what the cache held before.
 
 use kernels::Backend;
-use model::synth::SynthFamily;
 use model::Store;
+use model::synth::SynthFamily;
 use proptest::prelude::*;
 use proto::plan::KvType;
 use proto::step::Output;

@@ -55,8 +55,7 @@ fn a_row_that_breaks_the_contract_is_invalid_and_alone() {
 fn a_step_has_room_for_so_many_tokens() {
     let (_dir, store) = tiny(SynthFamily::BitNet);
     let config = EngineConfig { max_step_tokens: 16, ..plain() };
-    let rows: Vec<Row> =
-        (0..3).map(|id| Sequence::new(id, 7).row(0..7, Output::Logits)).collect();
+    let rows: Vec<Row> = (0..3).map(|id| Sequence::new(id, 7).row(0..7, Output::Logits)).collect();
     let outcomes = Pipeline::open(&store, 1, config).step(&rows);
     let statuses = outcomes.iter().map(|outcome| outcome.status).collect::<Vec<_>>();
     assert_eq!(statuses, [RowStatus::Ok, RowStatus::Ok, RowStatus::Invalid]);
@@ -153,7 +152,8 @@ fn a_row_that_is_not_finite_fails_alone() {
 fn a_penalty_that_overflows_fails_its_row() {
     let (_dir, store) = tiny(SynthFamily::BitNet);
     let output = sample(|p| p.logit_bias = vec![(0, f32::MAX), (0, f32::MAX)]);
-    let rows = [Sequence::new(0, 3).row(0..3, output), Sequence::new(1, 3).row(0..3, sample(|_| {}))];
+    let rows =
+        [Sequence::new(0, 3).row(0..3, output), Sequence::new(1, 3).row(0..3, sample(|_| {}))];
     let outcomes = Pipeline::open(&store, 1, plain()).step(&rows);
     assert_eq!(outcomes[0].status, RowStatus::NotFinite);
     assert_eq!(outcomes[1].status, RowStatus::Ok);
