@@ -1,6 +1,20 @@
-//! Why a worker could not start or stop well.
+//! Why a worker could not start or stop well, why it refuses a call, and the one map from that to
+//! `tonic::Status`.
 
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use node::membership::MembershipError;
+use node::{Chain, SupervisorError};
+use proto::ids::{Incarnation, KnownAnswer, ModelId};
+use tonic::{Code, Status};
+
+use crate::bridge::IN_FLIGHT_MAX;
 use crate::config::ConfigError;
+use crate::engine::EngineError;
+use crate::session::epochs::EpochError;
+use crate::stage::ReaderEnd;
 
 /// Why a worker ended.
 #[derive(Debug, thiserror::Error)]
@@ -9,4 +23,122 @@ pub enum RunError {
     /// A field of the configuration is wrong.
     #[error("the worker's configuration is refused")]
     Config(#[from] ConfigError),
+    /// There is nothing to compute with.
+    #[error("{} neither is a store nor holds one", path.display())]
+    NoStore {
+        /// Where it looked.
+        path: PathBuf,
+    },
+    /// A store cannot be used.
+    #[error("failed to open a model store")]
+    Store(#[from] model::StoreError),
+    /// The chosen kernels compute something else than their definition.
+    #[error(
+        "the kernels {isa} fail their known-answer test on this machine: {found} instead of \
+         {expected}; choose others with --isa scalar"
+    )]
+    KnownAnswer {
+        /// The chosen kernels.
+        isa: &'static str,
+        /// What they give.
+        found: KnownAnswer,
+        /// What the definition gives.
+        expected: KnownAnswer,
+    },
+    /// A layer could not be timed.
+    #[error("failed to measure the speed of a layer")]
+    Measure(#[source] EngineError),
+    /// A start-up task panicked.
+    #[error("the start-up checks failed")]
+    StartUp(#[source] tokio::task::JoinError),
+    /// The address is taken, or not ours.
+    #[error("failed to listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// gRPC reflection has no such descriptors.
+    #[error("failed to set up gRPC reflection")]
+    Reflection(#[source] tonic_reflection::server::Error),
+    /// The worker's record cannot be written down.
+    #[error("failed to encode the worker's record")]
+    Record(#[source] serde_json::Error),
+    /// The registry does not take the worker in.
+    #[error("failed to register as worker {id}")]
+    Register {
+        /// Its name.
+        id: String,
+        /// What the registry said.
+        source: MembershipError,
+    },
+    /// A task failed while it served.
+    #[error("the worker stopped")]
+    Serve(#[from] SupervisorError),
+}
+
+/// Why a call is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServiceError {
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    #[error("stage {stage} is for worker {worker} at {incarnation}, this is {own}")]
+    NotThisWorker { stage: u32, worker: String, incarnation: Incarnation, own: String },
+    #[error("{found} steps in flight are more than {IN_FLIGHT_MAX}")]
+    InFlight { found: u32 },
+    #[error("this worker has no store of model {model}")]
+    UnknownModel { model: ModelId },
+    #[error("the stages have {planned_layers} layers together, the model has {model_layers}")]
+    Layers { planned_layers: u32, model_layers: u32 },
+    #[error("steps of {found} tokens do not fit a message: {most} do")]
+    StepTokens { found: u32, most: u32 },
+    #[error("the stage needs {needed_bytes} bytes of memory, {available_bytes} are free")]
+    Memory { needed_bytes: u64, available_bytes: u64 },
+    #[error("failed to build the engine")]
+    Engine(#[from] EngineError),
+    #[error("failed to start the engine's thread")]
+    Thread(#[source] io::Error),
+    #[error("building the engine panicked")]
+    Build(#[source] tokio::task::JoinError),
+    #[error("the epoch ended meanwhile")]
+    Gone,
+    #[error("stage {stage} of {stages} gives no results: the last one does")]
+    NoResults { stage: u32, stages: usize },
+    #[error(transparent)]
+    ReaderEnd(#[from] ReaderEnd),
+    #[error("the message is malformed")]
+    Wire(#[from] proto::convert::WireError),
+    #[error("the engine has stopped")]
+    EngineStopped,
+    #[error("this worker is stopping")]
+    Closing,
+}
+
+impl From<ServiceError> for Status {
+    fn from(error: ServiceError) -> Self {
+        let code = match &error {
+            ServiceError::UnknownModel { .. } => Code::NotFound,
+            ServiceError::Memory { .. }
+            | ServiceError::Engine(EngineError::Memory { .. } | EngineError::Threads { .. })
+            | ServiceError::Thread(_) => Code::ResourceExhausted,
+            ServiceError::Epoch(_)
+            | ServiceError::NotThisWorker { .. }
+            | ServiceError::NoResults { .. }
+            | ServiceError::Gone => Code::FailedPrecondition,
+            ServiceError::Layers { .. }
+            | ServiceError::InFlight { .. }
+            | ServiceError::StepTokens { .. }
+            | ServiceError::Wire(_)
+            | ServiceError::Engine(EngineError::Layers { .. } | EngineError::Zero { .. }) => {
+                Code::InvalidArgument
+            }
+            ServiceError::ReaderEnd(_) => Code::Aborted,
+            ServiceError::Closing => Code::Unavailable,
+            ServiceError::Engine(_) | ServiceError::Build(_) | ServiceError::EngineStopped => {
+                Code::Internal
+            }
+        };
+        Self::new(code, Chain(&error).to_string())
+    }
 }

@@ -1,38 +1,37 @@
 //! Computes its layers: the engine, session checks, the stage service and its links.
 //!
 //! A worker is pure dataflow: a step carries all it needs, and only the coordinator decides.
+//!
+//! ```text
+//!  coordinator, or the stage before            the stage after, or the coordinator
+//!        │ steps        ▲ replies                    ▲ steps            ▲ results
+//!        ▼              │                            │                  │
+//!  ┌─ grpc ── decode ── encode ─┐              ┌─ link ─┐          ┌─ grpc ─┐
+//!  │ service ─▶ session::epochs │              └────────┘          └────────┘
+//!  │            which stage?    │                    ▲                  ▲
+//!  └──────────┬─────────────────┘                    └──── stage ───────┘
+//!             ▼                                             ▲  session::ledger: kept outputs
+//!           stage ──▶ bridge ──▶ executor (engine's thread) ┘
+//!                                session: blocks, generations ─▶ engine
+//! ```
 
+mod bridge;
 pub mod config;
 pub mod engine;
 mod error;
+mod executor;
+mod grpc;
+mod known_answer;
+mod link;
 pub mod measure;
+mod run;
+mod service;
 mod session;
+mod stage;
+mod telemetry;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Config, ConfigError};
 pub use error::RunError;
-
-use std::net::SocketAddr;
-use std::sync::Arc;
-
-use node::membership::Membership;
-use proto::keys::Keys;
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
-
-/// Serves as one worker of a cluster until `stop` fires and what is in flight is done.
-///
-/// `bound` is told the address of the stage service once it accepts connections.
-///
-/// # Errors
-///
-/// What kept it from starting, or from stopping well.
-pub async fn run(
-    config: Config,
-    _keys: Keys,
-    _membership: Arc<dyn Membership>,
-    _bound: Option<oneshot::Sender<SocketAddr>>,
-    _stop: CancellationToken,
-) -> Result<(), RunError> {
-    config.validate()?;
-    unimplemented!("lands next")
-}
+pub use run::run;

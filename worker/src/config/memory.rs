@@ -66,7 +66,10 @@ mod tests {
 
     #[test]
     fn reads_what_linux_writes() {
-        assert_eq!(total_bytes("MemTotal:       24655184 kB\nMemFree: 1 kB\n"), Some(25_246_908_416));
+        assert_eq!(
+            total_bytes("MemTotal:       24655184 kB\nMemFree: 1 kB\n"),
+            Some(25_246_908_416)
+        );
         assert_eq!(total_bytes("MemFree: 1 kB\n"), None);
         assert_eq!(limit("1073741824\n"), Some(1 << 30));
         assert_eq!(limit("max\n"), None);

@@ -102,10 +102,6 @@ impl Epochs {
         self.term
     }
 
-    pub(crate) fn incarnation(&self) -> Incarnation {
-        self.incarnation
-    }
-
     pub(crate) fn state(&self) -> State {
         match (self.draining, &self.active, &self.prepared) {
             (true, ..) => State::Draining,
@@ -137,7 +133,12 @@ impl Epochs {
         if self.draining {
             return Err(EpochError::Draining);
         }
-        self.judge_prepare(request)
+        let action = self.judge_prepare(request)?;
+        if action == PrepareAction::Build {
+            // A newer epoch supersedes it, whether or not its engine can be built.
+            self.prepared = None;
+        }
+        Ok(action)
     }
 
     /// A worker without a stage may be taken over by another cluster, as after a new registry;
@@ -156,8 +157,7 @@ impl Epochs {
         Ok(())
     }
 
-    /// Judges it again after the engine was built, which takes a while, and takes it in. What
-    /// was prepared before, if anything, is dropped.
+    /// Judges it again after the engine was built, which takes a while, and takes it in.
     pub(crate) fn install(&mut self, request: Prepare) -> Result<(), EpochError> {
         self.check_sender(request.term, request.dst_incarnation)?;
         if self.draining {

@@ -41,12 +41,7 @@ pub(crate) struct Ledger<T> {
 
 impl<T> Ledger<T> {
     pub(crate) fn new(limit: usize) -> Self {
-        Self {
-            limit,
-            acked: StepId::default(),
-            steps: BTreeMap::new(),
-            outbox: BTreeSet::new(),
-        }
+        Self { limit, acked: StepId::default(), steps: BTreeMap::new(), outbox: BTreeSet::new() }
     }
 
     /// Notes a step and what it acknowledges. `acked` is less than `step`.
@@ -95,8 +90,13 @@ impl<T> Ledger<T> {
 
     /// Queues everything that is kept: a new connection knows nothing.
     pub(crate) fn resend_all(&mut self) {
+        self.resend_after(StepId::default());
+    }
+
+    /// Queues what is kept of the steps after `after`, and nothing else.
+    pub(crate) fn resend_after(&mut self, after: StepId) {
         let kept = self.steps.iter().filter(|(_, entry)| matches!(entry, Entry::Kept(_)));
-        self.outbox = kept.map(|(&step, _)| step).collect();
+        self.outbox = kept.map(|(&step, _)| step).filter(|&step| step > after).collect();
     }
 
     /// Queues one kept output again.
@@ -122,8 +122,7 @@ impl<T> Ledger<T> {
 
     /// Whether any step waits, is computed, or waits to be sent.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.outbox.is_empty()
-            || self.steps.values().any(|entry| matches!(entry, Entry::Pending))
+        !self.outbox.is_empty() || self.steps.values().any(|entry| matches!(entry, Entry::Pending))
     }
 }
 

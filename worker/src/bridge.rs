@@ -1,0 +1,148 @@
+//! The one door between async code and an engine's thread: the engine never awaits, async code
+//! never computes.
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use proto::step::Step;
+use tokio::sync::mpsc;
+use tracing::Span;
+
+use crate::executor::{Executed, Executor};
+
+/// Steps that one epoch may have in flight at most: 1.5 a stage and one more, for any pipeline.
+pub(crate) const IN_FLIGHT_MAX: u32 = 1024;
+
+/// Steps that may wait for one engine. Ledgers let no epoch have more than [`IN_FLIGHT_MAX`], and
+/// an engine serves at most an active epoch and the one prepared to follow it.
+const JOBS_MAX: usize = 2 * IN_FLIGHT_MAX as usize;
+
+/// What an engine's thread runs.
+pub(crate) trait Compute: Send + 'static {
+    /// One step, from its checks to its records.
+    fn compute(&mut self, step: Step, expired: bool) -> Executed;
+}
+
+impl Compute for Executor {
+    fn compute(&mut self, step: Step, expired: bool) -> Executed {
+        self.execute(step, expired)
+    }
+}
+
+/// A step to compute.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) step: Step,
+    /// When it came in.
+    pub(crate) arrived: Instant,
+    /// From when on nobody wants it.
+    pub(crate) deadline: Instant,
+    /// One for every row that is traced; they end when the job's outcome is dropped.
+    pub(crate) spans: Vec<Span>,
+    /// Where the outcome goes. It has room for every step that the sender may have in flight.
+    pub(crate) reply: mpsc::Sender<Outcome>,
+}
+
+/// A computed step.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) executed: Executed,
+    pub(crate) deadline: Instant,
+    pub(crate) spans: Vec<Span>,
+    /// In the engine.
+    pub(crate) compute: Duration,
+    /// Between arriving and entering the engine.
+    pub(crate) wait: Duration,
+}
+
+/// An engine's thread panicked. The process stops: its state may be anything.
+#[derive(Debug, thiserror::Error)]
+#[error("the engine's thread panicked: {message}")]
+pub(crate) struct EngineFailure {
+    message: String,
+}
+
+/// Why a job was not taken.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum SubmitError {
+    /// More jobs wait than the queue holds.
+    #[error("{JOBS_MAX} steps wait for the engine already")]
+    Full,
+    /// The engine's thread is gone; the process is about to stop.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// The way to one engine. The thread ends, and with it the engine, when the last handle is
+/// dropped.
+#[derive(Clone, Debug)]
+pub(crate) struct EngineHandle {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl EngineHandle {
+    /// Moves an engine to its own thread. A panic there goes to `failures`.
+    ///
+    /// # Errors
+    ///
+    /// If the system gives no thread.
+    pub(crate) fn start(
+        mut engine: impl Compute,
+        failures: mpsc::Sender<EngineFailure>,
+    ) -> io::Result<Self> {
+        let (jobs, mut queue) = mpsc::channel::<Job>(JOBS_MAX);
+        thread::Builder::new().name("engine".into()).spawn(move || {
+            while let Some(job) = queue.blocking_recv() {
+                // The stage may have been retired while the job waited: do not work for nobody.
+                if job.reply.is_closed() {
+                    continue;
+                }
+                // The engine is not used again after a panic, so what it left half done is
+                // never seen.
+                match catch_unwind(AssertUnwindSafe(|| run(&mut engine, job))) {
+                    Ok((reply, outcome)) => drop(reply.blocking_send(outcome)),
+                    Err(panic) => {
+                        let message = message_of(&*panic);
+                        // One failure stops the process; a second one adds nothing.
+                        drop(failures.try_send(EngineFailure { message }));
+                        return;
+                    }
+                }
+            }
+        })?;
+        Ok(Self { jobs })
+    }
+
+    /// Queues a step behind those that came before it.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError`]; the job is dropped.
+    pub(crate) fn submit(&self, job: Job) -> Result<(), SubmitError> {
+        self.jobs.try_send(job).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => SubmitError::Full,
+            mpsc::error::TrySendError::Closed(_) => SubmitError::Stopped,
+        })
+    }
+}
+
+fn run(engine: &mut impl Compute, job: Job) -> (mpsc::Sender<Outcome>, Outcome) {
+    let Job { step, arrived, deadline, spans, reply } = job;
+    let start = Instant::now();
+    let executed = engine.compute(step, start >= deadline);
+    let (compute, wait) = (start.elapsed(), start.saturating_duration_since(arrived));
+    (reply, Outcome { executed, deadline, spans, compute, wait })
+}
+
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,74 @@
+//! PURE. One step at one stage: session checks, engine, session records.
+
+use bytes::Bytes;
+use proto::limits;
+use proto::step::{RowValue, Step};
+
+use crate::engine::Engine;
+use crate::session::{RowLimits, Sessions};
+
+/// Room in a result's message for everything that is not logits.
+const RESULT_OVERHEAD_BYTES: usize = 4 << 20;
+
+/// What a step gave.
+#[derive(Debug)]
+pub(crate) struct Executed {
+    /// The step: its rows with their statuses now, its activations those after this stage's
+    /// layers (empty after the last stage).
+    pub(crate) step: Step,
+    /// What the rows asked for, one for every row; on the last stage only.
+    pub(crate) values: Vec<RowValue>,
+    /// Blocks of the KV cache that hold tokens.
+    pub(crate) filled_blocks: usize,
+}
+
+/// An engine and what its blocks hold.
+pub(crate) struct Executor {
+    engine: Engine,
+    sessions: Sessions,
+    /// `[tokens of the step][hidden]`, kept for its memory.
+    input: Vec<f32>,
+}
+
+impl Executor {
+    /// `context` is the model's longest sequence in tokens.
+    pub(crate) fn new(engine: Engine, context: u32) -> Self {
+        let logits_bytes = limits::MESSAGE_BYTES - RESULT_OVERHEAD_BYTES;
+        let limits = RowLimits {
+            kv_blocks: engine.config().kv_blocks,
+            context,
+            vocab: engine.vocab() as u32,
+            logits_tokens: (logits_bytes / (size_of::<f32>() * engine.vocab())) as u32,
+        };
+        Self { engine, sessions: Sessions::new(limits), input: Vec::new() }
+    }
+
+    /// Runs one step. The sizes of `step` were checked: at most `max_step_tokens`, activations
+    /// exactly for its tokens.
+    pub(crate) fn execute(&mut self, mut step: Step, expired: bool) -> Executed {
+        let admitted = self.sessions.admit(&mut step.rows, expired);
+        self.input.clear();
+        let (words, _) = step.activations.as_chunks();
+        self.input.extend(words.iter().map(|&word| f32::from_le_bytes(word)));
+        let output = self.engine.forward(&step.rows, &self.input);
+        let mut values = Vec::with_capacity(step.rows.len());
+        for (row, outcome) in step.rows.iter_mut().zip(output.rows) {
+            row.status = outcome.status;
+            row.detail = outcome.detail;
+            values.push(outcome.value);
+        }
+        self.sessions.commit(&mut step.rows, admitted, &step.ended_sequences);
+        step.activations = little_endian(&output.activations);
+        Executed { step, values, filled_blocks: self.sessions.filled_blocks() }
+    }
+}
+
+/// As they travel.
+fn little_endian(values: &[f32]) -> Bytes {
+    let mut bytes = vec![0; size_of_val(values)];
+    let (words, _) = bytes.as_chunks_mut();
+    for (word, value) in words.iter_mut().zip(values) {
+        *word = value.to_le_bytes();
+    }
+    bytes.into()
+}

@@ -1,0 +1,264 @@
+//! One worker from its start to its end: proves its kernels, measures itself, registers, serves,
+//! drains.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kernels::{Backend, KERNEL_REVISION};
+use model::Store;
+use node::Chain;
+use node::membership::{Membership, MembershipError, Registration};
+use node::observe::{Condition, Health};
+use node::{Supervisor, TaskError};
+use proto::ids::{Incarnation, KnownAnswer, ModelId};
+use proto::keys::Keys;
+use proto::plan::{WorkerModel, WorkerRecord};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tonic_health::server::HealthReporter;
+
+use crate::bridge::EngineFailure;
+use crate::config::Config;
+use crate::error::RunError;
+use crate::measure::measure_layer_ns;
+use crate::service::{Identity, Service};
+use crate::{grpc, known_answer, telemetry};
+
+/// A draining worker to which nobody sent a step for so long is idle: longer than a step of a
+/// large model takes to go round its pipeline.
+const DRAIN_QUIET: Duration = Duration::from_secs(3);
+
+/// How long leaving the registry may take; the lease ends by itself if the registry is away.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What stopping takes beyond leaving and draining: streams end, connections close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Serves as one worker of a cluster until `stop` fires and what is in flight is done.
+///
+/// `bound` is told the address of the stage service once it accepts connections and the worker
+/// is in the registry.
+///
+/// # Errors
+///
+/// What kept it from starting, from serving, or from stopping well.
+pub async fn run(
+    config: Config,
+    keys: Keys,
+    membership: Arc<dyn Membership>,
+    bound: Option<oneshot::Sender<SocketAddr>>,
+    stop: CancellationToken,
+) -> Result<(), RunError> {
+    // Everything that can be wrong is found here, before anything is served.
+    config.validate()?;
+    let checks = config.clone();
+    let checked = tokio::task::spawn_blocking(move || check_machine(&checks));
+    let Checked { backend, known_answer, stores, models } =
+        checked.await.map_err(RunError::StartUp)??;
+    let listener = listen(config.listen).await?;
+    let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
+    let observer = match config.http {
+        Some(http) => Some(listen(http).await?),
+        None => None,
+    };
+
+    let incarnation = Incarnation(rand::random());
+    let record = WorkerRecord {
+        id: config.id.clone(),
+        incarnation,
+        address: config.advertise.clone().unwrap_or_else(|| address.to_string()),
+        version: env!("CARGO_PKG_VERSION").into(),
+        isa: backend.name().into(),
+        threads: config.threads as u32,
+        memory_bytes: config.memory_bytes,
+        kernel_revision: KERNEL_REVISION,
+        known_answer,
+        models,
+        draining: false,
+    };
+    telemetry::describe();
+    telemetry::build_info(&config.id, backend.name());
+    let (failures, failed) = mpsc::channel(1);
+    let closing = CancellationToken::new();
+    let identity = Identity {
+        id: config.id.clone(),
+        incarnation,
+        backend,
+        threads: config.threads,
+        memory_bytes: config.memory_bytes,
+        known_answer,
+        stores,
+    };
+    let service = Arc::new(Service::new(identity, failures, closing.clone()));
+    let (health, serving) = grpc::serve(listener, service.clone())?;
+    grpc::set_serving(&health, true).await;
+    let condition = Health::starting();
+
+    // The caller's token stays the caller's: a worker that fails stops nobody else.
+    let mut tasks = Supervisor::new(stop.child_token());
+    tasks.spawn("grpc", |_| async move { serving.await.map_err(TaskError::from) });
+    tasks.spawn("engine", |_| watch_engines(failed, closing.clone()));
+    if let Some(listener) = observer {
+        let router = node::observe::router(condition.clone());
+        let closing = closing.clone();
+        tasks.spawn("http", |_| async move {
+            Ok(node::observe::serve(listener, router, closing).await?)
+        });
+    }
+    let key = keys.worker(&config.id);
+    let register = membership.register(&key, encode(&record)?);
+    let Some(registered) = stop.run_until_cancelled(register).await else {
+        tracing::info!(worker = config.id, "stopped before the registry took it in");
+        return Ok(());
+    };
+    let registration =
+        registered.map_err(|source| RunError::Register { id: config.id.clone(), source })?;
+    condition.set(Condition::Serving);
+    tracing::info!(
+        worker = config.id,
+        %incarnation,
+        %address,
+        advertised = record.address,
+        models = record.models.len(),
+        "worker is in the registry",
+    );
+    if let Some(bound) = bound {
+        // Nobody may be waiting any more.
+        let _ = bound.send(address);
+    }
+    let grace = config.shutdown_grace;
+    let worker = Leaving { record, registration, service, health, condition };
+    tasks.spawn("drain", |stop| worker.leave_after(stop, grace));
+    tasks.run(grace + LEAVE_TIMEOUT + CLOSE_TIMEOUT).await?;
+    tracing::info!(worker = config.id, "worker has left");
+    Ok(())
+}
+
+/// What a worker knows of itself and its machine.
+struct Checked {
+    backend: Backend,
+    known_answer: KnownAnswer,
+    stores: Vec<Arc<Store>>,
+    models: Vec<WorkerModel>,
+}
+
+/// Opens the stores, proves the kernels and times a layer. Takes about a second: it computes.
+fn check_machine(config: &Config) -> Result<Checked, RunError> {
+    let backend = config.backend()?;
+    let available: Vec<&str> = Backend::available().map(Backend::name).collect();
+    let reason = match config.isa {
+        Some(_) => "it was asked for",
+        None => "the fastest that this CPU runs",
+    };
+    tracing::info!(isa = backend.name(), ?available, reason, "kernels chosen");
+    let known_answer = known_answer::prove(backend)?;
+    let paths = model::find_stores(&config.store);
+    if paths.is_empty() {
+        return Err(RunError::NoStore { path: config.store.clone() });
+    }
+    let mut stores: Vec<Arc<Store>> = Vec::with_capacity(paths.len());
+    let mut models = Vec::with_capacity(paths.len());
+    for path in paths {
+        let store = Store::open(&path)?;
+        let id = ModelId(store.id().0);
+        // Two stores of one model differ in layout only; one is enough.
+        if stores.iter().any(|other| other.id() == store.id()) {
+            tracing::info!(model = %id, path = %path.display(), "a second store of this model");
+            continue;
+        }
+        let times = measure_layer_ns(&store, backend, config.threads).map_err(RunError::Measure)?;
+        tracing::info!(model = %id, path = %path.display(), ?times, "store opened");
+        models.push(WorkerModel {
+            id,
+            layer_ns: times.layer_ns,
+            layer_16_ns: times.layer_16_ns,
+            head_ns: times.head_ns,
+            head_16_ns: times.head_16_ns,
+        });
+        stores.push(Arc::new(store));
+    }
+    Ok(Checked { backend, known_answer, stores, models })
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
+    TcpListener::bind(address).await.map_err(|source| listen_error(address, source))
+}
+
+fn listen_error(address: SocketAddr, source: std::io::Error) -> RunError {
+    RunError::Listen { address, source }
+}
+
+fn encode(record: &WorkerRecord) -> Result<bytes::Bytes, RunError> {
+    serde_json::to_vec(record).map(bytes::Bytes::from).map_err(RunError::Record)
+}
+
+/// Ends when an engine's thread panicked, and then ends every stream at once: nobody must wait
+/// for a result that will not come.
+async fn watch_engines(
+    mut failed: mpsc::Receiver<EngineFailure>,
+    closing: CancellationToken,
+) -> Result<(), TaskError> {
+    tokio::select! {
+        failure = failed.recv() => match failure {
+            Some(failure) => {
+                closing.cancel();
+                Err(failure.into())
+            }
+            None => Ok(()),
+        },
+        () = closing.cancelled() => Ok(()),
+    }
+}
+
+/// What is needed to leave well.
+struct Leaving {
+    record: WorkerRecord,
+    registration: Registration,
+    service: Arc<Service>,
+    health: HealthReporter,
+    condition: Health,
+}
+
+impl Leaving {
+    /// After `stop`: leaves the registry, refuses new work, finishes what is in flight, and ends
+    /// every stream.
+    async fn leave_after(self, stop: CancellationToken, grace: Duration) -> Result<(), TaskError> {
+        stop.cancelled().await;
+        let closing = self.service.closing().clone();
+        let _streams_end = closing.clone().drop_guard();
+        tracing::info!(worker = self.record.id, "draining");
+        let service = self.service.clone();
+        self.condition.set(Condition::Stopping);
+        grpc::set_serving(&self.health, false).await;
+        self.leave_registry().await;
+        service.drain();
+        if service.wait_until_idle(DRAIN_QUIET, grace).await {
+            Ok(())
+        } else {
+            Err(format!("steps were still in flight after {grace:?}").into())
+        }
+    }
+
+    /// Best effort: a registry that is away finds out when the lease ends.
+    async fn leave_registry(self) {
+        let Self { registration, record, .. } = self;
+        let record = WorkerRecord { draining: true, ..record };
+        let leave = async {
+            if let Ok(value) = encode(&record) {
+                registration.update(value).await?;
+            }
+            registration.leave().await
+        };
+        let outcome: Result<Result<(), MembershipError>, _> =
+            tokio::time::timeout(LEAVE_TIMEOUT, leave).await;
+        match outcome {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::info!(error = %Chain(&error), "the registry did not let us go");
+            }
+            Err(_) => tracing::info!("the registry did not answer in time"),
+        }
+    }
+}

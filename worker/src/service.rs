@@ -1,0 +1,403 @@
+//! The worker behind its gRPC service: holds its stages, prepares and retires them, and sends
+//! each step to the stage that it is for. Decisions are those of [`Epochs`].
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kernels::{Backend, KERNEL_REVISION};
+use model::Store;
+use proto::ids::{
+    Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, StepId, Term,
+};
+use proto::limits;
+use proto::plan::KvType;
+use proto::step::{Prepare, StepHeader};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
+use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes};
+use crate::error::ServiceError;
+use crate::executor::Executor;
+use crate::link;
+use crate::session::epochs::{Epochs, PrepareAction, State, StepRefusal};
+use crate::stage::{ResultReader, Stage};
+
+/// Room in a step's message for everything that is not activations.
+const STEP_OVERHEAD_BYTES: usize = 16 << 20;
+
+/// How often a draining worker looks whether it is idle.
+const DRAIN_POLL: Duration = Duration::from_millis(10);
+
+/// Who this worker is; none of it changes while the process lives.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    pub(crate) id: String,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) backend: Backend,
+    pub(crate) threads: usize,
+    /// For weights and KV together.
+    pub(crate) memory_bytes: u64,
+    pub(crate) known_answer: KnownAnswer,
+    pub(crate) stores: Vec<Arc<Store>>,
+}
+
+/// What a worker says of itself.
+#[derive(Debug)]
+pub(crate) struct Description {
+    pub(crate) state: State,
+    pub(crate) term: Term,
+    pub(crate) held: Option<Prepare>,
+    /// Executed since the process started.
+    pub(crate) steps: u64,
+}
+
+/// What became of a `Prepare`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prepared {
+    pub(crate) class: NumericsClass,
+    pub(crate) weight_bytes: u64,
+    pub(crate) kv_bytes: u64,
+}
+
+/// An engine with everything that decides what it holds. Epochs that ask for the same share it:
+/// an unchanged stage keeps its KV.
+#[derive(Debug)]
+struct Holding {
+    shape: HoldingShape,
+    engine: EngineHandle,
+    hidden: usize,
+    weight_bytes: u64,
+    kv_bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct HoldingShape {
+    model: ModelId,
+    layers: Range<u32>,
+    kv_type: KvType,
+    kv_blocks: u32,
+    max_step_tokens: u32,
+}
+
+/// A stage and its tasks, which end with it.
+#[derive(Debug)]
+struct Running {
+    stage: Arc<Stage>,
+    holding: Arc<Holding>,
+    _tasks: JoinSet<()>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stage.retired().cancel();
+    }
+}
+
+#[derive(Debug)]
+struct Held {
+    epochs: Epochs,
+    running: Vec<Running>,
+}
+
+/// See the head of this file.
+#[derive(Debug)]
+pub(crate) struct Service {
+    identity: Identity,
+    held: Mutex<Held>,
+    /// One engine is built at a time.
+    preparing: tokio::sync::Mutex<()>,
+    failures: mpsc::Sender<EngineFailure>,
+    executed: Arc<AtomicU64>,
+    /// Every stream ends when it fires.
+    closing: CancellationToken,
+}
+
+impl Service {
+    /// A worker that stands by. A panic of an engine goes to `failures`.
+    pub(crate) fn new(
+        identity: Identity,
+        failures: mpsc::Sender<EngineFailure>,
+        closing: CancellationToken,
+    ) -> Self {
+        let epochs = Epochs::new(identity.incarnation);
+        Self {
+            identity,
+            held: Mutex::new(Held { epochs, running: Vec::new() }),
+            preparing: tokio::sync::Mutex::default(),
+            failures,
+            executed: Arc::default(),
+            closing,
+        }
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    pub(crate) fn closing(&self) -> &CancellationToken {
+        &self.closing
+    }
+
+    /// Gets ready to be one stage of a pipeline, beside what is active.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError`]; what was held before is held still, except what was only prepared.
+    pub(crate) async fn prepare(&self, request: Prepare) -> Result<Prepared, ServiceError> {
+        let _one_at_a_time = self.preparing.lock().await;
+        let shape = self.check_request(&request)?;
+        let (same, beside_bytes) = {
+            let mut held = self.held();
+            if held.epochs.prepare(&request)? == PrepareAction::Nothing {
+                let running = held.running.iter().find(|r| r.serves(request.epoch));
+                let holding = running.map(|running| running.holding.clone());
+                return holding.map(|h| self.prepared(&h)).ok_or(ServiceError::Gone);
+            }
+            let same = held.running.iter().find(|running| running.holding.shape == shape);
+            let same = same.map(|running| running.holding.clone());
+            // What was prepared and is now superseded makes room; what is active stays.
+            held.forget_what_is_over();
+            let beside_bytes: u64 = held.running.iter().map(|r| r.holding.bytes()).sum();
+            (same, beside_bytes)
+        };
+        let holding = match same {
+            Some(holding) => holding,
+            None => Arc::new(self.build(shape, beside_bytes).await?),
+        };
+        let prepared = self.prepared(&holding);
+        let running = self.start(request.clone(), holding);
+        let mut held = self.held();
+        held.epochs.install(request)?;
+        held.running.push(running);
+        Ok(prepared)
+    }
+
+    /// What can be said against a request without looking at what is held.
+    fn check_request(&self, request: &Prepare) -> Result<HoldingShape, ServiceError> {
+        let own = &request.stages[request.stage as usize];
+        if own.worker != self.identity.id || own.incarnation != self.identity.incarnation {
+            return Err(ServiceError::NotThisWorker {
+                stage: request.stage,
+                worker: own.worker.clone(),
+                incarnation: own.incarnation,
+                own: self.identity.id.clone(),
+            });
+        }
+        if request.max_in_flight > IN_FLIGHT_MAX {
+            return Err(ServiceError::InFlight { found: request.max_in_flight });
+        }
+        let store = self.store(request.model)?;
+        let config = store.config();
+        let planned_layers = request.stages.last().map_or(0, |stage| stage.layers.end);
+        if planned_layers != config.layers {
+            return Err(ServiceError::Layers { planned_layers, model_layers: config.layers });
+        }
+        let row_bytes = config.hidden as usize * size_of::<f32>();
+        let tokens_max = (limits::MESSAGE_BYTES - STEP_OVERHEAD_BYTES) / row_bytes;
+        if request.max_step_tokens as usize > tokens_max {
+            return Err(ServiceError::StepTokens {
+                found: request.max_step_tokens,
+                most: tokens_max as u32,
+            });
+        }
+        Ok(HoldingShape {
+            model: request.model,
+            layers: own.layers.clone(),
+            kv_type: request.kv_type,
+            kv_blocks: request.kv_blocks,
+            max_step_tokens: request.max_step_tokens,
+        })
+    }
+
+    fn store(&self, model: ModelId) -> Result<&Arc<Store>, ServiceError> {
+        let mut stores = self.identity.stores.iter();
+        stores.find(|store| store.id().0 == model.0).ok_or(ServiceError::UnknownModel { model })
+    }
+
+    /// Maps weights and gets memory, off the async threads.
+    async fn build(&self, shape: HoldingShape, beside: u64) -> Result<Holding, ServiceError> {
+        let store = self.store(shape.model)?.clone();
+        let available_bytes = self.identity.memory_bytes.saturating_sub(beside);
+        let config = EngineConfig {
+            backend: self.identity.backend,
+            threads: self.identity.threads,
+            kv_type: shape.kv_type,
+            kv_blocks: shape.kv_blocks,
+            max_step_tokens: shape.max_step_tokens,
+        };
+        let failures = self.failures.clone();
+        let build = move || {
+            let layer_count = shape.layers.end - shape.layers.start;
+            let kv_bytes = kv_bytes(store.config(), layer_count, shape.kv_type, shape.kv_blocks);
+            let model = StageModel::open(&store, shape.layers.clone())?;
+            let weight_bytes = model.weight_bytes();
+            let needed_bytes = weight_bytes.saturating_add(kv_bytes);
+            if needed_bytes > available_bytes {
+                return Err(ServiceError::Memory { needed_bytes, available_bytes });
+            }
+            let engine = Engine::new(model, config)?;
+            let hidden = engine.hidden();
+            let executor = Executor::new(engine, store.config().context);
+            let engine = EngineHandle::start(executor, failures).map_err(ServiceError::Thread)?;
+            Ok(Holding { shape, engine, hidden, weight_bytes, kv_bytes })
+        };
+        tokio::task::spawn_blocking(build).await.map_err(ServiceError::Build)?
+    }
+
+    fn start(&self, request: Prepare, holding: Arc<Holding>) -> Running {
+        let (stage, finisher) = Stage::new(
+            request,
+            holding.hidden,
+            holding.engine.clone(),
+            self.executed.clone(),
+            self.closing.child_token(),
+        );
+        let mut tasks = JoinSet::new();
+        tasks.spawn(finisher);
+        if let Some(next) = stage.next() {
+            tasks.spawn(link::run(stage.clone(), next.clone()));
+        }
+        Running { stage, holding, _tasks: tasks }
+    }
+
+    fn prepared(&self, holding: &Holding) -> Prepared {
+        let HoldingShape { model, kv_type, .. } = holding.shape;
+        let known_answer = self.identity.known_answer;
+        Prepared {
+            class: NumericsClass::form(model, kv_type, KERNEL_REVISION, known_answer),
+            weight_bytes: holding.weight_bytes,
+            kv_bytes: holding.kv_bytes,
+        }
+    }
+
+    /// Makes a prepared epoch the only one.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Epoch`].
+    pub(crate) fn activate(
+        &self,
+        pipeline: PipelineId,
+        epoch: Epoch,
+        term: Term,
+        incarnation: Incarnation,
+    ) -> Result<(), ServiceError> {
+        let mut held = self.held();
+        held.epochs.activate(pipeline, epoch, term, incarnation)?;
+        held.forget_what_is_over();
+        tracing::info!(%pipeline, %epoch, %term, "epoch is active");
+        Ok(())
+    }
+
+    /// Ends an epoch and all older ones.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Epoch`].
+    pub(crate) fn retire(
+        &self,
+        epoch: Epoch,
+        term: Term,
+        incarnation: Incarnation,
+    ) -> Result<(), ServiceError> {
+        let mut held = self.held();
+        held.epochs.retire(epoch, term, incarnation)?;
+        held.forget_what_is_over();
+        tracing::info!(%epoch, %term, "epoch is over");
+        Ok(())
+    }
+
+    pub(crate) fn describe(&self) -> Description {
+        let held = self.held();
+        Description {
+            state: held.epochs.state(),
+            term: held.epochs.term(),
+            held: held.epochs.held().cloned(),
+            steps: self.executed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The stage that a step is for, and the index under which this worker speaks if it is for
+    /// none.
+    pub(crate) fn judge(&self, header: &StepHeader) -> Result<Arc<Stage>, (StepRefusal, u32)> {
+        let held = self.held();
+        let speaks_as = held.epochs.held().map_or(0, |prepare| prepare.stage);
+        held.epochs.judge(header).map_err(|refusal| (refusal, speaks_as))?;
+        let running = held.running.iter().find(|running| running.serves(header.epoch));
+        Ok(running.expect("every epoch that is held runs").stage.clone())
+    }
+
+    /// Makes the caller the reader of a last stage's results.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Epoch`], or [`ServiceError::NoResults`] if others come after this stage.
+    pub(crate) fn results(
+        &self,
+        pipeline: PipelineId,
+        epoch: Epoch,
+        term: Term,
+        incarnation: Incarnation,
+        after: StepId,
+    ) -> Result<ResultReader, ServiceError> {
+        let held = self.held();
+        held.epochs.judge_reader(pipeline, epoch, term, incarnation)?;
+        let running = held.running.iter().find(|running| running.serves(epoch));
+        let stage = &running.ok_or(ServiceError::Gone)?.stage;
+        if !stage.is_last() {
+            let prepare = stage.prepare();
+            let (stage, stages) = (prepare.stage, prepare.stages.len());
+            return Err(ServiceError::NoResults { stage, stages });
+        }
+        Ok(stage.read(after))
+    }
+
+    /// Refuses new stages from now on.
+    pub(crate) fn drain(&self) {
+        self.held().epochs.drain();
+    }
+
+    /// Waits until nothing is in flight: every stage is retired, or nobody sends steps to it, or
+    /// nobody did for `quiet`. Returns whether that was so before `grace` had passed.
+    pub(crate) async fn wait_until_idle(&self, quiet: Duration, grace: Duration) -> bool {
+        let end = Instant::now() + grace;
+        while self.held().running.iter().any(|running| running.stage.is_busy(quiet)) {
+            if Instant::now() >= end {
+                return false;
+            }
+            tokio::select! {
+                () = self.closing.cancelled() => return true,
+                () = tokio::time::sleep(DRAIN_POLL) => {}
+            }
+        }
+        true
+    }
+
+    /// Nothing that may panic runs while it is held.
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Held {
+    fn forget_what_is_over(&mut self) {
+        let Self { epochs, running } = self;
+        running.retain(|running| epochs.holds(running.stage.prepare().epoch));
+    }
+}
+
+impl Running {
+    fn serves(&self, epoch: Epoch) -> bool {
+        self.stage.prepare().epoch == epoch
+    }
+}
+
+impl Holding {
+    fn bytes(&self) -> u64 {
+        self.weight_bytes.saturating_add(self.kv_bytes)
+    }
+}

@@ -1,0 +1,436 @@
+//! One stage of one epoch: takes steps in, has them computed in the order they came, keeps what
+//! they gave, and hands it to whoever carries it on: the link to the next stage or the reader of
+//! results.
+//!
+//! ```text
+//! Steps streams ─▶ arrive ─▶ ledger ─▶ engine's thread ─▶ finish ─▶ ledger ─▶ link, or results
+//!      ▲                                                                        │
+//!      └──────────── refusals of this and later stages, lost links ◀────────────┘
+//! ```
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use proto::ids::StepId;
+use proto::plan::StagePlan;
+use proto::step::{Prepare, RowResult, Step, StepHeader, StepReply, StepResult, StepVerdict};
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+use tracing::{Span, field};
+
+use crate::bridge::{EngineHandle, Job, Outcome, SubmitError};
+use crate::session::ledger::{Arrival, Ledger};
+use crate::telemetry::StageMetrics;
+
+/// What a step gave.
+#[derive(Clone, Debug)]
+pub(crate) enum Output {
+    /// For the stage after this one.
+    Step {
+        /// Its header is made anew whenever it is sent.
+        step: Arc<Step>,
+        /// From when on nobody wants it.
+        deadline: Instant,
+    },
+    /// For the coordinator.
+    Result(Arc<StepResult>),
+}
+
+/// Why a reader of results gets no more.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum ReaderEnd {
+    /// Only one reads at a time.
+    #[error("a newer reader took over")]
+    Replaced,
+    /// The epoch is over, or the worker stops.
+    #[error("this stage was retired")]
+    Retired,
+}
+
+/// Who has read so far, and what is kept.
+#[derive(Debug)]
+struct Outlet {
+    ledger: Ledger<Output>,
+    /// Counts readers; only the newest may take.
+    reader: u64,
+}
+
+/// Who sends steps, and what it must be told.
+#[derive(Debug, Default)]
+struct Upstream {
+    replies: Option<mpsc::Sender<StepReply>>,
+    /// Why the link to the next stage is down, once that is more than a hiccup.
+    downstream_lost: Option<String>,
+}
+
+/// See the head of this file.
+#[derive(Debug)]
+pub(crate) struct Stage {
+    prepare: Prepare,
+    /// Width of the residual stream.
+    hidden: usize,
+    engine: EngineHandle,
+    outcomes: mpsc::Sender<Outcome>,
+    outlet: Mutex<Outlet>,
+    /// Something was queued to be sent.
+    queued: Notify,
+    upstream: Mutex<Upstream>,
+    retired: CancellationToken,
+    last_arrival: Mutex<Instant>,
+    executed: Arc<AtomicU64>,
+    metrics: StageMetrics,
+}
+
+impl Stage {
+    /// A stage and the task that finishes its steps; the stage ends when `retired` fires.
+    /// `executed` counts the steps of the whole worker.
+    pub(crate) fn new(
+        prepare: Prepare,
+        hidden: usize,
+        engine: EngineHandle,
+        executed: Arc<AtomicU64>,
+        retired: CancellationToken,
+    ) -> (Arc<Self>, impl Future<Output = ()> + Send) {
+        let in_flight = prepare.max_in_flight as usize;
+        let (outcomes, finished) = mpsc::channel(in_flight);
+        let stage = Arc::new(Self {
+            metrics: StageMetrics::new(&prepare),
+            prepare,
+            hidden,
+            engine,
+            outcomes,
+            outlet: Mutex::new(Outlet { ledger: Ledger::new(in_flight), reader: 0 }),
+            queued: Notify::new(),
+            upstream: Mutex::default(),
+            retired,
+            last_arrival: Mutex::new(Instant::now()),
+            executed,
+        });
+        let finisher = finish_all(stage.clone(), finished);
+        (stage, finisher)
+    }
+
+    pub(crate) fn prepare(&self) -> &Prepare {
+        &self.prepare
+    }
+
+    pub(crate) fn metrics(&self) -> &StageMetrics {
+        &self.metrics
+    }
+
+    pub(crate) fn is_last(&self) -> bool {
+        self.prepare.stage as usize + 1 == self.prepare.stages.len()
+    }
+
+    /// The stage after this one.
+    pub(crate) fn next(&self) -> Option<&StagePlan> {
+        self.prepare.stages.get(self.prepare.stage as usize + 1)
+    }
+
+    fn own(&self) -> &StagePlan {
+        &self.prepare.stages[self.prepare.stage as usize]
+    }
+
+    /// Fires when the epoch is over here.
+    pub(crate) fn retired(&self) -> &CancellationToken {
+        &self.retired
+    }
+
+    /// Takes in a step whose header and checksum were judged, and says what became of it.
+    /// `replies` is the stream it came by: refusals of later stages go there from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError::Stopped`] if there is no engine any more.
+    pub(crate) fn arrive(
+        &self,
+        step: Step,
+        replies: &mpsc::Sender<StepReply>,
+    ) -> Result<StepReply, SubmitError> {
+        let now = Instant::now();
+        *lock(&self.last_arrival) = now;
+        self.attach(replies);
+        let number = step.header.step;
+        let (verdict, detail) = match self.check_sizes(&step) {
+            Err(detail) => (StepVerdict::Corrupt, detail),
+            Ok(()) => self.enter(step, now)?,
+        };
+        self.metrics.verdict(verdict);
+        Ok(self.reply(number, verdict, detail))
+    }
+
+    fn enter(&self, step: Step, now: Instant) -> Result<(StepVerdict, String), SubmitError> {
+        let StepHeader { step: number, acked_step, deadline_remaining, .. } = step.header;
+        let accepted = Ok((StepVerdict::Accepted, String::new()));
+        let busy = |detail: String| Ok((StepVerdict::Busy, detail));
+        // Held until the step is queued, so that steps are computed in the ledger's order.
+        let mut outlet = lock(&self.outlet);
+        match outlet.ledger.arrive(number, acked_step) {
+            Arrival::Pending | Arrival::Acknowledged => accepted,
+            Arrival::Again => {
+                self.queued.notify_one();
+                accepted
+            }
+            Arrival::Busy => busy(format!(
+                "{} steps are in flight, as many as agreed",
+                self.prepare.max_in_flight
+            )),
+            Arrival::New => {
+                let spans = self.spans(&step);
+                let job = Job {
+                    step,
+                    arrived: now,
+                    deadline: now + deadline_remaining,
+                    spans,
+                    reply: self.outcomes.clone(),
+                };
+                match self.engine.submit(job) {
+                    Ok(()) => accepted,
+                    Err(error) => {
+                        outlet.ledger.withdraw(number);
+                        match error {
+                            SubmitError::Full => busy(error.to_string()),
+                            SubmitError::Stopped => Err(error),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// What must hold of a step's sizes at this stage.
+    fn check_sizes(&self, step: &Step) -> Result<(), String> {
+        let StepHeader { step: number, acked_step, .. } = step.header;
+        if acked_step >= number {
+            return Err(format!("step {number} acknowledges step {acked_step}"));
+        }
+        let tokens: usize = step.rows.iter().map(|row| row.tokens.len()).sum();
+        if tokens > self.prepare.max_step_tokens as usize {
+            return Err(format!(
+                "{tokens} tokens, prepared for {} in a step",
+                self.prepare.max_step_tokens
+            ));
+        }
+        let width = if self.prepare.stage == 0 { 0 } else { self.hidden };
+        let expected_bytes = tokens * width * size_of::<f32>();
+        if step.activations.len() != expected_bytes {
+            return Err(format!(
+                "{} bytes of activations, {tokens} tokens of width {width} need {expected_bytes}",
+                step.activations.len()
+            ));
+        }
+        Ok(())
+    }
+
+    /// One span for every traced row, from its arrival until its outcome is handed on.
+    fn spans(&self, step: &Step) -> Vec<Span> {
+        let traced = step.rows.iter().filter(|row| !row.traceparent.is_empty());
+        let layers = &self.own().layers;
+        traced
+            .map(|row| {
+                let span = tracing::info_span!(
+                    "stage",
+                    worker = self.own().worker,
+                    stage = self.prepare.stage,
+                    layers = format!("{}..{}", layers.start, layers.end),
+                    tokens = row.tokens.len(),
+                    step = step.header.step.0,
+                    sequence = row.sequence.0,
+                    compute_us = field::Empty,
+                    wait_us = field::Empty,
+                );
+                node::telemetry::propagation::set_parent(&span, &row.traceparent);
+                span
+            })
+            .collect()
+    }
+
+    fn reply(&self, step: StepId, verdict: StepVerdict, detail: String) -> StepReply {
+        StepReply { epoch: self.prepare.epoch, step, stage: self.prepare.stage, verdict, detail }
+    }
+
+    /// The stream that sent last is the one that is told.
+    fn attach(&self, replies: &mpsc::Sender<StepReply>) {
+        let mut upstream = lock(&self.upstream);
+        if upstream.replies.as_ref().is_some_and(|current| current.same_channel(replies)) {
+            return;
+        }
+        upstream.replies = Some(replies.clone());
+        if let Some(detail) = upstream.downstream_lost.clone() {
+            tell(&upstream, self.reply(StepId(0), StepVerdict::DownstreamLost, detail));
+        }
+    }
+
+    /// Passes what a later stage said to whoever sends steps.
+    pub(crate) fn relay(&self, reply: StepReply) {
+        tell(&lock(&self.upstream), reply);
+    }
+
+    /// The link to the next stage broke and did not come back.
+    pub(crate) fn downstream_lost(&self, detail: String) {
+        let mut upstream = lock(&self.upstream);
+        upstream.downstream_lost = Some(detail.clone());
+        tell(&upstream, self.reply(StepId(0), StepVerdict::DownstreamLost, detail));
+    }
+
+    /// The link to the next stage is up: it gets everything that is kept.
+    pub(crate) fn downstream_up(&self) {
+        lock(&self.upstream).downstream_lost = None;
+        lock(&self.outlet).ledger.resend_all();
+        self.queued.notify_one();
+    }
+
+    /// Sends one kept step again.
+    pub(crate) fn resend(&self, step: StepId) {
+        lock(&self.outlet).ledger.resend(step);
+        self.queued.notify_one();
+    }
+
+    /// The next step for the stage after this one, addressed to it as of now.
+    pub(crate) fn next_step(&self) -> Option<Step> {
+        let mut outlet = lock(&self.outlet);
+        let acked_step = outlet.ledger.acked();
+        let Some(Output::Step { step, deadline }) = outlet.ledger.next_to_send() else {
+            return None;
+        };
+        let (step, deadline) = (step.clone(), *deadline);
+        drop(outlet);
+        let mut step = Arc::unwrap_or_clone(step);
+        step.header.acked_step = acked_step;
+        step.header.deadline_remaining = deadline.saturating_duration_since(Instant::now());
+        if let Some(next) = self.next() {
+            step.header.dst_incarnation = next.incarnation;
+        }
+        Some(step)
+    }
+
+    /// Waits until something was queued. May return for nothing.
+    pub(crate) async fn queued(&self) {
+        self.queued.notified().await;
+    }
+
+    /// Makes the caller the reader of results: everything kept after `after` comes first.
+    pub(crate) fn read(self: &Arc<Self>, after: StepId) -> ResultReader {
+        let mut outlet = lock(&self.outlet);
+        outlet.reader += 1;
+        outlet.ledger.resend_after(after);
+        // The reader before this one wakes up and finds that it was replaced.
+        self.queued.notify_waiters();
+        ResultReader { stage: self.clone(), number: outlet.reader }
+    }
+
+    /// Whether there is anything left to do for steps that came, or more may come soon: somebody
+    /// who sends steps is connected and did so less than `quiet` ago.
+    pub(crate) fn is_busy(&self, quiet: Duration) -> bool {
+        let sender_is_there =
+            lock(&self.upstream).replies.as_ref().is_some_and(|replies| !replies.is_closed());
+        let recently = lock(&self.last_arrival).elapsed() < quiet;
+        sender_is_there && (recently || lock(&self.outlet).ledger.is_busy())
+    }
+
+    /// Keeps what a step gave and queues it.
+    fn finish(&self, outcome: Outcome) {
+        let Outcome { executed, deadline, spans, compute, wait } = outcome;
+        let mut step = executed.step;
+        for span in spans {
+            span.record("compute_us", compute.as_micros() as u64);
+            span.record("wait_us", wait.as_micros() as u64);
+        }
+        self.executed.fetch_add(1, Ordering::Relaxed);
+        self.metrics.step(compute, wait, &step.rows, executed.filled_blocks);
+        step.stage_times.push(proto::step::StageTime { stage: self.prepare.stage, compute, wait });
+        let number = step.header.step;
+        let output = if self.is_last() {
+            Output::Result(Arc::new(result_of(step, executed.values)))
+        } else {
+            Output::Step { step: Arc::new(step), deadline }
+        };
+        lock(&self.outlet).ledger.keep(number, output);
+        self.queued.notify_one();
+    }
+}
+
+/// Takes the outcomes of a stage's steps as they come.
+async fn finish_all(stage: Arc<Stage>, mut outcomes: mpsc::Receiver<Outcome>) {
+    while let Some(Some(outcome)) = stage.retired.run_until_cancelled(outcomes.recv()).await {
+        stage.finish(outcome);
+    }
+}
+
+/// Exactly one for every step, with a status for every row.
+fn result_of(step: Step, values: Vec<proto::step::RowValue>) -> StepResult {
+    let rows = step.rows.into_iter().zip(values).map(|(row, value)| RowResult {
+        sequence: row.sequence,
+        generation: row.generation,
+        position: row.position,
+        token_count: row.tokens.len() as u32,
+        status: row.status,
+        detail: row.detail,
+        value,
+    });
+    StepResult {
+        epoch: step.header.epoch,
+        step: step.header.step,
+        rows: rows.collect(),
+        stage_times: step.stage_times,
+    }
+}
+
+/// The one reader of a last stage's results.
+#[derive(Debug)]
+pub(crate) struct ResultReader {
+    stage: Arc<Stage>,
+    number: u64,
+}
+
+impl ResultReader {
+    /// The next result.
+    ///
+    /// # Errors
+    ///
+    /// [`ReaderEnd`] when there will be none for this reader.
+    pub(crate) async fn next(&mut self) -> Result<Arc<StepResult>, ReaderEnd> {
+        loop {
+            let queued = self.stage.queued.notified();
+            tokio::pin!(queued);
+            // Listens from here on: what is queued after the look below wakes it.
+            queued.as_mut().enable();
+            if let Some(result) = self.take()? {
+                return Ok(result);
+            }
+            tokio::select! {
+                () = self.stage.retired.cancelled() => return Err(ReaderEnd::Retired),
+                () = queued => {}
+            }
+        }
+    }
+
+    fn take(&self) -> Result<Option<Arc<StepResult>>, ReaderEnd> {
+        let mut outlet = lock(&self.stage.outlet);
+        if outlet.reader != self.number {
+            // What woke this reader was meant for the newer one.
+            self.stage.queued.notify_one();
+            return Err(ReaderEnd::Replaced);
+        }
+        match outlet.ledger.next_to_send() {
+            Some(Output::Result(result)) => Ok(Some(result.clone())),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Says something to whoever sends steps, if anybody is there. If it does not read, the reply is
+/// lost: it finds out by its own deadline.
+fn tell(upstream: &Upstream, reply: StepReply) {
+    if let Some(replies) = &upstream.replies
+        && replies.try_send(reply).is_err()
+    {
+        tracing::info!("the sender of steps takes no replies");
+    }
+}
+
+/// None of the locks of a stage is held while something may panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
