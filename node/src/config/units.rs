@@ -149,9 +149,9 @@ impl fmt::Display for Duration {
 fn scale(number: &str, unit: u64) -> Option<u128> {
     let number = number.trim_end();
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-    // Nineteen digits are all that a u64 holds; more would only overflow below.
+    // Twenty digits are all that a u64 has, and few enough for the products below.
     let digits = |text: &str| {
-        (1..=19).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit())
+        (1..=20).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit())
     };
     if !digits(whole) || !digits(fraction) {
         return None;
@@ -207,3 +207,57 @@ macro_rules! serde_as_text {
 serde_as_text!(ByteSize, SIZE_EXPECTED, Some(ByteSize));
 // A bare number has no unit, and there is none that everyone would guess.
 serde_as_text!(Duration, TIME_EXPECTED, None);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1048576", 1 << 20),
+            ("7B", 7),
+            ("4GiB", 4 << 30),
+            ("512MB", 512_000_000),
+            ("1.5KiB", 1536),
+            ("2 TiB", 2 << 40),
+            ("18446744073709551615", u64::MAX),
+        ] {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for text in
+            ["", "GiB", "-1", "1e3", "4gib", "1..2", "1.", "0x10", "16777216TiB", "²", "1 000"]
+        {
+            assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_read_as_people_write_them() {
+        for (text, nanoseconds) in
+            [("500ms", 500_000_000), ("5s", 5_000_000_000), ("1.5m", 90_000_000_000), ("0s", 0)]
+        {
+            let wanted = std::time::Duration::from_nanos(nanoseconds);
+            assert_eq!(text.parse(), Ok(Duration(wanted)), "{text}");
+        }
+        for text in ["", "5", "s", "-1s", "5 parsecs", "1h30m", "99999999999999d"] {
+            assert!(text.parse::<Duration>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_shown_reads_back() {
+        for bytes in [0, 1, 1023, 1024, 1536, 1 << 30, (1 << 30) + 1, 3 << 40, u64::MAX] {
+            let size = ByteSize(bytes);
+            assert_eq!(size.to_string().parse(), Ok(size), "{size}");
+        }
+        assert_eq!(ByteSize(4 << 30).to_string(), "4GiB");
+        for nanoseconds in [0, 1, 999, 1_000, 1_500_000, 90_000_000_000, 86_400_000_000_000] {
+            let time = Duration(std::time::Duration::from_nanos(nanoseconds));
+            assert_eq!(time.to_string().parse(), Ok(time), "{time}");
+        }
+        assert_eq!(Duration::from_secs(5).to_string(), "5s");
+        assert_eq!(Duration::from_secs(120).to_string(), "2m");
+    }
+}

@@ -1,0 +1,74 @@
+//! `/metrics` and `/health` over a real socket, and signals to a real process's handler.
+
+#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use node::observe::{self, Condition, Health};
+use node::signals::Signals;
+use node::{Supervisor, metrics};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+/// One HTTP/1.1 request; status line, headers and body as they came.
+async fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn health_and_metrics_are_served_until_the_stop() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let health = Health::starting();
+    let mut tasks = Supervisor::new(stop.clone());
+    let router = observe::router(health.clone());
+    tasks.spawn("observe", |stop| async move { Ok(observe::serve(listener, router, stop).await?) });
+    let client = async {
+        for (condition, code, body) in [
+            (Condition::Starting, "503", r#"{"status":"starting"}"#),
+            (Condition::Serving, "200", r#"{"status":"ok"}"#),
+            (Condition::Stopping, "503", r#"{"status":"stopping"}"#),
+        ] {
+            health.set(condition);
+            assert_eq!(health.get(), condition);
+            let answer = get(address, "/health").await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{answer}");
+            assert!(answer.ends_with(body), "{answer}");
+        }
+
+        metrics::install().unwrap();
+        metrics::install().unwrap();
+        ::metrics::counter!("tercet_test_total", "who" => "a").increment(3);
+        ::metrics::histogram!("tercet_test_seconds").record(0.02);
+        let answer = get(address, "/metrics").await;
+        assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
+        assert!(answer.contains("tercet_test_total{who=\"a\"} 3"), "{answer}");
+        assert!(answer.contains("tercet_test_seconds_bucket{le=\"0.01\"} 0"), "{answer}");
+        assert!(answer.contains("tercet_test_seconds_bucket{le=\"0.025\"} 1"), "{answer}");
+        assert!(get(address, "/nothing").await.starts_with("HTTP/1.1 404 "));
+        stop.cancel();
+    };
+    let (outcome, ()) = tokio::join!(tasks.run(Duration::from_secs(30)), client);
+    outcome.unwrap();
+    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+#[tokio::test]
+async fn a_signal_fires_the_stop() {
+    let signals = Signals::listen().unwrap();
+    let stop = signals.stop();
+    assert!(!stop.is_cancelled());
+    let me = std::process::id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &me]).status().unwrap().success());
+    let fired = tokio::time::timeout(Duration::from_secs(30), stop.cancelled()).await;
+    fired.expect("the signal is heard");
+}
