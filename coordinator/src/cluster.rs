@@ -12,294 +12,803 @@
 
 use std::time::Duration;
 
-use proto::ids::{Epoch, Incarnation, ModelId, NumericsClass, PipelineId, Term};
-use proto::plan::{KvType, PipelinePlan, Plan, StagePlan, WorkerRecord};
-use proto::status::{PlanStatus, WorkerStatus};
+use proto::ids::{Epoch, NumericsClass, PipelineId, Term};
+use proto::plan::{PipelinePlan, Plan, StagePlan, WorkerRecord};
 use proto::step::Prepare;
 
-use crate::planner::ModelCosts;
-use crate::scheduler::PipelineShape;
+use crate::planner::{self, Stage, WorkerSpec};
+use crate::scheduler::{PipelineShape, in_flight_limit};
 use crate::tick::Tick;
 
-/// What the cluster serves and how.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Options {
-    /// Scopes every epoch.
-    pub cluster_id: String,
-    /// What is served.
-    pub model: ModelId,
-    /// What its parts cost.
-    pub costs: ModelCosts,
-    /// How KV is stored.
-    pub kv_type: KvType,
-    /// Exactly so many stages; `None`: as many as give the highest predicted rate.
-    pub stages: Option<u32>,
-    /// The least KV a plan must hold, in blocks.
-    pub min_kv_blocks: u32,
-    /// The most KV a plan may hold, in blocks.
-    pub max_kv_blocks: u32,
-    /// Tokens in one step, as workers are told in `Prepare`.
-    pub max_step_tokens: u32,
-    /// How long the first plan waits for more workers after the last one came, when `stages` is
-    /// `None`: workers of one cluster start within moments of each other.
-    pub settle: Duration,
-}
+mod members;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+mod types;
+mod view;
 
-/// What happened.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// Time passed. Send it several times a second: retries and patience live on it.
-    Tick,
-    /// This coordinator leads.
-    TermGained(Term),
-    /// It leads no more.
-    TermLost,
-    /// Everyone in the registry, after a start or a gap.
-    Reset(Vec<WorkerRecord>),
-    /// A worker came or changed its record.
-    WorkerPut(WorkerRecord),
-    /// A worker's key is gone: its lease ran out or it left.
-    WorkerGone {
-        /// The worker's id.
-        worker: String,
-    },
-    /// Answer to [`Action::ReadPlan`]: what is written, with its mod-revision.
-    PlanRead(Option<(u64, Plan)>),
-    /// Answer to [`Action::ReadPlan`]: it could not be read.
-    PlanReadFailed {
-        /// The error's words.
-        detail: String,
-    },
-    /// Answer to [`Action::WritePlan`]: written at this mod-revision.
-    PlanWritten {
-        /// The plan's mod-revision: its epoch.
-        revision: u64,
-    },
-    /// Answer to [`Action::WritePlan`]: another term or another plan was there.
-    PlanConflict,
-    /// Answer to [`Action::WritePlan`]: nobody knows whether it was written.
-    PlanUnknown {
-        /// The error's words.
-        detail: String,
-    },
-    /// Answer to [`Action::Prepare`].
-    Prepared {
-        /// Of the request.
-        epoch: Epoch,
-        /// Index of the stage.
-        stage: u32,
-        /// What the worker computes with.
-        class: NumericsClass,
-    },
-    /// Answer to [`Action::Prepare`].
-    PrepareFailed {
-        /// Of the request.
-        epoch: Epoch,
-        /// Index of the stage.
-        stage: u32,
-        /// Whether the same may succeed later (not reached, busy) or not (no memory, no model).
-        transient: bool,
-        /// The error's words.
-        detail: String,
-    },
-    /// Answer to [`Action::Activate`].
-    Activated {
-        /// Of the request.
-        epoch: Epoch,
-        /// Index of the stage.
-        stage: u32,
-    },
-    /// Answer to [`Action::Activate`].
-    ActivateFailed {
-        /// Of the request.
-        epoch: Epoch,
-        /// Index of the stage.
-        stage: u32,
-        /// As in [`Event::PrepareFailed`].
-        transient: bool,
-        /// The error's words.
-        detail: String,
-    },
-    /// A stream to or from a stage ended: the steps of the first, the results of the last, or,
-    /// as told by the stage before (`DownstreamLost`), the steps of one between.
-    StreamBroken {
-        /// Of the pipeline.
-        epoch: Epoch,
-        /// Index of the stage that is not reached.
-        stage: u32,
-        /// The error's words.
-        detail: String,
-    },
-    /// A stage fenced this coordinator's steps: somebody newer rules it.
-    Fenced {
-        /// Of the pipeline.
-        epoch: Epoch,
-        /// The stage's words.
-        detail: String,
-    },
-    /// A step has been on its way for too long.
-    StepOverdue {
-        /// Of the pipeline.
-        epoch: Epoch,
-    },
-    /// A result came.
-    ResultsFlowing {
-        /// Of the pipeline.
-        epoch: Epoch,
-    },
-    /// Answer to [`Action::Probe`]: this process start answered.
-    ProbeOk {
-        /// The worker's id.
-        worker: String,
-        /// Who answered.
-        incarnation: Incarnation,
-    },
-    /// Answer to [`Action::Probe`]: refused, or no answer within [`PROBE_PATIENCE`].
-    ProbeFailed {
-        /// The worker's id.
-        worker: String,
-        /// Who was asked.
-        incarnation: Incarnation,
-        /// The error's words.
-        detail: String,
-    },
-    /// Nothing runs while admission is held: see [`Action::HoldAdmission`].
-    Drained {
-        /// Of the pipeline.
-        epoch: Epoch,
-    },
-}
+use members::Members;
+pub use types::{Action, ClusterView, Event, Options, PROBE_PATIENCE};
 
-/// What must be done.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Read the plan's key; answer `PlanRead` or `PlanReadFailed`.
-    ReadPlan,
-    /// Write the plan if the leader's key is of `term` and the plan's mod-revision is `previous`
-    /// (`None`: there is no plan); answer `PlanWritten`, `PlanConflict` or `PlanUnknown`.
-    WritePlan {
-        /// Whose reign.
-        term: Term,
-        /// The plan's mod-revision.
-        previous: Option<u64>,
-        /// What to write.
-        plan: Plan,
-    },
-    /// Prepare one stage (`request.stages[request.stage]` says where); answer `Prepared` or
-    /// `PrepareFailed`.
-    Prepare(Prepare),
-    /// Activate one stage; answer `Activated` or `ActivateFailed`.
-    Activate {
-        /// Which pipeline.
-        pipeline: PipelineId,
-        /// At which epoch.
-        epoch: Epoch,
-        /// Under whose reign.
-        term: Term,
-        /// Index of the stage.
-        stage: u32,
-        /// Where it is.
-        target: StagePlan,
-    },
-    /// Tell a worker to leave this epoch and older ones. Once, no answer: a newer `Prepare` and
-    /// the epoch do the rest if it is not heard.
-    Retire {
-        /// Which pipeline.
-        pipeline: PipelineId,
-        /// This epoch and older ones.
-        epoch: Epoch,
-        /// Under whose reign.
-        term: Term,
-        /// Where it is.
-        target: StagePlan,
-    },
-    /// The pipeline is active: open its streams, give the shape to the scheduler, serve.
-    Serve {
-        /// For the scheduler.
-        shape: PipelineShape,
-        /// Its stages.
-        plan: PipelinePlan,
-        /// Of every stage.
-        class: NumericsClass,
-    },
-    /// The pipeline serves no more: close its streams and fail what runs with the reason.
-    FailPipeline {
-        /// Of the pipeline.
-        epoch: Epoch,
-        /// For the clients.
-        reason: String,
-    },
-    /// Open the streams to and from this stage again and send what was not acknowledged.
-    Reconnect {
-        /// Of the pipeline.
-        epoch: Epoch,
-        /// Index of the stage.
-        stage: u32,
-    },
-    /// While true nobody is admitted; send `Drained` when (or if already) nothing runs.
-    HoldAdmission(bool),
-    /// Nothing serves and nothing can be planned now: fail what waits with the reason.
-    NoPlan {
-        /// For clients and `tercet status`.
-        reason: String,
-    },
-    /// Ask a worker who it is (`Describe`), within [`PROBE_PATIENCE`]; answer `ProbeOk` or
-    /// `ProbeFailed`.
-    Probe {
-        /// The worker's id.
-        worker: String,
-        /// Who should answer.
-        incarnation: Incarnation,
-        /// Where.
-        address: String,
-    },
-    /// A person should look.
-    Alarm {
-        /// What is wrong.
-        text: String,
-    },
-}
+/// There is one pipeline for now.
+const PIPELINE: PipelineId = PipelineId(1);
 
-/// How long a probe may take.
-pub const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+/// Tries of one `Prepare` or `Activate` before its worker counts as unable ...
+const START_TRIES: u32 = 4;
+/// ... and how long one may go without an answer: mapping and first touch of a large KV cache.
+const START_PATIENCE: Duration = Duration::from_secs(120);
 
-/// The cluster's part of `proto::status::ClusterStatus`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ClusterView {
-    /// The coordinator's reign; `None` when it does not lead.
-    pub term: Option<Term>,
-    /// Of the active pipeline.
-    pub class: Option<NumericsClass>,
-    /// A pipeline is active.
-    pub serving: bool,
-    /// Everyone in the registry, by id.
-    pub workers: Vec<WorkerStatus>,
-    /// What is placed. The times of stages are left at 0.
-    pub plan: PlanStatus,
-}
+/// Wait before the second try of anything; doubles up to [`BACKOFF_LIMIT`].
+const BACKOFF_FIRST: Duration = Duration::from_millis(250);
+/// The longest wait between two tries.
+const BACKOFF_LIMIT: Duration = Duration::from_secs(10);
+
+/// Streams of one stage that may break in a row, with every probe answered, before its pipeline
+/// is given up: something between the stages does not work.
+const RECONNECT_TRIES: u32 = 6;
+/// After so long a break is no longer "in a row" with the last.
+const RECONNECT_MEMORY: Duration = Duration::from_secs(60);
+
+/// How long steps may be overdue, with every probe answered, before the pipeline is given up: no
+/// request may hang.
+const STALL_LIMIT: Duration = Duration::from_secs(15);
 
 /// The state of one cluster.
 #[derive(Debug)]
-pub struct Cluster {}
+pub struct Cluster {
+    options: Options,
+    /// When the last event came.
+    now: Tick,
+    /// While this coordinator leads.
+    term: Option<Term>,
+    highest_term: Term,
+    members: Members,
+    /// The first list of workers has come.
+    listed: bool,
+    written: Written,
+    phase: Phase,
+    /// The stages that served last; a new plan keeps them where it can.
+    incumbent: Vec<Stage>,
+    /// A first plan was made: workers are not waited for any more.
+    planned_once: bool,
+    /// Starts that failed in a row, and when the next may begin.
+    failed_starts: u32,
+    plan_after: Tick,
+    /// Why nothing serves.
+    reason: String,
+    /// Why the plan is as it is.
+    plan_reason: String,
+    /// The last reason that was told as [`Action::NoPlan`].
+    told: Option<String>,
+    /// Eligible workers that no plan was found for.
+    hopeless: Option<Vec<WorkerSpec>>,
+}
+
+/// What is known of the plan's key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    /// Must be read, not before this.
+    Unknown(Tick),
+    Reading,
+    /// Its mod-revision.
+    At(Option<u64>),
+}
+
+#[derive(Debug)]
+enum Phase {
+    Nothing,
+    /// `WritePlan` is on its way, or its outcome is unknown and the plan is being read back.
+    Writing {
+        plan: Plan,
+        previous: Option<u64>,
+    },
+    Starting {
+        placed: Placed,
+        stages: Vec<Start>,
+        activating: bool,
+    },
+    Active {
+        placed: Placed,
+        stages: Vec<Health>,
+        stalled_since: Option<Tick>,
+        draining: bool,
+    },
+}
+
+/// A pipeline at its epoch.
+#[derive(Clone, Debug)]
+struct Placed {
+    plan: PipelinePlan,
+    term: Term,
+    class: NumericsClass,
+}
+
+/// How far one stage's `Prepare` or `Activate` is.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    tries: u32,
+    state: StartState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StartState {
+    Asked(Tick),
+    RetryAt(Tick),
+    Done,
+}
+
+/// What is known of one active stage's data path.
+#[derive(Clone, Debug, Default)]
+struct Health {
+    /// A stream to or from it broke and was not opened again.
+    broken: Option<String>,
+    /// A probe answered since: open it again then.
+    reconnect_at: Option<Tick>,
+    reconnects: u32,
+    last_break: Tick,
+}
+
+fn backoff(tries: u32) -> Duration {
+    (BACKOFF_FIRST * 2u32.saturating_pow(tries.min(16))).min(BACKOFF_LIMIT)
+}
 
 impl Cluster {
     /// A cluster of which nothing is known yet.
     pub fn new(options: Options) -> Self {
-        unimplemented!("{options:?}")
+        Self {
+            options,
+            now: Tick::ZERO,
+            term: None,
+            highest_term: Term(0),
+            members: Members::default(),
+            listed: false,
+            written: Written::Unknown(Tick::ZERO),
+            phase: Phase::Nothing,
+            incumbent: Vec::new(),
+            planned_once: false,
+            failed_starts: 0,
+            plan_after: Tick::ZERO,
+            reason: "the coordinator is starting".to_owned(),
+            plan_reason: String::new(),
+            told: None,
+            hopeless: None,
+        }
     }
 
     /// Takes an event and says what must be done about it, in order.
     pub fn handle(&mut self, now: Tick, event: Event) -> Vec<Action> {
-        unimplemented!("{now:?} {event:?}")
+        self.now = now;
+        let mut actions = Vec::new();
+        match event {
+            Event::Tick => self.members.thaw(now),
+            Event::TermGained(term) => self.term_gained(now, term),
+            Event::TermLost => self.term_lost(),
+            Event::Reset(records) => self.reset(now, records, &mut actions),
+            Event::WorkerPut(record) => self.worker_put(now, record, &mut actions),
+            Event::WorkerGone { worker } => self.worker_gone(now, &worker, &mut actions),
+            Event::PlanRead(found) => self.plan_read(now, found, &mut actions),
+            Event::PlanReadFailed { detail } => {
+                self.reason = format!("the plan cannot be read: {detail}");
+                self.written = Written::Unknown(now + backoff(2));
+            }
+            Event::PlanWritten { revision } => self.plan_written(now, revision, &mut actions),
+            Event::PlanConflict | Event::PlanUnknown { .. } => {
+                // Reading back tells who wrote what: never write again blindly.
+                self.written = Written::Unknown(now);
+            }
+            Event::Prepared { epoch, stage, class } => {
+                self.prepared(now, epoch, stage, class, &mut actions);
+            }
+            Event::Activated { epoch, stage } => self.activated(now, epoch, stage, &mut actions),
+            Event::PrepareFailed { epoch, stage, transient, detail }
+            | Event::ActivateFailed { epoch, stage, transient, detail } => {
+                self.start_failed(now, epoch, stage, transient, &detail, &mut actions);
+            }
+            Event::StreamBroken { epoch, stage, detail } => {
+                self.stream_broken(now, epoch, stage, detail);
+            }
+            Event::Fenced { epoch, detail } => {
+                if self.active_epoch() == Some(epoch) {
+                    let reason = format!("a newer coordinator took the workers over: {detail}");
+                    self.fail_pipeline(now, reason, &mut actions);
+                    self.written = Written::Unknown(now);
+                }
+            }
+            Event::StepOverdue { epoch } => {
+                if let Some((_, _, stalled_since)) = self.active(epoch) {
+                    stalled_since.get_or_insert(now);
+                }
+            }
+            Event::ResultsFlowing { epoch } => {
+                if let Some((_, stages, stalled_since)) = self.active(epoch) {
+                    *stalled_since = None;
+                    stages.iter_mut().for_each(|health| health.reconnects = 0);
+                }
+            }
+            Event::ProbeOk { worker, incarnation } => {
+                if self.members.probe_ok(&worker, incarnation) {
+                    self.stage_answered(now, &worker);
+                } else {
+                    let why = "another process answers at its address".to_owned();
+                    self.probe_failed(now, &worker, why, &mut actions);
+                }
+            }
+            Event::ProbeFailed { worker, incarnation, detail } => {
+                if self.members.probe_failed(now, &worker, incarnation) {
+                    self.probe_failed(now, &worker, detail, &mut actions);
+                }
+            }
+            Event::Drained { epoch } => self.drained(now, epoch, &mut actions),
+        }
+        self.advance(now, &mut actions);
+        actions
     }
 
-    /// What people see.
-    pub fn view(&self) -> ClusterView {
-        unimplemented!()
+    // ---- leadership and the plan's key
+
+    fn term_gained(&mut self, now: Tick, term: Term) {
+        if term < self.highest_term {
+            return;
+        }
+        self.highest_term = term;
+        self.term = Some(term);
+        self.written = Written::Unknown(now);
+        self.reason = "the plan is being read".to_owned();
     }
 
-    /// Why nothing is serving, for a 503; `None` while a pipeline is active.
-    pub fn unavailable(&self) -> Option<&str> {
-        unimplemented!()
+    /// What serves goes on serving: workers refuse it as soon as somebody else takes them over.
+    fn term_lost(&mut self) {
+        self.term = None;
+        if !matches!(self.phase, Phase::Active { .. }) {
+            self.phase = Phase::Nothing;
+        }
     }
+
+    fn plan_read(&mut self, now: Tick, found: Option<(u64, Plan)>, actions: &mut Vec<Action>) {
+        // An answer to an earlier question says nothing about the last write.
+        let (Some(term), Written::Reading) = (self.term, self.written) else { return };
+        let revision = found.as_ref().map(|&(revision, _)| revision);
+        self.written = Written::At(revision);
+        if let Some((_, plan)) = &found
+            && plan.term > term
+        {
+            // The loss of the term is on its way to us.
+            self.term = None;
+            self.reason = format!("another coordinator leads (term {})", plan.term);
+        }
+        match &self.phase {
+            Phase::Writing { plan, previous } => {
+                let ours = |found: &Plan| same_plan(found, plan);
+                match found {
+                    Some((revision, found)) if ours(&found) && Some(revision) != *previous => {
+                        self.plan_written(now, revision, actions);
+                    }
+                    _ => {
+                        self.phase = Phase::Nothing;
+                        self.failed_start(now, "the plan was not written".to_owned());
+                    }
+                }
+            }
+            Phase::Active { placed, .. } if revision != Some(placed.plan.epoch.0) => {
+                let reason = "another coordinator has changed the plan".to_owned();
+                self.fail_pipeline(now, reason, actions);
+            }
+            Phase::Starting { placed, .. } if revision != Some(placed.plan.epoch.0) => {
+                self.abandon_start(now, "another plan was written".to_owned(), actions);
+            }
+            Phase::Nothing if self.incumbent.is_empty() => {
+                let served = found.filter(|(_, plan)| plan.model == self.options.model);
+                let pipeline = served.and_then(|(_, plan)| plan.pipelines.into_iter().next());
+                self.incumbent = pipeline.map(|pipeline| stages_of(&pipeline)).unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+
+    fn plan_written(&mut self, now: Tick, revision: u64, actions: &mut Vec<Action>) {
+        let Phase::Writing { plan, .. } = &self.phase else { return };
+        let (term, class) = (plan.term, plan.class);
+        let Some(mut pipeline) = plan.pipelines.first().cloned() else { return };
+        self.written = Written::At(Some(revision));
+        pipeline.epoch = Epoch(revision);
+        if let Some(stage) =
+            pipeline.stages.iter().find(|stage| !self.members.is_usable(now, stage))
+        {
+            let reason = format!("worker {} went while the plan was written", stage.worker);
+            self.phase = Phase::Nothing;
+            self.reason = reason;
+            return;
+        }
+        let asked = Start { tries: 1, state: StartState::Asked(now) };
+        let stages = vec![asked; pipeline.stages.len()];
+        let placed = Placed { plan: pipeline, term, class };
+        for stage in 0..stages.len() {
+            actions.push(self.ask(&placed, stage as u32, false));
+        }
+        self.reason = format!("the pipeline of epoch {revision} is being prepared");
+        self.phase = Phase::Starting { placed, stages, activating: false };
+    }
+
+    // ---- starting a pipeline
+
+    fn ask(&self, placed: &Placed, stage: u32, activating: bool) -> Action {
+        let target = placed.plan.stages[stage as usize].clone();
+        let (pipeline, epoch, term) = (placed.plan.id, placed.plan.epoch, placed.term);
+        if activating {
+            return Action::Activate { pipeline, epoch, term, stage, target };
+        }
+        Action::Prepare(Prepare {
+            cluster_id: self.options.cluster_id.clone(),
+            pipeline,
+            epoch,
+            term,
+            dst_incarnation: target.incarnation,
+            model: self.options.model,
+            kv_type: self.options.kv_type,
+            stage,
+            stages: placed.plan.stages.clone(),
+            kv_blocks: placed.plan.kv_blocks,
+            max_step_tokens: self.options.max_step_tokens,
+            max_in_flight: in_flight_limit(placed.plan.stages.len() as u32),
+        })
+    }
+
+    fn prepared(
+        &mut self,
+        now: Tick,
+        epoch: Epoch,
+        stage: u32,
+        class: NumericsClass,
+        actions: &mut Vec<Action>,
+    ) {
+        match &self.phase {
+            Phase::Starting { placed, activating: false, .. }
+                if placed.plan.epoch == epoch && placed.class != class =>
+            {
+                let detail = "it computes in another numerics class than the plan's";
+                self.start_failed(now, epoch, stage, false, detail, actions);
+            }
+            _ => {
+                if self.start_done(epoch, stage, false) {
+                    let Phase::Starting { placed, stages, activating } = &mut self.phase else {
+                        return;
+                    };
+                    *activating = true;
+                    stages.fill(Start { tries: 1, state: StartState::Asked(now) });
+                    let placed = placed.clone();
+                    for stage in 0..placed.plan.stages.len() {
+                        actions.push(self.ask(&placed, stage as u32, true));
+                    }
+                }
+            }
+        }
+    }
+
+    fn activated(&mut self, now: Tick, epoch: Epoch, stage: u32, actions: &mut Vec<Action>) {
+        if !self.start_done(epoch, stage, true) {
+            return;
+        }
+        let Phase::Starting { placed, .. } = std::mem::replace(&mut self.phase, Phase::Nothing)
+        else {
+            return;
+        };
+        let plan = &placed.plan;
+        actions.push(Action::Serve {
+            shape: PipelineShape {
+                pipeline: plan.id,
+                epoch,
+                term: placed.term,
+                first_incarnation: plan.stages[0].incarnation,
+                stages: plan.stages.len() as u32,
+                kv_blocks: plan.kv_blocks,
+            },
+            plan: plan.clone(),
+            class: placed.class,
+        });
+        self.incumbent = stages_of(plan);
+        self.failed_starts = 0;
+        self.told = None;
+        let stages = vec![Health { last_break: now, ..Health::default() }; plan.stages.len()];
+        self.phase = Phase::Active { placed, stages, stalled_since: None, draining: false };
+    }
+
+    /// Notes an answer; whether it was the last one missing.
+    fn start_done(&mut self, of: Epoch, stage: u32, what: bool) -> bool {
+        let Phase::Starting { placed, stages, activating } = &mut self.phase else { return false };
+        if placed.plan.epoch != of || *activating != what {
+            return false;
+        }
+        let Some(start) = stages.get_mut(stage as usize) else { return false };
+        let was_done = std::mem::replace(&mut start.state, StartState::Done) == StartState::Done;
+        !was_done && stages.iter().all(|start| start.state == StartState::Done)
+    }
+
+    fn start_failed(
+        &mut self,
+        now: Tick,
+        epoch: Epoch,
+        stage: u32,
+        transient: bool,
+        detail: &str,
+        actions: &mut Vec<Action>,
+    ) {
+        let Phase::Starting { placed, stages, .. } = &mut self.phase else { return };
+        let Some(start) = stages.get_mut(stage as usize) else { return };
+        if placed.plan.epoch != epoch || !matches!(start.state, StartState::Asked(_)) {
+            return;
+        }
+        if transient && start.tries < START_TRIES {
+            start.state = StartState::RetryAt(now + backoff(start.tries - 1));
+            return;
+        }
+        let worker = placed.plan.stages[stage as usize].worker.clone();
+        self.members.refused(now, &worker, detail);
+        self.abandon_start(
+            now,
+            format!("worker {worker} could not take its stage: {detail}"),
+            actions,
+        );
+    }
+
+    fn abandon_start(&mut self, now: Tick, reason: String, actions: &mut Vec<Action>) {
+        if let Phase::Starting { placed, .. } = std::mem::replace(&mut self.phase, Phase::Nothing) {
+            self.retire(&placed, actions);
+            self.members.forget_gone();
+            self.failed_start(now, reason);
+        }
+    }
+
+    fn failed_start(&mut self, now: Tick, reason: String) {
+        self.plan_after = now + backoff(self.failed_starts);
+        self.failed_starts += 1;
+        self.reason = reason;
+    }
+
+    /// Stages that may still live stand by again. Whoever does not hear it learns from the epoch.
+    fn retire(&self, placed: &Placed, actions: &mut Vec<Action>) {
+        for target in placed.plan.stages.iter().filter(|stage| !self.members.is_lost(stage)) {
+            actions.push(Action::Retire {
+                pipeline: placed.plan.id,
+                epoch: placed.plan.epoch,
+                term: placed.term,
+                target: target.clone(),
+            });
+        }
+    }
+
+    // ---- workers
+
+    fn reset(&mut self, now: Tick, records: Vec<WorkerRecord>, actions: &mut Vec<Action>) {
+        self.listed = true;
+        let here: Vec<_> = records.iter().map(|record| record.id.clone()).collect();
+        for gone in self.members.listed_except(&here) {
+            self.worker_gone(now, &gone, actions);
+        }
+        for record in records {
+            self.worker_put(now, record, actions);
+        }
+    }
+
+    fn worker_put(&mut self, now: Tick, record: WorkerRecord, actions: &mut Vec<Action>) {
+        let id = record.id.clone();
+        let (incarnation, draining) = (record.incarnation, record.draining);
+        self.members.put(now, record);
+        let Some(stage) = self.stage_of(&id) else { return };
+        let planned = self.placed().map(|placed| placed.plan.stages[stage as usize].incarnation);
+        if planned != Some(incarnation) {
+            // The process that held the stage is no more, whatever its streams say.
+            return self.stage_lost(now, &id, "it was started again", actions);
+        }
+        match &mut self.phase {
+            Phase::Starting { .. } if draining => {
+                self.abandon_start(now, format!("worker {id} is draining"), actions);
+            }
+            Phase::Active { draining: held, .. } if draining && !*held => {
+                *held = true;
+                actions.push(Action::HoldAdmission(true));
+            }
+            _ => {}
+        }
+    }
+
+    fn worker_gone(&mut self, now: Tick, id: &str, actions: &mut Vec<Action>) {
+        let is_stage = self.stage_of(id).is_some();
+        if let Some(text) = self.members.gone(now, id, is_stage) {
+            actions.push(Action::Alarm { text });
+        }
+    }
+
+    fn drained(&mut self, now: Tick, epoch: Epoch, actions: &mut Vec<Action>) {
+        let Phase::Active { placed, draining: true, .. } = &self.phase else { return };
+        if placed.plan.epoch == epoch {
+            self.fail_pipeline(now, "a worker of the pipeline is leaving".to_owned(), actions);
+        }
+    }
+
+    // ---- the data path
+
+    fn stream_broken(&mut self, now: Tick, epoch: Epoch, stage: u32, detail: String) {
+        let Some((placed, stages, _)) = self.active(epoch) else { return };
+        let Some(health) = stages.get_mut(stage as usize) else { return };
+        if now.since(health.last_break) > RECONNECT_MEMORY {
+            health.reconnects = 0;
+        }
+        health.last_break = now;
+        health.reconnect_at = None;
+        health.broken = Some(detail);
+        let worker = placed.plan.stages[stage as usize].worker.clone();
+        self.members.probe_at_once(now, &worker);
+    }
+
+    /// The process lives: a stream that broke may be opened again.
+    fn stage_answered(&mut self, now: Tick, worker: &str) {
+        let Some(stage) = self.stage_of(worker) else { return };
+        let Phase::Active { stages, .. } = &mut self.phase else { return };
+        let health = &mut stages[stage as usize];
+        if health.broken.is_some() && health.reconnect_at.is_none() {
+            let wait = match health.reconnects {
+                0 => Duration::ZERO,
+                tries => backoff(tries - 1),
+            };
+            health.reconnect_at = Some(now + wait);
+        }
+    }
+
+    /// A probe failed. Alone that proves nothing: a second signal must agree.
+    fn probe_failed(&mut self, now: Tick, worker: &str, detail: String, actions: &mut Vec<Action>) {
+        let Some(stage) = self.stage_of(worker) else { return };
+        let Phase::Active { stages, .. } = &self.phase else { return };
+        if let Some(broken) = &stages[stage as usize].broken {
+            let why = format!("its stream broke ({broken}) and it does not answer ({detail})");
+            self.stage_lost(now, worker, &why, actions);
+        } else if self.members.lease_is_gone(worker) && !self.members.is_frozen() {
+            let why = format!("its lease is gone and it does not answer ({detail})");
+            self.stage_lost(now, worker, &why, actions);
+        }
+    }
+
+    fn stage_lost(&mut self, now: Tick, worker: &str, why: &str, actions: &mut Vec<Action>) {
+        let Some(placed) = self.placed() else { return };
+        let Some(stage) = placed.plan.stages.iter().find(|stage| stage.worker == worker).cloned()
+        else {
+            return;
+        };
+        let alarm = self.members.evicted(now, &stage, why);
+        actions.extend(alarm.map(|text| Action::Alarm { text }));
+        let reason = format!(
+            "worker {worker} with layers {}..{} was lost: {why}",
+            stage.layers.start, stage.layers.end
+        );
+        match self.phase {
+            Phase::Starting { .. } => self.abandon_start(now, reason, actions),
+            _ => self.fail_pipeline(now, reason, actions),
+        }
+    }
+
+    fn fail_pipeline(&mut self, now: Tick, reason: String, actions: &mut Vec<Action>) {
+        let Phase::Active { placed, draining, .. } =
+            std::mem::replace(&mut self.phase, Phase::Nothing)
+        else {
+            return;
+        };
+        actions.push(Action::FailPipeline { epoch: placed.plan.epoch, reason: reason.clone() });
+        if draining {
+            actions.push(Action::HoldAdmission(false));
+        }
+        self.retire(&placed, actions);
+        self.members.forget_gone();
+        self.reason = reason;
+        self.plan_after = now;
+        self.hopeless = None;
+    }
+
+    // ---- what time and everything above make due
+
+    fn advance(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        self.advance_start(now, actions);
+        self.advance_active(now, actions);
+        let watched = self.watched();
+        actions.extend(self.members.probes(now, &watched));
+        if let (Some(_), Written::Unknown(due)) = (self.term, self.written)
+            && now >= due
+        {
+            self.written = Written::Reading;
+            actions.push(Action::ReadPlan);
+        }
+        if matches!(self.phase, Phase::Nothing) {
+            self.try_plan(now, actions);
+        }
+    }
+
+    fn advance_start(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let Phase::Starting { placed, stages, activating } = &mut self.phase else { return };
+        let mut due = Vec::new();
+        let mut silent = Vec::new();
+        for (stage, start) in (0..).zip(stages.iter_mut()) {
+            match start.state {
+                StartState::RetryAt(at) if now >= at => {
+                    *start = Start { tries: start.tries + 1, state: StartState::Asked(now) };
+                    due.push(stage);
+                }
+                StartState::Asked(at) if now.since(at) > START_PATIENCE => silent.push(stage),
+                _ => {}
+            }
+        }
+        let (placed, activating) = (placed.clone(), *activating);
+        for stage in due {
+            actions.push(self.ask(&placed, stage, activating));
+        }
+        for stage in silent {
+            self.start_failed(now, placed.plan.epoch, stage, true, "no answer came", actions);
+        }
+    }
+
+    fn advance_active(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let Phase::Active { placed, stages, stalled_since, .. } = &mut self.phase else { return };
+        let epoch = placed.plan.epoch;
+        let mut given_up = None;
+        for (stage, health) in (0..).zip(stages.iter_mut()) {
+            if health.reconnect_at.is_none_or(|at| now < at) {
+                continue;
+            }
+            if health.reconnects == RECONNECT_TRIES {
+                given_up = Some(format!(
+                    "the stream of worker {} broke {RECONNECT_TRIES} times in a row: {}",
+                    placed.plan.stages[stage as usize].worker,
+                    health.broken.as_deref().unwrap_or_default(),
+                ));
+                break;
+            }
+            health.reconnects += 1;
+            health.reconnect_at = None;
+            health.broken = None;
+            actions.push(Action::Reconnect { epoch, stage });
+        }
+        if stalled_since.is_some_and(|since| now.since(since) > STALL_LIMIT) {
+            given_up = Some(format!("no step has come back for {} s", STALL_LIMIT.as_secs()));
+            // Silence on the data path and no answer: two signals.
+            for stage in &placed.plan.stages {
+                if self.members.is_silent(stage) {
+                    let why = "its steps were overdue and it did not answer";
+                    let alarm = self.members.evicted(now, stage, why);
+                    actions.extend(alarm.map(|text| Action::Alarm { text }));
+                }
+            }
+        }
+        if let Some(reason) = given_up {
+            self.fail_pipeline(now, reason, actions);
+        }
+    }
+
+    /// Stages that somebody must ask: a stream broke, steps are overdue, or a lease is gone.
+    fn watched(&self) -> Vec<String> {
+        let Phase::Active { placed, stages, stalled_since, .. } = &self.phase else {
+            return Vec::new();
+        };
+        let watched = |(stage, health): (&StagePlan, &Health)| {
+            let silent = stalled_since.is_some() || health.broken.is_some();
+            (silent && health.reconnect_at.is_none() || self.members.lease_is_gone(&stage.worker))
+                .then(|| stage.worker.clone())
+        };
+        placed.plan.stages.iter().zip(stages).filter_map(watched).collect()
+    }
+
+    fn try_plan(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let Some(term) = self.term else {
+            return self.tell("this coordinator does not lead".to_owned(), actions);
+        };
+        let Written::At(previous) = self.written else { return };
+        if !self.listed || now < self.plan_after {
+            return;
+        }
+        let settled = self.members.last_arrival() + self.options.settle;
+        if self.options.stages.is_none() && !self.planned_once && now < settled {
+            self.reason = "waiting for workers to come".to_owned();
+            return;
+        }
+        let (class, eligible) =
+            self.members.eligible(now, self.options.model, self.options.kv_type);
+        if self.hopeless.as_ref() == Some(&eligible) {
+            return;
+        }
+        let options = planner::Options {
+            stages: self.options.stages,
+            min_kv_blocks: self.options.min_kv_blocks,
+            max_kv_blocks: self.options.max_kv_blocks,
+            incumbent: self.incumbent.clone(),
+        };
+        match planner::plan(&self.options.costs, &eligible, &options) {
+            Ok(assignment) => {
+                let plan = self.compose(term, class, assignment);
+                self.hopeless = None;
+                self.planned_once = true;
+                self.reason = "the plan is being written".to_owned();
+                self.plan_reason.clone_from(&plan.reason);
+                actions.push(Action::WritePlan { term, previous, plan: plan.clone() });
+                self.phase = Phase::Writing { plan, previous };
+            }
+            Err(error) => {
+                self.hopeless = Some(eligible);
+                self.tell(self.members.explain(now, &self.options, error.to_string()), actions);
+            }
+        }
+    }
+
+    fn tell(&mut self, reason: String, actions: &mut Vec<Action>) {
+        self.reason.clone_from(&reason);
+        if self.told.as_ref() != Some(&reason) {
+            self.told = Some(reason.clone());
+            actions.push(Action::NoPlan { reason });
+        }
+    }
+
+    fn compose(&self, term: Term, class: NumericsClass, found: planner::Assignment) -> Plan {
+        let stages = found.stages.into_iter().map(|stage| self.members.place(stage)).collect();
+        Plan {
+            term,
+            model: self.options.model,
+            kv_type: self.options.kv_type,
+            class,
+            pipelines: vec![PipelinePlan {
+                id: PIPELINE,
+                epoch: Epoch(0),
+                stages,
+                kv_blocks: found.kv_blocks,
+                predicted_tokens_per_s: found.predicted_tokens_per_s,
+            }],
+            reason: found.reason,
+        }
+    }
+
+    // ---- lookups
+
+    fn placed(&self) -> Option<&Placed> {
+        match &self.phase {
+            Phase::Starting { placed, .. } | Phase::Active { placed, .. } => Some(placed),
+            Phase::Nothing | Phase::Writing { .. } => None,
+        }
+    }
+
+    fn stage_of(&self, worker: &str) -> Option<u32> {
+        let stages = &self.placed()?.plan.stages;
+        stages.iter().position(|stage| stage.worker == worker).map(|index| index as u32)
+    }
+
+    fn active_epoch(&self) -> Option<Epoch> {
+        match &self.phase {
+            Phase::Active { placed, .. } => Some(placed.plan.epoch),
+            _ => None,
+        }
+    }
+
+    /// The parts of the active pipeline, if it is of this epoch.
+    fn active(&mut self, epoch: Epoch) -> Option<(&Placed, &mut Vec<Health>, &mut Option<Tick>)> {
+        match &mut self.phase {
+            Phase::Active { placed, stages, stalled_since, .. } if placed.plan.epoch == epoch => {
+                Some((placed, stages, stalled_since))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn stages_of(pipeline: &PipelinePlan) -> Vec<Stage> {
+    let stage =
+        |stage: &StagePlan| Stage { worker: stage.worker.clone(), layers: stage.layers.clone() };
+    pipeline.stages.iter().map(stage).collect()
+}
+
+/// Whether two plans say the same. Predicted rates are left out: a float that went through JSON
+/// may differ in its last bit.
+fn same_plan(a: &Plan, b: &Plan) -> bool {
+    let said = |plan: &Plan| {
+        let pipelines = plan.pipelines.iter();
+        (
+            plan.term,
+            plan.class,
+            pipelines.map(|p| (p.id, p.stages.clone(), p.kv_blocks)).collect::<Vec<_>>(),
+        )
+    };
+    said(a) == said(b)
 }

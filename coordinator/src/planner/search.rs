@@ -126,7 +126,8 @@ impl<'a> Search<'a> {
                 }
                 let left_out = |w: usize| if rank[w] < end { middle[w] } else { 0 };
                 let sum = first[f] + last[l] + sums[end] - left_out(f) - left_out(l);
-                if best.is_none_or(|(most, ..)| sum > most) {
+                // Of equal pairs the first worker by id begins and the last ends: easy to read.
+                if best.is_none_or(|(most, first, _)| sum > most || (sum == most && f == first)) {
                     best = Some((sum, f, l));
                 }
             }
