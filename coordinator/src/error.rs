@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::config::ConfigError;
+use crate::text::TextSetupError;
 
 /// Why a coordinator could not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +29,15 @@ pub enum RunError {
         /// The store's directory.
         path: PathBuf,
         /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: model::StoreError,
+    },
+    /// The model's tokenizer or template could not be used.
+    #[error("failed to use the text of the model {}", path.display())]
+    Text {
+        /// The store's directory.
+        path: PathBuf,
+        /// Why.
+        source: TextSetupError,
     },
     /// The registry refused.
     #[error("failed to use the registry")]

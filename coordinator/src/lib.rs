@@ -7,14 +7,29 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use bytes::Bytes;
+use node::Supervisor;
 use node::membership::Membership;
+use proto::BLOCK_TOKENS;
 use proto::keys::Keys;
+use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+mod answer;
 mod config;
+mod driver;
 mod error;
+mod grpc;
+mod http;
+mod metrics;
+mod request;
+mod service;
+mod spans;
+mod text;
+mod workers;
 
 // Pure: events in, actions out.
 pub mod cluster;
@@ -25,6 +40,7 @@ pub mod token_log;
 
 pub use config::{Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig};
 pub use error::RunError;
+pub use text::{TemplateError, TextSetupError, TokenizerError};
 
 /// Where a coordinator listens, once it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +65,131 @@ pub async fn run(
     bound: Option<oneshot::Sender<Bound>>,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
+    // Everything that can be wrong is found here, before any task exists.
     config.validate()?;
-    let _ = (keys, membership, bound, stop);
-    unimplemented!()
+    let store = open_model(&config)?;
+    let text = text::Text::open(&store)
+        .map_err(|source| RunError::Text { path: config.model.clone(), source })?;
+    let grpc_listener = bind("gRPC", config.grpc).await?;
+    let http_listener = bind("HTTP", config.http).await?;
+    let (grpc, http) = (local("gRPC", &grpc_listener)?, local("HTTP", &http_listener)?);
+    let made_up = Bytes::from(service::hex(&rand::random::<[u8; CLUSTER_ID_BYTES]>()));
+    let cluster_id = membership.get_or_create(&keys.cluster_id(), made_up).await?.value;
+    let cluster_id = String::from_utf8_lossy(&cluster_id).into_owned();
+    metrics::describe();
+
+    let model = served_model(&store);
+    let driver_config = driver::DriverConfig {
+        cluster_name: config.cluster.clone(),
+        cluster: cluster_options(&config, &store, cluster_id),
+        limits: scheduler_limits(&config, &model),
+        advertise: config.advertise.clone().unwrap_or_else(|| grpc.to_string()),
+        first_token: model.bos_token.unwrap_or(0),
+        grace: config.shutdown_grace.get(),
+    };
+    let (driver, handle) = driver::Driver::new(driver_config, keys, membership, stop.child_token());
+    let deadline = config.limits.request_deadline.get();
+    let service = Arc::new(service::Service::new(model, text, handle, deadline));
+    let router = http::router(
+        Arc::clone(&service),
+        usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX),
+    );
+
+    // Fires when no answer is open any more: the servers outlive the driver, so that every client
+    // hears how its answer ended.
+    let answered = CancellationToken::new();
+    let last_answer = answered.clone().drop_guard();
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let mut tasks = Supervisor::new(stop);
+    tasks.spawn("driver", |_| async move {
+        driver.run().await;
+        drop(last_answer);
+        Ok(())
+    });
+    let (grpc_stop, connections) = (answered.clone(), config.limits.connections);
+    tasks.spawn("grpc", |_| grpc::serve(grpc_listener, service, health, health_service, grpc_stop));
+    tasks.spawn("http", |_| http::serve(http_listener, router, connections, answered));
+    tracing::info!(%grpc, %http, "serves");
+    if let Some(bound) = bound {
+        // Nobody waits for it: their affair.
+        let _ = bound.send(Bound { grpc, http });
+    }
+    let grace = config.shutdown_grace.get() + CLOSING_TIME;
+    Ok(tasks.run(grace).await?)
+}
+
+/// Random bytes of a cluster's id.
+const CLUSTER_ID_BYTES: usize = 16;
+
+/// After the last answer, for connections to close.
+const CLOSING_TIME: Duration = Duration::from_secs(3);
+
+/// A plan must hold at least so much KV, or the context if that is less: a conversation.
+const MIN_KV_TOKENS: u32 = 2048;
+
+fn open_model(config: &Config) -> Result<model::Store, RunError> {
+    model::Store::open(&config.model)
+        .map_err(|source| RunError::Model { path: config.model.clone(), source })
+}
+
+async fn bind(service: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
+    TcpListener::bind(address).await.map_err(|source| RunError::Bind { service, address, source })
+}
+
+fn local(service: &'static str, listener: &TcpListener) -> Result<SocketAddr, RunError> {
+    let address = SocketAddr::from(([0, 0, 0, 0], 0));
+    listener.local_addr().map_err(|source| RunError::Bind { service, address, source })
+}
+
+fn served_model(store: &model::Store) -> request::ServedModel {
+    let config = store.config();
+    request::ServedModel {
+        name: config.name.clone(),
+        id: store.id().to_string(),
+        layers: config.layers,
+        vocab: config.vocab,
+        context: config.context,
+        bos_token: config.bos_token,
+        eos_tokens: config.eos_tokens.clone(),
+        created_unix_s: http::now_unix_s(),
+    }
+}
+
+fn scheduler_limits(config: &Config, model: &request::ServedModel) -> scheduler::Limits {
+    scheduler::Limits {
+        waiting_requests: config.limits.waiting_requests,
+        wait: config.limits.wait.get(),
+        running_requests: config.limits.running_requests,
+        step_tokens: config.limits.step_tokens,
+        context_tokens: model.context,
+        step_deadline: config.limits.step_deadline.get(),
+    }
+}
+
+fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) -> cluster::Options {
+    let model = store.config();
+    let kv_values = 2 * u64::from(model.kv_heads) * u64::from(model.head_dim);
+    let block_bytes = u64::from(BLOCK_TOKENS) * kv_values * u64::from(config.kv_type.value_bytes());
+    cluster::Options {
+        cluster_id,
+        model: proto::ids::ModelId(*store.id().as_bytes()),
+        costs: planner::ModelCosts {
+            layers: model.layers,
+            layer_bytes: store.layer_bytes(),
+            embedding_bytes: store.embedding_bytes(),
+            head_bytes: store.head_bytes(),
+            tied_head: model.tied_head,
+            kv_block_layer_bytes: block_bytes,
+        },
+        kv_type: config.kv_type,
+        stages: config.stages,
+        min_kv_blocks: model
+            .context
+            .min(MIN_KV_TOKENS)
+            .div_ceil(BLOCK_TOKENS)
+            .min(config.limits.kv_blocks),
+        max_kv_blocks: config.limits.kv_blocks,
+        max_step_tokens: config.limits.step_tokens,
+        settle: config.settle.get(),
+    }
 }

@@ -154,25 +154,20 @@ fn write_layer<C: Content>(
     let too_large = || ConfigError::Inconsistent("a matrix is too large to be addressed".into());
     let tensors = layout::layer_tensors(config).ok_or_else(too_large)?;
     let mut metadata = layout::shard_metadata();
-    let mut matrices = Vec::with_capacity(Projection::ALL.len());
     for projection in Projection::ALL {
-        let matrix = content.projection(layer, projection)?;
-        layout::describe_matrix(&mut metadata, projection, config, matrix.scale());
-        matrices.push(matrix);
+        // Scales are in the header, which comes first: ask for them before any row.
+        let scale = content.projection(layer, projection)?.scale();
+        layout::describe_matrix(&mut metadata, projection, config, scale);
     }
     let mut file = staging.create(&layer_file(layer))?;
     file.write(&safetensors::header(&tensors, &metadata, ALIGNMENT))?;
     let mut part = PartHasher::new();
-    let mut zeros = [0; Projection::ALL.len()];
-    for ((projection, mut matrix), zeros) in
-        Projection::ALL.into_iter().zip(matrices).zip(&mut zeros)
-    {
+    for projection in Projection::ALL {
         let (rows, cols) = projection.shape(config);
+        let mut matrix = content.projection(layer, projection)?;
         part.begin(projection.name(), rows, cols, matrix.scale());
-        *zeros = write_matrix(&mut file, &mut part, matrix.as_mut(), rows, cols)?;
-    }
-    for (projection, zeros) in Projection::ALL.into_iter().zip(zeros) {
-        let (rows, cols) = projection.shape(config);
+        let zeros = write_matrix(&mut file, &mut part, matrix.as_mut(), rows, cols)?;
+        drop(matrix);
         content.check_zeros(layer, projection, zeros, rows as u64 * cols as u64)?;
     }
     for &norm in Norm::of(config) {

@@ -1,0 +1,244 @@
+//! Everyone who waits for an answer, from the driver's side and from theirs. An answer's tokens go
+//! through a bounded channel; its end goes beside it and so never has to wait.
+
+use std::collections::HashMap;
+
+use proto::generate::{FinishReason, Timings};
+use proto::ids::{NumericsClass, SequenceId};
+use proto::step::Sampled;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Command, DriverHandle};
+use crate::metrics;
+use crate::request::RequestError;
+use crate::scheduler::{Emission, EmissionEvent, Finish, SequenceError};
+use crate::tick::Tick;
+
+/// Tokens that a client may fall behind. Socket buffers hold many more; a client that is this
+/// late reads no more, and its KV is better used by another.
+pub(crate) const MAX_TOKENS_BEHIND: usize = 1024;
+
+/// A request that the scheduler took.
+pub(crate) struct Admitted {
+    /// Of the pipeline that serves it.
+    pub(crate) class: NumericsClass,
+    /// Length of the answer at most.
+    pub(crate) max_tokens: u32,
+    /// Its tokens, or why nothing is left to do.
+    pub(crate) answer: Result<Tokens, Finish>,
+}
+
+/// How an answer ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    pub(crate) finish: Finish,
+    pub(crate) timings: Timings,
+}
+
+/// The tokens of one answer. Dropping it cancels the answer.
+pub(crate) struct Tokens {
+    sequence: SequenceId,
+    events: mpsc::Receiver<TokenEvent>,
+    end: oneshot::Receiver<Result<End, RequestError>>,
+}
+
+#[derive(Debug)]
+enum TokenEvent {
+    PromptScores(Vec<f32>),
+    Token { index: u32, sampled: Sampled },
+}
+
+impl Tokens {
+    /// ln p of the prompt's tokens from the second on; to be asked for first, if at all.
+    ///
+    /// # Errors
+    ///
+    /// Why the answer ended before.
+    pub(crate) async fn prompt_scores(&mut self) -> Result<Vec<f32>, RequestError> {
+        match self.events.recv().await {
+            Some(TokenEvent::PromptScores(scores)) => Ok(scores),
+            Some(TokenEvent::Token { .. }) => {
+                Err(RequestError::Internal { message: "the prompt was not scored".into() })
+            }
+            None => {
+                end(&mut self.end).await?;
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    /// The next token and its index; `None` when there are no more: see [`Tokens::end`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub(crate) async fn next(&mut self) -> Option<(u32, Sampled)> {
+        loop {
+            match self.events.recv().await? {
+                TokenEvent::Token { index, sampled } => return Some((index, sampled)),
+                TokenEvent::PromptScores(_) => {}
+            }
+        }
+    }
+
+    /// How the answer ended, once there are no more tokens.
+    ///
+    /// # Errors
+    ///
+    /// Why it ended before its end.
+    pub(crate) async fn end(mut self) -> Result<End, RequestError> {
+        end(&mut self.end).await
+    }
+
+    /// Ends the answer here: the client has all it wanted.
+    pub(crate) async fn finish(mut self, driver: &DriverHandle) -> Timings {
+        let (reply, timings) = oneshot::channel();
+        driver.tell(Command::Finish { sequence: self.sequence, reply }).await;
+        match timings.await {
+            Ok(Some(timings)) => timings,
+            // It had ended by itself.
+            Ok(None) | Err(_) => {
+                end(&mut self.end).await.map(|end| end.timings).unwrap_or_default()
+            }
+        }
+    }
+}
+
+async fn end(end: &mut oneshot::Receiver<Result<End, RequestError>>) -> Result<End, RequestError> {
+    let stopped = |_| Err(RequestError::Lost { reason: "the coordinator stopped".into() });
+    end.await.unwrap_or_else(stopped)
+}
+
+/// Everyone who waits for an answer.
+#[derive(Default)]
+pub(crate) struct Clients {
+    waiting: HashMap<SequenceId, Client>,
+    pub(crate) finished: u64,
+    pub(crate) failed: u64,
+}
+
+struct Client {
+    events: mpsc::Sender<TokenEvent>,
+    end: oneshot::Sender<Result<End, RequestError>>,
+    since: Tick,
+    last_token: Option<Tick>,
+}
+
+/// What to do about a sequence after something was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub(crate) enum Then {
+    /// Nothing.
+    GoOn,
+    /// Nobody wants the rest: cancel it.
+    Cancel,
+}
+
+impl Clients {
+    /// Someone waits for a sequence from now on.
+    pub(crate) fn add(&mut self, sequence: SequenceId, since: Tick) -> Tokens {
+        let (events, their_events) = mpsc::channel(MAX_TOKENS_BEHIND);
+        let (end, their_end) = oneshot::channel();
+        self.waiting.insert(sequence, Client { events, end, since, last_token: None });
+        Tokens { sequence, events: their_events, end: their_end }
+    }
+
+    /// Tells whoever waits for it what happened to a sequence.
+    pub(crate) fn tell(&mut self, emission: Emission, now: Tick) -> Then {
+        let Emission { sequence, event } = emission;
+        let Some(client) = self.waiting.get_mut(&sequence) else { return Then::GoOn };
+        match event {
+            EmissionEvent::PromptScores(scores) => {
+                self.pass_on(sequence, TokenEvent::PromptScores(scores))
+            }
+            EmissionEvent::Token { index, sampled } => {
+                match client.last_token.replace(now) {
+                    None => metrics::first_token(now.since(client.since)),
+                    Some(last) => metrics::next_token(now.since(last)),
+                }
+                self.pass_on(sequence, TokenEvent::Token { index, sampled })
+            }
+            EmissionEvent::Finished { finish, timings } => {
+                self.end(sequence, Ok(End { finish, timings }), now);
+                Then::GoOn
+            }
+            EmissionEvent::Failed(error) => {
+                self.end(sequence, Err(of_sequence(error)), now);
+                Then::GoOn
+            }
+        }
+    }
+
+    /// The client ended the answer itself.
+    pub(crate) fn finish(&mut self, sequence: SequenceId, now: Tick) {
+        if let Some(client) = self.waiting.remove(&sequence) {
+            self.finished += 1;
+            metrics::finished(FinishReason::Stop.name(), now.since(client.since));
+        }
+    }
+
+    /// Sequences whose clients went away; they are forgotten here.
+    pub(crate) fn take_gone(&mut self) -> Vec<SequenceId> {
+        let gone: Vec<_> = self
+            .waiting
+            .iter()
+            .filter(|(_, client)| client.events.is_closed())
+            .map(|(&sequence, _)| sequence)
+            .collect();
+        for sequence in &gone {
+            self.waiting.remove(sequence);
+            metrics::cancelled();
+        }
+        gone
+    }
+
+    /// Whether nobody waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    fn pass_on(&mut self, sequence: SequenceId, event: TokenEvent) -> Then {
+        let Some(client) = self.waiting.get(&sequence) else { return Then::GoOn };
+        let Err(error) = client.events.try_send(event) else { return Then::GoOn };
+        if let Some(client) = self.waiting.remove(&sequence) {
+            metrics::cancelled();
+            if matches!(error, mpsc::error::TrySendError::Full(_)) {
+                tracing::info!(%sequence, "client reads too slowly, its answer is cut off");
+                let late = RequestError::SlowReader { limit: MAX_TOKENS_BEHIND };
+                let _ = client.end.send(Err(late));
+            }
+        }
+        Then::Cancel
+    }
+
+    fn end(&mut self, sequence: SequenceId, outcome: Result<End, RequestError>, now: Tick) {
+        let Some(client) = self.waiting.remove(&sequence) else { return };
+        match &outcome {
+            Ok(end) => {
+                self.finished += 1;
+                metrics::finished(end.finish.reason.name(), now.since(client.since));
+            }
+            Err(error) => {
+                self.failed += 1;
+                metrics::failed(error.kind());
+            }
+        }
+        // A client that went away does not care.
+        let _ = client.end.send(outcome);
+    }
+}
+
+/// What the end of a sequence means to its client.
+fn of_sequence(error: SequenceError) -> RequestError {
+    match error {
+        SequenceError::PipelineLost { reason } => RequestError::Lost { reason },
+        SequenceError::WaitedTooLong { .. } => {
+            RequestError::Unavailable { reason: error.to_string() }
+        }
+        SequenceError::DeadlineExceeded { .. } => {
+            RequestError::TimedOut { reason: error.to_string() }
+        }
+        SequenceError::NeverFits { .. } => RequestError::invalid("max_tokens", error.to_string()),
+        _ => RequestError::Internal { message: error.to_string() },
+    }
+}

@@ -1,0 +1,168 @@
+//! The gRPC API: decode, ask the service, encode. No decisions.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, stream};
+use node::telemetry::propagation;
+use proto::convert;
+use proto::limits;
+use proto::pb;
+use proto::pb::inference_server::{Inference, InferenceServer};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+use tracing::Instrument;
+
+use crate::answer::Answer;
+use crate::request::RequestError;
+use crate::service::Service;
+use crate::spans::request_span;
+
+/// How often a quiet client is asked whether it lives: clients may be far away.
+const CLIENT_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+
+/// How long a client may take to answer that.
+const CLIENT_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes of the headers of one call.
+const HEADER_BYTES: u32 = 16 << 10;
+
+/// Flow control of one answer: hundreds of tokens. Beyond it the answer waits for its reader.
+const ANSWER_WINDOW_BYTES: u32 = 256 << 10;
+
+/// The name of the service in gRPC health.
+const SERVICE: &str = "tercet.v1.Inference";
+
+/// Serves until `stop` fires and open answers have ended.
+///
+/// # Errors
+///
+/// If the transport fails or the descriptors do not decode.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    service: Arc<Service>,
+    health: HealthReporter,
+    health_service: tonic_health::pb::health_server::HealthServer<
+        impl tonic_health::pb::health_server::Health,
+    >,
+    stop: CancellationToken,
+) -> Result<(), node::TaskError> {
+    let inference = InferenceServer::new(InferenceApi { service: Arc::clone(&service) })
+        .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MESSAGE_BYTES);
+    let served = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(CLIENT_KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(CLIENT_KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(HEADER_BYTES)
+        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
+        .initial_stream_window_size(ANSWER_WINDOW_BYTES)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
+        .add_service(inference)
+        .add_service(health_service)
+        .add_service(reflection()?.build_v1()?)
+        .add_service(reflection()?.build_v1alpha()?)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            stop.clone().cancelled_owned(),
+        );
+    tokio::select! {
+        outcome = served => Ok(outcome?),
+        () = report_health(health, &service) => Ok(()),
+    }
+}
+
+fn reflection<'a>() -> Result<tonic_reflection::server::Builder<'a>, node::TaskError> {
+    Ok(tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET))
+}
+
+/// Says in gRPC health what the driver says of the pipeline. The process itself (`""`) serves as
+/// long as it answers. Ends never.
+async fn report_health(health: HealthReporter, service: &Service) {
+    let mut readiness = service.readiness();
+    health.set_service_status("", ServingStatus::Serving).await;
+    loop {
+        let ready = *readiness.borrow_and_update();
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        health.set_service_status(SERVICE, status).await;
+        if readiness.changed().await.is_err() {
+            // The driver has ended; the server follows.
+            health.set_service_status("", ServingStatus::NotServing).await;
+            return std::future::pending().await;
+        }
+    }
+}
+
+struct InferenceApi {
+    service: Arc<Service>,
+}
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<pb::GenerateEvent, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Inference for InferenceApi {
+    type GenerateStream = EventStream;
+
+    async fn generate(
+        &self,
+        request: Request<pb::GenerateRequest>,
+    ) -> Result<Response<EventStream>, Status> {
+        let (metadata, _, message) = request.into_parts();
+        let request = convert::decode_generate(message)
+            .map_err(|error| Status::invalid_argument(node::Chain(&error).to_string()))?;
+        let span = request_span(&request, &self.service.model.name, 1, true);
+        propagation::extract(&span, &metadata);
+        let started = async {
+            let prepared = self.service.prepare(request).await?;
+            self.service.start(&prepared, 0, span.clone()).await
+        };
+        let answer = started.instrument(span.clone()).await.map_err(|error| status_of(&error))?;
+        Ok(Response::new(Box::pin(events(answer))))
+    }
+
+    async fn status(
+        &self,
+        _: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusResponse>, Status> {
+        let status = self.service.status().await.map_err(|error| status_of(&error))?;
+        Ok(Response::new(convert::encode_status(&status)))
+    }
+}
+
+/// An answer's events; an error is the last of them.
+fn events(answer: Answer) -> impl Stream<Item = Result<pb::GenerateEvent, Status>> + Send {
+    stream::unfold(Some(answer), |answer| async move {
+        let mut answer = answer?;
+        Some(match answer.next().await? {
+            Ok(event) => (Ok(convert::encode_event(&event)), Some(answer)),
+            Err(error) => (Err(status_of(&error)), None),
+        })
+    })
+}
+
+/// The one map from errors to gRPC statuses.
+fn status_of(error: &RequestError) -> Status {
+    let message = node::Chain(error).to_string();
+    match error {
+        RequestError::Invalid { .. }
+        | RequestError::ContextLength { .. }
+        | RequestError::PromptBytes { .. } => Status::invalid_argument(message),
+        RequestError::UnknownModel { .. } => Status::not_found(message),
+        RequestError::ClassMismatch { .. } => Status::failed_precondition(message),
+        RequestError::Full { .. } => Status::resource_exhausted(message),
+        RequestError::Unavailable { .. } | RequestError::Lost { .. } => {
+            Status::unavailable(message)
+        }
+        RequestError::TimedOut { .. } => Status::deadline_exceeded(message),
+        RequestError::SlowReader { .. } => Status::aborted(message),
+        RequestError::Internal { .. } => Status::internal(message),
+    }
+}

@@ -1,0 +1,121 @@
+//! The answers that one HTTP request asks for: some prompts, some choices of each.
+
+use axum::http::HeaderMap;
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt, future};
+use node::telemetry::propagation;
+use proto::generate::{Delta, Finished, GenerateEvent, GenerateRequest, Started};
+use tracing::Instrument;
+
+use super::Api;
+use crate::answer::Answer;
+use crate::request::RequestError;
+use crate::service::Prepared;
+use crate::spans::request_span;
+
+/// All answers to one HTTP request, in the order of their indices.
+pub(super) struct Choices {
+    answers: Vec<Answer>,
+    pub(super) prompts: Vec<Prepared>,
+    /// Answers to each prompt.
+    pub(super) n: usize,
+}
+
+/// One answer, whole.
+#[derive(Default)]
+pub(super) struct WholeAnswer {
+    pub(super) started: Started,
+    pub(super) text: String,
+    /// Without their texts.
+    pub(super) deltas: Vec<Delta>,
+    pub(super) finished: Option<Finished>,
+}
+
+impl Choices {
+    /// Prepares every request, then puts `n` answers to each into the queue.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that was refused; what was taken before is cancelled.
+    pub(super) async fn start(
+        api: &Api,
+        headers: &HeaderMap,
+        requests: Vec<GenerateRequest>,
+        n: u32,
+        stream: bool,
+    ) -> Result<Self, RequestError> {
+        let Some(first) = requests.first() else {
+            return Err(RequestError::invalid("prompt", "there is no prompt"));
+        };
+        let choices = requests.len() * n as usize;
+        let span = request_span(first, &api.service.model.name, choices, stream);
+        propagation::extract_http(&span, headers);
+        let started = async {
+            let mut prompts = Vec::with_capacity(requests.len());
+            for request in requests {
+                prompts.push(api.service.prepare(request).await?);
+            }
+            let mut answers = Vec::with_capacity(choices);
+            for prompt in &prompts {
+                for choice in 0..n {
+                    answers.push(api.service.start(prompt, choice, span.clone()).await?);
+                }
+            }
+            Ok(Self { answers, prompts, n: n as usize })
+        };
+        started.instrument(span.clone()).await
+    }
+
+    /// The length of all prompts together.
+    pub(super) fn prompt_tokens(&self) -> u64 {
+        self.prompts.iter().map(|prompt| prompt.prompt().len() as u64).sum()
+    }
+
+    /// Waits for all answers at once: none may fall behind while another is read.
+    ///
+    /// # Errors
+    ///
+    /// The first answer's error.
+    pub(super) async fn whole(self) -> Result<Vec<WholeAnswer>, RequestError> {
+        future::try_join_all(self.answers.into_iter().map(whole)).await
+    }
+
+    /// All events as they come, with the index of their choice.
+    pub(super) fn events(self) -> BoxStream<'static, (usize, Result<GenerateEvent, RequestError>)> {
+        let streams = self.answers.into_iter().enumerate().map(|(index, answer)| {
+            stream::unfold(answer, move |mut answer| async move {
+                let event = answer.next().await?;
+                Some(((index, event), answer))
+            })
+            .boxed()
+        });
+        stream::select_all(streams).boxed()
+    }
+}
+
+async fn whole(mut answer: Answer) -> Result<WholeAnswer, RequestError> {
+    let mut whole = WholeAnswer::default();
+    while let Some(event) = answer.next().await {
+        match event? {
+            GenerateEvent::Started(started) => whole.started = started,
+            GenerateEvent::Delta(mut delta) => {
+                whole.text.push_str(&std::mem::take(&mut delta.text));
+                whole.deltas.push(delta);
+            }
+            GenerateEvent::Finished(finished) => whole.finished = Some(finished),
+        }
+    }
+    Ok(whole)
+}
+
+impl WholeAnswer {
+    /// In OpenAI's words; an answer that was read to its end has one.
+    pub(super) fn finish_reason(&self) -> &'static str {
+        self.finished.as_ref().map_or("stop", |finished| finished.reason.name())
+    }
+
+    /// Length of the answer.
+    pub(super) fn completion_tokens(&self) -> u64 {
+        self.finished.as_ref().map_or(0, |finished| finished.completion_tokens.into())
+    }
+}

@@ -1,0 +1,151 @@
+//! Errors in OpenAI's form. Clients decide by status and `type` whether to try again, so both are
+//! chosen with care: `invalid_request_error` is never retried, whatever the status.
+
+use axum::Json;
+use axum::body::Body;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::request::RequestError;
+
+/// When a client may come again after a full queue or a missing pipeline, in seconds.
+const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
+
+/// An error on its way to a client.
+#[derive(Debug)]
+pub(crate) struct ApiError {
+    pub(super) status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    parameter: Option<&'static str>,
+    message: String,
+}
+
+impl ApiError {
+    /// A parameter or the body is wrong.
+    pub(super) fn invalid(parameter: Option<&'static str>, message: impl Into<String>) -> Self {
+        Self {
+            status: StatusCode::BAD_REQUEST,
+            kind: "invalid_request_error",
+            code: None,
+            parameter,
+            message: message.into(),
+        }
+    }
+
+    /// A feature that is not there, and whose absence would change the answer.
+    pub(super) fn unsupported(parameter: &'static str, what: &str) -> Self {
+        let message = format!("{what} is not supported by this server");
+        Self { code: Some("unsupported_value"), ..Self::invalid(Some(parameter), message) }
+    }
+
+    /// Nothing is there.
+    pub(super) fn not_found(message: &str) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            kind: "not_found_error",
+            ..Self::invalid(None, message)
+        }
+    }
+
+    /// Another method was meant.
+    pub(super) fn method_not_allowed() -> Self {
+        let error = Self::invalid(None, "this method is not allowed here");
+        Self { status: StatusCode::METHOD_NOT_ALLOWED, ..error }
+    }
+
+    /// The body is longer than allowed.
+    pub(super) fn too_large(limit_bytes: usize) -> Self {
+        Self {
+            status: StatusCode::PAYLOAD_TOO_LARGE,
+            kind: "request_too_large",
+            ..Self::invalid(None, format!("the body may have {limit_bytes} bytes"))
+        }
+    }
+
+    /// The body is not JSON.
+    pub(super) fn media_type() -> Self {
+        Self {
+            status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ..Self::invalid(None, "the body must be application/json")
+        }
+    }
+
+    /// The client stopped sending.
+    pub(super) fn slow_body() -> Self {
+        Self {
+            status: StatusCode::REQUEST_TIMEOUT,
+            kind: "timeout_error",
+            ..Self::invalid(None, "the body did not arrive in time")
+        }
+    }
+
+    /// `{"error": …}`, as a body and as the last event of a stream.
+    pub(super) fn body(&self) -> Value {
+        json!({
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.parameter,
+                "code": self.code,
+            }
+        })
+    }
+}
+
+impl From<RequestError> for ApiError {
+    /// The one map from errors to HTTP.
+    fn from(error: RequestError) -> Self {
+        let (status, kind, code) = match &error {
+            RequestError::Invalid { .. } => {
+                (StatusCode::BAD_REQUEST, "invalid_request_error", None)
+            }
+            RequestError::ContextLength { .. } | RequestError::PromptBytes { .. } => {
+                let code = "context_length_exceeded";
+                (StatusCode::BAD_REQUEST, "invalid_request_error", Some(code))
+            }
+            RequestError::UnknownModel { .. } => {
+                (StatusCode::NOT_FOUND, "not_found_error", Some("model_not_found"))
+            }
+            RequestError::ClassMismatch { .. } => {
+                (StatusCode::CONFLICT, "conflict_error", Some("class_mismatch"))
+            }
+            RequestError::Full { .. } => {
+                (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
+            }
+            RequestError::Unavailable { .. } | RequestError::Lost { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", Some("service_unavailable"))
+            }
+            RequestError::TimedOut { .. } => {
+                (StatusCode::GATEWAY_TIMEOUT, "timeout_error", Some("timeout"))
+            }
+            RequestError::SlowReader { .. } | RequestError::Internal { .. } => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "server_error", None)
+            }
+        };
+        let parameter = match &error {
+            RequestError::Invalid { parameter, .. } => Some(*parameter),
+            RequestError::UnknownModel { .. } => Some("model"),
+            _ => None,
+        };
+        Self { status, kind, code, parameter, message: node::Chain(&error).to_string() }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
+        }
+        response
+    }
+}
+
+/// A handler panicked: the process lives on and says so.
+pub(super) fn panicked() -> axum::http::Response<Body> {
+    tracing::error!("a request's handler panicked");
+    let message = "the server failed on this request".to_owned();
+    ApiError::from(RequestError::Internal { message }).into_response()
+}

@@ -1,0 +1,81 @@
+//! What a coordinator measures of itself. Names follow vLLM's where the meaning is the same.
+
+use std::time::Duration;
+
+use ::metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+use crate::scheduler::QueueStats;
+
+/// Says once what every metric means.
+pub(crate) fn describe() {
+    describe_gauge!("tercet_build_info", "1; the version is a label");
+    describe_gauge!("tercet_requests_running", "requests that have KV reserved");
+    describe_gauge!("tercet_requests_waiting", "requests that wait for KV or a pipeline");
+    describe_gauge!("tercet_kv_cache_usage_ratio", "share of the KV blocks that are reserved");
+    describe_gauge!("tercet_steps_in_flight", "steps between the coordinator and the last stage");
+    describe_gauge!("tercet_membership_epoch", "epoch of the active pipeline, 0 without one");
+    describe_gauge!("tercet_membership_term", "this coordinator's reign, 0 when it does not lead");
+    describe_gauge!("tercet_ready", "1 when a token came through the active pipeline");
+    describe_counter!("tercet_prompt_tokens_total", "prompt tokens computed");
+    describe_counter!("tercet_generation_tokens_total", "tokens sampled");
+    describe_counter!("tercet_request_success_total", "answers that ended, by why");
+    describe_counter!("tercet_request_failure_total", "answers that broke off or were refused");
+    describe_counter!("tercet_request_cancelled_total", "answers whose clients went away");
+    describe_histogram!("tercet_time_to_first_token_seconds", "from arrival to the first token");
+    describe_histogram!("tercet_inter_token_latency_seconds", "between tokens of one answer");
+    describe_histogram!("tercet_e2e_request_latency_seconds", "from arrival to the last token");
+    describe_histogram!("tercet_stage_compute_seconds", "of one step in one stage's engine");
+    describe_histogram!("tercet_stage_wait_seconds", "of one step before one stage's engine");
+    gauge!("tercet_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
+/// How full the scheduler is; `parked` requests wait for a pipeline.
+pub(crate) fn queue(stats: QueueStats, parked: usize) {
+    gauge!("tercet_requests_running").set(f64::from(stats.running));
+    gauge!("tercet_requests_waiting").set(f64::from(stats.waiting) + parked as f64);
+    let total = f64::from(stats.kv_blocks_total.max(1));
+    gauge!("tercet_kv_cache_usage_ratio").set(f64::from(stats.kv_blocks_used) / total);
+    gauge!("tercet_steps_in_flight").set(f64::from(stats.steps_in_flight));
+    counter!("tercet_prompt_tokens_total").absolute(stats.prompt_tokens);
+    counter!("tercet_generation_tokens_total").absolute(stats.generated_tokens);
+}
+
+/// Who leads and what serves.
+pub(crate) fn membership(term: u64, epoch: u64, ready: bool) {
+    gauge!("tercet_membership_term").set(term as f64);
+    gauge!("tercet_membership_epoch").set(epoch as f64);
+    gauge!("tercet_ready").set(f64::from(u8::from(ready)));
+}
+
+/// One stage's part of one step.
+pub(crate) fn stage_time(stage: u32, compute: Duration, wait: Duration) {
+    let stage = stage.to_string();
+    histogram!("tercet_stage_compute_seconds", "stage" => stage.clone()).record(compute);
+    histogram!("tercet_stage_wait_seconds", "stage" => stage).record(wait);
+}
+
+/// The first token of an answer.
+pub(crate) fn first_token(since_arrival: Duration) {
+    histogram!("tercet_time_to_first_token_seconds").record(since_arrival);
+}
+
+/// A later token of an answer.
+pub(crate) fn next_token(since_last: Duration) {
+    histogram!("tercet_inter_token_latency_seconds").record(since_last);
+}
+
+/// An answer ended.
+pub(crate) fn finished(reason: &'static str, since_arrival: Duration) {
+    counter!("tercet_request_success_total", "finished_reason" => reason).increment(1);
+    histogram!("tercet_e2e_request_latency_seconds").record(since_arrival);
+}
+
+/// An answer broke off, or a request was refused.
+pub(crate) fn failed(kind: &'static str) {
+    counter!("tercet_request_failure_total", "error_type" => kind).increment(1);
+}
+
+/// A client went away.
+pub(crate) fn cancelled() {
+    counter!("tercet_request_cancelled_total").increment(1);
+}

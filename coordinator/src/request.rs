@@ -1,0 +1,423 @@
+//! What a request may ask for: one check for gRPC and HTTP, before anything is computed.
+
+use std::fmt;
+use std::time::Duration;
+
+use proto::generate::{GenerateRequest, Prompt, Sampling};
+use proto::ids::NumericsClass;
+use proto::limits;
+use proto::step::SamplingParameters;
+
+use crate::text::TextError;
+
+#[cfg(test)]
+mod tests;
+
+/// The hottest that tokens may be drawn, as in OpenAI's API.
+const MAX_TEMPERATURE: f32 = 2.0;
+
+/// The strongest repetition penalty: far beyond any that leaves text readable.
+const MAX_REPETITION_PENALTY: f32 = 10.0;
+
+/// The strongest presence and frequency penalty, either way, as in OpenAI's API.
+const MAX_PENALTY: f32 = 2.0;
+
+/// The strongest bias of one token, either way, as in OpenAI's API.
+const MAX_LOGIT_BIAS: f32 = 100.0;
+
+/// Why a request was refused or its answer ended before its end. Both servers turn it into their
+/// own form, each in one function.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    /// A parameter is wrong.
+    #[error("{message}")]
+    Invalid {
+        /// Which one, in the words of the schema.
+        parameter: &'static str,
+        message: String,
+    },
+    /// Prompt and answer do not fit the context. The wording is OpenAI's: clients look for it.
+    #[error(
+        "This model's maximum context length is {limit} tokens. However, you requested \
+         {requested} tokens ({prompt_tokens} in the prompt; {} in the completion). Please reduce \
+         the length of the prompt or completion.",
+        requested - prompt_tokens
+    )]
+    ContextLength {
+        /// Tokens that prompt and answer may have together.
+        limit: u64,
+        prompt_tokens: u64,
+        /// Prompt and answer; at least `prompt_tokens`.
+        requested: u64,
+    },
+    /// More text than the context can hold, found before it was tokenised.
+    #[error("This model's maximum context length is {context} tokens. However, {source}.")]
+    PromptBytes {
+        context: u32,
+        #[source]
+        source: TextError,
+    },
+    /// Another model was asked for.
+    #[error("the model {model:?} does not exist; this cluster serves {served:?}")]
+    UnknownModel { model: String, served: String },
+    /// The answer must have a class that is not served.
+    #[error("the numerics class {wanted} was asked for, this cluster serves {served}")]
+    ClassMismatch { wanted: NumericsClass, served: NumericsClass },
+    /// As many wait as may.
+    #[error("{limit} requests are waiting already, the most that may; try again later")]
+    Full { limit: u32 },
+    /// Nothing can take the request now.
+    #[error("{reason}")]
+    Unavailable { reason: String },
+    /// The answer was on its way and cannot go on.
+    #[error("the answer was cut off: {reason}")]
+    Lost { reason: String },
+    /// It took too long.
+    #[error("{reason}")]
+    TimedOut { reason: String },
+    /// The client read too slowly.
+    #[error("the client fell {limit} tokens behind the answer, the most that are kept for it")]
+    SlowReader { limit: usize },
+    /// Something that should not happen did.
+    #[error("{message}")]
+    Internal { message: String },
+}
+
+impl RequestError {
+    /// A parameter is wrong.
+    pub(crate) fn invalid(parameter: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid { parameter, message: message.into() }
+    }
+
+    /// What a failed encoding means to the client.
+    pub(crate) fn of_text(error: TextError) -> Self {
+        match error {
+            TextError::TooLong { context, .. } => Self::PromptBytes { context, source: error },
+            TextError::Encode(_) => Self::Internal { message: node::Chain(&error).to_string() },
+            _ => Self::invalid("prompt", node::Chain(&error).to_string()),
+        }
+    }
+
+    /// A short name of the kind, for `error.type` of spans and labels of metrics.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "invalid_request",
+            Self::ContextLength { .. } | Self::PromptBytes { .. } => "context_length",
+            Self::UnknownModel { .. } => "model_not_found",
+            Self::ClassMismatch { .. } => "class_mismatch",
+            Self::Full { .. } => "queue_full",
+            Self::Unavailable { .. } => "unavailable",
+            Self::Lost { .. } => "pipeline_lost",
+            Self::TimedOut { .. } => "timeout",
+            Self::SlowReader { .. } => "slow_reader",
+            Self::Internal { .. } => "internal",
+        }
+    }
+}
+
+/// What a request is checked against.
+#[derive(Clone, Debug)]
+pub(crate) struct ServedModel {
+    /// For people; what clients ask for.
+    pub(crate) name: String,
+    /// Hex.
+    pub(crate) id: String,
+    pub(crate) layers: u32,
+    /// Ids are `0..vocab`.
+    pub(crate) vocab: u32,
+    /// Tokens of the longest sequence.
+    pub(crate) context: u32,
+    pub(crate) bos_token: Option<u32>,
+    pub(crate) eos_tokens: Vec<u32>,
+    /// When this process began to serve it, in seconds since 1970.
+    pub(crate) created_unix_s: u64,
+}
+
+/// A request whose parameters are all in range. The prompt may still be too long.
+#[derive(Clone, Debug)]
+pub(crate) struct Checked {
+    pub(crate) prompt: Prompt,
+    /// `None`: as many as there is room for.
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) min_tokens: u32,
+    /// Without seed and choice.
+    pub(crate) sampling: SamplingParameters,
+    pub(crate) stop: Vec<String>,
+    pub(crate) include_stop: bool,
+    /// The model's own, unless they are ignored, and the request's.
+    pub(crate) stop_tokens: Vec<u32>,
+    pub(crate) seed: Option<u64>,
+    pub(crate) idempotency_key: String,
+    pub(crate) class: Option<NumericsClass>,
+    pub(crate) received: Vec<u32>,
+    pub(crate) score_prompt: bool,
+    /// From arrival to the last token; `None`: the server's limit.
+    pub(crate) deadline: Option<Duration>,
+}
+
+/// Checks every parameter that does not need the prompt's length.
+///
+/// # Errors
+///
+/// [`RequestError`] for the first thing that is wrong.
+pub(crate) fn check(
+    request: GenerateRequest,
+    model: &ServedModel,
+) -> Result<Checked, RequestError> {
+    if !request.model.is_empty() && request.model != model.name && request.model != model.id {
+        let asked = request.model.chars().take(limits::NAME_BYTES).collect();
+        return Err(RequestError::UnknownModel { model: asked, served: model.name.clone() });
+    }
+    check_prompt(&request.prompt, model)?;
+    let sampling = check_sampling(&request.sampling, request.top_logprobs, model)?;
+    let stop_tokens = check_stops(&request, model)?;
+    if request.max_tokens != 0 && request.min_tokens > request.max_tokens {
+        return Err(RequestError::invalid(
+            "min_tokens",
+            format!(
+                "min_tokens must be at most max_tokens ({}), found {}",
+                request.max_tokens, request.min_tokens
+            ),
+        ));
+    }
+    if request.score_prompt && request.top_logprobs.is_none() {
+        return Err(RequestError::invalid(
+            "score_prompt",
+            "score_prompt gives log probabilities: it needs top_logprobs",
+        ));
+    }
+    check_length("idempotency_key", request.idempotency_key.len(), limits::NAME_BYTES)?;
+    check_tokens("received_ids", &request.received_ids, limits::PROMPT_TOKENS, model)?;
+    if request.resume_index != request.received_ids.len() as u64 {
+        return Err(RequestError::invalid(
+            "resume_index",
+            format!(
+                "resume_index must be the number of received_ids ({}), found {}",
+                request.received_ids.len(),
+                request.resume_index
+            ),
+        ));
+    }
+    if request.max_tokens != 0 && request.received_ids.len() > request.max_tokens as usize {
+        return Err(RequestError::invalid("received_ids", "more received_ids than max_tokens"));
+    }
+    let class = match request.class.as_str() {
+        "" => None,
+        text => {
+            Some(text.parse().map_err(|error| RequestError::invalid("class", format!("{error}")))?)
+        }
+    };
+    Ok(Checked {
+        prompt: request.prompt,
+        max_tokens: (request.max_tokens != 0).then_some(request.max_tokens),
+        min_tokens: request.min_tokens,
+        sampling,
+        stop: request.stop,
+        include_stop: request.include_stop,
+        stop_tokens,
+        seed: request.seed,
+        idempotency_key: request.idempotency_key,
+        class,
+        received: request.received_ids,
+        score_prompt: request.score_prompt,
+        deadline: (request.deadline_ms != 0)
+            .then(|| Duration::from_millis(request.deadline_ms.into())),
+    })
+}
+
+/// Checks the prompt's ids, and that prompt and answer fit the context.
+///
+/// # Errors
+///
+/// [`RequestError::Invalid`] or [`RequestError::ContextLength`].
+pub(crate) fn check_lengths(
+    prompt: &[u32],
+    max_tokens: Option<u32>,
+    model: &ServedModel,
+) -> Result<(), RequestError> {
+    if prompt.is_empty() {
+        return Err(RequestError::invalid("prompt", "the prompt has no tokens"));
+    }
+    check_tokens("prompt", prompt, limits::PROMPT_TOKENS, model)?;
+    let prompt_tokens = prompt.len() as u64;
+    let requested = prompt_tokens + u64::from(max_tokens.unwrap_or(1));
+    if requested > u64::from(model.context) {
+        let limit = model.context.into();
+        return Err(RequestError::ContextLength { limit, prompt_tokens, requested });
+    }
+    Ok(())
+}
+
+fn check_prompt(prompt: &Prompt, model: &ServedModel) -> Result<(), RequestError> {
+    match prompt {
+        Prompt::Text(_) => Ok(()),
+        // A prompt that is too long is told so in the words that clients look for.
+        Prompt::Tokens(tokens) => check_lengths(tokens, None, model),
+        Prompt::Conversation { messages, .. } => {
+            if messages.is_empty() {
+                return Err(RequestError::invalid("messages", "messages must not be empty"));
+            }
+            check_length("messages", messages.len(), limits::CHAT_MESSAGES)
+        }
+    }
+}
+
+fn check_sampling(
+    sampling: &Sampling,
+    top_logprobs: Option<u32>,
+    model: &ServedModel,
+) -> Result<SamplingParameters, RequestError> {
+    let temperature = in_range(
+        "temperature",
+        sampling.temperature,
+        1.0,
+        |v| (0.0..=MAX_TEMPERATURE).contains(&v),
+        format_args!("from 0 to {MAX_TEMPERATURE}"),
+    )?;
+    let top_p = in_range(
+        "top_p",
+        sampling.top_p,
+        1.0,
+        |v| v > 0.0 && v <= 1.0,
+        format_args!("above 0 and at most 1"),
+    )?;
+    let min_p = in_range(
+        "min_p",
+        sampling.min_p,
+        0.0,
+        |v| (0.0..=1.0).contains(&v),
+        format_args!("from 0 to 1"),
+    )?;
+    let repetition_penalty = in_range(
+        "repetition_penalty",
+        sampling.repetition_penalty,
+        1.0,
+        |v| v > 0.0 && v <= MAX_REPETITION_PENALTY,
+        format_args!("above 0 and at most {MAX_REPETITION_PENALTY}"),
+    )?;
+    let penalty = |name, value| {
+        let legal = |v: f32| (-MAX_PENALTY..=MAX_PENALTY).contains(&v);
+        in_range(name, value, 0.0, legal, format_args!("from -{MAX_PENALTY} to {MAX_PENALTY}"))
+    };
+    let presence_penalty = penalty("presence_penalty", sampling.presence_penalty)?;
+    let frequency_penalty = penalty("frequency_penalty", sampling.frequency_penalty)?;
+    if let Some(top) = top_logprobs.filter(|&top| top > limits::TOP_LOGPROBS) {
+        return Err(RequestError::invalid(
+            "top_logprobs",
+            format!("top_logprobs must be at most {}, found {top}", limits::TOP_LOGPROBS),
+        ));
+    }
+    Ok(SamplingParameters {
+        temperature,
+        // More than there are tokens cuts nothing.
+        top_k: sampling.top_k.filter(|&k| k < model.vocab).unwrap_or(0),
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias: check_bias(&sampling.logit_bias, model)?,
+        top_logprobs,
+        ..SamplingParameters::default()
+    })
+}
+
+/// The biases in ascending order of their tokens, so that their order means nothing.
+fn check_bias(bias: &[(u32, f32)], model: &ServedModel) -> Result<Vec<(u32, f32)>, RequestError> {
+    check_length("logit_bias", bias.len(), limits::LOGIT_BIAS)?;
+    let mut sorted = bias.to_vec();
+    sorted.sort_by_key(|&(token, _)| token);
+    for &(token, value) in &sorted {
+        check_token("logit_bias", token, model)?;
+        in_range(
+            "logit_bias",
+            Some(value),
+            0.0,
+            |v| (-MAX_LOGIT_BIAS..=MAX_LOGIT_BIAS).contains(&v),
+            format_args!("from -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"),
+        )?;
+    }
+    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        let token = pair[0].0;
+        return Err(RequestError::invalid(
+            "logit_bias",
+            format!("logit_bias names token {token} twice"),
+        ));
+    }
+    Ok(sorted)
+}
+
+/// The tokens that end the answer.
+fn check_stops(request: &GenerateRequest, model: &ServedModel) -> Result<Vec<u32>, RequestError> {
+    check_length("stop", request.stop.len(), limits::STOP_STRINGS)?;
+    for stop in &request.stop {
+        if stop.is_empty() {
+            return Err(RequestError::invalid("stop", "a stop string must not be empty"));
+        }
+        if stop.len() > limits::STOP_STRING_BYTES {
+            return Err(RequestError::invalid(
+                "stop",
+                format!(
+                    "a stop string may have {} bytes, found {}",
+                    limits::STOP_STRING_BYTES,
+                    stop.len()
+                ),
+            ));
+        }
+    }
+    check_tokens("stop_token_ids", &request.stop_token_ids, limits::STOP_TOKENS, model)?;
+    let own = if request.ignore_eos { &[][..] } else { &model.eos_tokens };
+    let mut stop_tokens: Vec<u32> = own.iter().chain(&request.stop_token_ids).copied().collect();
+    stop_tokens.sort_unstable();
+    stop_tokens.dedup();
+    Ok(stop_tokens)
+}
+
+fn check_tokens(
+    parameter: &'static str,
+    tokens: &[u32],
+    limit: usize,
+    model: &ServedModel,
+) -> Result<(), RequestError> {
+    check_length(parameter, tokens.len(), limit)?;
+    tokens.iter().try_for_each(|&token| check_token(parameter, token, model))
+}
+
+fn check_token(
+    parameter: &'static str,
+    token: u32,
+    model: &ServedModel,
+) -> Result<(), RequestError> {
+    if token < model.vocab {
+        return Ok(());
+    }
+    Err(RequestError::invalid(
+        parameter,
+        format!("{parameter}: token ids must be below {}, found {token}", model.vocab),
+    ))
+}
+
+fn check_length(parameter: &'static str, found: usize, limit: usize) -> Result<(), RequestError> {
+    if found <= limit {
+        return Ok(());
+    }
+    Err(RequestError::invalid(
+        parameter,
+        format!("{parameter} may have a length of {limit}, found {found}"),
+    ))
+}
+
+/// `value` or `default`; NaN and infinities are in no range.
+fn in_range(
+    parameter: &'static str,
+    value: Option<f32>,
+    default: f32,
+    legal: impl Fn(f32) -> bool,
+    range: fmt::Arguments<'_>,
+) -> Result<f32, RequestError> {
+    let value = value.unwrap_or(default);
+    if value.is_finite() && legal(value) {
+        return Ok(value);
+    }
+    Err(RequestError::invalid(parameter, format!("{parameter} must be {range}, found {value}")))
+}

@@ -1,0 +1,213 @@
+//! Text to tokens and back: tokenizer, chat template, incremental detokenisation, stop strings.
+//! Pure but for the clock a template may ask for; whoever calls [`Text::encode`] must not be an
+//! async thread, for it computes.
+//!
+//! ```text
+//! messages ──template──▶ rendered, user text marked ──split at specials──▶ runs ──BPE──▶ ids
+//! ids ──token bytes──▶ Detokenizer (whole characters) ──▶ StopMatcher (held back) ──▶ text
+//! ```
+
+mod detokenize;
+mod guard;
+mod json;
+mod stop;
+mod strftime;
+mod template;
+mod tokenizer;
+
+use proto::generate::{ChatMessage, Prompt};
+
+pub(crate) use detokenize::Detokenizer;
+use guard::Guard;
+pub(crate) use stop::StopMatcher;
+pub use template::TemplateError;
+use template::{ChatTemplate, TemplateTexts};
+pub(crate) use tokenizer::Tokenizer;
+pub use tokenizer::TokenizerError;
+
+/// Characters of one run without a change between blank and not blank. Longer ones cost the
+/// splitter's regular expression its back-tracking limit; no language writes them.
+pub(crate) const MAX_RUN_CHARS: usize = 131_072;
+
+/// Roles that a message may have. A template writes them literally, so a free role could spell a
+/// special token.
+pub(crate) const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
+/// Why a prompt could not be turned into tokens.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TextError {
+    /// The model came without a tokenizer.
+    #[error("this model has no tokenizer: only token ids can be completed")]
+    NoTokenizer,
+    /// The model came without a chat template.
+    #[error("this model has no chat template: only plain prompts can be completed")]
+    NoTemplate,
+    /// More text than the context could ever hold.
+    #[error("the prompt has {bytes} bytes, more than {context} tokens can hold")]
+    TooLong { bytes: usize, context: u32 },
+    /// A run that the splitter is not asked to take.
+    #[error(
+        "the prompt has {chars} characters without a change between blank and not blank, the \
+         limit is {MAX_RUN_CHARS}"
+    )]
+    Run { chars: usize },
+    /// A role that no template may be given.
+    #[error("message {index} has the role {role:?}, expected one of {}", ROLES.join(", "))]
+    Role { index: usize, role: String },
+    /// Nothing is left to mark the user's text with.
+    #[error("the messages use every private-use character")]
+    PrivateUse,
+    /// The template's own arguments are not a JSON object.
+    #[error("the template's arguments must be a JSON object")]
+    Arguments,
+    /// The template refused, or ran into a limit.
+    #[error("failed to render the chat template")]
+    Template(#[from] TemplateError),
+    /// The tokenizer gave up.
+    #[error("failed to tokenize the prompt")]
+    Encode(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What is known of a model's text.
+pub(crate) struct Text {
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+    context: u32,
+}
+
+impl Text {
+    /// Reads what the store has.
+    ///
+    /// # Errors
+    ///
+    /// [`TextSetupError`] if the tokenizer or the template cannot be used.
+    pub(crate) fn open(store: &model::Store) -> Result<Self, TextSetupError> {
+        let manifest = store.manifest();
+        let config = store.config();
+        let tokenizer = store
+            .tokenizer_json()?
+            .map(|json| {
+                Tokenizer::from_json(
+                    &json,
+                    config.vocab,
+                    config.add_bos.then_some(config.bos_token).flatten(),
+                )
+            })
+            .transpose()?;
+        let template = manifest
+            .chat_template
+            .as_deref()
+            .map(|source| {
+                let texts = TemplateTexts {
+                    bos: manifest.bos_token_text.clone().unwrap_or_default(),
+                    eos: manifest.eos_token_text.clone().unwrap_or_default(),
+                };
+                ChatTemplate::compile(source, texts)
+            })
+            .transpose()?;
+        Ok(Self { tokenizer, template, context: config.context })
+    }
+
+    /// What is given, for tests.
+    #[cfg(test)]
+    pub(crate) fn new(
+        tokenizer: Option<Tokenizer>,
+        template: Option<ChatTemplate>,
+        context: u32,
+    ) -> Self {
+        Self { tokenizer, template, context }
+    }
+
+    /// The tokenizer, if there is one.
+    pub(crate) fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The tokens of a prompt. Text of the user never becomes a special token.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError`]; ids are passed through unchecked.
+    pub(crate) fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, TextError> {
+        match prompt {
+            Prompt::Tokens(ids) => Ok(ids.clone()),
+            Prompt::Text(text) => {
+                let tokenizer = self.tokenizer.as_ref().ok_or(TextError::NoTokenizer)?;
+                self.check_size(tokenizer, text)?;
+                tokenizer.encode_plain(text)
+            }
+            Prompt::Conversation { messages, template_arguments_json } => {
+                let tokenizer = self.tokenizer.as_ref().ok_or(TextError::NoTokenizer)?;
+                let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
+                self.encode_chat(tokenizer, template, messages, template_arguments_json)
+            }
+        }
+    }
+
+    fn encode_chat(
+        &self,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        messages: &[ChatMessage],
+        arguments_json: &str,
+    ) -> Result<Vec<u32>, TextError> {
+        for (index, message) in messages.iter().enumerate() {
+            if !ROLES.contains(&message.role.as_str()) {
+                return Err(TextError::Role {
+                    index,
+                    role: message.role.chars().take(32).collect(),
+                });
+            }
+        }
+        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+        self.check_bytes(tokenizer, bytes.saturating_add(arguments_json.len()))?;
+        let arguments = parse_arguments(arguments_json)?;
+
+        let user_texts = messages.iter().map(|m| m.content.as_str()).chain([arguments_json]);
+        let guard = Guard::new(tokenizer.special_texts(), user_texts)?;
+        let rendered = template.render(messages, &arguments, &guard)?;
+        self.check_size(tokenizer, &rendered)?;
+        tokenizer.encode_rendered(&rendered, &guard)
+    }
+
+    fn check_bytes(&self, tokenizer: &Tokenizer, bytes: usize) -> Result<(), TextError> {
+        // No token has more bytes than the longest one, so this text needs more than the context.
+        if bytes > tokenizer.longest_token_bytes().saturating_mul(self.context as usize) {
+            return Err(TextError::TooLong { bytes, context: self.context });
+        }
+        Ok(())
+    }
+
+    fn check_size(&self, tokenizer: &Tokenizer, text: &str) -> Result<(), TextError> {
+        self.check_bytes(tokenizer, text.len())?;
+        let (mut longest, mut run, mut blank) = (0, 0, false);
+        for character in text.chars() {
+            run = if character.is_whitespace() == blank { run + 1 } else { 1 };
+            blank = character.is_whitespace();
+            longest = longest.max(run);
+        }
+        if longest > MAX_RUN_CHARS { Err(TextError::Run { chars: longest }) } else { Ok(()) }
+    }
+}
+
+/// Why a model's tokenizer or template cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TextSetupError {
+    /// The store could not give the tokenizer.
+    #[error("failed to read the tokenizer")]
+    Store(#[from] model::StoreError),
+    /// The tokenizer is not one we can use.
+    #[error("failed to load the tokenizer")]
+    Tokenizer(#[from] TokenizerError),
+    /// The chat template is not one we can use.
+    #[error("failed to compile the chat template")]
+    Template(#[from] TemplateError),
+}
+
+/// An empty text is no arguments.
+fn parse_arguments(json: &str) -> Result<serde_json::Map<String, serde_json::Value>, TextError> {
+    if json.is_empty() {
+        return Ok(serde_json::Map::new());
+    }
+    serde_json::from_str(json).map_err(|_| TextError::Arguments)
+}

@@ -1,0 +1,327 @@
+//! The wire to workers: control calls, the stream of steps to the first stage, the stream of
+//! results from the last. Each on a connection of its own, so that none waits behind another.
+//! No decisions: what happens is told to the driver, which answers with what to do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use proto::convert;
+use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, StepId, Term};
+use proto::limits;
+use proto::pb;
+use proto::pb::stage_client::StageClient;
+use proto::plan::StagePlan;
+use proto::step::{Prepare, Step, StepReply, StepResult};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+/// Opening a connection on a LAN takes a millisecond.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A worker maps its shards and makes room for KV: seconds, from a cold disk perhaps many.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Activating and retiring only change a worker's mind.
+const SWITCH_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Steps that may lie between the driver and the wire. More than are ever in flight, so that the
+/// driver never waits for a link: `in_flight_limit` of the longest pipeline, and all of it again
+/// after a reconnection.
+const STEPS_QUEUED: usize = 2 * (3 * limits::STAGES / 2 + 2);
+
+/// Replies and results that may wait for the driver; then the link waits.
+pub(crate) const LINK_EVENTS: usize = 1024;
+
+/// Why a control call failed.
+#[derive(Debug)]
+pub(crate) struct CallError {
+    /// Whether the same may succeed later.
+    pub(crate) transient: bool,
+    pub(crate) detail: String,
+}
+
+impl CallError {
+    fn of_status(status: &Status) -> Self {
+        let transient = matches!(
+            status.code(),
+            Code::Unavailable
+                | Code::DeadlineExceeded
+                | Code::Cancelled
+                | Code::Aborted
+                | Code::Unknown
+        );
+        Self { transient, detail: status_words(status) }
+    }
+
+    fn transient(detail: impl Into<String>) -> Self {
+        Self { transient: true, detail: detail.into() }
+    }
+}
+
+/// What a link tells the driver.
+#[derive(Debug)]
+pub(crate) enum LinkEvent {
+    /// What a stage says of a step.
+    Reply { link: LinkId, reply: StepReply },
+    /// A step's result.
+    Result { link: LinkId, result: StepResult },
+    /// The link is gone; it tells nothing more.
+    Broken { link: LinkId, detail: String },
+}
+
+/// Tells links apart, also those to the same stage at the same epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LinkId(pub(crate) u64);
+
+/// A step on its way, and when workers drop it.
+#[derive(Clone, Debug)]
+pub(crate) struct SentStep {
+    pub(crate) step: Arc<Step>,
+    pub(crate) deadline: Instant,
+}
+
+/// The stream of steps to a first stage; closed when it is dropped.
+pub(crate) struct StepsLink {
+    pub(crate) id: LinkId,
+    queue: mpsc::Sender<SentStep>,
+    /// Aborts the task when it is dropped.
+    _task: JoinSet<()>,
+}
+
+impl StepsLink {
+    /// Connects in the background; steps sent before that wait.
+    pub(crate) fn open(id: LinkId, address: String, events: mpsc::Sender<LinkEvent>) -> Self {
+        let (queue, steps) = mpsc::channel(STEPS_QUEUED);
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let detail = match carry_steps(id, &address, steps, &events).await {
+                Ok(()) => "the worker ended the stream".to_owned(),
+                Err(detail) => detail,
+            };
+            // Without a driver nobody needs to know.
+            let _ = events.send(LinkEvent::Broken { link: id, detail }).await;
+        });
+        Self { id, queue, _task: task }
+    }
+
+    /// Sends a step, in order. Steps that a broken link takes are lost; the driver keeps them.
+    pub(crate) fn send(&self, step: SentStep) {
+        if self.queue.try_send(step).is_err() {
+            // Closed: its end was told already. Full: cannot be, see `STEPS_QUEUED`.
+            tracing::debug!("a step was given to a link that is closed");
+        }
+    }
+}
+
+/// The stream of results from a last stage; closed when it is dropped.
+pub(crate) struct ResultsLink {
+    pub(crate) id: LinkId,
+    /// Aborts the task when it is dropped.
+    _task: JoinSet<()>,
+}
+
+/// Which results are wanted.
+pub(crate) struct ResultsWanted {
+    pub(crate) pipeline: PipelineId,
+    pub(crate) epoch: Epoch,
+    pub(crate) term: Term,
+    pub(crate) incarnation: Incarnation,
+    /// Those up to this one are known.
+    pub(crate) after_step: StepId,
+}
+
+impl ResultsLink {
+    /// Connects in the background.
+    pub(crate) fn open(
+        id: LinkId,
+        address: String,
+        wanted: ResultsWanted,
+        events: mpsc::Sender<LinkEvent>,
+    ) -> Self {
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let detail = match carry_results(id, &address, wanted, &events).await {
+                Ok(()) => "the worker ended the stream".to_owned(),
+                Err(detail) => detail,
+            };
+            let _ = events.send(LinkEvent::Broken { link: id, detail }).await;
+        });
+        Self { id, _task: task }
+    }
+}
+
+/// Gets a worker ready for a stage; gives the class it computes with.
+///
+/// # Errors
+///
+/// [`CallError`] in the worker's or the network's words.
+pub(crate) async fn prepare(request: &Prepare) -> Result<NumericsClass, CallError> {
+    let stage = request.stages.get(request.stage as usize);
+    let address = &stage.ok_or_else(|| CallError::transient("no such stage"))?.address;
+    let mut client = connect(address).await?;
+    let call = client.prepare(convert::encode_prepare(request));
+    let response = within(PREPARE_PATIENCE, call).await?;
+    NumericsClass::try_from(&response.numerics_class[..])
+        .map_err(|error| CallError { transient: false, detail: error.to_string() })
+}
+
+/// Makes a prepared epoch the one that a worker serves.
+///
+/// # Errors
+///
+/// [`CallError`] in the worker's or the network's words.
+pub(crate) async fn activate(
+    pipeline: PipelineId,
+    epoch: Epoch,
+    term: Term,
+    target: &StagePlan,
+) -> Result<(), CallError> {
+    let mut client = connect(&target.address).await?;
+    let call = client.activate(pb::ActivateRequest {
+        pipeline: pipeline.0,
+        epoch: epoch.0,
+        term: term.0,
+        dst_incarnation: incarnation_bytes(target.incarnation),
+    });
+    within(SWITCH_PATIENCE, call).await.map(drop)
+}
+
+/// Tells a worker to leave an epoch and older ones.
+///
+/// # Errors
+///
+/// [`CallError`] in the worker's or the network's words.
+pub(crate) async fn retire(
+    pipeline: PipelineId,
+    epoch: Epoch,
+    term: Term,
+    target: &StagePlan,
+) -> Result<(), CallError> {
+    let mut client = connect(&target.address).await?;
+    let call = client.retire(pb::RetireRequest {
+        pipeline: pipeline.0,
+        epoch: epoch.0,
+        term: term.0,
+        dst_incarnation: incarnation_bytes(target.incarnation),
+    });
+    within(SWITCH_PATIENCE, call).await.map(drop)
+}
+
+/// Asks a worker who it is, over a connection of its own: whatever is wrong with the others, this
+/// tells whether the process lives.
+///
+/// # Errors
+///
+/// [`CallError`] if it does not answer within `patience`.
+pub(crate) async fn describe(address: &str, patience: Duration) -> Result<Incarnation, CallError> {
+    let asked = async {
+        let mut client = connect(address).await?;
+        within(patience, client.describe(pb::DescribeRequest {})).await
+    };
+    let response = tokio::time::timeout(patience, asked).await.map_err(|_| {
+        CallError::transient(format!("no answer within {} ms", patience.as_millis()))
+    })??;
+    Incarnation::try_from(&response.incarnation[..])
+        .map_err(|error| CallError { transient: false, detail: error.to_string() })
+}
+
+async fn carry_steps(
+    link: LinkId,
+    address: &str,
+    steps: mpsc::Receiver<SentStep>,
+    events: &mpsc::Sender<LinkEvent>,
+) -> Result<(), String> {
+    let mut client = connect(address).await.map_err(|error| error.detail)?;
+    let messages = ReceiverStream::new(steps).map(|sent| encode(&sent));
+    let replies = client.steps(messages).await.map_err(|status| status_words(&status))?;
+    let mut replies = replies.into_inner();
+    while let Some(reply) = replies.message().await.map_err(|status| status_words(&status))? {
+        let reply =
+            convert::decode_reply(reply).map_err(|error| node::Chain(&error).to_string())?;
+        if events.send(LinkEvent::Reply { link, reply }).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn carry_results(
+    link: LinkId,
+    address: &str,
+    wanted: ResultsWanted,
+    events: &mpsc::Sender<LinkEvent>,
+) -> Result<(), String> {
+    let mut client = connect(address).await.map_err(|error| error.detail)?;
+    let request = pb::ResultsRequest {
+        pipeline: wanted.pipeline.0,
+        epoch: wanted.epoch.0,
+        term: wanted.term.0,
+        dst_incarnation: incarnation_bytes(wanted.incarnation),
+        after_step: wanted.after_step.0,
+    };
+    let results = client.results(request).await.map_err(|status| status_words(&status))?;
+    let mut results = results.into_inner();
+    while let Some(result) = results.message().await.map_err(|status| status_words(&status))? {
+        let result =
+            convert::decode_result(result).map_err(|error| node::Chain(&error).to_string())?;
+        if events.send(LinkEvent::Result { link, result }).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The same bytes each time it is sent, but for the time that is left.
+fn encode(sent: &SentStep) -> pb::StepMessage {
+    let mut message = convert::encode_step(&sent.step);
+    let left_ms = sent.deadline.saturating_duration_since(Instant::now()).as_millis();
+    message.deadline_remaining_ms = left_ms.try_into().unwrap_or(u32::MAX);
+    message
+}
+
+async fn connect(address: &str) -> Result<StageClient<Channel>, CallError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|error| CallError { transient: false, detail: chain(&error) })?
+        .connect_timeout(CONNECT_PATIENCE)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(limits::KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(limits::KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES);
+    let channel = endpoint.connect().await.map_err(|error| CallError::transient(chain(&error)))?;
+    Ok(StageClient::new(channel)
+        .max_decoding_message_size(limits::MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MESSAGE_BYTES))
+}
+
+async fn within<T>(
+    patience: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, CallError> {
+    match tokio::time::timeout(patience, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(CallError::of_status(&status)),
+        Err(_) => Err(CallError::transient(format!("no answer within {} s", patience.as_secs()))),
+    }
+}
+
+fn incarnation_bytes(incarnation: Incarnation) -> bytes::Bytes {
+    bytes::Bytes::copy_from_slice(&incarnation.0)
+}
+
+fn status_words(status: &Status) -> String {
+    match status.message() {
+        "" => chain(status),
+        message => message.chars().take(limits::DETAIL_BYTES).collect(),
+    }
+}
+
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    node::Chain(error).to_string()
+}
