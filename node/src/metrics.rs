@@ -1,6 +1,9 @@
 //! The process's one Prometheus recorder, behind the `metrics` macros.
 
+use std::io;
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
@@ -11,13 +14,28 @@ const SECONDS_BUCKETS: [f64; 18] = [
     60.0, 150.0, 600.0,
 ];
 
+/// How often histograms are folded into their buckets, so that a process nobody scrapes does not
+/// keep every value it ever recorded.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
 static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
 
 /// Why the recorder is not there.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to install the metrics recorder")]
-pub struct MetricsError {
-    source: BuildError,
+#[non_exhaustive]
+pub enum MetricsError {
+    /// Another recorder is there already.
+    #[error("failed to install the metrics recorder")]
+    Install {
+        /// What the exporter said.
+        source: BuildError,
+    },
+    /// The thread that keeps it small did not start.
+    #[error("failed to start the thread that folds metrics")]
+    Thread {
+        /// What the operating system said.
+        source: io::Error,
+    },
 }
 
 /// Installs the recorder. Calling it again does nothing, so that several roles in one process
@@ -25,7 +43,7 @@ pub struct MetricsError {
 ///
 /// # Errors
 ///
-/// If some other recorder is installed already.
+/// If some other recorder is installed already, or no thread can be started.
 pub fn install() -> Result<(), MetricsError> {
     static INSTALLING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -35,15 +53,22 @@ pub fn install() -> Result<(), MetricsError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
         .and_then(PrometheusBuilder::install_recorder)
-        .map_err(|source| MetricsError { source })?;
-    RECORDER.get_or_init(|| handle);
+        .map_err(|source| MetricsError::Install { source })?;
+    let handle = RECORDER.get_or_init(|| handle);
+    // A thread and not a task, for the recorder belongs to the process and not to a runtime.
+    thread::Builder::new()
+        .name("metrics".into())
+        .spawn(|| {
+            loop {
+                thread::park_timeout(UPKEEP_INTERVAL);
+                handle.run_upkeep();
+            }
+        })
+        .map_err(|source| MetricsError::Thread { source })?;
     Ok(())
 }
 
 /// Everything recorded so far in Prometheus's text format; empty before [`install`].
 pub fn render() -> String {
-    let Some(handle) = RECORDER.get() else { return String::new() };
-    // Moves what histograms gathered into their buckets, or it would be kept one by one.
-    handle.run_upkeep();
-    handle.render()
+    RECORDER.get().map(PrometheusHandle::render).unwrap_or_default()
 }

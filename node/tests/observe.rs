@@ -1,13 +1,11 @@
-//! `/metrics` and `/health` over a real socket, and signals to a real process's handler.
+//! `/metrics` and `/health` over a real socket.
 
 #![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
 
 use std::net::SocketAddr;
-use std::process::Command;
 use std::time::Duration;
 
 use node::observe::{self, Condition, Health};
-use node::signals::Signals;
 use node::{Supervisor, metrics};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -60,15 +58,4 @@ async fn health_and_metrics_are_served_until_the_stop() {
     let (outcome, ()) = tokio::join!(tasks.run(Duration::from_secs(30)), client);
     outcome.unwrap();
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
-}
-
-#[tokio::test]
-async fn a_signal_fires_the_stop() {
-    let signals = Signals::listen().unwrap();
-    let stop = signals.stop();
-    assert!(!stop.is_cancelled());
-    let me = std::process::id().to_string();
-    assert!(Command::new("kill").args(["-TERM", &me]).status().unwrap().success());
-    let fired = tokio::time::timeout(Duration::from_secs(30), stop.cancelled()).await;
-    fired.expect("the signal is heard");
 }

@@ -43,9 +43,11 @@ async fn an_endpoint_that_is_not_etcd_is_no_etcd() {
 
 #[tokio::test]
 async fn an_endpoint_that_is_no_address_is_refused_at_once() {
-    let endpoints = ["not an address".to_owned()];
-    let error = Etcd::connect(&endpoints, EtcdOptions::default()).await.err().unwrap();
-    assert!(Chain(&error).to_string().contains("not an address"), "{error:?}");
+    for endpoints in [vec!["not an address".to_owned()], vec!["https://x:1".to_owned()], vec![]] {
+        let error = Etcd::connect(&endpoints, EtcdOptions::default()).await.err().unwrap();
+        assert!(matches!(error, MembershipError::Refused { .. }), "{error:?}");
+        assert!(Chain(&error).to_string().contains(&endpoints.join(", ")), "{error:?}");
+    }
 }
 
 #[tokio::test]

@@ -187,3 +187,37 @@ impl Told {
         written || deleted
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::membership::Entry;
+
+    fn snapshot(revision: Revision, keys: &[(&str, Revision)]) -> Snapshot {
+        let entry = |&(key, mod_revision): &(&str, Revision)| Entry {
+            key: key.to_owned(),
+            value: "x".into(),
+            create_revision: 1,
+            mod_revision,
+        };
+        Snapshot { revision, entries: keys.iter().map(entry).collect() }
+    }
+
+    #[test]
+    fn a_watch_is_behind_when_the_store_has_what_it_did_not_tell() {
+        let keys = [("a".to_owned(), 3), ("b".to_owned(), 5)].into();
+        let told = Told { revision: 5, keys };
+        for (now, behind) in [
+            (snapshot(5, &[("a", 3), ("b", 5)]), false),
+            // Something changed elsewhere.
+            (snapshot(9, &[("a", 3), ("b", 5)]), false),
+            // The list is older than what was told last.
+            (snapshot(4, &[("a", 3)]), false),
+            (snapshot(9, &[("a", 9), ("b", 5)]), true),
+            (snapshot(9, &[("a", 3), ("b", 5), ("c", 8)]), true),
+            (snapshot(9, &[("b", 5)]), true),
+        ] {
+            assert_eq!(told.is_behind(&now), behind, "{now:?}");
+        }
+    }
+}

@@ -82,6 +82,16 @@ impl Link {
         endpoints: &[String],
         options: EtcdOptions,
     ) -> Result<Self, MembershipError> {
+        let refused = |error: Error| MembershipError::Refused {
+            operation: "let us in at",
+            key: endpoints.join(", "),
+            source: words(&error).into(),
+        };
+        if endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
+            let words = "etcd over TLS is not supported yet, use http:// on a trusted network";
+            return Err(refused(Error::InvalidArgs(words.to_owned())));
+        }
+
         let mut connect = ConnectOptions::new()
             .with_connect_timeout(ATTEMPT_TIMEOUT)
             .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
@@ -106,13 +116,7 @@ impl Link {
                         keepers: TaskTracker::new(),
                     });
                 }
-                Ok(Err(error)) if !is_transient(&error) => {
-                    return Err(MembershipError::Refused {
-                        operation: "let us in at",
-                        key: endpoints.join(", "),
-                        source: words(&error).into(),
-                    });
-                }
+                Ok(Err(error)) if !is_transient(&error) => return Err(refused(error)),
                 Ok(Err(error)) => last = error,
                 Err(_) => break,
             }
