@@ -14,15 +14,15 @@ use std::time::Duration;
 
 use proto::ids::{Epoch, NumericsClass, PipelineId, Term};
 use proto::plan::{PipelinePlan, Plan, StagePlan, WorkerRecord};
-use proto::step::Prepare;
 
 use crate::planner::{self, Stage, WorkerSpec};
-use crate::scheduler::{PipelineShape, in_flight_limit};
 use crate::tick::Tick;
 
 mod members;
+mod serving;
 #[cfg(test)]
 mod simulation;
+mod starting;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -34,25 +34,10 @@ pub use types::{Action, ClusterView, Event, Options, PROBE_PATIENCE};
 /// There is one pipeline for now.
 const PIPELINE: PipelineId = PipelineId(1);
 
-/// Tries of one `Prepare` or `Activate` before its worker counts as unable ...
-const START_TRIES: u32 = 4;
-/// ... and how long one may go without an answer: mapping and first touch of a large KV cache.
-const START_PATIENCE: Duration = Duration::from_secs(120);
-
 /// Wait before the second try of anything; doubles up to [`BACKOFF_LIMIT`].
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 /// The longest wait between two tries.
 const BACKOFF_LIMIT: Duration = Duration::from_secs(10);
-
-/// Streams of one stage that may break in a row, with every probe answered, before its pipeline
-/// is given up: something between the stages does not work.
-const RECONNECT_TRIES: u32 = 6;
-/// After so long a break is no longer "in a row" with the last.
-const RECONNECT_MEMORY: Duration = Duration::from_secs(60);
-
-/// How long steps may be overdue, with every probe answered, before the pipeline is given up: no
-/// request may hang.
-const STALL_LIMIT: Duration = Duration::from_secs(15);
 
 /// The state of one cluster.
 #[derive(Debug)]
@@ -330,153 +315,6 @@ impl Cluster {
         self.phase = Phase::Starting { placed, stages, activating: false };
     }
 
-    // ---- starting a pipeline
-
-    fn ask(&self, placed: &Placed, stage: u32, activating: bool) -> Action {
-        let target = placed.plan.stages[stage as usize].clone();
-        let (pipeline, epoch, term) = (placed.plan.id, placed.plan.epoch, placed.term);
-        if activating {
-            return Action::Activate { pipeline, epoch, term, stage, target };
-        }
-        Action::Prepare(Prepare {
-            cluster_id: self.options.cluster_id.clone(),
-            pipeline,
-            epoch,
-            term,
-            dst_incarnation: target.incarnation,
-            model: self.options.model,
-            kv_type: self.options.kv_type,
-            stage,
-            stages: placed.plan.stages.clone(),
-            kv_blocks: placed.plan.kv_blocks,
-            max_step_tokens: self.options.max_step_tokens,
-            max_in_flight: in_flight_limit(placed.plan.stages.len() as u32),
-        })
-    }
-
-    fn prepared(
-        &mut self,
-        now: Tick,
-        epoch: Epoch,
-        stage: u32,
-        class: NumericsClass,
-        actions: &mut Vec<Action>,
-    ) {
-        match &self.phase {
-            Phase::Starting { placed, activating: false, .. }
-                if placed.plan.epoch == epoch && placed.class != class =>
-            {
-                let detail = "it computes in another numerics class than the plan's";
-                self.start_failed(now, epoch, stage, false, detail, actions);
-            }
-            _ => {
-                if self.start_done(epoch, stage, false) {
-                    let Phase::Starting { placed, stages, activating } = &mut self.phase else {
-                        return;
-                    };
-                    *activating = true;
-                    stages.fill(Start { tries: 1, state: StartState::Asked(now) });
-                    let placed = placed.clone();
-                    for stage in 0..placed.plan.stages.len() {
-                        actions.push(self.ask(&placed, stage as u32, true));
-                    }
-                }
-            }
-        }
-    }
-
-    fn activated(&mut self, now: Tick, epoch: Epoch, stage: u32, actions: &mut Vec<Action>) {
-        if !self.start_done(epoch, stage, true) {
-            return;
-        }
-        let Phase::Starting { placed, .. } = std::mem::replace(&mut self.phase, Phase::Nothing)
-        else {
-            return;
-        };
-        let plan = &placed.plan;
-        actions.push(Action::Serve {
-            shape: PipelineShape {
-                pipeline: plan.id,
-                epoch,
-                term: placed.term,
-                first_incarnation: plan.stages[0].incarnation,
-                stages: plan.stages.len() as u32,
-                kv_blocks: plan.kv_blocks,
-            },
-            plan: plan.clone(),
-            class: placed.class,
-        });
-        self.incumbent = stages_of(plan);
-        self.failed_starts = 0;
-        self.told = None;
-        let stages = vec![Health { last_break: now, ..Health::default() }; plan.stages.len()];
-        self.phase = Phase::Active { placed, stages, stalled_since: None, draining: false };
-    }
-
-    /// Notes an answer; whether it was the last one missing.
-    fn start_done(&mut self, of: Epoch, stage: u32, what: bool) -> bool {
-        let Phase::Starting { placed, stages, activating } = &mut self.phase else { return false };
-        if placed.plan.epoch != of || *activating != what {
-            return false;
-        }
-        let Some(start) = stages.get_mut(stage as usize) else { return false };
-        let was_done = std::mem::replace(&mut start.state, StartState::Done) == StartState::Done;
-        !was_done && stages.iter().all(|start| start.state == StartState::Done)
-    }
-
-    fn start_failed(
-        &mut self,
-        now: Tick,
-        epoch: Epoch,
-        stage: u32,
-        transient: bool,
-        detail: &str,
-        actions: &mut Vec<Action>,
-    ) {
-        let Phase::Starting { placed, stages, .. } = &mut self.phase else { return };
-        let Some(start) = stages.get_mut(stage as usize) else { return };
-        if placed.plan.epoch != epoch || !matches!(start.state, StartState::Asked(_)) {
-            return;
-        }
-        if transient && start.tries < START_TRIES {
-            start.state = StartState::RetryAt(now + backoff(start.tries - 1));
-            return;
-        }
-        let worker = placed.plan.stages[stage as usize].worker.clone();
-        self.members.refused(now, &worker, detail);
-        self.abandon_start(
-            now,
-            format!("worker {worker} could not take its stage: {detail}"),
-            actions,
-        );
-    }
-
-    fn abandon_start(&mut self, now: Tick, reason: String, actions: &mut Vec<Action>) {
-        if let Phase::Starting { placed, .. } = std::mem::replace(&mut self.phase, Phase::Nothing) {
-            self.retire(&placed, actions);
-            self.members.forget_gone();
-            self.failed_start(now, reason);
-        }
-    }
-
-    fn failed_start(&mut self, now: Tick, reason: String) {
-        self.plan_after = now + backoff(self.failed_starts);
-        self.failed_starts += 1;
-        self.reason = reason;
-    }
-
-    /// Stages that may still live stand by again. Whoever does not hear it learns from the epoch.
-    fn retire(&self, placed: &Placed, actions: &mut Vec<Action>) {
-        for target in placed.plan.stages.iter().filter(|stage| !self.members.is_lost(stage)) {
-            actions.push(Action::Retire {
-                pipeline: placed.plan.id,
-                epoch: placed.plan.epoch,
-                term: placed.term,
-                target: target.clone(),
-            });
-        }
-    }
-
     // ---- workers
 
     fn reset(&mut self, now: Tick, records: Vec<WorkerRecord>, actions: &mut Vec<Action>) {
@@ -526,83 +364,6 @@ impl Cluster {
         }
     }
 
-    // ---- the data path
-
-    fn stream_broken(&mut self, now: Tick, epoch: Epoch, stage: u32, detail: String) {
-        let Some((placed, stages, _)) = self.active(epoch) else { return };
-        let Some(health) = stages.get_mut(stage as usize) else { return };
-        if now.since(health.last_break) > RECONNECT_MEMORY {
-            health.reconnects = 0;
-        }
-        health.last_break = now;
-        health.reconnect_at = None;
-        health.broken = Some(detail);
-        let worker = placed.plan.stages[stage as usize].worker.clone();
-        self.members.probe_at_once(now, &worker);
-    }
-
-    /// The process lives: a stream that broke may be opened again.
-    fn stage_answered(&mut self, now: Tick, worker: &str) {
-        let Some(stage) = self.stage_of(worker) else { return };
-        let Phase::Active { stages, .. } = &mut self.phase else { return };
-        let health = &mut stages[stage as usize];
-        if health.broken.is_some() && health.reconnect_at.is_none() {
-            let wait = match health.reconnects {
-                0 => Duration::ZERO,
-                tries => backoff(tries - 1),
-            };
-            health.reconnect_at = Some(now + wait);
-        }
-    }
-
-    /// A probe failed. Alone that proves nothing: a second signal must agree.
-    fn probe_failed(&mut self, now: Tick, worker: &str, detail: String, actions: &mut Vec<Action>) {
-        let Some(stage) = self.stage_of(worker) else { return };
-        let Phase::Active { stages, .. } = &self.phase else { return };
-        if let Some(broken) = &stages[stage as usize].broken {
-            let why = format!("its stream broke ({broken}) and it does not answer ({detail})");
-            self.stage_lost(now, worker, &why, actions);
-        } else if self.members.lease_is_gone(worker) && !self.members.is_frozen() {
-            let why = format!("its lease is gone and it does not answer ({detail})");
-            self.stage_lost(now, worker, &why, actions);
-        }
-    }
-
-    fn stage_lost(&mut self, now: Tick, worker: &str, why: &str, actions: &mut Vec<Action>) {
-        let Some(placed) = self.placed() else { return };
-        let Some(stage) = placed.plan.stages.iter().find(|stage| stage.worker == worker).cloned()
-        else {
-            return;
-        };
-        let alarm = self.members.evicted(now, &stage, why);
-        actions.extend(alarm.map(|text| Action::Alarm { text }));
-        let reason = format!(
-            "worker {worker} with layers {}..{} was lost: {why}",
-            stage.layers.start, stage.layers.end
-        );
-        match self.phase {
-            Phase::Starting { .. } => self.abandon_start(now, reason, actions),
-            _ => self.fail_pipeline(now, reason, actions),
-        }
-    }
-
-    fn fail_pipeline(&mut self, now: Tick, reason: String, actions: &mut Vec<Action>) {
-        let Phase::Active { placed, draining, .. } =
-            std::mem::replace(&mut self.phase, Phase::Nothing)
-        else {
-            return;
-        };
-        actions.push(Action::FailPipeline { epoch: placed.plan.epoch, reason: reason.clone() });
-        if draining {
-            actions.push(Action::HoldAdmission(false));
-        }
-        self.retire(&placed, actions);
-        self.members.forget_gone();
-        self.reason = reason;
-        self.plan_after = now;
-        self.hopeless = None;
-    }
-
     // ---- what time and everything above make due
 
     fn advance(&mut self, now: Tick, actions: &mut Vec<Action>) {
@@ -619,79 +380,6 @@ impl Cluster {
         if matches!(self.phase, Phase::Nothing) {
             self.try_plan(now, actions);
         }
-    }
-
-    fn advance_start(&mut self, now: Tick, actions: &mut Vec<Action>) {
-        let Phase::Starting { placed, stages, activating } = &mut self.phase else { return };
-        let mut due = Vec::new();
-        let mut silent = Vec::new();
-        for (stage, start) in (0..).zip(stages.iter_mut()) {
-            match start.state {
-                StartState::RetryAt(at) if now >= at => {
-                    *start = Start { tries: start.tries + 1, state: StartState::Asked(now) };
-                    due.push(stage);
-                }
-                StartState::Asked(at) if now.since(at) > START_PATIENCE => silent.push(stage),
-                _ => {}
-            }
-        }
-        let (placed, activating) = (placed.clone(), *activating);
-        for stage in due {
-            actions.push(self.ask(&placed, stage, activating));
-        }
-        for stage in silent {
-            self.start_failed(now, placed.plan.epoch, stage, true, "no answer came", actions);
-        }
-    }
-
-    fn advance_active(&mut self, now: Tick, actions: &mut Vec<Action>) {
-        let Phase::Active { placed, stages, stalled_since, .. } = &mut self.phase else { return };
-        let epoch = placed.plan.epoch;
-        let mut given_up = None;
-        for (stage, health) in (0..).zip(stages.iter_mut()) {
-            if health.reconnect_at.is_none_or(|at| now < at) {
-                continue;
-            }
-            if health.reconnects == RECONNECT_TRIES {
-                given_up = Some(format!(
-                    "the stream of worker {} broke {RECONNECT_TRIES} times in a row: {}",
-                    placed.plan.stages[stage as usize].worker,
-                    health.broken.as_deref().unwrap_or_default(),
-                ));
-                break;
-            }
-            health.reconnects += 1;
-            health.reconnect_at = None;
-            health.broken = None;
-            actions.push(Action::Reconnect { epoch, stage });
-        }
-        if stalled_since.is_some_and(|since| now.since(since) > STALL_LIMIT) {
-            given_up = Some(format!("no step has come back for {} s", STALL_LIMIT.as_secs()));
-            // Silence on the data path and no answer: two signals.
-            for stage in &placed.plan.stages {
-                if self.members.is_silent(stage) {
-                    let why = "its steps were overdue and it did not answer";
-                    let alarm = self.members.evicted(now, stage, why);
-                    actions.extend(alarm.map(|text| Action::Alarm { text }));
-                }
-            }
-        }
-        if let Some(reason) = given_up {
-            self.fail_pipeline(now, reason, actions);
-        }
-    }
-
-    /// Stages that somebody must ask: a stream broke, steps are overdue, or a lease is gone.
-    fn watched(&self) -> Vec<String> {
-        let Phase::Active { placed, stages, stalled_since, .. } = &self.phase else {
-            return Vec::new();
-        };
-        let watched = |(stage, health): (&StagePlan, &Health)| {
-            let silent = stalled_since.is_some() || health.broken.is_some();
-            (silent && health.reconnect_at.is_none() || self.members.lease_is_gone(&stage.worker))
-                .then(|| stage.worker.clone())
-        };
-        placed.plan.stages.iter().zip(stages).filter_map(watched).collect()
     }
 
     fn try_plan(&mut self, now: Tick, actions: &mut Vec<Action>) {

@@ -9,18 +9,15 @@
 //! The rules and their reasons are in `docs/scheduling.md`.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
 
-use bytes::Bytes;
 use proto::generate::{FinishReason, Timings};
-use proto::ids::{BlockId, Epoch, Generation, SequenceId, StepId};
-use proto::step::{
-    Output, Row, RowResult, RowStatus, RowValue, Sampled, Step, StepHeader, StepResult,
-};
+use proto::ids::{Epoch, SequenceId, StepId};
+use proto::step::{Row, RowResult, RowStatus, RowValue, Sampled, StepResult};
 
 use crate::tick::Tick;
 
 mod blocks;
+mod epoch;
 mod sequence;
 #[cfg(test)]
 mod simulation;
@@ -29,27 +26,16 @@ mod tests;
 mod types;
 
 use blocks::BlockPool;
+use epoch::{Active, SentRow, Wants};
 use sequence::{Scoring, Sequence};
 pub use types::{
     Class, Emission, EmissionEvent, Finish, Limits, PipelineShape, QueueStats, Rejected, Request,
     Running, ScheduledStep, SequenceError,
 };
 
-/// Ids of ended sequences that one step carries; the rest go with the next ones.
-const ENDED_PER_STEP: usize = 1024;
-
 /// The part of a step's tokens (one in so many) that decode rows leave to prefill when there is
 /// any, so that many running answers never keep a new one from starting.
 const PREFILL_SHARE: usize = 4;
-
-/// A step is overdue after so many times the slowest of the last [`PACE_STEPS`] steps ...
-const OVERDUE_FACTOR: u32 = 8;
-/// ... which are remembered ...
-const PACE_STEPS: usize = 64;
-/// ... but never sooner than this, whatever the pace: a probe costs little, a false one nothing ...
-const OVERDUE_FLOOR: Duration = Duration::from_millis(500);
-/// ... and so long before the first result: weights may still come from the disk.
-const FIRST_STEP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Steps that keep a pipeline of `stages` stages busy: ceil(1.5 × stages) + 1. With as many as
 /// stages, noise in the stages' times costs 10 to 25 % of the rate; with this 2 to 7 %.
@@ -74,44 +60,6 @@ pub struct Scheduler {
     held: bool,
     closed: bool,
     totals: Totals,
-}
-
-/// What belongs to one epoch.
-#[derive(Debug)]
-struct Active {
-    shape: PipelineShape,
-    blocks: BlockPool,
-    in_flight: BTreeMap<StepId, SentStep>,
-    next_step: StepId,
-    /// Had rows in this epoch and have none any more; workers were not told yet.
-    ended: VecDeque<SequenceId>,
-    /// How long the last steps took, newest last.
-    pace: VecDeque<Duration>,
-}
-
-#[derive(Debug)]
-struct SentStep {
-    sent: Tick,
-    rows: Vec<SentRow>,
-}
-
-/// What the result of a row must match.
-#[derive(Debug)]
-struct SentRow {
-    sequence: SequenceId,
-    generation: Generation,
-    position: u32,
-    token_count: u32,
-    wants: Wants,
-    /// Named by the row.
-    blocks: Vec<BlockId>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wants {
-    Nothing,
-    Scores,
-    Token,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -554,95 +502,6 @@ impl Scheduler {
 
     fn is_waiting(&self, id: SequenceId) -> bool {
         self.waiting.values().any(|queue| queue.contains(&id))
-    }
-}
-
-impl Active {
-    fn new(shape: PipelineShape) -> Self {
-        Self {
-            shape,
-            blocks: BlockPool::new(shape.kv_blocks),
-            in_flight: BTreeMap::new(),
-            next_step: StepId(1),
-            ended: VecDeque::new(),
-            pace: VecDeque::new(),
-        }
-    }
-
-    /// Every step up to this one has completed.
-    fn acked_step(&self) -> StepId {
-        let first_open = self.in_flight.keys().next().unwrap_or(&self.next_step);
-        StepId(first_open.0 - 1)
-    }
-
-    /// Counted from the oldest open step, so that stages keep at most so many outputs.
-    fn has_room(&self) -> bool {
-        let open = self.next_step.0 - 1 - self.acked_step().0;
-        open < u64::from(in_flight_limit(self.shape.stages))
-    }
-
-    /// Makes a step of `rows` and remembers what its result must match.
-    fn send(&mut self, rows: Vec<Row>, now: Tick, deadline_remaining: Duration) -> Step {
-        let header = StepHeader {
-            pipeline: self.shape.pipeline,
-            epoch: self.shape.epoch,
-            term: self.shape.term,
-            dst_incarnation: self.shape.first_incarnation,
-            step: self.next_step,
-            acked_step: self.acked_step(),
-            deadline_remaining,
-        };
-        self.next_step.0 += 1;
-        for row in &rows {
-            self.blocks.pin(&row.blocks);
-        }
-        let sent = rows.iter().map(SentRow::of).collect();
-        self.in_flight.insert(header.step, SentStep { sent: now, rows: sent });
-        let ended = self.ended.len().min(ENDED_PER_STEP);
-        Step {
-            header,
-            rows,
-            ended_sequences: self.ended.drain(..ended).collect(),
-            stage_times: Vec::new(),
-            activations: Bytes::new(),
-        }
-    }
-
-    /// The step is on its way no more.
-    fn take_sent(&mut self, id: StepId, now: Tick) -> Option<SentStep> {
-        let step = self.in_flight.remove(&id)?;
-        for row in &step.rows {
-            self.blocks.unpin(&row.blocks);
-        }
-        if self.pace.len() == PACE_STEPS {
-            self.pace.pop_front();
-        }
-        self.pace.push_back(now.since(step.sent));
-        Some(step)
-    }
-
-    fn patience(&self) -> Duration {
-        match self.pace.iter().max() {
-            Some(&slowest) => (slowest * OVERDUE_FACTOR).max(OVERDUE_FLOOR),
-            None => FIRST_STEP_PATIENCE,
-        }
-    }
-}
-
-impl SentRow {
-    fn of(row: &Row) -> Self {
-        Self {
-            sequence: row.sequence,
-            generation: row.generation,
-            position: row.position,
-            token_count: row.tokens.len() as u32,
-            wants: match row.output {
-                Output::None | Output::Logits => Wants::Nothing,
-                Output::Score(_) => Wants::Scores,
-                Output::Sample(_) => Wants::Token,
-            },
-            blocks: row.blocks.clone(),
-        }
     }
 }
 

@@ -198,7 +198,7 @@ impl World {
                 let at = self.plan.as_ref().map(|&(at, _)| at);
                 let may = Some(term.0) == self.term && at == previous;
                 // An unknown outcome may have been written or not.
-                if may && !(fault && which % 2 == 0) {
+                if may && !(fault && which.is_multiple_of(2)) {
                     self.revision += 1;
                     self.plan = Some((self.revision, plan));
                 }
@@ -214,7 +214,12 @@ impl World {
                     Some(_) if !fault => Event::Prepared { epoch, stage, class: class() },
                     _ => {
                         let detail = "refused".to_owned();
-                        Event::PrepareFailed { epoch, stage, transient: which % 3 > 0, detail }
+                        Event::PrepareFailed {
+                            epoch,
+                            stage,
+                            transient: !which.is_multiple_of(3),
+                            detail,
+                        }
                     }
                 }
             }

@@ -6,6 +6,7 @@ use proto::ids::{Epoch, Incarnation, KnownAnswer, Term};
 use proto::plan::{Plan, WorkerRecord};
 
 use super::simulation::{class, options, record};
+use super::starting::START_TRIES;
 use super::*;
 
 /// A cluster with the answers that a faultless world would give.

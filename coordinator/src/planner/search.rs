@@ -222,8 +222,9 @@ impl<'a> Search<'a> {
             let mut next = vec![None; layers + 1];
             let mut begin_of = vec![0; layers + 1];
             for end in 1..=layers {
-                for begin in end.saturating_sub(most)..end {
-                    let Some((moved, slowest)) = best[begin] else { continue };
+                let fewest = end.saturating_sub(most);
+                for (begin, before) in best.iter().enumerate().take(end).skip(fewest) {
+                    let &Some((moved, slowest)) = before else { continue };
                     let stays =
                         (end.min(held.end as usize)).saturating_sub(begin.max(held.start as usize));
                     let time: u64 = self.time(worker, place, (end - begin) as u64);

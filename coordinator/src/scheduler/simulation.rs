@@ -355,7 +355,7 @@ impl World {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Submit(Request),
+    Submit(Box<Request>),
     Send,
     Deliver(usize),
     DeliverAgain(usize),
@@ -394,7 +394,7 @@ fn arb_request() -> impl Strategy<Value = Request> {
 
 fn arb_op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        6 => arb_request().prop_map(Op::Submit),
+        6 => arb_request().prop_map(|request| Op::Submit(Box::new(request))),
         8 => Just(Op::Send),
         12 => any::<usize>().prop_map(Op::Deliver),
         1 => any::<usize>().prop_map(Op::DeliverAgain),
@@ -415,7 +415,7 @@ proptest! {
         for op in ops {
             world.now = world.now + Duration::from_millis(3);
             match op {
-                Op::Submit(request) => world.submit(request),
+                Op::Submit(request) => world.submit(*request),
                 Op::Send => world.send_all(),
                 Op::Deliver(which) => world.deliver(which),
                 Op::DeliverAgain(which) => world.deliver_again(which),

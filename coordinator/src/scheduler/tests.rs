@@ -1,7 +1,9 @@
 //! Single rules of the scheduler, by cases.
 
+use std::time::Duration;
+
 use proto::ids::{Incarnation, PipelineId, Term};
-use proto::step::{SamplingParameters, TokenLogprob};
+use proto::step::{Output, SamplingParameters, Step, TokenLogprob};
 
 use super::*;
 
