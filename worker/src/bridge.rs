@@ -65,6 +65,12 @@ pub(crate) struct EngineFailure {
     message: String,
 }
 
+impl EngineFailure {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into() }
+    }
+}
+
 /// Why a job was not taken.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum SubmitError {
@@ -105,9 +111,8 @@ impl EngineHandle {
                 match catch_unwind(AssertUnwindSafe(|| run(&mut engine, job))) {
                     Ok((reply, outcome)) => drop(reply.blocking_send(outcome)),
                     Err(panic) => {
-                        let message = message_of(&*panic);
                         // One failure stops the process; a second one adds nothing.
-                        drop(failures.try_send(EngineFailure { message }));
+                        drop(failures.try_send(EngineFailure::new(message_of(&*panic))));
                         return;
                     }
                 }

@@ -177,8 +177,11 @@ async fn pump(
 
 /// What the next stage says of a step. A step that was damaged on the way is sent once more; all
 /// other refusals, and those of later stages, go back to the coordinator.
-fn hear(stage: &Stage, reply: StepReply, sent_again: &mut Option<StepId>) {
-    let is_next = reply.stage == stage.prepare().stage + 1;
+fn hear(stage: &Stage, mut reply: StepReply, sent_again: &mut Option<StepId>) {
+    let next = stage.prepare().stage + 1;
+    // A worker that holds no stage does not know which it should be.
+    reply.stage = reply.stage.max(next);
+    let is_next = reply.stage == next;
     match reply.verdict {
         StepVerdict::Accepted => {}
         StepVerdict::Corrupt if is_next && *sent_again != Some(reply.step) => {

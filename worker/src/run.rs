@@ -262,3 +262,23 @@ impl Leaving {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bridge::EngineFailure;
+
+    #[tokio::test]
+    async fn an_engine_that_fails_ends_the_process_and_every_stream() {
+        let (failures, failed) = mpsc::channel(1);
+        let closing = CancellationToken::new();
+        let stop = CancellationToken::new();
+        let mut tasks = Supervisor::new(stop.clone());
+        tasks.spawn("engine", |_| watch_engines(failed, closing.clone()));
+        failures.send(EngineFailure::new("blocks of lead")).await.unwrap();
+        let error = tasks.run(CLOSE_TIMEOUT).await.unwrap_err();
+        let text = Chain(&error).to_string();
+        assert_eq!(text, "task engine failed: the engine's thread panicked: blocks of lead");
+        assert!(closing.is_cancelled() && stop.is_cancelled());
+    }
+}

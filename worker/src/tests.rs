@@ -1,1 +1,7 @@
-//! The whole worker.
+//! Workers over real sockets with the real engine on a tiny random model.
+
+mod control;
+mod harness;
+mod lifecycle;
+mod pipeline;
+mod refusals;

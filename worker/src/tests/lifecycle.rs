@@ -1,0 +1,245 @@
+//! A whole worker as its process runs it: registry, health, reflection, draining.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use node::membership::{Event, Membership, Memory, Watch};
+use proto::ids::Incarnation;
+use proto::keys::Keys;
+use proto::plan::{StagePlan, WorkerRecord};
+use proto::step::Output;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+use super::harness::{Steps, connect, model_id, prepare, row, soon, step, store_dir};
+use crate::{Config, RunError};
+
+type Ended = JoinSet<Result<(), RunError>>;
+
+fn config() -> Config {
+    Config {
+        id: "w1".into(),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        threads: 1,
+        store: store_dir().to_owned(),
+        ..Config::default()
+    }
+}
+
+/// A worker, its registry, and how to stop it.
+struct Process {
+    address: SocketAddr,
+    watch: Watch,
+    stop: CancellationToken,
+    ended: Ended,
+}
+
+impl Process {
+    async fn start(config: Config) -> Self {
+        let membership = Memory::new();
+        let keys = Keys::new("test");
+        let mut watch = membership.watch(&keys.workers());
+        let Event::Reset(_) = soon(watch.next()).await else { panic!("the first is a reset") };
+        let (bound, address) = oneshot::channel();
+        let stop = CancellationToken::new();
+        let mut ended = JoinSet::new();
+        ended.spawn(crate::run(config, keys, Arc::new(membership), Some(bound), stop.clone()));
+        let address = soon(address).await.expect("it starts");
+        Self { address, watch, stop, ended }
+    }
+
+    async fn record(&mut self) -> WorkerRecord {
+        match soon(self.watch.next()).await {
+            Event::Put(entry) => serde_json::from_slice(&entry.value).unwrap(),
+            other => panic!("{other:?} instead of a record"),
+        }
+    }
+
+    async fn end(mut self) -> Result<(), RunError> {
+        soon(self.ended.join_next()).await.unwrap().unwrap()
+    }
+}
+
+async fn health(address: SocketAddr, service: &str) -> ServingStatus {
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap();
+    let mut client = HealthClient::new(soon(channel.connect()).await.unwrap());
+    let request = HealthCheckRequest { service: service.into() };
+    soon(client.check(request)).await.unwrap().into_inner().status()
+}
+
+#[tokio::test]
+async fn an_idle_worker_registers_serves_and_leaves_at_once() {
+    let mut process = Process::start(config()).await;
+    let record = process.record().await;
+    assert_eq!((record.id.as_str(), record.draining), ("w1", false));
+    assert_eq!(record.address, process.address.to_string());
+    assert_eq!(record.models.len(), 1);
+    assert_eq!(record.models[0].id, model_id());
+    assert!(record.models[0].layer_ns > 0);
+    assert_ne!(record.incarnation, Incarnation([0; 16]));
+    let description = connect(&record.address)
+        .await
+        .describe(proto::pb::DescribeRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(description.incarnation, record.incarnation.0.to_vec());
+    for service in ["", "tercet.v1.Stage"] {
+        assert_eq!(health(process.address, service).await, ServingStatus::Serving, "{service:?}");
+    }
+    process.stop.cancel();
+    let draining = process.record().await;
+    assert!(draining.draining, "it says so before it goes");
+    assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
+    process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_busy_worker_finishes_what_is_in_flight() {
+    let mut process = Process::start(config()).await;
+    let record = process.record().await;
+    let plan = StagePlan {
+        worker: record.id.clone(),
+        incarnation: record.incarnation,
+        address: record.address.clone(),
+        layers: 0..4,
+    };
+    let prepare = prepare(&[plan], 0, 5);
+    let mut client = connect(&record.address).await;
+    soon(client.prepare(proto::convert::encode_prepare(&prepare))).await.unwrap();
+    let mut steps = Steps::open(&mut client).await;
+    steps.give(&step(&prepare, 1, vec![row(0, 0, 5, Output::None)])).await;
+
+    process.stop.cancel();
+    assert!(process.record().await.draining);
+    assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
+    assert_eq!(health(process.address, "").await, ServingStatus::NotServing);
+    // It goes on with what it has, and takes nothing new.
+    let next = proto::step::Prepare { epoch: proto::ids::Epoch(6), ..prepare.clone() };
+    let refused = async {
+        loop {
+            // Draining begins a moment after the registry was left.
+            match client.prepare(proto::convert::encode_prepare(&next)).await {
+                Err(status) => break status,
+                Ok(_) => tokio::task::yield_now().await,
+            }
+        }
+    };
+    assert!(soon(refused).await.message().contains("draining"));
+    steps.give(&step(&prepare, 2, vec![row(0, 5, 1, Output::None)])).await;
+    assert!(process.ended.try_join_next().is_none(), "it still serves");
+    let retire = proto::pb::RetireRequest {
+        pipeline: 1,
+        epoch: 6,
+        term: 1,
+        dst_incarnation: record.incarnation.0.to_vec().into(),
+    };
+    soon(client.retire(retire)).await.unwrap();
+    process.end().await.unwrap();
+}
+
+/// The answer to `GET path`, headers and all.
+async fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = soon(TcpStream::connect(address)).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: w\r\nconnection: close\r\n\r\n");
+    soon(stream.write_all(request.as_bytes())).await.unwrap();
+    let mut answer = String::new();
+    soon(stream.read_to_string(&mut answer)).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn whoever_watches_is_answered() {
+    node::metrics::install().unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let http = free.local_addr().unwrap();
+    drop(free);
+    let process = Process::start(Config { http: Some(http), ..config() }).await;
+    let health = get(http, "/health").await;
+    assert!(health.starts_with("HTTP/1.1 200"), "{health}");
+    let metrics = get(http, "/metrics").await;
+    let line = metrics.lines().find(|line| line.starts_with("tercet_build_info{"));
+    assert!(line.is_some_and(|line| line.contains("isa=") && line.contains("w1")), "{metrics}");
+    process.stop.cancel();
+    process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn both_versions_of_reflection_list_the_services() {
+    use tonic_reflection::pb::{v1, v1alpha};
+
+    let process = Process::start(config()).await;
+    let channel = Channel::from_shared(format!("http://{}", process.address)).unwrap();
+    let channel = soon(channel.connect()).await.unwrap();
+    let expected = ["grpc.health.v1.Health", "tercet.v1.Stage"];
+
+    use v1::server_reflection_request::MessageRequest;
+    use v1::server_reflection_response::MessageResponse;
+    let request = v1::ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..Default::default()
+    };
+    let mut client = v1::server_reflection_client::ServerReflectionClient::new(channel.clone());
+    let answers = client.server_reflection_info(tokio_stream::once(request));
+    let answer = soon(answers).await.unwrap().into_inner().message().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("{answer:?}");
+    };
+    let names: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+    assert!(expected.iter().all(|name| names.iter().any(|n| n == name)), "{names:?}");
+
+    use v1alpha::server_reflection_request::MessageRequest as OldRequest;
+    use v1alpha::server_reflection_response::MessageResponse as OldResponse;
+    let request = v1alpha::ServerReflectionRequest {
+        message_request: Some(OldRequest::ListServices(String::new())),
+        ..Default::default()
+    };
+    let mut client = v1alpha::server_reflection_client::ServerReflectionClient::new(channel);
+    let answers = client.server_reflection_info(tokio_stream::once(request));
+    let answer = soon(answers).await.unwrap().into_inner().message().await.unwrap().unwrap();
+    let Some(OldResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("{answer:?}");
+    };
+    let names: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+    assert!(expected.iter().all(|name| names.iter().any(|n| n == name)), "{names:?}");
+}
+
+#[tokio::test]
+async fn what_keeps_a_worker_from_starting_is_said() {
+    let check = async |config: Config, words: &str| {
+        let stop = CancellationToken::new();
+        let run = crate::run(config, Keys::new("test"), Arc::new(Memory::new()), None, stop);
+        let error = soon(run).await.unwrap_err();
+        let text = node::Chain(&error).to_string();
+        assert!(text.contains(words), "{text}");
+    };
+    let empty = tempfile::tempdir().unwrap();
+    let nowhere = Config { store: empty.path().to_owned(), ..config() };
+    check(nowhere, "neither is a store nor holds one").await;
+    check(Config { isa: Some("avx9".into()), ..config() }, "avx9").await;
+    check(Config { threads: 0, ..config() }, "threads").await;
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listen = taken.local_addr().unwrap();
+    check(Config { listen, ..config() }, "failed to listen on").await;
+}
+
+#[tokio::test]
+async fn a_worker_that_waits_for_its_key_can_be_stopped() {
+    let membership = Memory::new();
+    let keys = Keys::new("test");
+    let holder = membership.another();
+    let _held = holder.register(&keys.worker("w1"), "other".into()).await.unwrap();
+    let stop = CancellationToken::new();
+    let run = crate::run(config(), keys, Arc::new(membership), None, stop.clone());
+    let mut ended: Ended = JoinSet::new();
+    ended.spawn(run);
+    stop.cancel();
+    soon(ended.join_next()).await.unwrap().unwrap().unwrap();
+}

@@ -1,0 +1,197 @@
+//! Steps through one and two workers: results, duplicates, lost links.
+
+use std::ops::Range;
+
+use kernels::Backend;
+use proto::ids::StepId;
+use proto::plan::KvType;
+use proto::step::{
+    Output, Prepare, Row, RowStatus, RowValue, SamplingParameters, StepResult, StepVerdict,
+};
+use tonic::Code;
+
+use super::harness::{Results, Steps, Worker, prepare, row, step, store};
+use crate::engine::{Engine, EngineConfig, StageModel};
+
+fn sample() -> Output {
+    Output::Sample(Box::new(SamplingParameters { top_logprobs: Some(3), ..Default::default() }))
+}
+
+/// Two prompts in chunks of several steps, mixed, then tokens one by one.
+fn script() -> Vec<Vec<Row>> {
+    vec![
+        vec![row(0, 0, 20, Output::None)],
+        vec![row(0, 20, 15, sample()), row(1, 0, 5, Output::Logits)],
+        vec![row(1, 5, 1, Output::Score(vec![17])), row(0, 35, 1, sample())],
+        vec![row(0, 36, 1, Output::Logits), row(0, 37, 1, sample()), row(1, 6, 2, sample())],
+    ]
+}
+
+fn engine(layers: Range<u32>) -> Engine {
+    let model = StageModel::open(&store(), layers).unwrap();
+    let config = EngineConfig {
+        backend: Backend::by_name("scalar").unwrap(),
+        threads: 1,
+        kv_type: KvType::F16,
+        kv_blocks: 16,
+        max_step_tokens: 64,
+    };
+    Engine::new(model, config).unwrap()
+}
+
+/// What the engine itself gives, whole or cut: one list of values for every step.
+fn expected(stages: &[Range<u32>]) -> Vec<Vec<RowValue>> {
+    let mut engines: Vec<Engine> = stages.iter().cloned().map(engine).collect();
+    let run = |rows: Vec<Row>| {
+        let mut activations = Vec::new();
+        let mut values = Vec::new();
+        for engine in &mut engines {
+            let output = engine.forward(&rows, &activations);
+            assert!(output.rows.iter().all(|row| row.status == RowStatus::Ok));
+            activations = output.activations;
+            values = output.rows.into_iter().map(|row| row.value).collect();
+        }
+        values
+    };
+    script().into_iter().map(run).collect()
+}
+
+fn values(result: &StepResult) -> Vec<RowValue> {
+    result.rows.iter().map(|row| row.value.clone()).collect()
+}
+
+/// Two active workers, and the streams of a coordinator.
+struct Pair {
+    first: Worker,
+    second: Worker,
+    prepares: [Prepare; 2],
+    steps: Steps,
+    results: Results,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let mut first = Worker::start("a").await;
+        let mut second = Worker::start("b").await;
+        let stages = [first.plan(0..1), second.plan(1..4)];
+        let prepares = [prepare(&stages, 0, 5), prepare(&stages, 1, 5)];
+        first.prepare(&prepares[0]).await.unwrap();
+        second.prepare(&prepares[1]).await.unwrap();
+        first.activate(&prepares[0]).await.unwrap();
+        second.activate(&prepares[1]).await.unwrap();
+        let steps = first.steps().await;
+        let results = second.results(&prepares[1], 0).await;
+        Self { first, second, prepares, steps, results }
+    }
+}
+
+#[tokio::test]
+async fn two_workers_give_what_one_engine_gives() {
+    let whole = expected(&[0..4]);
+    assert_eq!(whole, expected(&[0..1, 1..4]), "the engine itself may be cut");
+
+    let mut worker = Worker::start("w").await;
+    let prepare = worker.serve_alone(5).await;
+    let mut steps = worker.steps().await;
+    let mut results = worker.results(&prepare, 0).await;
+    let mut pair = Pair::start().await;
+    for (number, (rows, expected)) in (1..).zip(script().into_iter().zip(&whole)) {
+        steps.give(&step(&prepare, number, rows.clone())).await;
+        let alone = results.next().await;
+        assert_eq!(&values(&alone), expected, "one worker, step {number}");
+        pair.steps.give(&step(&pair.prepares[0], number, rows)).await;
+        let result = pair.results.next().await;
+        assert_eq!(&values(&result), expected, "two workers, step {number}");
+        let stages: Vec<u32> = result.stage_times.iter().map(|time| time.stage).collect();
+        assert_eq!(stages, [0, 1]);
+    }
+    assert_eq!(pair.first.describe().await.steps, 4);
+}
+
+#[tokio::test]
+async fn a_duplicate_is_answered_with_the_same_bytes_and_computed_once() {
+    let mut pair = Pair::start().await;
+    let first = step(&pair.prepares[0], 1, vec![row(0, 0, 20, sample())]);
+    pair.steps.give(&first).await;
+    let result = pair.results.next().await;
+    pair.steps.give(&first).await;
+    assert_eq!(pair.results.next().await, result, "times included: nothing was computed");
+    assert_eq!(pair.first.describe().await.steps, 1);
+    assert_eq!(pair.second.describe().await.steps, 1);
+    // Acknowledged by a later step, it is nobody's concern any more.
+    let mut second = step(&pair.prepares[0], 2, vec![row(0, 20, 1, sample())]);
+    second.header.acked_step = StepId(1);
+    pair.steps.give(&second).await;
+    let next = pair.results.next().await;
+    assert_eq!(next.step, StepId(2));
+    pair.steps.give(&first).await;
+    pair.steps.give(&second).await;
+    assert_eq!(pair.results.next().await, next);
+    assert_eq!(pair.first.describe().await.steps, 2);
+}
+
+#[tokio::test]
+async fn a_reader_that_comes_back_gets_what_was_not_acknowledged() {
+    let mut worker = Worker::start("w").await;
+    let prepare = worker.serve_alone(5).await;
+    let mut steps = worker.steps().await;
+    let mut results = worker.results(&prepare, 0).await;
+    let mut seen = Vec::new();
+    for number in 1..=3 {
+        let row = row(0, number as u32 - 1, 1, sample());
+        steps.give(&step(&prepare, number, vec![row])).await;
+        seen.push(results.next().await);
+    }
+    let mut again = worker.results(&prepare, 1).await;
+    assert_eq!(results.end().await.code(), Code::Aborted, "one reader at a time");
+    assert_eq!([again.next().await, again.next().await], seen[1..]);
+    drop(again);
+    let mut whole = worker.results(&prepare, 0).await;
+    assert_eq!([whole.next().await, whole.next().await, whole.next().await], seen[..]);
+}
+
+#[tokio::test]
+async fn only_the_last_stage_gives_results() {
+    let mut pair = Pair::start().await;
+    let status = pair.first.try_results(&pair.prepares[0], 0).await.map(drop).unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("the last one does"), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_refusal_of_a_later_stage_reaches_the_sender() {
+    let mut pair = Pair::start().await;
+    pair.second.retire(&pair.prepares[1]).await.unwrap();
+    pair.steps.give(&step(&pair.prepares[0], 1, vec![row(0, 0, 5, Output::None)])).await;
+    let reply = pair.steps.reply().await;
+    assert_eq!((reply.verdict, reply.stage), (StepVerdict::Fenced, 1));
+    assert_eq!(reply.step, StepId(1));
+}
+
+#[tokio::test]
+async fn a_lost_neighbour_is_reported_and_gets_what_is_kept_when_it_is_back() {
+    let mut pair = Pair::start().await;
+    let sent = step(&pair.prepares[0], 1, vec![row(0, 0, 5, Output::None)]);
+    pair.steps.give(&sent).await;
+    pair.results.next().await;
+    let address = pair.second.address.clone();
+    pair.second.kill().await;
+    let reply = pair.steps.reply().await;
+    assert_eq!((reply.verdict, reply.stage), (StepVerdict::DownstreamLost, 0));
+    assert_eq!(reply.step, StepId(0), "it is about the link");
+    assert!(reply.detail.contains(&address), "{}", reply.detail);
+    // Whoever comes later is told as well.
+    let mut later = pair.first.steps().await;
+    later.send(&sent).await;
+    let mut said = [later.reply().await.verdict, later.reply().await.verdict];
+    said.sort_by_key(|verdict| *verdict == StepVerdict::DownstreamLost);
+    assert_eq!(said, [StepVerdict::Accepted, StepVerdict::DownstreamLost]);
+
+    // Another process start at the same address: the link is up again, and what is kept comes to
+    // it; it is fenced there, because it was meant for the one before.
+    let mut third = Worker::start_with("b", &address, 1 << 30).await;
+    let reply = later.reply().await;
+    assert_eq!((reply.verdict, reply.stage), (StepVerdict::Fenced, 1));
+    assert!(reply.detail.contains("incarnation"), "{}", reply.detail);
+    assert_eq!(third.describe().await.steps, 0);
+}
