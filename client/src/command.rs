@@ -60,7 +60,7 @@ pub(crate) fn write_json(
 
 /// Writes text as it comes. For a terminal, what could steer it (escape sequences that a model
 /// was made to write) is shown as U+FFFD instead.
-pub struct TextWriter<W> {
+pub(crate) struct TextWriter<W> {
     output: W,
     terminal: bool,
     /// Nothing written since the last end of line.
@@ -69,7 +69,7 @@ pub struct TextWriter<W> {
 
 impl TextWriter<io::Stdout> {
     /// Writes to standard output.
-    pub fn stdout() -> Self {
+    pub(crate) fn stdout() -> Self {
         let output = io::stdout();
         let terminal = output.is_terminal();
         Self::new(output, terminal)
@@ -78,21 +78,17 @@ impl TextWriter<io::Stdout> {
 
 impl<W: Write> TextWriter<W> {
     /// Writes to `output`.
-    pub fn new(output: W, terminal: bool) -> Self {
+    pub(crate) fn new(output: W, terminal: bool) -> Self {
         Self { output, terminal, at_line_start: true }
     }
 
     /// Whether people read this as it comes.
-    pub fn is_terminal(&self) -> bool {
+    pub(crate) fn is_terminal(&self) -> bool {
         self.terminal
     }
 
     /// Writes `text` at once.
-    ///
-    /// # Errors
-    ///
-    /// [`CommandError::Output`].
-    pub fn text(&mut self, text: &str) -> Result<(), CommandError> {
+    pub(crate) fn text(&mut self, text: &str) -> Result<(), CommandError> {
         if text.is_empty() {
             return Ok(());
         }
@@ -107,30 +103,18 @@ impl<W: Write> TextWriter<W> {
     }
 
     /// Steers the terminal.
-    ///
-    /// # Errors
-    ///
-    /// [`CommandError::Output`].
-    pub fn control(&mut self, sequence: &str) -> Result<(), CommandError> {
+    pub(crate) fn control(&mut self, sequence: &str) -> Result<(), CommandError> {
         let written = self.output.write_all(sequence.as_bytes());
         written.and_then(|()| self.output.flush()).map_err(CommandError::Output)
     }
 
     /// Goes to a new line unless at the start of one.
-    ///
-    /// # Errors
-    ///
-    /// [`CommandError::Output`].
-    pub fn end_line(&mut self) -> Result<(), CommandError> {
+    pub(crate) fn end_line(&mut self) -> Result<(), CommandError> {
         if self.at_line_start { Ok(()) } else { self.text("\n") }
     }
 
     /// Writes one JSON value on a line of its own.
-    ///
-    /// # Errors
-    ///
-    /// [`CommandError::Output`].
-    pub fn json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
+    pub(crate) fn json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
         self.at_line_start = true;
         write_json(&mut self.output, value)
     }

@@ -12,6 +12,9 @@ mod observe;
 mod sse;
 mod types;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

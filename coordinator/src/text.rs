@@ -15,6 +15,9 @@ mod strftime;
 mod template;
 mod tokenizer;
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 use proto::generate::{ChatMessage, Prompt};
 
 pub(crate) use detokenize::Detokenizer;

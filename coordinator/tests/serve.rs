@@ -1,0 +1,624 @@
+//! A whole coordinator over real sockets, with toy workers that speak the real protocol and
+//! compute `next = (7 * token + position + 1) mod vocab`. The real workers are tested in `tests`.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use coordinator::{Bound, Config, RunError};
+use futures::{Stream, StreamExt, stream};
+use node::membership::{Membership, Memory, Registration};
+use proto::convert;
+use proto::ids::{Incarnation, KnownAnswer, ModelId, NumericsClass};
+use proto::keys::Keys;
+use proto::pb;
+use proto::pb::inference_client::InferenceClient;
+use proto::pb::stage_server::{Stage, StageServer};
+use proto::plan::{KvType, WorkerModel, WorkerRecord};
+use proto::step::{
+    Output, RowResult, RowStatus, RowValue, Sampled, StepReply, StepResult, StepVerdict,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{broadcast, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+const VOCAB: u32 = 512;
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The promise for requests whose worker died.
+const FAILS_WITHIN: Duration = Duration::from_secs(5);
+
+/// What all toy workers of a cluster share: results go straight to whoever listens, as if the
+/// steps had passed through every stage.
+struct Toy {
+    class: NumericsClass,
+    results: broadcast::Sender<StepResult>,
+    /// As real workers do: results that came before their listener are not lost.
+    kept: Mutex<Vec<StepResult>>,
+    /// Steps beyond this number are taken and never answered.
+    stall_after: Mutex<u64>,
+}
+
+struct ToyWorker {
+    toy: Arc<Toy>,
+    id: String,
+    incarnation: Incarnation,
+}
+
+fn next_token(token: u32, position: u32) -> u32 {
+    // Never an end token: they are below 8 in no synthetic model's way.
+    8 + (7 * token + position + 1) % (VOCAB - 8)
+}
+
+/// The answer that the toy model gives.
+fn expected(prompt: &[u32], tokens: usize) -> Vec<u32> {
+    let mut all = prompt.to_vec();
+    for _ in 0..tokens {
+        all.push(next_token(all[all.len() - 1], all.len() as u32 - 1));
+    }
+    all.split_off(prompt.len())
+}
+
+impl Toy {
+    fn compute(&self, step: &proto::step::Step) -> StepResult {
+        let rows = step.rows.iter().map(|row| {
+            let last = row.tokens[row.tokens.len() - 1];
+            let position = row.position + row.tokens.len() as u32 - 1;
+            let value = match &row.output {
+                Output::None | Output::Logits => RowValue::None,
+                Output::Score(targets) => RowValue::Scores(vec![-1.5; targets.len()]),
+                Output::Sample(parameters) => RowValue::Sampled(Sampled {
+                    token: next_token(last, position),
+                    logprob: parameters.top_logprobs.map(|_| -0.5),
+                    top: Vec::new(),
+                }),
+            };
+            RowResult {
+                sequence: row.sequence,
+                generation: row.generation,
+                position: row.position,
+                token_count: row.tokens.len() as u32,
+                status: RowStatus::Ok,
+                detail: String::new(),
+                value,
+            }
+        });
+        StepResult {
+            epoch: step.header.epoch,
+            step: step.header.step,
+            rows: rows.collect(),
+            stage_times: Vec::new(),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Stage for ToyWorker {
+    type StepsStream = Pin<Box<dyn Stream<Item = Result<pb::StepReply, Status>> + Send>>;
+    type ResultsStream = Pin<Box<dyn Stream<Item = Result<pb::StepResult, Status>> + Send>>;
+
+    async fn prepare(
+        &self,
+        request: Request<pb::PrepareRequest>,
+    ) -> Result<Response<pb::PrepareResponse>, Status> {
+        let prepare = convert::decode_prepare(request.into_inner()).unwrap();
+        assert_eq!(prepare.dst_incarnation, self.incarnation);
+        assert_eq!(prepare.stages[prepare.stage as usize].worker, self.id);
+        let numerics_class = Bytes::copy_from_slice(&self.toy.class.0);
+        Ok(Response::new(pb::PrepareResponse { numerics_class, ..Default::default() }))
+    }
+
+    async fn activate(
+        &self,
+        _: Request<pb::ActivateRequest>,
+    ) -> Result<Response<pb::ActivateResponse>, Status> {
+        Ok(Response::new(pb::ActivateResponse {}))
+    }
+
+    async fn retire(
+        &self,
+        _: Request<pb::RetireRequest>,
+    ) -> Result<Response<pb::RetireResponse>, Status> {
+        Ok(Response::new(pb::RetireResponse {}))
+    }
+
+    async fn describe(
+        &self,
+        _: Request<pb::DescribeRequest>,
+    ) -> Result<Response<pb::DescribeResponse>, Status> {
+        let incarnation = Bytes::copy_from_slice(&self.incarnation.0);
+        let worker = self.id.clone();
+        Ok(Response::new(pb::DescribeResponse { worker, incarnation, ..Default::default() }))
+    }
+
+    async fn steps(
+        &self,
+        request: Request<Streaming<pb::StepMessage>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
+        let toy = Arc::clone(&self.toy);
+        let replies = stream::unfold(request.into_inner(), move |mut steps| {
+            let toy = Arc::clone(&toy);
+            async move {
+                let step = convert::decode_step(steps.message().await.ok()??).unwrap();
+                let header = step.header;
+                if header.step.0 <= *toy.stall_after.lock().unwrap() {
+                    let mut kept = toy.kept.lock().unwrap();
+                    kept.push(toy.compute(&step));
+                    let _ = toy.results.send(kept[kept.len() - 1].clone());
+                }
+                let reply = StepReply {
+                    epoch: header.epoch,
+                    step: header.step,
+                    stage: 0,
+                    verdict: StepVerdict::Accepted,
+                    detail: String::new(),
+                };
+                Some((Ok(convert::encode_reply(&reply)), steps))
+            }
+        });
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn results(
+        &self,
+        request: Request<pb::ResultsRequest>,
+    ) -> Result<Response<Self::ResultsStream>, Status> {
+        let wanted = request.into_inner();
+        let kept = self.toy.kept.lock().unwrap();
+        let live = self.toy.results.subscribe();
+        let missed: Vec<_> = kept
+            .iter()
+            .filter(|r| r.epoch.0 == wanted.epoch && r.step.0 > wanted.after_step)
+            .map(|result| Ok(convert::encode_result(result)))
+            .collect();
+        drop(kept);
+        let live = stream::unfold(live, |mut live| async move {
+            let result = live.recv().await.ok()?;
+            Some((Ok(convert::encode_result(&result)), live))
+        });
+        let results = stream::iter(missed).chain(live);
+        Ok(Response::new(Box::pin(results)))
+    }
+}
+
+/// A toy worker that runs, in a runtime of its own so that it can die with all its connections.
+struct RunningWorker {
+    runtime: Option<tokio::runtime::Runtime>,
+    registration: Option<Registration>,
+}
+
+impl RunningWorker {
+    /// As by `kill -9`: the sockets close, the lease stays until it runs out.
+    fn die(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for RunningWorker {
+    fn drop(&mut self) {
+        self.die();
+    }
+}
+
+struct Cluster {
+    toy: Arc<Toy>,
+    model: ModelId,
+    membership: Memory,
+    keys: Keys,
+    bound: Bound,
+    stop: CancellationToken,
+    coordinator: JoinSet<Result<(), RunError>>,
+    workers: Vec<RunningWorker>,
+    incarnations: u8,
+    _store: tempfile::TempDir,
+}
+
+impl Cluster {
+    async fn start(workers: usize, stages: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("store");
+        let shape = "4x64x128x2x2x512".parse().unwrap();
+        let model = model::synth(&shape, 1, &store, &mut |_| {}).unwrap();
+        let model = ModelId(*model.as_bytes());
+        let membership = Memory::new();
+        let keys = Keys::new("toy");
+        let class = NumericsClass::form(model, KvType::F16, 1, KnownAnswer([7; 32]));
+        let toy = Arc::new(Toy {
+            class,
+            results: broadcast::channel(1024).0,
+            kept: Mutex::default(),
+            stall_after: Mutex::new(u64::MAX),
+        });
+        let config = Config {
+            cluster: "toy".into(),
+            model: store,
+            stages: Some(stages),
+            grpc: "127.0.0.1:0".parse().unwrap(),
+            http: "127.0.0.1:0".parse().unwrap(),
+            shutdown_grace: Duration::from_millis(200).into(),
+            ..Config::default()
+        };
+        let (bound_sender, bound) = oneshot::channel();
+        let stop = CancellationToken::new();
+        let mut coordinator = JoinSet::new();
+        coordinator.spawn(coordinator::run(
+            config,
+            keys.clone(),
+            Arc::new(membership.clone()),
+            Some(bound_sender),
+            stop.clone(),
+        ));
+        let bound = bound.await.unwrap();
+        let mut cluster = Self {
+            toy,
+            model,
+            membership,
+            keys,
+            bound,
+            stop,
+            coordinator,
+            workers: Vec::new(),
+            incarnations: 0,
+            _store: dir,
+        };
+        for worker in 0..workers {
+            cluster.start_worker(&format!("w{worker}")).await;
+        }
+        cluster
+    }
+
+    async fn start_worker(&mut self, id: &str) {
+        self.incarnations += 1;
+        let incarnation = Incarnation([self.incarnations; 16]);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let worker = ToyWorker { toy: Arc::clone(&self.toy), id: id.into(), incarnation };
+        let listener = listener.into_std().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
+            let served = tonic::transport::Server::builder()
+                .add_service(StageServer::new(worker))
+                .serve_with_incoming(TcpIncoming::from(listener));
+            served.await.unwrap();
+        });
+        let record = WorkerRecord {
+            id: id.into(),
+            incarnation,
+            address,
+            version: "0".into(),
+            isa: "toy".into(),
+            threads: 1,
+            memory_bytes: 1 << 30,
+            kernel_revision: 1,
+            known_answer: KnownAnswer([7; 32]),
+            models: vec![WorkerModel {
+                id: self.model,
+                layer_ns: 1000,
+                layer_16_ns: 2000,
+                head_ns: 1000,
+                head_16_ns: 2000,
+            }],
+            draining: false,
+        };
+        let value = serde_json::to_vec(&record).unwrap();
+        let registration =
+            self.membership.register(&self.keys.worker(id), value.into()).await.unwrap();
+        self.workers
+            .push(RunningWorker { runtime: Some(runtime), registration: Some(registration) });
+    }
+
+    async fn client(&self) -> InferenceClient<tonic::transport::Channel> {
+        InferenceClient::connect(format!("http://{}", self.bound.grpc)).await.unwrap()
+    }
+
+    /// Waits until `/ready` says what is wanted.
+    async fn until_ready(&self, ready: bool) {
+        let waited = async {
+            let wanted = if ready { "200" } else { "503" };
+            while !http(self.bound.http, "GET", "/ready", "")
+                .await
+                .starts_with(&format!("HTTP/1.1 {wanted}"))
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, waited).await.expect("readiness did not come");
+    }
+
+    async fn running(&self) -> u32 {
+        let status = self.client().await.status(pb::StatusRequest {}).await.unwrap().into_inner();
+        let queue = status.queue.unwrap();
+        queue.running + queue.waiting
+    }
+
+    async fn end(mut self) {
+        self.stop.cancel();
+        let outcome = tokio::time::timeout(PATIENCE, self.coordinator.join_next()).await;
+        outcome.expect("the coordinator did not stop").unwrap().unwrap().unwrap();
+    }
+}
+
+fn tokens(prompt: &[u32], max_tokens: u32) -> pb::GenerateRequest {
+    let ids = pb::TokenIds { ids: prompt.to_vec() };
+    pb::GenerateRequest {
+        prompt: Some(pb::generate_request::Prompt::Tokens(ids)),
+        max_tokens,
+        ..Default::default()
+    }
+}
+
+/// All tokens of an answer, its first and its last event.
+async fn generate(
+    cluster: &Cluster,
+    request: pb::GenerateRequest,
+) -> Result<(pb::Started, Vec<u32>, pb::Finished), Status> {
+    use pb::generate_event::Event;
+    let mut events = cluster.client().await.generate(request).await?.into_inner();
+    let (mut started, mut all, mut finished) = (None, Vec::new(), None);
+    while let Some(event) = events.message().await? {
+        match event.event.unwrap() {
+            Event::Started(event) => started = Some(event),
+            Event::Delta(delta) => {
+                assert_eq!(delta.index, started.as_ref().map_or(0, |_| all.len() as u64));
+                all.extend(delta.tokens);
+            }
+            Event::Finished(event) => finished = Some(event),
+        }
+    }
+    Ok((started.unwrap(), all, finished.unwrap()))
+}
+
+/// One HTTP/1.1 exchange, whole.
+async fn http(address: SocketAddr, method: &str, path: &str, body: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let length = body.len();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    response
+}
+
+fn json_of(response: &str) -> serde_json::Value {
+    let body = response.split("\r\n\r\n").nth(1).unwrap();
+    serde_json::from_str(body).unwrap_or_else(|_| panic!("{response}"))
+}
+
+/// The data of every event of a stream.
+fn events_of(response: &str) -> Vec<String> {
+    response.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_come_through_one_stage_or_three() {
+    for stages in [1, 3] {
+        let cluster = Cluster::start(3, stages).await;
+        cluster.until_ready(true).await;
+        let prompt: Vec<u32> = (10..110).collect();
+        let (started, answer, finished) = generate(&cluster, tokens(&prompt, 40)).await.unwrap();
+        assert_eq!(answer, expected(&prompt, 40));
+        assert_eq!((started.prompt_tokens, started.max_tokens), (100, 40));
+        assert_eq!(started.class, cluster.toy.class.to_string());
+        assert_eq!(finished.finish_reason, "length");
+        assert_eq!((finished.prompt_tokens, finished.completion_tokens), (100, 40));
+
+        let all = (0..16u32).map(|k| {
+            let cluster = &cluster;
+            async move {
+                let prompt = [20 + k, 30, 40 + k];
+                let (_, answer, _) = generate(cluster, tokens(&prompt, 30 + k)).await.unwrap();
+                assert_eq!(answer, expected(&prompt, 30 + k as usize), "request {k}");
+            }
+        });
+        futures::future::join_all(all).await;
+        let status = cluster.client().await.status(pb::StatusRequest {}).await.unwrap();
+        let status = status.into_inner();
+        assert!(status.ready);
+        assert_eq!(status.workers.len(), 3);
+        assert_eq!(status.pipelines[0].stages.len(), stages as usize);
+        assert_eq!(status.queue.unwrap().kv_blocks_used, 0, "everything was given back");
+        cluster.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_seeds_and_resumption() {
+    let cluster = Cluster::start(1, 1).await;
+    cluster.until_ready(true).await;
+    let keyed = pb::GenerateRequest { idempotency_key: "k".into(), ..tokens(&[9, 8], 5) };
+    let (first, ..) = generate(&cluster, keyed.clone()).await.unwrap();
+    let (second, ..) = generate(&cluster, keyed).await.unwrap();
+    assert_eq!(first.seed, second.seed, "the same key, the same seed");
+    let (other, ..) = generate(&cluster, tokens(&[9, 8], 5)).await.unwrap();
+    assert_ne!(first.seed, other.seed, "no key, a random one");
+
+    let whole = expected(&[9, 8], 10);
+    let resumed = pb::GenerateRequest {
+        resume_index: 4,
+        received_ids: whole[..4].to_vec(),
+        ..tokens(&[9, 8], 10)
+    };
+    let mut events = cluster.client().await.generate(resumed).await.unwrap().into_inner();
+    let mut rest = Vec::new();
+    while let Some(event) = events.message().await.unwrap() {
+        if let Some(pb::generate_event::Event::Delta(delta)) = event.event {
+            assert_eq!(delta.index, 4 + rest.len() as u64);
+            rest.extend(delta.tokens);
+        }
+    }
+    assert_eq!(rest, whole[4..], "received tokens are forced, the answer goes on after them");
+
+    let class = "00".repeat(32);
+    let error = generate(&cluster, pb::GenerateRequest { class, ..tokens(&[9], 1) }).await;
+    assert_eq!(error.unwrap_err().code(), Code::FailedPrecondition);
+    let long = vec![9; 100_000];
+    let error = generate(&cluster, tokens(&long, 1)).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().starts_with("This model's maximum context length is"), "{error}");
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_worker_fails_its_requests_and_a_new_one_serves_again() {
+    let mut cluster = Cluster::start(2, 2).await;
+    cluster.until_ready(true).await;
+    *cluster.toy.stall_after.lock().unwrap() = 12;
+    let mut events =
+        cluster.client().await.generate(tokens(&[9, 8], 200)).await.unwrap().into_inner();
+    for _ in 0..3 {
+        events.message().await.unwrap().unwrap();
+    }
+    let body = r#"{"prompt":[9,8],"max_tokens":200,"stream":true}"#;
+    let address = cluster.bound.http;
+    let mut streamed = JoinSet::new();
+    streamed.spawn(async move { http(address, "POST", "/v1/completions", body).await });
+    while cluster.running().await < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    let mut dead = cluster.workers.pop().unwrap();
+    dead.die();
+    let error = tokio::time::timeout(FAILS_WITHIN, async {
+        loop {
+            if let Err(error) = events.message().await {
+                return error;
+            }
+        }
+    });
+    let error = error.await.expect("a request hangs after its worker's death");
+    assert_eq!(error.code(), Code::Unavailable);
+    let response = tokio::time::timeout(FAILS_WITHIN, streamed.join_next()).await;
+    let response = response.expect("a stream hangs after its worker's death").unwrap().unwrap();
+    let events = events_of(&response);
+    let [.., error, done] = events.as_slice() else { panic!("{response}") };
+    let error: serde_json::Value = serde_json::from_str(error).unwrap();
+    assert_eq!(error["error"]["code"], "service_unavailable", "{error}");
+    assert_eq!(done, "[DONE]");
+
+    cluster.until_ready(false).await;
+    *cluster.toy.stall_after.lock().unwrap() = u64::MAX;
+    dead.registration.take().unwrap().leave().await.unwrap();
+    cluster.start_worker("w9").await;
+    cluster.until_ready(true).await;
+    let (_, answer, _) = generate(&cluster, tokens(&[9, 8], 20)).await.unwrap();
+    assert_eq!(answer, expected(&[9, 8], 20));
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_frees_its_kv() {
+    let cluster = Cluster::start(1, 1).await;
+    cluster.until_ready(true).await;
+    *cluster.toy.stall_after.lock().unwrap() = 5;
+    let mut events = cluster.client().await.generate(tokens(&[9], 200)).await.unwrap().into_inner();
+    events.message().await.unwrap().unwrap();
+    assert_eq!(cluster.running().await, 1);
+    drop(events);
+    let waited = async {
+        while cluster.running().await > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited).await.expect("the sequence is kept for nobody");
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_worker_requests_get_a_clear_503() {
+    let cluster = Cluster::start(0, 1).await;
+    let error = tokio::time::timeout(PATIENCE, generate(&cluster, tokens(&[9], 1)));
+    let error = error.await.expect("a request hangs without a worker").unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    let body = r#"{"prompt":[9],"max_tokens":1}"#;
+    let response = http(cluster.bound.http, "POST", "/v1/completions", body).await;
+    assert!(response.starts_with("HTTP/1.1 503"), "{response}");
+    assert!(response.to_lowercase().contains("retry-after: 1"), "{response}");
+    assert_eq!(json_of(&response)["error"]["type"], "overloaded_error");
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http_speaks_as_openai_does() {
+    let cluster = Cluster::start(1, 1).await;
+    cluster.until_ready(true).await;
+    let ask = |method: &'static str, path: &'static str, body: &'static str| {
+        http(cluster.bound.http, method, path, body)
+    };
+    let models = json_of(&ask("GET", "/v1/models", "").await);
+    let name = models["data"][0]["id"].as_str().unwrap().to_owned();
+    assert_eq!((&models["object"], &models["has_more"]), (&"list".into(), &false.into()));
+    let path = format!("/v1/models/{}", name.replace('/', "%2F"));
+    assert_eq!(json_of(&http(cluster.bound.http, "GET", &path, "").await)["id"], *name);
+    assert!(ask("GET", "/v1/models/a/b", "").await.starts_with("HTTP/1.1 404"));
+
+    let body = r#"{"prompt":[[9,8],[7]],"max_tokens":6,"logprobs":1,"echo":true,"stop":null}"#;
+    let answer = json_of(&ask("POST", "/v1/completions", body).await);
+    assert_eq!(answer["object"], "text_completion");
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 2);
+    let lists = &answer["choices"][0]["logprobs"];
+    assert_eq!(lists["token_logprobs"].as_array().unwrap().len(), 2 + 6);
+    assert_eq!(lists["token_logprobs"][0], serde_json::Value::Null, "the first has none");
+    assert_eq!(
+        (&lists["token_logprobs"][1], &lists["token_logprobs"][7]),
+        (&(-1.5).into(), &(-0.5).into())
+    );
+    assert_eq!(answer["usage"]["total_tokens"], 3 + 12);
+    assert_eq!(answer["choices"][1]["finish_reason"], "length");
+
+    let body = r#"{"prompt":[9,8],"max_tokens":6,"n":2,"stream":true,"stream_options":{"include_usage":true}}"#;
+    let response = ask("POST", "/v1/completions", body).await;
+    assert!(response.to_lowercase().contains("content-type: text/event-stream"), "{response}");
+    assert!(response.to_lowercase().contains("x-request-id: "), "{response}");
+    let events = events_of(&response);
+    assert_eq!(events.last().unwrap(), "[DONE]");
+    let usage: serde_json::Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
+    assert_eq!(usage["choices"], serde_json::json!([]));
+    assert_eq!(usage["usage"]["completion_tokens"], 12);
+
+    for (path, body, status, words) in [
+        ("/v1/completions", r#"{"prompt":"text"}"#, 400, "no tokenizer"),
+        ("/v1/completions", r#"{"prompt":[9],"temperature":3}"#, 400, "temperature"),
+        ("/v1/completions", r#"{"prompt":[9],"model":"other"}"#, 404, "does not exist"),
+        ("/v1/completions", r#"{"prompt":"#, 400, "not a valid request"),
+        ("/v1/completions", "{}", 400, "prompt"),
+        ("/v1/chat/completions", r#"{"messages":[]}"#, 400, "messages"),
+        ("/v1/chat/completions", r#"{"messages":[],"tools":[{}]}"#, 400, "tools"),
+        ("/v1/nothing", "{}", 404, "no such page"),
+    ] {
+        let response = http(cluster.bound.http, "POST", path, body).await;
+        assert!(response.starts_with(&format!("HTTP/1.1 {status}")), "{body}: {response}");
+        let error = json_of(&response)["error"].clone();
+        assert!(error["message"].as_str().unwrap().contains(words), "{body}: {error}");
+    }
+    let huge = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(5 << 20));
+    let mut stream = TcpStream::connect(cluster.bound.http).await.unwrap();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        huge.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // The server may hang up before it has read all of it.
+    let _ = stream.write_all(huge.as_bytes()).await;
+    let mut response = vec![0; 64];
+    let read = stream.read(&mut response).await.unwrap_or(0);
+    assert!(String::from_utf8_lossy(&response[..read]).starts_with("HTTP/1.1 413") || read == 0);
+    assert!(ask("GET", "/health", "").await.starts_with("HTTP/1.1 200"));
+    assert!(ask("GET", "/metrics", "").await.starts_with("HTTP/1.1 200"));
+    cluster.end().await;
+}
