@@ -13,8 +13,8 @@
 //! ```
 //!
 //! A refused row travels on as its status; the others are computed. What a row wrote is recorded
-//! only after the engine computed it, and it is forgotten before the engine may overwrite it: at
-//! every moment a record says what the block's slots really hold.
+//! only after the engine computed it, in place of what its slots held before, and a row that
+//! failed leaves its slots unlinked: between steps a record says what the slots really hold.
 
 mod blocks;
 pub(crate) mod epochs;
@@ -64,9 +64,8 @@ impl Sessions {
         }
     }
 
-    /// Decides which rows of a step may be computed: the others get a status and a reason. What
-    /// the admitted ones will overwrite is forgotten. After this the engine computes the rows
-    /// and [`commit`](Self::commit) ends the step.
+    /// Decides which rows of a step may be computed: the others get a status and a reason. After
+    /// this the engine computes the rows and [`commit`](Self::commit) ends the step.
     #[must_use]
     pub(crate) fn admit(&mut self, rows: &mut [Row], expired: bool) -> Admitted {
         let mut overlay = Overlay::default();
@@ -138,7 +137,6 @@ impl Sessions {
             let most = used.entry(block).or_default();
             *most = slots.max(*most);
         }
-        self.blocks.forget_overwritten(row, &hashes);
         self.blocks.write_tentatively(overlay, row, &hashes);
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a worker counts. Names as in `docs/`; units last.
+//! What a worker counts: counters end in `_total`, units come last.
 
 use std::time::Duration;
 

@@ -88,17 +88,6 @@ impl Blocks {
         remaining == 0 && hash == row.prefix_hash_before
     }
 
-    /// Forgets what a row is about to overwrite with something else.
-    pub(super) fn forget_overwritten(&mut self, row: &Row, hashes: &[PrefixHash]) {
-        for (segment, parent, hashes) in parts(row, hashes) {
-            if let Some(record) = &mut self.records[segment.block.0 as usize]
-                && !record.holds(segment, parent, hashes)
-            {
-                record.filled = record.filled.min(segment.begin as usize);
-            }
-        }
-    }
-
     /// Forgets everything from the row's first slot on.
     pub(super) fn forget(&mut self, row: &Row) {
         for segment in segments(row) {

@@ -276,7 +276,10 @@ proptest! {
                 let position = plan.jump.unwrap_or(left_at[stream]).min(95);
                 let count = plan.count.min(96 - position);
                 let from = plan.blocks_from.unwrap_or(2 * plan.stream as u32);
-                let pool: Vec<u32> = (0..3).map(|i| (from + i) % 6).collect();
+                let pool = match plan.blocks_from {
+                    Some(block @ 5..) => vec![block, block, 0],
+                    _ => (0..3).map(|i| (from + i) % 6).collect(),
+                };
                 let blocks = blocks_for(position + count, &pool);
                 let fresh = Row {
                     generation: Generation(plan.generation),
