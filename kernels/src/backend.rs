@@ -114,6 +114,7 @@ impl Backend {
         assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
         assert_eq!(y.rows(), x.rows(), "one row of output per row of activations");
         assert_eq!(y.cols().len(), w.tile_rows(tiles.clone()).len(), "one column per weight row");
+        debug_assert!(x.is_consistent(w.cols()), "padding is zero and sums are those of the rows");
         dispatch!(self, products, ternary(w, tiles, x, y));
     }
 

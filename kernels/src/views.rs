@@ -49,6 +49,15 @@ impl<'a> Quantised<'a> {
         self.stride >= padded_cols(cols)
     }
 
+    /// Whether padding is zero and every sum is its row's, for a matrix of `cols` columns.
+    pub(crate) fn is_consistent(self, cols: usize) -> bool {
+        (0..self.rows()).all(|i| {
+            let (q, padding) = self.row(i)[..padded_cols(cols)].split_at(cols);
+            let sum: i32 = q.iter().map(|q| i32::from(*q)).sum();
+            sum == self.sum(i) && padding.iter().all(|q| *q == 0)
+        })
+    }
+
     /// Row `i`, padding included.
     pub(crate) fn row(self, i: usize) -> &'a [i8] {
         &self.q[i * self.stride..][..self.stride]

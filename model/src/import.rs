@@ -1,10 +1,34 @@
 //! Turns a checkpoint of the outside into a store.
+//!
+//! ```text
+//! Hugging Face directory ─ huggingface.rs ─┐
+//!                                          ├─▶ Checkpoint: borrowed tensors, config, text ─▶ writer
+//! GGUF file ────────────── gguf.rs ────────┘
+//! ```
+//!
+//! What is not supported is refused by name; nothing is guessed in silence. `docs/models.md` lists
+//! what imports and what does not.
 
+mod checkpoint;
+mod gguf;
+mod gguf_tokenizer;
+mod huggingface;
+mod matrix;
+mod text;
+
+use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::config::ModelConfig;
+use crate::config::{ConfigError, ModelConfig};
+use crate::file::MappedFile;
+use crate::gguf::{Gguf, GgufError};
 use crate::id::ModelId;
+use crate::manifest::Provenance;
 use crate::progress::Progress;
+use crate::safetensors::SafetensorsError;
+use crate::staging::WriteError;
+use crate::writer::{Content, write_store};
+use checkpoint::Checkpoint;
 
 /// Choices that only a person can make.
 #[derive(Clone, Debug, Default)]
@@ -22,7 +46,7 @@ pub struct Imported {
     pub store: PathBuf,
     /// Shapes and constants.
     pub config: ModelConfig,
-    /// Container and weight format, such as `gguf i2_s`.
+    /// Container and weight format, such as `gguf I2_S`.
     pub format: String,
     /// Decisions, one sentence each: scale rule, head, tokenizer, template, what was rounded.
     pub notes: Vec<String>,
@@ -31,18 +55,260 @@ pub struct Imported {
 /// Why a checkpoint was not imported. Nothing was left behind.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum ImportError {}
+pub enum ImportError {
+    /// The operating system refused a file of the source.
+    #[error("failed to read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The source is nothing that holds a model.
+    #[error("{} is neither a GGUF file nor a directory with a config.json: {hint}", path.display())]
+    Unrecognised {
+        /// The source.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A safetensors file is bad.
+    #[error("failed to use {}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: SafetensorsError,
+    },
+    /// A GGUF file is bad.
+    #[error("failed to use the GGUF file")]
+    Gguf(#[from] GgufError),
+    /// A JSON file is bad.
+    #[error("failed to use {}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// A file of the source names a file it may not name.
+    #[error("{} names the file {name:?}, expected a plain name ending in .safetensors", path.display())]
+    FileName {
+        /// The file that names it.
+        path: PathBuf,
+        /// The name.
+        name: String,
+    },
+    /// A required key is absent.
+    #[error("{file} has no {key}")]
+    MissingKey {
+        /// The file, or `metadata`.
+        file: &'static str,
+        /// The key.
+        key: String,
+    },
+    /// A key has a value that cannot be used.
+    #[error("{key} is {found}, expected {expected}")]
+    Value {
+        /// The key.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What was expected.
+        expected: String,
+    },
+    /// A feature that is not there.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The shape is impossible.
+    #[error("the model's shape cannot be used")]
+    Config(#[from] ConfigError),
+    /// A tensor is absent.
+    #[error("tensor {tensor} is missing")]
+    MissingTensor {
+        /// Its name.
+        tensor: String,
+    },
+    /// A tensor that the model should not have: an ignored norm or bias silently spoils output.
+    #[error("tensor {tensor} is unknown{hint}")]
+    UnknownTensor {
+        /// Its name.
+        tensor: String,
+        /// What it probably is; empty or begins with a colon.
+        hint: &'static str,
+    },
+    /// The same tensor is in two files.
+    #[error("tensor {tensor} is in two files")]
+    DuplicateTensor {
+        /// Its name.
+        tensor: String,
+    },
+    /// A tensor has another type or shape than the model demands.
+    #[error("tensor {tensor} is {found}, expected {expected}")]
+    Tensor {
+        /// Its name.
+        tensor: String,
+        /// Its type and shape.
+        found: String,
+        /// What was expected.
+        expected: String,
+    },
+    /// A matrix holds a code that is no trit.
+    #[error(
+        "tensor {tensor} holds the invalid code 3 in row {row}: it is corrupt or has another layout"
+    )]
+    InvalidCode {
+        /// Its name.
+        tensor: String,
+        /// The row.
+        row: usize,
+    },
+    /// A matrix has no usable scale.
+    #[error("tensor {tensor} has the scale {found}, expected a positive number")]
+    Scale {
+        /// Its name.
+        tensor: String,
+        /// Its scale.
+        found: f32,
+    },
+    /// The blocks of a matrix have different scales.
+    #[error(
+        "tensor {tensor} of type {type_name} has blocks of different scales, only one scale per tensor is supported"
+    )]
+    BlockScales {
+        /// Its name.
+        tensor: String,
+        /// Its type.
+        type_name: &'static str,
+    },
+    /// A matrix of floats is not ternary.
+    #[error("tensor {tensor} is not ternary: {detail}")]
+    NotTernary {
+        /// Its name.
+        tensor: String,
+        /// Why not.
+        detail: String,
+    },
+    /// A matrix is all zero, or never zero.
+    #[error(
+        "tensor {tensor} has {zeros} zeros among {trits} weights: this is not a trained ternary matrix"
+    )]
+    Zeros {
+        /// Its name.
+        tensor: String,
+        /// Zeros.
+        zeros: u64,
+        /// Weights.
+        trits: u64,
+    },
+    /// A float is an infinity or not a number.
+    #[error("tensor {tensor} holds a number that is not finite")]
+    NotFinite {
+        /// Its name.
+        tensor: String,
+    },
+    /// The tokenizer cannot be used.
+    #[error("the tokenizer cannot be used: {0}")]
+    Tokenizer(String),
+    /// The store could not be written.
+    #[error("failed to write the store")]
+    Write(#[from] WriteError),
+}
 
 /// Reads the model at `source` and writes it to `dest`, which must not exist.
+///
+/// `source` is a Hugging Face directory, a GGUF file, or a directory with exactly one GGUF file.
 ///
 /// # Errors
 ///
 /// [`ImportError`]; then `dest` does not exist.
 pub fn import(
-    _source: &Path,
-    _dest: &Path,
-    _options: &ImportOptions,
-    _progress: &mut dyn FnMut(&Progress<'_>),
+    source: &Path,
+    dest: &Path,
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<Imported, ImportError> {
-    unimplemented!("first landing: the interface")
+    match find_gguf(source)? {
+        Some(path) => {
+            let file = map(&path)?;
+            file.advise_sequential();
+            let mut checkpoint = gguf::read(&Gguf::parse(file.bytes())?, &name_of(&path))?;
+            write(&mut checkpoint, dest, options, progress)
+        }
+        None => {
+            let directory = huggingface::Directory::open(source)?;
+            write(&mut directory.read()?, dest, options, progress)
+        }
+    }
+}
+
+/// Imports the bytes of a GGUF file as far as that goes without writing: every table, every
+/// tensor, every row. For fuzzing and tests.
+///
+/// # Errors
+///
+/// [`ImportError`] as [`import`] would give it.
+pub fn check_gguf(bytes: &[u8]) -> Result<ModelConfig, ImportError> {
+    gguf::read(&Gguf::parse(bytes)?, "checked")?.check()
+}
+
+/// Imports a Hugging Face model of one file, given its `config.json` and `model.safetensors`, as
+/// far as that goes without writing. For fuzzing and tests.
+///
+/// # Errors
+///
+/// [`ImportError`] as [`import`] would give it.
+pub fn check_safetensors(config: &[u8], file: &[u8]) -> Result<ModelConfig, ImportError> {
+    huggingface::check(config, file)
+}
+
+fn write(
+    checkpoint: &mut Checkpoint<'_>,
+    dest: &Path,
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<Imported, ImportError> {
+    if let Some(name) = &options.name {
+        checkpoint.config.name.clone_from(name);
+    }
+    let id = write_store(checkpoint, dest, progress)?;
+    let Provenance { format, notes, .. } = checkpoint.provenance();
+    let (store, config) = (dest.to_owned(), checkpoint.config.clone());
+    Ok(Imported { id, store, config, format, notes })
+}
+
+/// The GGUF file that `source` is or holds; `None` for a Hugging Face directory.
+fn find_gguf(source: &Path) -> Result<Option<PathBuf>, ImportError> {
+    let unrecognised = |hint| ImportError::Unrecognised { path: source.to_owned(), hint };
+    let metadata = std::fs::metadata(source).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            unrecognised("there is no such file; a model of a hub must be downloaded first")
+        }
+        _ => ImportError::Read { path: source.to_owned(), source: error },
+    })?;
+    if metadata.is_file() {
+        return Ok(Some(source.to_owned()));
+    }
+    if source.join(huggingface::CONFIG_FILE).is_file() {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(source)
+        .map_err(|error| ImportError::Read { path: source.to_owned(), source: error })?;
+    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
+    let mut found = entries.flatten().map(|entry| entry.path()).filter(is_gguf);
+    match (found.next(), found.next()) {
+        (Some(path), None) => Ok(Some(path)),
+        (Some(_), Some(_)) => Err(unrecognised("it holds several GGUF files, name one of them")),
+        (None, _) => Err(unrecognised("it holds no model that is known here")),
+    }
+}
+
+fn map(path: &Path) -> Result<MappedFile, ImportError> {
+    MappedFile::open(path).map_err(|source| ImportError::Read { path: path.to_owned(), source })
+}
+
+/// The last part of a path, for people.
+fn name_of(path: &Path) -> String {
+    let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    canonical.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }

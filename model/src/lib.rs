@@ -9,9 +9,11 @@
 //! Everything that has a fixed answer is decided when a model is imported, so that a worker only
 //! maps files. Nothing here computes an activation, opens a socket or awaits.
 
+mod blocks;
 pub mod bundled;
 pub mod config;
 mod file;
+pub mod gguf;
 pub mod id;
 pub mod import;
 mod layout;

@@ -154,20 +154,25 @@ fn write_layer<C: Content>(
     let too_large = || ConfigError::Inconsistent("a matrix is too large to be addressed".into());
     let tensors = layout::layer_tensors(config).ok_or_else(too_large)?;
     let mut metadata = layout::shard_metadata();
+    let mut matrices = Vec::with_capacity(Projection::ALL.len());
     for projection in Projection::ALL {
-        // Scales are in the header, which comes first: ask for them before any row.
-        let scale = content.projection(layer, projection)?.scale();
-        layout::describe_matrix(&mut metadata, projection, config, scale);
+        let matrix = content.projection(layer, projection)?;
+        layout::describe_matrix(&mut metadata, projection, config, matrix.scale());
+        matrices.push(matrix);
     }
     let mut file = staging.create(&layer_file(layer))?;
     file.write(&safetensors::header(&tensors, &metadata, ALIGNMENT))?;
     let mut part = PartHasher::new();
-    for projection in Projection::ALL {
+    let mut zeros = [0; Projection::ALL.len()];
+    for ((projection, mut matrix), zeros) in
+        Projection::ALL.into_iter().zip(matrices).zip(&mut zeros)
+    {
         let (rows, cols) = projection.shape(config);
-        let mut matrix = content.projection(layer, projection)?;
         part.begin(projection.name(), rows, cols, matrix.scale());
-        let zeros = write_matrix(&mut file, &mut part, matrix.as_mut(), rows, cols)?;
-        drop(matrix);
+        *zeros = write_matrix(&mut file, &mut part, matrix.as_mut(), rows, cols)?;
+    }
+    for (projection, zeros) in Projection::ALL.into_iter().zip(zeros) {
+        let (rows, cols) = projection.shape(config);
         content.check_zeros(layer, projection, zeros, rows as u64 * cols as u64)?;
     }
     for &norm in Norm::of(config) {

@@ -79,10 +79,10 @@ fn scores<E>(q: &[f32], k: &[E], eight: impl Fn(&[E; WIDTH]) -> __m256) -> PerTo
     let mut lanes = [[_mm256_setzero_ps(); GROUPS]; LANES];
     for (first, lane) in lanes.iter_mut().enumerate() {
         let mut sums = *lane;
-        for (q, k) in q.iter().zip(elements).skip(first).step_by(LANES) {
-            let (k, _) = k.as_chunks::<WIDTH>();
+        for i in (first..q.len()).step_by(LANES) {
+            let (k, _) = elements[i].as_chunks::<WIDTH>();
             for (sum, k) in sums.iter_mut().zip(k) {
-                *sum = _mm256_fmadd_ps(_mm256_set1_ps(*q), eight(k), *sum);
+                *sum = _mm256_fmadd_ps(_mm256_set1_ps(q[i]), eight(k), *sum);
             }
         }
         *lane = sums;

@@ -13,6 +13,8 @@ use crate::views::Columns;
 
 /// How far ahead of its reading a row is asked for.
 const PREFETCH_BYTES: usize = 1024;
+/// Rows of weights that pass before the next three rows of activations: 164 kB at 2560 columns.
+const BATCH_ROWS: usize = 32;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>) {
@@ -31,8 +33,9 @@ pub(super) fn head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns
     }
 }
 
-/// Walks the rows in fours for one row of activations, where memory is the limit, and in twos for
-/// more, three of which then fit the registers. Weights are read from memory once.
+/// Reads the weights from memory once. One row of activations: four rows of weights at a time, since
+/// memory is the limit. More: two rows of weights by three of activations, which fill the registers;
+/// those three stay in the first-level cache while a batch of weights passes from the second.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn all_rows(
@@ -43,46 +46,49 @@ fn all_rows(
     eight: impl Fn(&[u16; WIDTH]) -> __m256,
     one: fn(u16) -> f32,
 ) {
-    let cols = w.cols();
     let n = y.rows();
-    let x = |i: usize| &x[i * cols..][..cols];
-    let mut row = rows.start;
-    while row < rows.end {
-        let at = row - rows.start;
-        let left = rows.end - row;
-        let w4 = || [0, 1, 2, 3].map(|i| w.row(row + i));
-        let w2 = || [0, 1].map(|i| w.row(row + i));
-        if n == 1 && left >= 4 {
-            put(&mut y, 0, at, tile(w4(), [x(0)], &eight, one));
-            row += 4;
-        } else if left >= 2 {
-            for i in (0..n).step_by(3) {
-                match n - i {
-                    1 => put(&mut y, i, at, tile(w2(), [x(i)], &eight, one)),
-                    2 => put(&mut y, i, at, tile(w2(), [x(i), x(i + 1)], &eight, one)),
-                    _ => put(&mut y, i, at, tile(w2(), [x(i), x(i + 1), x(i + 2)], &eight, one)),
-                }
+    let x = |i: usize| &x[i * w.cols()..][..w.cols()];
+    for batch in rows.clone().step_by(BATCH_ROWS) {
+        let batch = batch..rows.end.min(batch + BATCH_ROWS);
+        for i in (0..n).step_by(3) {
+            let mut row = batch.start;
+            while row < batch.end {
+                let at = row - rows.start;
+                let w2 = || [w.row(row), w.row(row + 1)];
+                row += match (batch.end - row, n - i) {
+                    (4.., 1) => {
+                        let w4 = [0, 1, 2, 3].map(|more| w.row(row + more));
+                        put(&mut y, i, at, tile(w4, [x(i)], &eight, one))
+                    }
+                    (2.., 1) => put(&mut y, i, at, tile(w2(), [x(i)], &eight, one)),
+                    (2.., 2) => put(&mut y, i, at, tile(w2(), [x(i), x(i + 1)], &eight, one)),
+                    (2.., _) => {
+                        let x = [x(i), x(i + 1), x(i + 2)];
+                        put(&mut y, i, at, tile(w2(), x, &eight, one))
+                    }
+                    (_, left) => {
+                        for i in i..i + left.min(3) {
+                            put(&mut y, i, at, tile([w.row(row)], [x(i)], &eight, one));
+                        }
+                        1
+                    }
+                };
             }
-            row += 2;
-        } else {
-            for i in 0..n {
-                put(&mut y, i, at, tile([w.row(row)], [x(i)], &eight, one));
-            }
-            row += 1;
         }
     }
 }
 
-/// Writes the results of a tile from row `i` and column `at` of these columns on.
+/// Writes the results of a tile from row `i` and column `at` of these columns on; returns `M`.
 fn put<const M: usize, const N: usize>(
     y: &mut Columns<'_>,
     i: usize,
     at: usize,
     results: [[f32; M]; N],
-) {
+) -> usize {
     for (j, results) in results.iter().enumerate() {
         y.row(i + j)[at..at + M].copy_from_slice(results);
     }
+    M
 }
 
 /// `M` rows of weights by `N` rows of activations.

@@ -33,6 +33,9 @@ const PREFETCH_BYTES: usize = 4096;
 type TileBlock = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 /// The codes of 32 columns, one to a byte: `[row][column]`.
 type Codes = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
+/// The codes of a strip, aligned so that no load of them crosses a cache line.
+#[repr(align(64))]
+struct Strip([Codes; STRIP_VECTORS]);
 /// A running sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
 
@@ -99,13 +102,13 @@ fn many_rows(
     rows: Range<usize>,
     y: &mut Columns<'_>,
 ) {
-    let mut codes = [[[0; ROW_BLOCK_BYTES]; TILE_ROWS]; STRIP_VECTORS];
+    let mut unpacked = Strip([[[0; ROW_BLOCK_BYTES]; TILE_ROWS]; STRIP_VECTORS]);
     for (position, tile) in tiles.enumerate() {
         let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; GROUP_ROWS];
         let totals = &mut totals[..rows.len()];
         for (strip, tile) in blocks(w, tile).chunks(STRIP_BLOCKS).enumerate() {
-            unpack_strip(tile, &mut codes);
-            let codes = &codes[..tile.len() * PLANES];
+            unpack_strip(tile, &mut unpacked.0);
+            let codes = &unpacked.0[..tile.len() * PLANES];
             let vectors = |i: usize| {
                 let x = x.row(rows.start + i).as_chunks::<ROW_BLOCK_BYTES>().0;
                 &x[strip * STRIP_VECTORS..][..codes.len()]

@@ -1,0 +1,441 @@
+//! Builds a `tokenizer.json` from the metadata of a GGUF file, and takes its chat template.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::{Value as Json, json};
+
+use super::ImportError;
+use super::gguf::Architecture;
+use super::text::{self, TokenizerSummary};
+use crate::config::ModelConfig;
+use crate::gguf::{Metadata, Value};
+use crate::writer::ModelText;
+
+/// Splits text before BPE, as Llama 3 does.
+const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The same with single digits, as Qwen 2 does.
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Chat template of BitNet b1.58 2B4T: the text of its `tokenizer_config.json`.
+const BITNET_TEMPLATE: &str = "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}";
+/// What the wrong template of the official GGUF file contains.
+const WRONG_TEMPLATE_MARK: &str = "BITNETAssistant";
+/// Vocabulary of Llama 3, and so of BitNet b1.58 2B4T.
+const LLAMA3_VOCAB: u32 = 128_256;
+/// Longest piece of a SentencePiece vocabulary: every split of every piece is looked up.
+const PIECE_BYTES_MAX: usize = 512;
+/// SentencePiece's space.
+const SPACE: char = '\u{2581}';
+
+/// `tokenizer.ggml.token_type` of special tokens.
+const CONTROL: u64 = 3;
+/// … of tokens added by users.
+const USER_DEFINED: u64 = 4;
+
+/// Text of a GGUF file; completes `config`. Without `tokenizer.ggml.model` there is no tokenizer.
+pub(super) fn read(
+    metadata: &Metadata<'_>,
+    architecture: Architecture,
+    config: &mut ModelConfig,
+    notes: &mut Vec<String>,
+) -> Result<ModelText, ImportError> {
+    let special = |key: &str| -> Result<Option<u32>, ImportError> {
+        let key = format!("tokenizer.ggml.{key}");
+        let Some(id) = metadata.unsigned(&key)? else { return Ok(None) };
+        let in_vocab = u32::try_from(id).ok().filter(|id| *id < config.vocab);
+        in_vocab.map(Some).ok_or_else(|| ImportError::Value {
+            key,
+            found: id.to_string(),
+            expected: format!("an id below {}", config.vocab),
+        })
+    };
+    let (bos, eos) = (special("bos_token_id")?, special("eos_token_id")?);
+    let end_of_turn = special("eot_token_id")?;
+    config.bos_token = bos;
+    config.eos_tokens.extend(eos.into_iter().chain(end_of_turn));
+    let template = template(metadata, architecture, config, notes)?;
+    let Some(model) = metadata.string("tokenizer.ggml.model")? else {
+        text::finish(None, config, notes)?;
+        return Ok(ModelText { chat_template: template, ..ModelText::default() });
+    };
+    let vocabulary = Vocabulary::read(metadata)?;
+    let add_bos = metadata.bool("tokenizer.ggml.add_bos_token")?;
+    let tokenizer = match model {
+        "gpt2" => {
+            let split = Split::choose(metadata, architecture, config, notes)?;
+            config.add_bos = add_bos.unwrap_or(split.adds_bos());
+            byte_level(metadata, &vocabulary, split, bos.filter(|_| config.add_bos))?
+        }
+        "llama" => {
+            config.add_bos = add_bos.unwrap_or(true);
+            sentence_piece(metadata, &vocabulary, bos.filter(|_| config.add_bos))?
+        }
+        other => {
+            return Err(ImportError::Tokenizer(format!(
+                "tokenizer.ggml.model is {other:?}, expected \"gpt2\" or \"llama\""
+            )));
+        }
+    };
+    let json = serde_json::to_vec(&tokenizer).expect("a tokenizer is plain data");
+    text::finish(Some(&TokenizerSummary::parse(&json)?), config, notes)?;
+    let text_of = |id: Option<u32>| Some(vocabulary.tokens.get(id? as usize)?.text.to_owned());
+    Ok(ModelText {
+        tokenizer: Some(json),
+        chat_template: template,
+        bos_text: text_of(bos),
+        eos_text: text_of(eos),
+    })
+}
+
+/// The file's chat template, unless it is the wrong one that the official file carries.
+fn template(
+    metadata: &Metadata<'_>,
+    architecture: Architecture,
+    config: &ModelConfig,
+    notes: &mut Vec<String>,
+) -> Result<Option<String>, ImportError> {
+    let Some(found) = metadata.string("tokenizer.chat_template")? else { return Ok(None) };
+    text::check_template(Some(found))?;
+    let is_wrong = architecture == Architecture::BitNetB158
+        && config.vocab == LLAMA3_VOCAB
+        && found.contains(WRONG_TEMPLATE_MARK);
+    if is_wrong {
+        notes
+            .push("chat template: the file's is known to be wrong, replaced by the model's".into());
+        return Ok(Some(BITNET_TEMPLATE.into()));
+    }
+    notes.push("chat template: from the metadata".into());
+    Ok(Some(found.into()))
+}
+
+/// How text is split before BPE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Split {
+    Llama3,
+    Qwen2,
+}
+
+impl Split {
+    fn choose(
+        metadata: &Metadata<'_>,
+        architecture: Architecture,
+        config: &ModelConfig,
+        notes: &mut Vec<String>,
+    ) -> Result<Self, ImportError> {
+        match metadata.string("tokenizer.ggml.pre")? {
+            Some("llama-bpe" | "llama3" | "llama-v3" | "falcon3") => Ok(Self::Llama3),
+            Some("qwen2") => Ok(Self::Qwen2),
+            None if architecture != Architecture::Llama && config.vocab == LLAMA3_VOCAB => {
+                notes.push("tokenizer: tokenizer.ggml.pre is missing, taken as llama-bpe".into());
+                Ok(Self::Llama3)
+            }
+            other => Err(ImportError::Tokenizer(format!(
+                "tokenizer.ggml.pre is {}, expected llama-bpe, llama3, llama-v3, falcon3 or qwen2",
+                other.map_or_else(|| "missing".into(), |pre| format!("{pre:?}"))
+            ))),
+        }
+    }
+
+    fn adds_bos(self) -> bool {
+        self == Self::Llama3
+    }
+}
+
+/// One word of a vocabulary.
+struct Token<'a> {
+    text: &'a str,
+    token_type: u64,
+}
+
+impl Token<'_> {
+    fn is_added(&self) -> bool {
+        matches!(self.token_type, CONTROL | USER_DEFINED)
+    }
+}
+
+/// `tokenizer.ggml.tokens` and `.token_type`; the id is the index.
+struct Vocabulary<'a> {
+    tokens: Vec<Token<'a>>,
+    ids: HashMap<&'a str, u32>,
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(metadata: &Metadata<'a>) -> Result<Self, ImportError> {
+        const TOKENS: &str = "tokenizer.ggml.tokens";
+        const TYPES: &str = "tokenizer.ggml.token_type";
+        let array = metadata.array(TOKENS)?;
+        let array = array
+            .ok_or_else(|| ImportError::MissingKey { file: "metadata", key: TOKENS.into() })?;
+        let texts = array.strings().ok_or_else(|| {
+            let found = array.element_type().name();
+            ImportError::Tokenizer(format!("{TOKENS} is an array of {found}, expected strings"))
+        })?;
+        let mut tokens: Vec<Token<'_>> = texts.map(|text| Token { text, token_type: 1 }).collect();
+        if let Some(types) = metadata.array(TYPES)? {
+            if types.len() != tokens.len() {
+                let (found, expected) = (types.len(), tokens.len());
+                return Err(ImportError::Tokenizer(format!(
+                    "{TYPES} has {found} elements for {expected} tokens"
+                )));
+            }
+            for (token, value) in tokens.iter_mut().zip(types.iter()) {
+                token.token_type = value.unsigned().ok_or_else(|| {
+                    ImportError::Tokenizer(format!("{TYPES} holds something other than integers"))
+                })?;
+            }
+        }
+        let mut ids = HashMap::new();
+        for (id, token) in tokens.iter().enumerate() {
+            if let Some(other) = ids.insert(token.text, id as u32) {
+                return Err(ImportError::Tokenizer(format!(
+                    "tokens {other} and {id} have the same text {:?}",
+                    token.text
+                )));
+            }
+        }
+        Ok(Self { tokens, ids })
+    }
+
+    /// Whether the added tokens come after all others: they then keep their ids without being
+    /// words of the vocabulary proper, as in Llama 3.
+    fn added_last(&self) -> bool {
+        self.tokens.is_sorted_by_key(Token::is_added)
+    }
+
+    fn added_tokens(&self) -> Json {
+        let added = self.tokens.iter().enumerate().filter(|(_, token)| token.is_added());
+        let entries = added.map(|(id, token)| {
+            json!({
+                "id": id, "content": token.text, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": token.token_type == CONTROL,
+            })
+        });
+        entries.collect()
+    }
+
+    fn words(&self) -> Words<'_> {
+        let added_last = self.added_last();
+        let is_word = |(_, token): &(usize, &Token<'_>)| !(added_last && token.is_added());
+        let tokens = self.tokens.iter().enumerate().filter(is_word);
+        Words(tokens.map(|(id, token)| (token.text, id)).collect())
+    }
+}
+
+/// A vocabulary as a JSON object in the order of ids.
+struct Words<'a>(Vec<(&'a str, usize)>);
+
+impl Serialize for Words<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (text, id) in &self.0 {
+            map.serialize_entry(text, id)?;
+        }
+        map.end()
+    }
+}
+
+/// `tokenizer.json`.
+#[derive(serde::Serialize)]
+struct TokenizerFile<'a> {
+    version: &'static str,
+    truncation: Json,
+    padding: Json,
+    added_tokens: Json,
+    normalizer: Json,
+    pre_tokenizer: Json,
+    post_processor: Json,
+    decoder: Json,
+    model: Bpe<'a>,
+}
+
+/// A BPE model of `tokenizer.json`.
+#[derive(serde::Serialize)]
+struct Bpe<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    dropout: Json,
+    unk_token: Option<&'a str>,
+    continuing_subword_prefix: Json,
+    end_of_word_suffix: Json,
+    fuse_unk: bool,
+    byte_fallback: bool,
+    ignore_merges: bool,
+    vocab: Words<'a>,
+    merges: Vec<(&'a str, &'a str)>,
+}
+
+/// Byte-level BPE in the manner of GPT-2.
+fn byte_level<'a>(
+    metadata: &Metadata<'a>,
+    vocabulary: &'a Vocabulary<'a>,
+    split: Split,
+    bos: Option<u32>,
+) -> Result<TokenizerFile<'a>, ImportError> {
+    const MERGES: &str = "tokenizer.ggml.merges";
+    let array = metadata.array(MERGES)?;
+    let texts = array.and_then(|array| array.strings());
+    let texts = texts.ok_or_else(|| {
+        ImportError::Tokenizer(format!("{MERGES} is missing, or not an array of strings"))
+    })?;
+    let mut merges = Vec::new();
+    for text in texts {
+        let known = |side: &str| vocabulary.ids.contains_key(side);
+        let pair = text.split_once(' ').filter(|(left, right)| known(left) && known(right));
+        merges.push(pair.ok_or_else(|| {
+            ImportError::Tokenizer(format!("merge {text:?} is not two known tokens"))
+        })?);
+    }
+    let (pattern, normalizer) = match split {
+        Split::Llama3 => (LLAMA3_SPLIT, Json::Null),
+        Split::Qwen2 => (QWEN2_SPLIT, json!({"type": "NFC"})),
+    };
+    let byte_level = |trim_offsets: bool, prefix: bool, regex: bool| {
+        json!({
+            "type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": trim_offsets,
+            "use_regex": regex,
+        })
+    };
+    let split_step = json!({
+        "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false,
+    });
+    Ok(TokenizerFile {
+        version: "1.0",
+        truncation: Json::Null,
+        padding: Json::Null,
+        added_tokens: vocabulary.added_tokens(),
+        normalizer,
+        pre_tokenizer: json!({
+            "type": "Sequence", "pretokenizers": [split_step, byte_level(true, false, false)],
+        }),
+        post_processor: post_processor(vocabulary, bos, Some(byte_level(false, true, true))),
+        decoder: byte_level(true, true, true),
+        model: Bpe {
+            kind: "BPE",
+            dropout: Json::Null,
+            unk_token: None,
+            continuing_subword_prefix: Json::Null,
+            end_of_word_suffix: Json::Null,
+            fuse_unk: false,
+            byte_fallback: false,
+            ignore_merges: split == Split::Llama3,
+            vocab: vocabulary.words(),
+            merges,
+        },
+    })
+}
+
+/// What adds BOS, after `first` if there is one.
+fn post_processor(vocabulary: &Vocabulary<'_>, bos: Option<u32>, first: Option<Json>) -> Json {
+    let template = bos.and_then(|id| Some((id, vocabulary.tokens.get(id as usize)?.text)));
+    let template = template.map(|(id, text)| {
+        let token = |type_id: u32| json!({"SpecialToken": {"id": text, "type_id": type_id}});
+        let sequence =
+            |name: &str, type_id: u32| json!({"Sequence": {"id": name, "type_id": type_id}});
+        let tokens = BTreeMap::from([(text, json!({"id": text, "ids": [id], "tokens": [text]}))]);
+        json!({
+            "type": "TemplateProcessing",
+            "single": [token(0), sequence("A", 0)],
+            "pair": [token(0), sequence("A", 0), token(1), sequence("B", 1)],
+            "special_tokens": tokens,
+        })
+    });
+    match (first, template) {
+        (Some(first), Some(template)) => {
+            json!({"type": "Sequence", "processors": [first, template]})
+        }
+        (Some(only), None) | (None, Some(only)) => only,
+        (None, None) => Json::Null,
+    }
+}
+
+/// SentencePiece BPE with byte fallback, in the manner of Llama 2: merges follow from the scores.
+fn sentence_piece<'a>(
+    metadata: &Metadata<'a>,
+    vocabulary: &'a Vocabulary<'a>,
+    bos: Option<u32>,
+) -> Result<TokenizerFile<'a>, ImportError> {
+    let merges = merges_by_score(metadata, vocabulary)?;
+    let unknown = metadata.unsigned("tokenizer.ggml.unknown_token_id")?;
+    let unknown = unknown.and_then(|id| vocabulary.tokens.get(id as usize)).map(|t| t.text);
+    let add_space = metadata.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let to_piece =
+        json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE.to_string()});
+    let from_piece =
+        json!({"type": "Replace", "pattern": {"String": SPACE.to_string()}, "content": " "});
+    let mut normalizers = vec![to_piece];
+    let mut decoders = vec![from_piece, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+    if add_space {
+        normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE.to_string()}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    Ok(TokenizerFile {
+        version: "1.0",
+        truncation: Json::Null,
+        padding: Json::Null,
+        added_tokens: vocabulary.added_tokens(),
+        normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
+        pre_tokenizer: Json::Null,
+        post_processor: post_processor(vocabulary, bos, None),
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        model: Bpe {
+            kind: "BPE",
+            dropout: Json::Null,
+            unk_token: unknown.or(vocabulary.ids.contains_key("<unk>").then_some("<unk>")),
+            continuing_subword_prefix: Json::Null,
+            end_of_word_suffix: Json::Null,
+            fuse_unk: true,
+            byte_fallback: true,
+            ignore_merges: false,
+            vocab: vocabulary.words(),
+            merges,
+        },
+    })
+}
+
+/// Every way to make a piece of two others: best piece first, as transformers converts such files.
+fn merges_by_score<'a>(
+    metadata: &Metadata<'a>,
+    vocabulary: &'a Vocabulary<'a>,
+) -> Result<Vec<(&'a str, &'a str)>, ImportError> {
+    const SCORES: &str = "tokenizer.ggml.scores";
+    let tokens = &vocabulary.tokens;
+    let scores: Vec<f64> = match metadata.array(SCORES)? {
+        Some(array) => {
+            let values = array.iter().map(|value| match value {
+                Value::Float(value, _) if value.is_finite() => Ok(value),
+                _ => Err(ImportError::Tokenizer(format!("{SCORES} holds what is no number"))),
+            });
+            values.collect::<Result<_, _>>()?
+        }
+        None => Vec::new(),
+    };
+    if scores.len() != tokens.len() {
+        let (found, expected) = (scores.len(), tokens.len());
+        return Err(ImportError::Tokenizer(format!(
+            "{SCORES} has {found} elements for {expected} tokens"
+        )));
+    }
+    let mut scored = Vec::new();
+    for (token, score) in tokens.iter().zip(scores).filter(|(token, _)| token.token_type == 1) {
+        if token.text.len() > PIECE_BYTES_MAX {
+            return Err(ImportError::Tokenizer(format!(
+                "a piece has {} bytes, at most {PIECE_BYTES_MAX} are accepted",
+                token.text.len()
+            )));
+        }
+        let mut ways: Vec<_> = token
+            .text
+            .char_indices()
+            .skip(1)
+            .filter_map(|(at, _)| {
+                let (left, right) = token.text.split_at(at);
+                Some((*vocabulary.ids.get(left)?, *vocabulary.ids.get(right)?, left, right))
+            })
+            .collect();
+        ways.sort_unstable_by_key(|(left, right, ..)| (*left, *right));
+        scored.extend(ways.into_iter().map(|(.., left, right)| (score, left, right)));
+    }
+    // Stable: pieces of the same score keep the order of their ids.
+    scored.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
+    Ok(scored.into_iter().map(|(_, left, right)| (left, right)).collect())
+}

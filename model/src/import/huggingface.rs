@@ -1,0 +1,387 @@
+//! Hugging Face directories: `config.json`, one or several safetensors files, tokenizer and template.
+
+mod config;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::checkpoint::{Checkpoint, LayerTensors, NO_SCALES};
+use super::matrix::{FloatFormat, Floats, Matrix, Trits};
+use super::text::{self, HuggingFaceText};
+use super::{ImportError, map, name_of};
+use crate::config::ModelConfig;
+use crate::file::{MappedFile, read_limited};
+use crate::layout::{Norm, Projection};
+use crate::safetensors::{Dtype, Table, Tensor};
+use crate::store::TOKENIZER_BYTES_MAX;
+use config::{HuggingFaceConfig, Weights};
+
+pub(super) const CONFIG_FILE: &str = "config.json";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+const SINGLE_FILE: &str = "model.safetensors";
+/// Longest JSON file beside the tokenizer: an index names every tensor.
+const JSON_BYTES_MAX: u64 = 16 << 20;
+/// Most files of a sharded model.
+const FILES_MAX: usize = 1024;
+
+/// A directory whose files are mapped.
+#[derive(Debug)]
+pub(super) struct Directory {
+    path: PathBuf,
+    config: Vec<u8>,
+    files: Vec<(PathBuf, MappedFile)>,
+    /// Where the index says each tensor is, if there is an index.
+    index: Option<BTreeMap<String, String>>,
+}
+
+/// `model.safetensors.index.json`; what else it says does not matter.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Directory {
+    pub(super) fn open(path: &Path) -> Result<Self, ImportError> {
+        let config = read(&path.join(CONFIG_FILE), JSON_BYTES_MAX)?;
+        let index: Option<Index> = read_json(&path.join(INDEX_FILE))?;
+        let index = index.map(|index| index.weight_map);
+        let names = match &index {
+            None => vec![SINGLE_FILE.to_owned()],
+            Some(index) => file_names(&path.join(INDEX_FILE), index)?,
+        };
+        let mut files = Vec::new();
+        for name in names {
+            let path = path.join(name);
+            let file = map(&path)?;
+            file.advise_sequential();
+            files.push((path, file));
+        }
+        Ok(Self { path: path.to_owned(), config, files, index })
+    }
+
+    /// Finds and checks everything that an import needs.
+    pub(super) fn read(&self) -> Result<Checkpoint<'_>, ImportError> {
+        let config = HuggingFaceConfig::parse(&self.config, &self.path.join(CONFIG_FILE))?;
+        let mut tensors = Tensors::default();
+        for (path, file) in &self.files {
+            tensors.add(path, file.bytes())?;
+        }
+        for (tensor, file) in self.index.iter().flatten() {
+            let found = tensors.files.get(tensor).and_then(|path| path.file_name());
+            if found.is_none_or(|found| found != file.as_str()) {
+                return Err(ImportError::MissingTensor { tensor: format!("{tensor} in {file}") });
+            }
+        }
+        let path = |name| self.path.join(name);
+        let text = HuggingFaceText {
+            tokenizer: read_optional(&path("tokenizer.json"), TOKENIZER_BYTES_MAX)?,
+            tokenizer_config: read_json(&path("tokenizer_config.json"))?.unwrap_or_default(),
+            generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
+            template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
+        };
+        read_checkpoint(config, tensors, text, &name_of(&self.path))
+    }
+}
+
+/// The whole of a model given as bytes, without writing it.
+pub(super) fn check(config: &[u8], file: &[u8]) -> Result<ModelConfig, ImportError> {
+    let config = HuggingFaceConfig::parse(config, Path::new(CONFIG_FILE))?;
+    let mut tensors = Tensors::default();
+    tensors.add(Path::new(SINGLE_FILE), file)?;
+    read_checkpoint(config, tensors, HuggingFaceText::default(), "checked")?.check()
+}
+
+/// The files that an index names, each once: plain names, so that none leads out of the directory.
+fn file_names(path: &Path, index: &BTreeMap<String, String>) -> Result<Vec<String>, ImportError> {
+    let mut names: Vec<String> = index.values().cloned().collect();
+    names.sort();
+    names.dedup();
+    let plain = |name: &str| {
+        name.ends_with(".safetensors")
+            && !name.starts_with('.')
+            && !name.contains(['/', '\\', ':', '\0'])
+    };
+    if let Some(name) = names.iter().find(|name| !plain(name)) {
+        return Err(ImportError::FileName { path: path.to_owned(), name: name.clone() });
+    }
+    if names.is_empty() || names.len() > FILES_MAX {
+        return Err(ImportError::Value {
+            key: format!("the number of files in {INDEX_FILE}"),
+            found: names.len().to_string(),
+            expected: format!("1 to {FILES_MAX}"),
+        });
+    }
+    Ok(names)
+}
+
+fn read(path: &Path, limit_bytes: u64) -> Result<Vec<u8>, ImportError> {
+    read_limited(path, limit_bytes)
+        .map_err(|source| ImportError::Read { path: path.to_owned(), source })
+}
+
+fn read_optional(path: &Path, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImportError> {
+    if path.exists() { read(path, limit_bytes).map(Some) } else { Ok(None) }
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, ImportError> {
+    let Some(json) = read_optional(path, JSON_BYTES_MAX)? else { return Ok(None) };
+    serde_json::from_slice(&json)
+        .map(Some)
+        .map_err(|source| ImportError::Json { path: path.to_owned(), source })
+}
+
+/// The tensors of all files. Those that were asked for are taken out; what is left is unknown.
+#[derive(Default)]
+struct Tensors<'a> {
+    left: BTreeMap<String, (Tensor, &'a [u8])>,
+    files: BTreeMap<String, PathBuf>,
+}
+
+impl<'a> Tensors<'a> {
+    fn add(&mut self, path: &Path, file: &'a [u8]) -> Result<(), ImportError> {
+        let table = Table::parse(file)
+            .map_err(|source| ImportError::Safetensors { path: path.to_owned(), source })?;
+        for (name, tensor) in table.tensors {
+            let bytes = &file[tensor.range.clone()];
+            if self.left.insert(name.clone(), (tensor, bytes)).is_some() {
+                return Err(ImportError::DuplicateTensor { tensor: name });
+            }
+            self.files.insert(name, path.to_owned());
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, name: &str) -> Result<(Tensor, &'a [u8]), ImportError> {
+        self.left.remove(name).ok_or_else(|| ImportError::MissingTensor { tensor: name.to_owned() })
+    }
+
+    /// A float matrix, or a vector of one row.
+    fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Floats<'a>, ImportError> {
+        let (tensor, bytes) = self.take(name)?;
+        let format = float_format(tensor.dtype).filter(|_| tensor.shape == shape);
+        let Some(format) = format else {
+            return Err(wrong_tensor(name, &tensor, &format!("floats of {shape:?}")));
+        };
+        let cols = shape[shape.len() - 1];
+        let rows = shape[..shape.len() - 1].iter().product();
+        Ok(Floats { tensor: name.to_owned(), format, bytes, rows, cols })
+    }
+
+    /// A scale: one float.
+    fn scale(&mut self, name: &str) -> Result<Option<f32>, ImportError> {
+        let Some((tensor, bytes)) = self.left.remove(name) else { return Ok(None) };
+        let format = float_format(tensor.dtype).filter(|_| tensor.shape.iter().all(|d| *d == 1));
+        let Some(format) = format else {
+            return Err(wrong_tensor(name, &tensor, "one float (one scale per tensor)"));
+        };
+        let floats = Floats { tensor: name.to_owned(), format, bytes, rows: 1, cols: 1 };
+        Ok(Some(floats.vector()?[0]))
+    }
+}
+
+fn float_format(dtype: Dtype) -> Option<FloatFormat> {
+    match dtype {
+        Dtype::Bf16 => Some(FloatFormat::Bf16),
+        Dtype::F16 => Some(FloatFormat::F16),
+        Dtype::F32 => Some(FloatFormat::F32),
+        Dtype::U8 => None,
+    }
+}
+
+fn wrong_tensor(name: &str, tensor: &Tensor, expected: &str) -> ImportError {
+    let found = format!("{} {:?}", tensor.dtype.name(), tensor.shape);
+    ImportError::Tensor { tensor: name.to_owned(), found, expected: expected.to_owned() }
+}
+
+/// Names of a layer's matrices behind `model.layers.N.`.
+fn projection_name(projection: Projection) -> &'static str {
+    match projection {
+        Projection::Q => "self_attn.q_proj",
+        Projection::K => "self_attn.k_proj",
+        Projection::V => "self_attn.v_proj",
+        Projection::O => "self_attn.o_proj",
+        Projection::Gate => "mlp.gate_proj",
+        Projection::Up => "mlp.up_proj",
+        Projection::Down => "mlp.down_proj",
+    }
+}
+
+/// Names that a layer's norms may have behind `model.layers.N.`: Microsoft's, then 1bitLLM's.
+fn norm_names(norm: Norm) -> [&'static str; 2] {
+    match norm {
+        Norm::Attn => ["input_layernorm.weight"; 2],
+        Norm::AttnSub => ["self_attn.attn_sub_norm.weight", "self_attn.inner_attn_ln.weight"],
+        Norm::Ffn => ["post_attention_layernorm.weight"; 2],
+        Norm::FfnSub => ["mlp.ffn_sub_norm.weight", "mlp.ffn_layernorm.weight"],
+    }
+}
+
+fn read_checkpoint<'a>(
+    config: HuggingFaceConfig,
+    mut tensors: Tensors<'a>,
+    text: HuggingFaceText,
+    name: &str,
+) -> Result<Checkpoint<'a>, ImportError> {
+    let HuggingFaceConfig { mut model, weights, tied, skipped, mut notes } = config;
+    if model.name.is_empty() {
+        model.name = name.to_owned();
+    }
+    model.validate()?;
+    let (vocab, hidden) = (model.vocab as usize, model.hidden as usize);
+    let embedding = tensors.floats("model.embed_tokens.weight", &[vocab, hidden])?;
+    let head = read_head(&mut tensors, &embedding, tied, &mut notes)?;
+    model.tied_head = head.is_none();
+    let final_norm = tensors.floats("model.norm.weight", &[hidden])?.vector()?;
+
+    let mut layers = Vec::new();
+    for layer in 0..model.layers {
+        layers.push(read_layer(&mut tensors, &model, weights, &skipped, layer)?);
+        // Buffers of old Llama checkpoints: they follow from the config.
+        tensors.left.remove(&format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
+    }
+    if let Some(tensor) = tensors.left.keys().next() {
+        return Err(ImportError::UnknownTensor { hint: hint(tensor), tensor: tensor.clone() });
+    }
+    let format = describe(&layers[0].matrices[0], weights);
+    notes.insert(0, format!("weights: {format}"));
+    let text = text::from_hugging_face(text, &mut model, &mut notes)?;
+    Ok(Checkpoint {
+        config: model,
+        text,
+        source: name.to_owned(),
+        format: format!("safetensors {format}"),
+        notes,
+        embedding,
+        head,
+        final_norm,
+        layers,
+        scales: std::cell::RefCell::new(NO_SCALES),
+        odd_matrices: 0,
+    })
+}
+
+/// The head, unless it is the embedding. A tied model may still carry a copy.
+fn read_head<'a>(
+    tensors: &mut Tensors<'a>,
+    embedding: &Floats<'a>,
+    tied: Option<bool>,
+    notes: &mut Vec<String>,
+) -> Result<Option<Floats<'a>>, ImportError> {
+    const HEAD: &str = "lm_head.weight";
+    let is_there = tensors.left.contains_key(HEAD);
+    let tied = tied.unwrap_or(!is_there);
+    if tied && !is_there {
+        notes.push("head: tied to the embedding".into());
+        return Ok(None);
+    }
+    let head = tensors.floats(HEAD, &[embedding.rows, embedding.cols])?;
+    if !tied {
+        notes.push("head: its own".into());
+        return Ok(Some(head));
+    }
+    if head.format != embedding.format || head.bytes != embedding.bytes {
+        return Err(ImportError::Unsupported(
+            "config.json ties the head to the embedding, yet lm_head.weight differs from it".into(),
+        ));
+    }
+    notes.push("head: tied to the embedding, whose copy lm_head.weight was left out".into());
+    Ok(None)
+}
+
+fn read_layer<'a>(
+    tensors: &mut Tensors<'a>,
+    model: &ModelConfig,
+    weights: Weights,
+    skipped: &[String],
+    layer: u32,
+) -> Result<LayerTensors<'a>, ImportError> {
+    let prefix = format!("model.layers.{layer}.");
+    let mut matrices = Vec::with_capacity(Projection::ALL.len());
+    for projection in Projection::ALL {
+        let path = format!("{prefix}{}", projection_name(projection));
+        if let Some(skipped) = skipped.iter().find(|skipped| path.contains(skipped.as_str())) {
+            return Err(ImportError::Unsupported(format!(
+                "modules_to_not_convert leaves {path} (by {skipped:?}) without ternary weights, \
+                 which is not supported"
+            )));
+        }
+        matrices.push(read_matrix(tensors, model, weights, projection, &path)?);
+    }
+    let mut norms = Vec::new();
+    for norm in Norm::of(model) {
+        let [name, other] = norm_names(*norm).map(|name| format!("{prefix}{name}"));
+        let name = if tensors.left.contains_key(&name) { name } else { other };
+        norms.push(tensors.floats(&name, &[norm.len(model)])?.vector()?);
+    }
+    Ok(LayerTensors { matrices, norms })
+}
+
+fn read_matrix<'a>(
+    tensors: &mut Tensors<'a>,
+    model: &ModelConfig,
+    weights: Weights,
+    projection: Projection,
+    path: &str,
+) -> Result<Matrix<'a>, ImportError> {
+    let (rows, cols) = projection.shape(model);
+    let name = format!("{path}.weight");
+    let scale = tensors.scale(&format!("{path}.weight_scale"))?;
+    let scale = scale.map(|stored| if weights.divides { 1.0 / stored } else { stored });
+    let dtype = tensors.left.get(&name).map(|(tensor, _)| tensor.dtype);
+    // The tensors are believed over the mode that the config names: saved models get it wrong.
+    let trits = if dtype == Some(Dtype::U8) {
+        let (tensor, bytes) = tensors.take(&name)?;
+        if !rows.is_multiple_of(4) || tensor.shape != [rows / 4, cols] {
+            return Err(wrong_tensor(&name, &tensor, &format!("U8 [{}, {cols}]", rows / 4)));
+        }
+        if scale.is_none() {
+            return Err(ImportError::MissingTensor { tensor: format!("{path}.weight_scale") });
+        }
+        Trits::HuggingFace(bytes)
+    } else {
+        let floats = tensors.floats(&name, &[rows, cols])?;
+        match scale.is_none() && weights.masters {
+            true => Trits::Masters(floats),
+            false => Trits::Ternary(floats),
+        }
+    };
+    Ok(Matrix { tensor: name, trits, scale, rows, cols, interleaved_heads: None })
+}
+
+/// What the matrices are, in words.
+fn describe(matrix: &Matrix<'_>, weights: Weights) -> String {
+    let rule = if weights.divides { "divide" } else { "multiply" };
+    match (&matrix.trits, matrix.scale) {
+        (Trits::Masters(floats), _) => {
+            format!("{} masters, ternary by their mean magnitude", floats.format.name())
+        }
+        (Trits::Ternary(floats), None) => {
+            format!("ternary values stored as {}", floats.format.name())
+        }
+        (Trits::Ternary(floats), Some(_)) => {
+            format!("trits stored as {}, scales {rule}", floats.format.name())
+        }
+        _ => format!("packed uint8, scales {rule}"),
+    }
+}
+
+/// What an unknown tensor probably is.
+fn hint(tensor: &str) -> &'static str {
+    let ends = |ends: &[&str]| ends.iter().any(|end| tensor.ends_with(end));
+    if ends(&[".bias"]) {
+        ": biases are not supported"
+    } else if ends(&["_proj.rms_norm.weight", "_proj.norm.weight"]) {
+        ": norms in front of single projections (use_rms_norm) are not supported"
+    } else if tensor.contains("expert") || tensor.contains("block_sparse_moe") {
+        ": mixtures of experts are not supported"
+    } else if ends(&["q_norm.weight", "k_norm.weight"]) {
+        ": norms of queries and keys are not supported"
+    } else if ends(&["sub_norm.weight", "inner_attn_ln.weight", "ffn_layernorm.weight"]) {
+        ": a model of this type has no sub-norms"
+    } else {
+        ""
+    }
+}
