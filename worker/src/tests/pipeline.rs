@@ -87,7 +87,8 @@ impl Pair {
 
 #[tokio::test]
 async fn two_workers_give_what_one_engine_gives() {
-    let whole = expected(&[0..4]);
+    let all_layers = 0..4;
+    let whole = expected(std::slice::from_ref(&all_layers));
     assert_eq!(whole, expected(&[0..1, 1..4]), "the engine itself may be cut");
 
     let mut worker = Worker::start("w").await;
