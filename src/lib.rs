@@ -1,1 +1,23 @@
 //! The root package: picks the role and wires the rooms. No decisions, no arithmetic.
+//!
+//! ```text
+//! main ──▶ cli::Cli ──▶ commands::run ─┬─▶ client (generate, chat, status) ──▶ a coordinator
+//!                                      ├─▶ local::LocalCluster: Memory registry, coordinator, workers
+//!                                      ├─▶ coordinator::run, worker::run with etcd
+//!                                      ├─▶ pipeline::Pipeline: engines without a network
+//!                                      └─▶ model: import, synth, verify
+//! ```
+
+pub mod cli;
+mod commands;
+pub mod eval;
+mod failure;
+pub mod local;
+pub mod logits;
+pub mod models;
+pub mod pipeline;
+mod progress;
+pub mod settings;
+
+pub use commands::run;
+pub use failure::Failure;

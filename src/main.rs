@@ -1,2 +1,35 @@
-//! The `tercet` binary.
-fn main() {}
+//! The `tercet` binary: arguments, runtime, run, exit code.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use tercet::cli::Cli;
+
+/// Threads for network and timers; computing has its own.
+const NETWORK_THREADS: usize = 2;
+
+/// How long threads that block (a read from a terminal) may hold up the end: not at all worth
+/// waiting for.
+const BLOCKED_GRACE: Duration = Duration::from_millis(50);
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(NETWORK_THREADS)
+        .thread_name("tercet-io")
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(tercet::run(cli));
+            runtime.shutdown_timeout(BLOCKED_GRACE);
+            outcome
+        }
+        Err(error) => Err(error.into()),
+    };
+    match outcome {
+        Ok(()) => node::exit::Exit::Done.into(),
+        Err(failure) => failure.report(),
+    }
+}

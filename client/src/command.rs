@@ -60,7 +60,7 @@ pub(crate) fn write_json(
 
 /// Writes text as it comes. For a terminal, what could steer it (escape sequences that a model
 /// was made to write) is shown as U+FFFD instead.
-pub(crate) struct TextWriter<W> {
+pub struct TextWriter<W> {
     output: W,
     terminal: bool,
     /// Nothing written since the last end of line.
@@ -69,7 +69,7 @@ pub(crate) struct TextWriter<W> {
 
 impl TextWriter<io::Stdout> {
     /// Writes to standard output.
-    pub(crate) fn stdout() -> Self {
+    pub fn stdout() -> Self {
         let output = io::stdout();
         let terminal = output.is_terminal();
         Self::new(output, terminal)
@@ -78,17 +78,21 @@ impl TextWriter<io::Stdout> {
 
 impl<W: Write> TextWriter<W> {
     /// Writes to `output`.
-    pub(crate) fn new(output: W, terminal: bool) -> Self {
+    pub fn new(output: W, terminal: bool) -> Self {
         Self { output, terminal, at_line_start: true }
     }
 
     /// Whether people read this as it comes.
-    pub(crate) fn is_terminal(&self) -> bool {
+    pub fn is_terminal(&self) -> bool {
         self.terminal
     }
 
     /// Writes `text` at once.
-    pub(crate) fn text(&mut self, text: &str) -> Result<(), CommandError> {
+    ///
+    /// # Errors
+    ///
+    /// [`CommandError::Output`].
+    pub fn text(&mut self, text: &str) -> Result<(), CommandError> {
         if text.is_empty() {
             return Ok(());
         }
@@ -103,18 +107,30 @@ impl<W: Write> TextWriter<W> {
     }
 
     /// Steers the terminal.
-    pub(crate) fn control(&mut self, sequence: &str) -> Result<(), CommandError> {
+    ///
+    /// # Errors
+    ///
+    /// [`CommandError::Output`].
+    pub fn control(&mut self, sequence: &str) -> Result<(), CommandError> {
         let written = self.output.write_all(sequence.as_bytes());
         written.and_then(|()| self.output.flush()).map_err(CommandError::Output)
     }
 
     /// Goes to a new line unless at the start of one.
-    pub(crate) fn end_line(&mut self) -> Result<(), CommandError> {
+    ///
+    /// # Errors
+    ///
+    /// [`CommandError::Output`].
+    pub fn end_line(&mut self) -> Result<(), CommandError> {
         if self.at_line_start { Ok(()) } else { self.text("\n") }
     }
 
     /// Writes one JSON value on a line of its own.
-    pub(crate) fn json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
+    ///
+    /// # Errors
+    ///
+    /// [`CommandError::Output`].
+    pub fn json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
         self.at_line_start = true;
         write_json(&mut self.output, value)
     }

@@ -45,7 +45,7 @@ pub struct Config {
     /// A store, or a directory that holds stores.
     pub store: PathBuf,
     /// Bytes that weights and KV may take together; written as `4GiB` or a number.
-    #[serde(with = "as_size")]
+    #[serde(rename = "memory", with = "as_size")]
     pub memory_bytes: u64,
     /// Name of the kernels to use; by default the fastest that this CPU runs.
     pub isa: Option<String>,
@@ -94,7 +94,7 @@ pub enum ConfigError {
         found: usize,
     },
     /// No memory at all.
-    #[error("memory_bytes must be more than zero")]
+    #[error("memory must be more than zero")]
     Memory,
     /// The kernels asked for do not exist or need another CPU.
     #[error("this CPU does not run the kernels {found:?}; it runs {available}")]

@@ -161,7 +161,8 @@ impl Engine {
     ///
     /// # Panics
     ///
-    /// If `input` has another length: the caller checks sizes first.
+    /// If `input` has another length: the caller checks sizes first. After a panic in a kernel the
+    /// engine can be used again, but what the step's blocks hold is unknown.
     pub fn forward(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
         let batch = Batch::new(rows, self.model.config(), &self.config);
         let input_len = if self.model.is_first() { 0 } else { batch.place_count() * self.hidden() };

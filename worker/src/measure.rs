@@ -69,7 +69,7 @@ pub fn measure_layer_ns(
             })
             .collect()
     };
-    let sample = Output::Sample(Box::new(SamplingParameters::default()));
+    let sample = Output::Sample(Box::<SamplingParameters>::default());
     let layer = time(&mut engine, &rows(1, &Output::None));
     let layer_16 = time(&mut engine, &rows(MANY_ROWS, &Output::None));
     let whole = time(&mut engine, &rows(1, &sample));

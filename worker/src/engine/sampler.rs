@@ -67,6 +67,9 @@ pub(super) fn check(parameters: &SamplingParameters, vocab: u32) -> Result<(), S
         if !counts.is_sorted_by(|a, b| a.0 < b.0) {
             return Err(format!("{name} counts must be in ascending order of tokens"));
         }
+        if counts.iter().any(|&(_, count)| count == 0) {
+            return Err(format!("{name} counts must be at least 1"));
+        }
         if let Some(&(token, _)) = counts.last().filter(|last| last.0 >= vocab) {
             return Err(format!("{name} counts name token {token} of a vocabulary of {vocab}"));
         }
@@ -150,11 +153,9 @@ fn adjust(logits: &mut [f32], parameters: &SamplingParameters) {
         }
     }
     for &(token, count) in &p.output_counts {
-        if count > 0 {
-            let logit = &mut logits[token as usize];
-            *logit -= p.frequency_penalty * count as f32;
-            *logit -= p.presence_penalty;
-        }
+        let logit = &mut logits[token as usize];
+        *logit -= p.frequency_penalty * count as f32;
+        *logit -= p.presence_penalty;
     }
     for &(token, bias) in &p.logit_bias {
         logits[token as usize] += bias;

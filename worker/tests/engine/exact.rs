@@ -5,6 +5,7 @@ use kernels::Backend;
 use model::Store;
 use model::synth::SynthFamily;
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 use proto::plan::KvType;
 use proto::step::Output;
 use worker::engine::EngineConfig;
@@ -89,7 +90,7 @@ fn the_kv_type_is_heeded() {
     assert_ne!(f16, f32);
 }
 
-/// 16 sequences, cut and mixed at random: each gives what it gives alone.
+/// Up to eight sequences, cut and mixed at random: each gives what it gives alone.
 fn check_mix(store: &Store, sequences: &[Sequence], chunks: &[usize], config: EngineConfig) {
     let mut pipeline = Pipeline::open(store, 2, config);
     let mut done = vec![0; sequences.len()];
@@ -121,7 +122,10 @@ fn check_mix(store: &Store, sequences: &[Sequence], chunks: &[usize], config: En
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(12) })]
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        ..ProptestConfig::with_cases(12)
+    })]
 
     #[test]
     fn neighbours_change_no_bit(

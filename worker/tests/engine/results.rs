@@ -93,6 +93,14 @@ fn generation_is_reproducible() {
     assert_eq!(generate(2, 3, 2), want);
 }
 
+/// The service runs it on a thread of its own.
+#[test]
+fn an_engine_can_be_moved_to_another_thread() {
+    fn check<T: Send>(_: &T) {}
+    let (_dir, store) = tiny(SynthFamily::BitNet);
+    check(&crate::pipeline::engine(&store, 0..1, plain()));
+}
+
 #[test]
 fn measured_times_are_positive() {
     let (_dir, store) = tiny(SynthFamily::BitNet);

@@ -141,7 +141,7 @@ fn top_k_breaks_ties_by_the_lowest_id() {
 }
 
 #[test]
-fn ranking_bit_by_bit_gives_the_whole_order() {
+fn ranking_piece_by_piece_gives_the_whole_order() {
     let vocab = 3_000;
     let logits: Vec<f32> = (0..vocab).map(|i| ((i * 7919) % 1009) as f32 / 200.0).collect();
     let mut ranked: Vec<u32> = (0..vocab).collect();
@@ -246,7 +246,7 @@ fn an_overflow_is_not_a_token() {
 #[test]
 fn hostile_parameters_are_refused_by_name() {
     type Change = fn(&mut SamplingParameters);
-    let table: [(&str, Change); 22] = [
+    let table: [(&str, Change); 23] = [
         ("temperature", |p| p.temperature = f32::NAN),
         ("temperature", |p| p.temperature = f32::INFINITY),
         ("temperature", |p| p.temperature = -0.1),
@@ -268,6 +268,7 @@ fn hostile_parameters_are_refused_by_name() {
         ("prompt counts", |p| p.prompt_counts = vec![(3, 1), (3, 1)]),
         ("output counts", |p| p.output_counts = vec![(4, 1), (2, 1)]),
         ("output counts", |p| p.output_counts = vec![(10, 1)]),
+        ("output counts", |p| p.output_counts = vec![(1, 0)]),
         ("top_logprobs", |p| p.top_logprobs = Some(TOP_LOGPROBS + 1)),
     ];
     for (name, change) in table {

@@ -1,0 +1,98 @@
+//! The tree of commands, flags and help texts.
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::commands::{
+    ask::{ChatCommand, GenerateCommand, StatusCommand},
+    completions::CompletionsCommand,
+    eval::EvalCommand,
+    import::ImportCommand,
+    logits::LogitsCommand,
+    model::ModelCommand,
+    serve::{CoordinatorCommand, WorkerCommand},
+    up::UpCommand,
+};
+
+/// Serves ternary-weight language models on racks of ordinary CPU servers
+#[derive(Debug, Parser)]
+#[command(
+    name = "tercet",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = "Examples:
+  tercet up --workers 3                      a whole cluster in this process
+  tercet generate \"Once upon a time\"         one answer, from the bundled model
+  tercet chat --endpoint rack1:7420          a conversation with a cluster
+  tercet import bitnet-2b/ store/            make a store of a checkpoint
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 64 wrong configuration."
+)]
+pub struct Cli {
+    /// Logs and traces.
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Where logs and traces go.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Logs and traces")]
+pub(crate) struct TelemetryArgs {
+    /// Which logs to show on standard error: a level, or a filter such as info,node=debug
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+    /// How logs are written
+    #[arg(long, global = true, value_name = "FORMAT", value_parser = ["human", "json"])]
+    pub(crate) log_format: Option<String>,
+    /// Send traces to this OTLP collector (gRPC), such as http://127.0.0.1:4317
+    #[arg(long, global = true, value_name = "URL")]
+    pub(crate) otlp: Option<String>,
+}
+
+/// What `tercet` can do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a whole cluster in this process, without etcd
+    Up(UpCommand),
+    /// Start a coordinator: plans, schedules, answers clients over gRPC and HTTP
+    Coordinator(CoordinatorCommand),
+    /// Start a worker: computes the layers that a coordinator gives it
+    Worker(WorkerCommand),
+    /// Go on from a text or from token ids
+    Generate(GenerateCommand),
+    /// Have a conversation
+    Chat(ChatCommand),
+    /// Show a cluster: who is in, which layers are where, how fast it is
+    Status(StatusCommand),
+    /// Turn a checkpoint into a store
+    Import(ImportCommand),
+    /// List, show, check and make stores
+    Model(ModelCommand),
+    /// Measure the perplexity of a model on a text
+    Eval(EvalCommand),
+    /// Look inside
+    Debug(DebugCommand),
+    /// Print a completion script for a shell
+    Completions(CompletionsCommand),
+}
+
+/// Look inside.
+#[derive(Debug, Args)]
+pub(crate) struct DebugCommand {
+    /// At what.
+    #[command(subcommand)]
+    pub(crate) what: DebugWhat,
+}
+
+/// What can be looked at.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DebugWhat {
+    /// The logits after every token, however the work is cut
+    Logits(LogitsCommand),
+}
+
+#[cfg(test)]
+mod tests;

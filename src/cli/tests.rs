@@ -1,0 +1,71 @@
+//! The command line as a whole.
+
+use clap::{CommandFactory, Parser};
+
+use super::*;
+
+fn exit_of(line: &str) -> i32 {
+    match Cli::try_parse_from(line.split_whitespace()) {
+        Ok(_) => 0,
+        Err(error) => error.exit_code(),
+    }
+}
+
+#[test]
+fn clap_finds_no_contradiction() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn the_flags_that_scripts_rely_on_exist() {
+    for line in [
+        "tercet up --workers 3 --stages 3 --model m --http 127.0.0.1:0 --grpc 127.0.0.1:0",
+        "tercet coordinator --etcd http://a:1,http://b:2 --cluster c --model s --grpc 127.0.0.1:1 \
+         --http 127.0.0.1:2 --stages 2 --advertise host:1",
+        "tercet worker --etcd http://a:1 --cluster c --listen 127.0.0.1:1 --threads 2 --store d \
+         --memory 4GiB --advertise host:1 --insecure",
+        "tercet generate --endpoint a:1 prompt --max-tokens 1 --temperature 0 --seed 1",
+        "tercet generate --model m --stages 2 --tokens 1,2,3 --max-tokens 1 --top-logprobs 3 \
+         --kv-type f32 --json",
+        "tercet generate -",
+        "tercet chat",
+        "tercet status --endpoint a:1 --json",
+        "tercet debug logits --model m --tokens 1,2,3 --stages 2 --chunk 7 --isa scalar \
+         --threads 2 --kv-type f32 --among 15 --json",
+        "tercet eval --model m --text f --window 256 --stages 2 --kv-type f16 --json",
+        "tercet eval --tokens-file f",
+        "tercet import src store --name n",
+        "tercet model ls",
+        "tercet model show s --json",
+        "tercet model verify s",
+        "tercet model synth --shape 2b4t --seed 3 store",
+        "tercet completions bash",
+        "tercet status --log debug --log-format json --otlp http://127.0.0.1:4317",
+    ] {
+        assert_eq!(exit_of(line), 0, "{line}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_two() {
+    for line in [
+        "tercet",
+        "tercet nonsense",
+        "tercet up --workers 0",
+        "tercet up --once",
+        "tercet up --http nowhere",
+        "tercet generate --kv-type f64 x",
+        "tercet generate --threads 0 x",
+        "tercet debug logits --isa mmx --tokens 1",
+        "tercet debug logits --chunk 0 --tokens 1",
+        "tercet debug logits",
+        "tercet eval",
+        "tercet eval --text a --tokens-file b",
+        "tercet model synth --shape 2x3 store",
+        "tercet worker --memory lots",
+        "tercet status --log-format yaml",
+        "tercet completions tcl",
+    ] {
+        assert_eq!(exit_of(line), 2, "{line}");
+    }
+}

@@ -1,0 +1,157 @@
+//! The commands. Each file has the flags of some and runs them.
+
+pub(crate) mod ask;
+pub(crate) mod completions;
+pub(crate) mod eval;
+pub(crate) mod import;
+pub(crate) mod logits;
+pub(crate) mod model;
+pub(crate) mod serve;
+pub(crate) mod up;
+
+use std::time::Duration;
+
+use ::model::Store;
+use clap::Args;
+use node::telemetry::{self, TelemetryConfig, TelemetryGuard};
+use proto::plan::KvType;
+
+use crate::cli::{Cli, Command, DebugWhat, TelemetryArgs};
+use crate::progress::Progress;
+use crate::settings::{self, Flags};
+use crate::{Failure, models, pipeline};
+
+/// How long the last spans may take to reach the collector.
+const TELEMETRY_GRACE: Duration = Duration::from_secs(2);
+
+/// What commands that are no servers show of their logs, unless told otherwise: a person reads
+/// the answer, not the logs.
+const QUIET_LOG: &str = "warn";
+
+/// Does what the command line says.
+///
+/// # Errors
+///
+/// One sentence, and what it means for the exit code.
+pub async fn run(cli: Cli) -> Result<(), Failure> {
+    let Cli { telemetry, command } = cli;
+    match command {
+        // Servers read their telemetry from the same file as everything else.
+        Command::Coordinator(command) => serve::coordinator(command, &telemetry).await,
+        Command::Worker(command) => serve::worker(command, &telemetry).await,
+        Command::Completions(command) => completions::run(&command),
+        command => {
+            let guard = start_telemetry("tercet-client", &quiet_telemetry(&telemetry)?)?;
+            // Boxed: the futures of a whole cluster are large, and one is enough.
+            let outcome = Box::pin(run_client(command)).await;
+            guard.shutdown(TELEMETRY_GRACE).await;
+            outcome
+        }
+    }
+}
+
+async fn run_client(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Up(command) => up::run(command).await,
+        Command::Generate(command) => ask::generate(command).await,
+        Command::Chat(command) => ask::chat(command).await,
+        Command::Status(command) => ask::status(command).await,
+        Command::Import(command) => import::run(&command),
+        Command::Model(command) => model::run(command),
+        Command::Eval(command) => eval::run(&command),
+        Command::Debug(command) => match command.what {
+            DebugWhat::Logits(command) => logits::run(&command),
+        },
+        Command::Coordinator(_) | Command::Worker(_) | Command::Completions(_) => Ok(()),
+    }
+}
+
+/// The telemetry of a command that is no server.
+fn quiet_telemetry(args: &TelemetryArgs) -> Result<TelemetryConfig, Failure> {
+    let mut flags = Flags::default();
+    telemetry_flags(&mut flags, args);
+    settings::client_telemetry(flags, QUIET_LOG).map_err(Failure::config)
+}
+
+/// Puts the flags about logs and traces into the tree.
+fn telemetry_flags(flags: &mut Flags, args: &TelemetryArgs) {
+    flags.set("telemetry.log", args.log.clone());
+    flags.set("telemetry.log_format", args.log_format.clone());
+    flags.set("telemetry.otlp_endpoint", args.otlp.clone());
+}
+
+fn start_telemetry(service: &str, config: &TelemetryConfig) -> Result<TelemetryGuard, Failure> {
+    telemetry::init(service, config).map_err(Failure::config)
+}
+
+/// Which model, for commands that compute in this process.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ModelArgs {
+    /// A store, a Hugging Face directory, a GGUF file, or `bundled` [default: bundled]
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+}
+
+impl ModelArgs {
+    /// Opens it; a checkpoint is imported into the cache the first time.
+    pub(crate) fn open(&self, quiet: bool) -> Result<Store, Failure> {
+        let mut progress = Progress::new("importing", quiet);
+        let store = models::open(self.model.as_deref(), &mut |report| {
+            progress.show(report.what, report.done, report.total);
+        });
+        progress.finish();
+        Ok(store?)
+    }
+}
+
+/// How a model is cut and computed in this process.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ComputeArgs {
+    /// Compute in exactly so many stages [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) stages: Option<u32>,
+    /// Compute threads [default: the cores, shared by the stages]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    pub(crate) threads: Option<usize>,
+    /// How keys and values are stored: f16 or f32 [default: f16]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) kv_type: Option<KvType>,
+}
+
+/// Most threads that can be asked for: more is a slip of the finger.
+const THREADS_MAX: usize = 1024;
+
+pub(crate) fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads) if (1..=THREADS_MAX).contains(&threads) => Ok(threads),
+        _ => Err(format!("must be a number from 1 to {THREADS_MAX}")),
+    }
+}
+
+impl ComputeArgs {
+    /// The pipeline of engines that these flags describe, for the model in `store`.
+    pub(crate) fn pipeline(
+        &self,
+        store: &Store,
+        backend: kernels::Backend,
+    ) -> Result<pipeline::PipelineOptions, Failure> {
+        let stages = self.stages.unwrap_or(1);
+        pipeline::check_stages(stages, store.config().layers).map_err(Failure::usage)?;
+        let defaults = pipeline::PipelineOptions::default();
+        Ok(pipeline::PipelineOptions {
+            stages,
+            backend,
+            // Stages compute one after the other here: each may have every core.
+            threads: self.threads.unwrap_or(defaults.threads),
+            kv_type: self.kv_type.unwrap_or_default(),
+        })
+    }
+}
+
+/// For clap: a count that cannot be nothing.
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("must be a number of at least 1".to_owned()),
+    }
+}

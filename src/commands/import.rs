@@ -1,0 +1,86 @@
+//! `tercet import`: turns a checkpoint into a store.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use client::command::TextWriter;
+use model::{ImportOptions, Imported};
+use serde::Serialize;
+
+use crate::Failure;
+use crate::progress::Progress;
+
+/// Turns a checkpoint into a store.
+///
+/// Reads a Hugging Face directory or a GGUF file of a ternary model and writes a directory that
+/// workers map as it is. The store appears whole or not at all.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tercet import bitnet-b1.58-2B-4T/ store/
+  tercet import ggml-model-i2_s.gguf store/ --name bitnet-2b")]
+pub(crate) struct ImportCommand {
+    /// A Hugging Face directory or a GGUF file
+    #[arg(value_name = "SOURCE")]
+    source: PathBuf,
+    /// Directory to make; must not exist
+    #[arg(value_name = "STORE")]
+    store: PathBuf,
+    /// Name of the model, in place of the one that the source suggests
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    id: String,
+    store: String,
+    name: &'a str,
+    format: &'a str,
+    notes: &'a [String],
+}
+
+/// Runs the command.
+pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
+    let options = ImportOptions { name: command.name.clone() };
+    let mut progress = Progress::new("importing", command.json);
+    let imported = model::import(&command.source, &command.store, &options, &mut |report| {
+        progress.show(report.what, report.done, report.total);
+    });
+    progress.finish();
+    let imported = imported?;
+    let mut writer = TextWriter::stdout();
+    if command.json {
+        writer.json(&Report {
+            id: imported.id.to_string(),
+            store: imported.store.display().to_string(),
+            name: &imported.config.name,
+            format: &imported.format,
+            notes: &imported.notes,
+        })?;
+    } else {
+        writer.text(&words(&imported))?;
+    }
+    Ok(())
+}
+
+/// What was imported, and what was decided on the way.
+fn words(imported: &Imported) -> String {
+    let config = &imported.config;
+    let mut text = format!(
+        "{} ({}, {}): {} layers of width {}, vocabulary {}\n",
+        config.name,
+        config.architecture,
+        imported.format,
+        config.layers,
+        config.hidden,
+        config.vocab
+    );
+    for note in &imported.notes {
+        text += &format!("  {note}\n");
+    }
+    text + &format!("store {} has id {}\n", imported.store.display(), imported.id)
+}

@@ -1,0 +1,262 @@
+//! `tercet coordinator` and `tercet worker`: the roles of a real cluster, with etcd.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use client::command::TextWriter;
+use node::config::ByteSize;
+use node::membership::{Etcd, Membership};
+use node::signals::Signals;
+use proto::keys::Keys;
+use proto::plan::KvType;
+use tokio::sync::oneshot;
+
+use crate::Failure;
+use crate::cli::TelemetryArgs;
+use crate::commands::{TELEMETRY_GRACE, start_telemetry, telemetry_flags, threads};
+use crate::settings::{Flags, Settings};
+
+/// What coordinator and worker have in common.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Configuration")]
+struct CommonArgs {
+    /// Read settings from this TOML file; flags and environment go over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print the settings in force and exit
+    #[arg(long)]
+    check_config: bool,
+    /// etcd's endpoints, separated by commas [default: http://127.0.0.1:2379]
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    etcd: Vec<String>,
+    /// Name of the cluster [default: default]
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<String>,
+    /// Allow addresses that other machines reach, without TLS
+    #[arg(long)]
+    insecure: bool,
+}
+
+/// Starts a coordinator: plans, schedules, answers clients over gRPC and HTTP.
+///
+/// Several may run; one leads and the others stand by.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tercet coordinator --etcd http://etcd:2379 --cluster rack1 --model store/
+  tercet coordinator --config /etc/tercet/tercet.toml --check-config")]
+pub(crate) struct CoordinatorCommand {
+    #[command(flatten)]
+    common: CommonArgs,
+    /// Directory of the model's store
+    #[arg(long, value_name = "STORE")]
+    model: Option<PathBuf>,
+    /// Where the gRPC API listens [default: 127.0.0.1:7420]
+    #[arg(long, value_name = "ADDR")]
+    grpc: Option<SocketAddr>,
+    /// Where the HTTP API listens [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR")]
+    http: Option<SocketAddr>,
+    /// Exactly so many stages [default: what the planner finds best]
+    #[arg(long, value_name = "S")]
+    stages: Option<u32>,
+    /// How keys and values are stored: f16 or f32 [default: f16]
+    #[arg(long, value_name = "TYPE")]
+    kv_type: Option<KvType>,
+    /// How others reach the gRPC API, as host:port [default: where it listens]
+    #[arg(long, value_name = "ADDR")]
+    advertise: Option<String>,
+}
+
+/// Starts a worker: computes the layers that a coordinator gives it.
+///
+/// Workers may come and go in any order; one that comes late stands by until it is needed.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tercet worker --etcd http://etcd:2379 --cluster rack1 --threads 16 --store store/
+  tercet worker --config /etc/tercet/tercet.toml --listen 127.0.0.1:7422")]
+pub(crate) struct WorkerCommand {
+    #[command(flatten)]
+    common: CommonArgs,
+    /// Name in the cluster, the same after every start [default: host name and port]
+    #[arg(long, value_name = "ID")]
+    id: Option<String>,
+    /// Where it listens [default: 127.0.0.1:7071]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    /// How others reach it, as host:port [default: where it listens]
+    #[arg(long, value_name = "ADDR")]
+    advertise: Option<String>,
+    /// Compute threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    threads: Option<usize>,
+    /// A store, or a directory of stores [default: store]
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Memory for weights and KV, such as 4GiB [default: 80 % of the machine's]
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<ByteSize>,
+    /// Kernels to compute with [default: the fastest this CPU runs]
+    #[arg(long, value_name = "ISA")]
+    isa: Option<String>,
+    /// Where /metrics and /health are served [default: nowhere]
+    #[arg(long, value_name = "ADDR")]
+    http: Option<SocketAddr>,
+}
+
+impl CommonArgs {
+    fn flags(&self, section: &str) -> Flags {
+        let mut flags = Flags::default();
+        if !self.etcd.is_empty() {
+            flags.set("etcd.endpoints", Some(self.etcd.clone()));
+        }
+        flags.set("cluster", self.cluster.clone());
+        flags.set(&format!("{section}.insecure"), self.insecure.then_some(true));
+        flags
+    }
+
+    /// The settings in force: printed and `None` if that was all that was asked for.
+    fn settings(&self, flags: Flags) -> Result<Settings, Failure> {
+        Settings::load(self.config.as_deref(), flags).map_err(Failure::config)
+    }
+}
+
+fn text(value: Option<&impl ToString>) -> Option<String> {
+    value.map(ToString::to_string)
+}
+
+fn path(value: Option<&PathBuf>) -> Option<String> {
+    value.map(|path| path.to_string_lossy().into_owned())
+}
+
+impl CoordinatorCommand {
+    fn flags(&self) -> Flags {
+        let mut flags = self.common.flags("coordinator");
+        flags.set("coordinator.model", path(self.model.as_ref()));
+        flags.set("coordinator.grpc", text(self.grpc.as_ref()));
+        flags.set("coordinator.http", text(self.http.as_ref()));
+        flags.set("coordinator.stages", self.stages.map(i64::from));
+        flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
+        flags.set("coordinator.advertise", self.advertise.clone());
+        flags
+    }
+}
+
+impl WorkerCommand {
+    fn flags(&self) -> Flags {
+        let mut flags = self.common.flags("worker");
+        flags.set("worker.id", self.id.clone());
+        flags.set("worker.listen", text(self.listen.as_ref()));
+        flags.set("worker.advertise", self.advertise.clone());
+        flags.set("worker.threads", self.threads.map(|threads| threads as i64));
+        flags.set("worker.store", path(self.store.as_ref()));
+        flags.set("worker.memory", text(self.memory.as_ref()));
+        flags.set("worker.isa", self.isa.clone());
+        flags.set("worker.http", text(self.http.as_ref()));
+        flags
+    }
+}
+
+/// Runs `tercet coordinator`.
+pub(crate) async fn coordinator(
+    command: CoordinatorCommand,
+    telemetry: &TelemetryArgs,
+) -> Result<(), Failure> {
+    let mut flags = command.flags();
+    telemetry_flags(&mut flags, telemetry);
+    let settings = command.common.settings(flags)?;
+    settings.coordinator.validate().map_err(Failure::config)?;
+    if command.common.check_config {
+        return show(&settings.for_coordinator());
+    }
+    let guard = start_telemetry("tercet-coordinator", &settings.telemetry)?;
+    let signals = Signals::listen()?;
+    let outcome = Box::pin(run_coordinator(settings, &signals)).await;
+    guard.shutdown(TELEMETRY_GRACE).await;
+    outcome
+}
+
+async fn run_coordinator(settings: Settings, signals: &Signals) -> Result<(), Failure> {
+    let Some(membership) = connect(&settings, signals).await? else { return Ok(()) };
+    let keys = Keys::new(settings.cluster);
+    let (sender, bound) = oneshot::channel();
+    let running =
+        coordinator::run(settings.coordinator, keys, membership, Some(sender), signals.stop());
+    // Said by this process alone: whoever started it on port 0 reads it from standard output.
+    let saying = async {
+        let Ok(coordinator::Bound { grpc, http }) = bound.await else { return Ok(()) };
+        TextWriter::stdout().text(&format!("listening: gRPC {grpc}, HTTP {http}\n"))
+    };
+    let (ran, said) = tokio::join!(running, saying);
+    ran?;
+    Ok(said?)
+}
+
+/// Runs `tercet worker`.
+pub(crate) async fn worker(
+    command: WorkerCommand,
+    telemetry: &TelemetryArgs,
+) -> Result<(), Failure> {
+    let mut flags = command.flags();
+    telemetry_flags(&mut flags, telemetry);
+    let mut settings = command.common.settings(flags)?;
+    if settings.worker.id.is_empty() {
+        settings.worker.id = default_id(settings.worker.listen.port());
+    }
+    settings.worker.validate().map_err(Failure::config)?;
+    if command.common.check_config {
+        return show(&settings.for_worker());
+    }
+    let guard = start_telemetry("tercet-worker", &settings.telemetry)?;
+    let signals = Signals::listen()?;
+    let outcome = Box::pin(run_worker(settings, &signals)).await;
+    guard.shutdown(TELEMETRY_GRACE).await;
+    outcome
+}
+
+async fn run_worker(settings: Settings, signals: &Signals) -> Result<(), Failure> {
+    let Some(membership) = connect(&settings, signals).await? else { return Ok(()) };
+    let keys = Keys::new(settings.cluster);
+    let (sender, bound) = oneshot::channel();
+    let id = settings.worker.id.clone();
+    let running = worker::run(settings.worker, keys, membership, Some(sender), signals.stop());
+    let saying = async {
+        let Ok(address) = bound.await else { return Ok(()) };
+        TextWriter::stdout().text(&format!("listening: {id} at {address}\n"))
+    };
+    let (ran, said) = tokio::join!(running, saying);
+    ran?;
+    Ok(said?)
+}
+
+/// A connection to etcd; `None` if the process was told to stop meanwhile.
+async fn connect(
+    settings: &Settings,
+    signals: &Signals,
+) -> Result<Option<Arc<dyn Membership>>, Failure> {
+    let options = settings.etcd.options()?;
+    let connecting = Etcd::connect(&settings.etcd.endpoints, options);
+    match signals.stop().run_until_cancelled(connecting).await {
+        None => Ok(None),
+        Some(connected) => Ok(Some(Arc::new(connected?))),
+    }
+}
+
+fn show(settings: &impl serde::Serialize) -> Result<(), Failure> {
+    Ok(TextWriter::stdout().text(&node::config::show(settings)?)?)
+}
+
+/// The host's name and the port: the same after every start, and two workers of one host differ.
+/// On port 0 nothing is the same after a start; then the process id tells workers apart.
+fn default_id(port: u16) -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let host: String = host.trim().chars().filter(|&c| plain(c)).take(64).collect();
+    let host = if host.is_empty() { "worker".to_owned() } else { host };
+    if port == 0 { format!("{host}-p{}", std::process::id()) } else { format!("{host}-{port}") }
+}
+
+#[cfg(test)]
+mod tests;

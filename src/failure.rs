@@ -1,0 +1,79 @@
+//! How a command fails: one sentence on standard error, and an exit code.
+
+use std::error::Error;
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use client::CommandError;
+use node::Chain;
+use node::exit::Exit;
+
+/// Why a command failed, with what that means for the exit code.
+///
+/// Every error turns into [`Exit::Failed`] with `?`; the other codes are asked for by name.
+#[derive(Debug)]
+pub struct Failure {
+    exit: Exit,
+    error: Box<dyn Error + Send + Sync>,
+}
+
+impl Failure {
+    /// The command line makes no sense.
+    pub fn usage(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { exit: Exit::Usage, error: error.into() }
+    }
+
+    /// The configuration makes no sense.
+    pub fn config(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { exit: Exit::Config, error: error.into() }
+    }
+
+    /// The exit code.
+    pub fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// Says what went wrong, unless whoever read our output went away: then nobody listens, and
+    /// nothing is wrong.
+    pub fn report(&self) -> ExitCode {
+        if self.error.downcast_ref().is_some_and(CommandError::is_broken_pipe) {
+            return Exit::Done.into();
+        }
+        // When standard error is closed, the exit code alone must do.
+        let _ = writeln!(io::stderr(), "{self}");
+        self.exit.into()
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error: {}", Chain(&*self.error))
+    }
+}
+
+impl<E: Error + Send + Sync + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self { exit: Exit::Failed, error: Box::new(error) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_one_line_and_a_code() {
+        let failure = Failure::from(CommandError::Input(io::ErrorKind::NotFound.into()));
+        let want = "error: failed to read from standard input: entity not found";
+        assert_eq!((failure.to_string().as_str(), failure.exit()), (want, Exit::Failed));
+        assert_eq!(Failure::usage("no").exit(), Exit::Usage);
+        assert_eq!(Failure::config("no").to_string(), "error: no");
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_failure() {
+        let failure = Failure::from(CommandError::Output(io::ErrorKind::BrokenPipe.into()));
+        assert_eq!(failure.report(), ExitCode::SUCCESS);
+    }
+}

@@ -1,0 +1,206 @@
+//! Which store `--model` means: a store, a checkpoint that is imported once, or the bundled model.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use model::{ImportError, ImportOptions, Progress, Store, StoreError};
+
+/// The name under which the bundled model is asked for.
+pub const BUNDLED: &str = "bundled";
+
+/// The file that makes a directory a store.
+const MANIFEST: &str = "manifest.json";
+
+/// Hexadecimal digits of a cached store's key: 64 bits tell apart what one machine ever imports.
+const KEY_DIGITS: usize = 16;
+
+/// Why there is no store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelsError {
+    /// Nothing is there.
+    #[error(
+        "there is no model at {} (name a store, a Hugging Face directory, a GGUF file, or \
+         `{BUNDLED}`)", path.display()
+    )]
+    NotFound {
+        /// What was named.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Nowhere to keep what was imported.
+    #[error("no cache directory: set HOME or XDG_CACHE_HOME, or import the model by hand")]
+    NoCache,
+    /// The cache directory cannot be used.
+    #[error("failed to use the cache directory {}", path.display())]
+    Cache {
+        /// Which.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The source cannot be read.
+    #[error("failed to look at {}", path.display())]
+    Look {
+        /// Which.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// It cannot be imported.
+    #[error("failed to import {}", path.display())]
+    Import {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: ImportError,
+    },
+    /// The bundled model cannot be written to the cache.
+    #[error("failed to set up the bundled model")]
+    Bundled(#[source] ImportError),
+    /// The store cannot be used.
+    #[error("failed to open the model {}", path.display())]
+    Store {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: StoreError,
+    },
+}
+
+/// Opens the model that `argument` names; without one, the bundled one.
+///
+/// A checkpoint is imported into the cache directory the first time. The key is where it is, how
+/// long its files are and when they changed: a checkpoint that was replaced is imported again.
+///
+/// # Errors
+///
+/// [`ModelsError`].
+pub fn open(
+    argument: Option<&str>,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<Store, ModelsError> {
+    let path = match argument {
+        None | Some(BUNDLED) => {
+            model::import_bundled(&cache_dir()?).map_err(ModelsError::Bundled)?
+        }
+        Some(text) => {
+            let path = Path::new(text);
+            let found = fs::metadata(path)
+                .map_err(|source| ModelsError::NotFound { path: path.to_owned(), source })?;
+            if found.is_dir() && path.join(MANIFEST).is_file() {
+                path.to_owned()
+            } else {
+                imported(path, &cache_dir()?, progress)?
+            }
+        }
+    };
+    open_store(&path)
+}
+
+fn open_store(path: &Path) -> Result<Store, ModelsError> {
+    Store::open(path).map_err(|source| ModelsError::Store { path: path.to_owned(), source })
+}
+
+/// Where stores are kept that were made on the way: `$XDG_CACHE_HOME/tercet/stores`.
+///
+/// # Errors
+///
+/// [`ModelsError::NoCache`] if the environment names no place, [`ModelsError::Cache`] if it cannot
+/// be made.
+pub fn cache_dir() -> Result<PathBuf, ModelsError> {
+    // An empty or relative path is to be ignored, says the XDG base directory specification.
+    let variable = |name: &str| {
+        node::config::variable(name).map(PathBuf::from).filter(|path| path.is_absolute())
+    };
+    let base = variable("XDG_CACHE_HOME")
+        .or_else(|| variable("HOME").map(|home| home.join(".cache")))
+        .ok_or(ModelsError::NoCache)?;
+    let path = base.join("tercet").join("stores");
+    match fs::create_dir_all(&path) {
+        Ok(()) => Ok(path),
+        Err(source) => Err(ModelsError::Cache { path, source }),
+    }
+}
+
+/// The cached store of the checkpoint at `source`, imported now if it is not there.
+fn imported(
+    source: &Path,
+    cache: &Path,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<PathBuf, ModelsError> {
+    let key = key_of(source)
+        .map_err(|error| ModelsError::Look { path: source.to_owned(), source: error })?;
+    let store = cache.join(key);
+    if store.join(MANIFEST).is_file() {
+        return Ok(store);
+    }
+    match model::import(source, &store, &ImportOptions::default(), progress) {
+        Ok(_) => Ok(store),
+        // Somebody else was quicker: stores appear whole, so theirs is as good.
+        Err(_) if store.join(MANIFEST).is_file() => Ok(store),
+        Err(error) => Err(ModelsError::Import { path: source.to_owned(), source: error }),
+    }
+}
+
+/// A name for the store of what is at `source` now, in the layout of this program.
+fn key_of(source: &Path) -> io::Result<String> {
+    let source = fs::canonicalize(source)?;
+    let mut files = if source.is_dir() {
+        let entries = fs::read_dir(&source)?.map(|entry| entry.map(|entry| entry.path()));
+        entries.collect::<io::Result<Vec<_>>>()?
+    } else {
+        vec![source.clone()]
+    };
+    files.sort();
+    let layout = model::Layout::current().to_string();
+    let mut hasher = blake3::Hasher::new();
+    for part in [layout.as_bytes(), source.as_os_str().as_encoded_bytes()] {
+        hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+    }
+    for file in files {
+        // Follows links: a Hugging Face cache is made of them.
+        let found = fs::metadata(&file)?;
+        let changed = found.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let name = file.as_os_str().as_encoded_bytes();
+        hasher.update(&(name.len() as u64).to_le_bytes()).update(name);
+        hasher.update(&found.len().to_le_bytes());
+        hasher.update(&changed.as_nanos().to_le_bytes());
+    }
+    let name = source.file_stem().unwrap_or_default().to_string_lossy();
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+    let name: String = name.chars().take(64).map(plain).collect();
+    Ok(format!("{name}-{}", &hasher.finalize().to_hex()[..KEY_DIGITS]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_that_changed_has_another_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("my model!");
+        fs::create_dir(&source).unwrap();
+        fs::write(source.join("config.json"), "{}").unwrap();
+        let first = key_of(&source).unwrap();
+        assert!(first.starts_with("my_model_-"), "{first}");
+        assert_eq!(key_of(&source).unwrap(), first);
+        assert_eq!(key_of(&dir.path().join("./my model!")).unwrap(), first, "the same place");
+        fs::write(source.join("config.json"), "{ }").unwrap();
+        let longer = key_of(&source).unwrap();
+        assert_ne!(longer, first);
+        fs::write(source.join("more"), "").unwrap();
+        assert_ne!(key_of(&source).unwrap(), longer);
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        let error = open(Some("/no/such/model"), &mut |_| {}).unwrap_err();
+        let text = node::Chain(&error).to_string();
+        assert!(text.starts_with("there is no model at /no/such/model"), "{text}");
+    }
+}

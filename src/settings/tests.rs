@@ -1,0 +1,100 @@
+//! What wins over what, and what is refused.
+
+use super::*;
+
+fn load(file: &str, environment: &[(&str, &str)], flags: Flags) -> Result<Settings, ConfigError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tercet.toml");
+    std::fs::write(&path, file).unwrap();
+    let environment =
+        environment.iter().map(|&(name, value)| (name.into(), value.into())).collect();
+    Settings::from_sources(&Sources { file: Some(&path), environment, flags: flags.0 })
+}
+
+fn flags(key: &str, value: impl Into<Value>) -> Flags {
+    let mut flags = Flags::default();
+    flags.set(key, Some(value));
+    flags
+}
+
+#[test]
+fn nothing_given_is_the_defaults() {
+    assert_eq!(load("", &[], Flags::default()).unwrap(), Settings::default());
+}
+
+#[test]
+fn flags_over_environment_over_file() {
+    let file = "[worker]\nthreads = 3\n";
+    let environment = [("TERCET_WORKER__THREADS", "5")];
+    let threads = |environment: &[_], flags| load(file, environment, flags).unwrap().worker.threads;
+    assert_eq!(threads(&[], Flags::default()), 3);
+    assert_eq!(threads(&environment, Flags::default()), 5);
+    assert_eq!(threads(&environment, flags("worker.threads", 7)), 7);
+}
+
+#[test]
+fn one_name_of_the_cluster_is_everybodys() {
+    let settings = load("cluster = \"rack1\"\n", &[], Flags::default()).unwrap();
+    assert_eq!((&*settings.cluster, &*settings.coordinator.cluster), ("rack1", "rack1"));
+    let settings = load("cluster = \"rack1\"\n", &[], flags("cluster", "rack2")).unwrap();
+    assert_eq!(settings.coordinator.cluster, "rack2");
+}
+
+#[test]
+fn units_are_read_and_unknown_keys_are_named() {
+    let file = "[worker]\nmemory = \"1GiB\"\n[etcd]\nendpoints = [\"http://a:1\"]\n";
+    let settings = load(file, &[], Flags::default()).unwrap();
+    assert_eq!(settings.worker.memory_bytes, 1 << 30);
+    assert_eq!(settings.etcd.endpoints, ["http://a:1"]);
+    for (file, key) in [
+        ("[worker]\nlissten = \"127.0.0.1:1\"\n", "lissten"),
+        ("[coordinator]\ncluster = \"x\"\n", "cluster"),
+        ("[wroker]\n", "wroker"),
+        ("[coordinator.limits]\nwaiting = 3\n", "waiting"),
+    ] {
+        let error = load(file, &[], Flags::default()).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
+fn what_is_shown_reads_back() {
+    let settings = load("cluster = \"rack1\"\n", &[], Flags::default()).unwrap();
+    for shown in [settings.for_coordinator(), settings.for_worker()] {
+        let text = node::config::show(&shown).unwrap();
+        assert_eq!(load(&text, &[], Flags::default()).unwrap(), settings, "{text}");
+    }
+}
+
+#[test]
+fn the_example_is_a_configuration() {
+    let example = include_str!("../../deploy/example.toml");
+    load(example, &[], Flags::default()).unwrap();
+    // Every key that it explains exists: a comment that looks like a setting is one.
+    let uncommented: Vec<&str> =
+        example.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).collect();
+    let settings = load(&uncommented.join("\n"), &[], Flags::default()).unwrap();
+    assert_ne!(settings, Settings::default());
+}
+
+#[test]
+fn a_password_needs_a_user() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("password");
+    std::fs::write(&path, "secret\n").unwrap();
+    let whole = EtcdSettings {
+        user: Some("tercet".into()),
+        password_file: Some(path),
+        ..EtcdSettings::default()
+    };
+    let credentials = whole.options().unwrap().credentials;
+    assert_eq!(credentials, Some(("tercet".into(), "secret".into())));
+    for wrong in [
+        EtcdSettings { user: None, ..whole.clone() },
+        EtcdSettings { password_file: None, ..whole.clone() },
+        EtcdSettings { endpoints: vec![], ..EtcdSettings::default() },
+        EtcdSettings { password_file: Some("/no/such/file".into()), ..whole },
+    ] {
+        assert_eq!(wrong.options().err().unwrap().exit(), node::exit::Exit::Config);
+    }
+}
