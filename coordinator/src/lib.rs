@@ -29,6 +29,7 @@ mod request;
 mod service;
 mod spans;
 mod text;
+mod tokenize;
 mod workers;
 
 // Pure: events in, actions out.
@@ -41,6 +42,7 @@ pub mod token_log;
 pub use config::{Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig};
 pub use error::RunError;
 pub use text::{TemplateError, TextSetupError, TokenizerError};
+pub use tokenize::{TokenizeError, tokenize};
 
 /// Where a coordinator listens, once it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
