@@ -251,7 +251,8 @@ mod tests {
     #[test]
     fn wrong_shapes_are_named() {
         config().validate().unwrap();
-        let cases: [(fn(&mut ModelConfig), &str); 9] = [
+        type Spoil = fn(&mut ModelConfig);
+        let cases: [(Spoil, &str); 9] = [
             (|c| c.layers = 0, "the number of layers is 0, expected 1 to 1024"),
             (|c| c.heads = 3, "RoPE frequencies for"),
             (|c| c.kv_heads = 3, "4 heads cannot share 3 key-value heads"),

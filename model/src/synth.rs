@@ -247,7 +247,8 @@ impl TernaryRows<SynthError> for RandomTrits<'_> {
     fn row(&mut self, row: usize, out: &mut [i8]) -> Result<(), SynthError> {
         let mut draws = Draws::of_row(self.stream, row);
         let table = &self.model.quintets;
-        let quintet = |draw: u64| &table[(draw as u32 as u64 * QUINTETS as u64 >> 32) as usize];
+        let quintet =
+            |draw: u64| &table[((u64::from(draw as u32) * QUINTETS as u64) >> 32) as usize];
         let (pairs, rest) = out.as_chunks_mut::<{ 2 * TRITS_PER_DRAW }>();
         for pair in pairs {
             let draw = draws.next();
@@ -339,7 +340,7 @@ fn normal_quantile(p: f64) -> f64 {
         -3.969683028665376e1,
         2.209460984245205e2,
         -2.759285104469687e2,
-        1.383577518672690e2,
+        1.38357751867269e2,
         -3.066479806614716e1,
         2.506628277459239,
     ];
