@@ -68,7 +68,7 @@ pub(crate) fn i2s_scale(bytes: &[u8], elements: usize) -> f32 {
 /// Row `row` of a TQ1_0 tensor: five base-3 digits a byte, most significant first.
 pub(crate) fn tq1_row(bytes: &[u8], row: usize, out: &mut [i8]) {
     const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
-    let digit = |byte: u8, n: usize| (u16::from(byte.wrapping_mul(POWERS[n])) * 3 >> 8) as i8 - 1;
+    let digit = |byte: u8, n: usize| ((u16::from(byte.wrapping_mul(POWERS[n])) * 3) >> 8) as i8 - 1;
     for (out, block) in blocks(GgufType::Tq1_0, bytes, row, out) {
         let (group_a, rest) = out.split_at_mut(160);
         let (group_b, group_c) = rest.split_at_mut(80);

@@ -1,6 +1,8 @@
 //! Bad input of every kind: one sentence, no panic, nothing left behind, and no allocation that the
 //! file does not justify.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail like a test")]
+
 #[path = "support/gguf_writer.rs"]
 mod gguf_writer;
 

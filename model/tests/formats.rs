@@ -1,5 +1,7 @@
 //! What formats mean: permuted rows, float types, tokenizers from metadata, corrected templates.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail like a test")]
+
 #[path = "support/gguf_writer.rs"]
 mod gguf_writer;
 

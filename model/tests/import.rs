@@ -1,5 +1,7 @@
 //! Importing every fixture: what comes out is what went in, whatever container it came in.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail like a test")]
+
 use std::path::{Path, PathBuf};
 
 use model::{Activation, ImportOptions, Imported, LayerWeights, Store, import, import_bundled};
