@@ -134,14 +134,14 @@ const CLUSTER: &str = "local";
 pub enum LocalError {
     /// The coordinator failed.
     #[error("the coordinator failed")]
-    Coordinator(#[source] coordinator::RunError),
+    Coordinator(#[source] Box<coordinator::RunError>),
     /// A worker failed.
     #[error("{id} failed")]
     Worker {
         /// Which.
         id: String,
         /// Why.
-        source: worker::RunError,
+        source: Box<worker::RunError>,
     },
     /// A part ended although nobody asked it to.
     #[error("{part} ended before it was told to")]
@@ -213,7 +213,7 @@ impl LocalCluster {
                 let ran = Box::pin(worker::run(config, keys, registry, None, stop)).await;
                 match ran {
                     Ok(()) => Ok(id),
-                    Err(source) => Err(LocalError::Worker { id, source }),
+                    Err(source) => Err(LocalError::Worker { id, source: Box::new(source) }),
                 }
             });
         }
@@ -227,7 +227,7 @@ impl LocalCluster {
             Box::pin(coordinator::run(config, keys, registry, Some(bound_sender), stop))
                 .await
                 .map(|()| "the coordinator".to_owned())
-                .map_err(LocalError::Coordinator)
+                .map_err(|source| LocalError::Coordinator(Box::new(source)))
         });
         let bound = tokio::select! {
             biased;
@@ -369,11 +369,11 @@ async fn first_end(parts: &mut JoinSet<PartEnd>) -> LocalError {
 impl LocalError {
     /// Whether the configuration is at fault: the process ends with another code then.
     pub fn is_config(&self) -> bool {
-        matches!(
-            self,
-            Self::Coordinator(coordinator::RunError::Config(_))
-                | Self::Worker { source: worker::RunError::Config(_), .. }
-        )
+        match self {
+            Self::Coordinator(source) => matches!(**source, coordinator::RunError::Config(_)),
+            Self::Worker { source, .. } => matches!(**source, worker::RunError::Config(_)),
+            _ => false,
+        }
     }
 }
 

@@ -156,7 +156,7 @@ impl Random {
 
     /// A number below `limit`; evenly enough for company.
     fn below(&mut self, limit: u32) -> u32 {
-        ((self.next() >> 32) * u64::from(limit) >> 32) as u32
+        (((self.next() >> 32) * u64::from(limit)) >> 32) as u32
     }
 
     fn shuffle<T>(&mut self, items: &mut [T]) {

@@ -90,7 +90,7 @@ impl EtcdSettings {
                 ));
             }
         };
-        Ok(EtcdOptions { credentials, ..EtcdOptions::default() })
+        Ok(EtcdOptions { credentials })
     }
 }
 

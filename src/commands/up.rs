@@ -204,7 +204,7 @@ fn what_there_is(status: &ClusterStatus, options: &LocalOptions, cluster: &Local
         for stage in &pipeline.stages {
             let [begin, end] = stage.layers;
             text += &format!("{:<9} layers {begin}..{end}", stage.worker);
-            text += &format!(" ({} compute threads)\n", options.threads);
+            text += &format!(" ({} on {})\n", threads_of(options.threads), stage.address);
         }
     }
     let idle = status.workers.iter().filter(|worker| worker.state == "standby");
@@ -212,6 +212,10 @@ fn what_there_is(status: &ClusterStatus, options: &LocalOptions, cluster: &Local
         text += &format!("{:<9} stands by\n", worker.id);
     }
     text + &format!("gRPC      {}\nHTTP      http://{}\n", cluster.grpc(), cluster.http())
+}
+
+fn threads_of(threads: usize) -> String {
+    if threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") }
 }
 
 fn how_to_go_on(cluster: &LocalCluster) -> String {

@@ -1,5 +1,8 @@
 //! The parts' configurations, and a cluster of a random model.
 
+use client::generate::Completion;
+use proto::generate::{GenerateRequest, Prompt};
+
 use super::*;
 
 #[test]
@@ -15,4 +18,62 @@ fn the_configurations_are_valid_and_share_the_machine() {
     }
     assert_eq!(options.threads, threads_each(3));
     assert!(threads_each(10_000) == 1);
+}
+
+fn synthetic(dir: &tempfile::TempDir) -> PathBuf {
+    let path = dir.path().join("store");
+    model::synth(&"3x64x128x2x1x96".parse().unwrap(), 5, &path, &mut |_| {}).unwrap();
+    path
+}
+
+async fn tokens(options: &LocalOptions) -> Vec<u32> {
+    let cluster = LocalCluster::start(options).await.unwrap();
+    let client = cluster.client().await.unwrap();
+    let request = GenerateRequest {
+        prompt: Prompt::Tokens(vec![1, 2, 3]),
+        max_tokens: 40,
+        seed: Some(4),
+        ..GenerateRequest::default()
+    };
+    let answer = client.generate(request).await.unwrap();
+    let completion = Completion::collect(answer, false).await.unwrap();
+    let stages: usize =
+        client.status().await.unwrap().plan.pipelines.iter().map(|p| p.stages.len()).sum();
+    assert_eq!(Some(stages as u32), options.stages);
+    cluster.stop().await.unwrap();
+    completion.tokens
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_process_answers_the_same_through_any_number_of_stages() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = LocalOptions {
+        stages: Some(1),
+        threads: 1,
+        kv_blocks: Some(8),
+        ..LocalOptions::new(synthetic(&dir))
+    };
+    let want = tokens(&one).await;
+    assert_eq!(want.len(), 40);
+    let three = LocalOptions { workers: 3, stages: Some(3), ..one };
+    assert_eq!(tokens(&three).await, want);
+}
+
+#[tokio::test]
+async fn what_cannot_start_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = synthetic(&dir);
+    let taken = std::net::TcpListener::bind(ANY_PORT).unwrap();
+    let address = taken.local_addr().unwrap();
+    let occupied = LocalOptions { http: address, threads: 1, ..LocalOptions::new(&store) };
+    let error = LocalCluster::start(&occupied).await.unwrap_err();
+    let text = node::Chain(&error).to_string();
+    assert!(text.contains(&address.to_string()) && !error.is_config(), "{text}");
+
+    let open = LocalOptions { http: "0.0.0.0:0".parse().unwrap(), ..occupied };
+    assert!(LocalCluster::start(&open).await.unwrap_err().is_config());
+
+    let nowhere = LocalOptions { threads: 1, ..LocalOptions::new(dir.path().join("none")) };
+    let error = LocalCluster::start(&nowhere).await.unwrap_err();
+    assert!(matches!(error, LocalError::Worker { .. }), "{error:?}");
 }
