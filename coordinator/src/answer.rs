@@ -17,6 +17,9 @@ use crate::request::RequestError;
 use crate::scheduler::Finish;
 use crate::text::{Detokenizer, StopMatcher, Text, Tokenizer};
 
+#[cfg(test)]
+mod tests;
+
 /// What an answer is made with.
 pub(crate) struct AnswerParts {
     pub(crate) text: Arc<Text>,

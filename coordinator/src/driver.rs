@@ -30,11 +30,15 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::{self, Action, Cluster, PROBE_PATIENCE};
 use crate::metrics;
 use crate::request::RequestError;
+#[cfg(test)]
+use crate::scheduler::EmissionEvent;
 use crate::scheduler::{Emission, Limits, Running, Scheduler};
 use crate::tick::Tick;
 use crate::workers::{self, LINK_EVENTS, LinkEvent};
 
 use admission::Parked;
+#[cfg(test)]
+pub(crate) use clients::MAX_TOKENS_BEHIND;
 pub(crate) use clients::{Admitted, End, Tokens};
 use clients::{Clients, Then};
 use pipeline::Pipeline;
@@ -218,7 +222,7 @@ impl Driver {
                 () = stop.cancelled(), if stopped_at.is_none() => {
                     stopped_at = Some(Instant::now());
                     self.scheduler.close();
-                    self.refuse_parked(|| stopping());
+                    self.refuse_parked(stopping);
                 }
                 Some(command) = self.commands.recv() => self.obey(command),
                 event = workers.next() => self.on_registry(event),
@@ -443,5 +447,39 @@ async fn fired(token: Option<CancellationToken>) {
     match token {
         Some(token) => token.cancelled().await,
         None => std::future::pending().await,
+    }
+}
+
+/// For tests of what stands on the driver.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::{
+        Clients, Command, DriverHandle, Emission, EmissionEvent, SequenceId, Then, Tick, Tokens,
+        mpsc, watch,
+    };
+
+    /// A way to a driver that is not there, and what is sent on it.
+    pub(crate) fn handle() -> (DriverHandle, mpsc::Receiver<Command>) {
+        let (sender, commands) = mpsc::channel(8);
+        let (_, ready) = watch::channel(true);
+        (DriverHandle { commands: sender, ready }, commands)
+    }
+
+    /// The driver's side of one answer.
+    pub(crate) struct Feed(Clients);
+
+    /// One answer and its driver's side.
+    pub(crate) fn tokens() -> (Feed, Tokens) {
+        let mut clients = Clients::default();
+        let tokens = clients.add(SequenceId(1), Tick::ZERO);
+        (Feed(clients), tokens)
+    }
+
+    impl Feed {
+        /// Whether the answer is still wanted after this.
+        pub(crate) fn tell(&mut self, event: EmissionEvent) -> bool {
+            let emission = Emission { sequence: SequenceId(1), event };
+            self.0.tell(emission, Tick::ZERO) == Then::GoOn
+        }
     }
 }

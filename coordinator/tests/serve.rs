@@ -1,6 +1,8 @@
 //! A whole coordinator over real sockets, with toy workers that speak the real protocol and
 //! compute `next = (7 * token + position + 1) mod vocab`. The real workers are tested in `tests`.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};

@@ -67,15 +67,12 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
         })
         .collect();
     let choices = Choices::start(&api, &headers, requests, n, streamed).await?;
-    let prompts = body
-        .echo
-        .unwrap_or(false)
-        .then(|| {
-            let prompts = choices.prompts.iter().zip(texts);
-            let echo = prompts.map(|(prompt, text)| EchoedPrompt::new(&api, prompt.prompt(), text));
-            echo.collect()
-        })
-        .unwrap_or_default();
+    let prompts = if body.echo.unwrap_or(false) {
+        let prompts = choices.prompts.iter().zip(texts);
+        prompts.map(|(prompt, text)| EchoedPrompt::new(&api, prompt.prompt(), text)).collect()
+    } else {
+        Vec::new()
+    };
     let shape =
         Shape { id: new_id("cmpl-"), logprobs: body.logprobs.is_some(), prompts, n: choices.n };
     if streamed {
