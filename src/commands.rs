@@ -80,8 +80,11 @@ fn telemetry_flags(flags: &mut Flags, args: &TelemetryArgs) {
     flags.set("telemetry.otlp_endpoint", args.otlp.clone());
 }
 
+/// Logs, traces and counters of this process. Every role starts them, before its first task.
 fn start_telemetry(service: &str, config: &TelemetryConfig) -> Result<TelemetryGuard, Failure> {
-    telemetry::init(service, config).map_err(Failure::config)
+    let guard = telemetry::init(service, config).map_err(Failure::config)?;
+    node::metrics::install()?;
+    Ok(guard)
 }
 
 /// Which model, for commands that compute in this process.

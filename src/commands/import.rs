@@ -8,6 +8,7 @@ use model::{ImportOptions, Imported};
 use serde::Serialize;
 
 use crate::Failure;
+use crate::models::ModelsError;
 use crate::progress::Progress;
 
 /// Turns a checkpoint into a store.
@@ -51,7 +52,8 @@ pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
         progress.show(report.what, report.done, report.total);
     });
     progress.finish();
-    let imported = imported?;
+    let imported =
+        imported.map_err(|source| ModelsError::Import { path: command.source.clone(), source })?;
     let mut writer = TextWriter::stdout();
     if command.json {
         writer.json(&Report {
