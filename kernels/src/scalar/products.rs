@@ -15,13 +15,14 @@ pub(crate) fn ternary(
     x: Quantised<'_>,
     mut y: Columns<'_>,
 ) {
-    for i in 0..x.rows() {
-        let scale = w.scale() / x.scale(i);
-        for (y, row) in y.row(i).iter_mut().zip(w.tile_rows(tiles.clone())) {
-            let trit = |col| i32::from(w.code(row, col)) - 1;
-            let q = x.row(i)[..w.cols()].iter().enumerate();
-            let sum: i32 = q.map(|(col, q)| trit(col) * i32::from(*q)).sum();
-            *y = sum as f32 * scale;
+    let mut trits = vec![0; w.cols()];
+    for (r, row) in w.tile_rows(tiles).enumerate() {
+        // Once for all rows of activations: CPUs without vectors of ours run this, too.
+        w.unpack_row(row, &mut trits);
+        for i in 0..x.rows() {
+            let products = trits.iter().zip(x.row(i)).map(|(t, q)| i32::from(*t) * i32::from(*q));
+            let sum: i32 = products.sum();
+            y.row(i)[r] = sum as f32 * (w.scale() / x.scale(i));
         }
     }
 }
