@@ -3,5 +3,6 @@
 
 mod exact;
 mod failures;
+mod fixtures;
 mod pipeline;
 mod results;
