@@ -11,7 +11,7 @@ lint:
 # The program first: tests start it as a process.
 test:
     cargo build --workspace
-    cargo nextest run --workspace
+    cargo test --workspace
 
 doc:
     RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps

@@ -13,10 +13,20 @@ use node::signals::Signals;
 const LISTENING: &str = "listening";
 const ASKED: &str = "asked to stop";
 
-/// Not a test: the process that the test below starts, from this same program.
-#[tokio::test]
-#[ignore = "started by the other test, as a process of its own"]
-async fn deaf_process() {
+/// This program is its own subject: started with this argument it is the process under test.
+const DEAF: &str = "--deaf";
+
+fn main() {
+    if std::env::args().any(|argument| argument == DEAF) {
+        tokio::runtime::Runtime::new().unwrap().block_on(be_deaf());
+    } else {
+        the_first_signal_asks_and_the_second_ends();
+        println!("test result: ok. the_first_signal_asks_and_the_second_ends");
+    }
+}
+
+/// Hears the first signal and does not stop for it.
+async fn be_deaf() {
     let signals = Signals::listen().unwrap();
     println!("\n{LISTENING}");
     signals.stop().cancelled().await;
@@ -32,7 +42,7 @@ struct Process {
 impl Process {
     fn start() -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "deaf_process", "--ignored", "--nocapture"])
+            .arg(DEAF)
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -60,7 +70,6 @@ impl Drop for Process {
     }
 }
 
-#[test]
 fn the_first_signal_asks_and_the_second_ends() {
     for (first, second, code) in [
         (Signal::SIGTERM, Signal::SIGTERM, 143),

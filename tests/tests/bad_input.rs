@@ -1,6 +1,8 @@
 //! What is wrong with what a person gives is said in one sentence, with the exit code of its kind,
 //! and nothing is left half-written.
 
+#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;

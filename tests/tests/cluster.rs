@@ -1,5 +1,7 @@
 //! One coordinator, real workers, real etcd: what holds while all is well and when a worker dies.
 
+#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+
 use std::process::Output;
 use std::thread;
 use std::time::{Duration, Instant};

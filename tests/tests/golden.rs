@@ -1,5 +1,7 @@
 //! What independent references say of the fixtures and of the bundled model.
 
+#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+
 use serde_json::Value;
 use tempfile::TempDir;
 use tests::cluster::json_of;

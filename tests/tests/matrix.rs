@@ -1,5 +1,7 @@
 //! The matrix of exactness: however the work is cut, the bundled model's logits have the same bits.
 
+#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+
 use kernels::Backend;
 use model::Store;
 use proto::plan::KvType;

@@ -2,6 +2,8 @@
 //! home for each heavy dependency, purity of the pure modules, where generated types and `unsafe`
 //! may stand, and that every file says what it is.
 
+#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -170,7 +172,7 @@ fn versions_stand_in_one_table() {
 #[test]
 fn pure_modules_touch_nothing() {
     let mut seen = BTreeSet::new();
-    for (path, text) in sources() {
+    for (path, text) in sources().into_iter().filter(|(path, _)| !is_test(path)) {
         let Some(module) = PURE.iter().find(|module| {
             path.strip_prefix(**module).is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
         }) else {

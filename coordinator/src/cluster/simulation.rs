@@ -192,7 +192,9 @@ impl World {
         }
         let action = self.pending.remove(which % self.pending.len());
         let event = match action {
-            Action::ReadPlan if fault => Event::PlanReadFailed { detail: "etcd".to_owned() },
+            Action::ReadPlan if fault => {
+                Event::PlanReadFailed { detail: "the registry is away".to_owned() }
+            }
             Action::ReadPlan => Event::PlanRead(self.plan.clone()),
             Action::WritePlan { term, previous, plan } => {
                 let at = self.plan.as_ref().map(|&(at, _)| at);

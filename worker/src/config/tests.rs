@@ -25,7 +25,7 @@ fn each_wrong_field_is_named() {
     check(|c| c.id = "x".repeat(200), "worker id");
     check(|c| c.threads = 0, "threads");
     check(|c| c.threads = 100_000, "threads");
-    check(|c| c.memory_bytes = 0, "memory_bytes");
+    check(|c| c.memory_bytes = 0, "memory");
     check(|c| c.isa = Some("avx9".into()), "scalar");
     check(|c| c.listen = "10.0.0.1:1".parse().unwrap(), "stage service");
     check(|c| c.http = Some("10.0.0.1:1".parse().unwrap()), "metrics");
@@ -54,7 +54,7 @@ fn other_addresses_need_the_word() {
 
 #[test]
 fn sizes_and_times_have_units_in_a_file() {
-    let text = r#"{"id": "w1", "memory_bytes": "4GiB", "shutdown_grace": "1500ms"}"#;
+    let text = r#"{"id": "w1", "memory": "4GiB", "shutdown_grace": "1500ms"}"#;
     let config: Config = serde_json::from_str(text).unwrap();
     assert_eq!(config.memory_bytes, 4 << 30);
     assert_eq!(config.shutdown_grace, Duration::from_millis(1500));

@@ -1,3 +1,5 @@
+//! Tables of parameters and draws, ties, hostile values, and the statistics of many draws.
+
 use std::collections::HashMap;
 
 use super::*;
