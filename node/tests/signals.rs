@@ -1,6 +1,7 @@
 //! Signals to a real process: the first asks, the second ends it.
 
 #![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
+#![expect(clippy::print_stdout, reason = "how the process under test is heard, and its harness")]
 
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{Child, ChildStdout, Command, Stdio};

@@ -42,7 +42,7 @@ pub(crate) struct UpCommand {
     #[arg(long, value_name = "N", default_value = "1",
           value_parser = clap::value_parser!(u32).range(1..=WORKERS_MAX))]
     workers: u32,
-    /// Exactly so many stages [default: what the planner finds best]
+    /// Cut the model into so many stages [default: one for each worker, if it has the layers]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=WORKERS_MAX))]
     stages: Option<u32>,
     #[command(flatten)]
@@ -130,7 +130,8 @@ impl UpCommand {
         }
         Ok(LocalOptions {
             workers: self.workers,
-            stages: self.stages,
+            // Whoever asks for workers here wants to see them work together.
+            stages: Some(self.stages.unwrap_or_else(|| self.workers.min(layers))),
             threads: self.threads.unwrap_or_else(|| threads_each(self.workers)),
             kv_type: self.kv_type,
             grpc: self.grpc,

@@ -3,7 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
 
 use std::process::Command;
-use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
