@@ -1,7 +1,5 @@
 //! OpenAI's own Python client against a real cluster.
 
-#![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
-
 use std::process::Command;
 use std::time::Duration;
 
