@@ -226,6 +226,32 @@ fn every_file_says_what_it_is() {
     }
 }
 
+/// Links to files, in every page of the root and of `docs/` and `model/`.
+#[test]
+fn links_lead_somewhere() {
+    let root = root();
+    let mut links = 0;
+    for folder in [".", "docs", "model/training"] {
+        for entry in fs::read_dir(root.join(folder)).unwrap() {
+            let page = entry.unwrap().path();
+            if page.extension().is_none_or(|extension| extension != "md") {
+                continue;
+            }
+            let text = fs::read_to_string(&page).unwrap();
+            for link in text.split("](").skip(1) {
+                let target = link.split([')', '#']).next().unwrap();
+                if target.is_empty() || target.contains("://") {
+                    continue;
+                }
+                let found = page.parent().unwrap().join(target).exists();
+                assert!(found, "{} links to {target}, which is not there", page.display());
+                links += 1;
+            }
+        }
+    }
+    assert!(links > 10, "the pages link to one another");
+}
+
 #[test]
 fn nothing_is_left_for_later() {
     for (path, text) in sources().iter().filter(|(path, _)| path != "tests/tests/tidy.rs") {
