@@ -35,7 +35,7 @@ pub(super) struct Members {
     by_id: BTreeMap<String, Member>,
     /// Outlives the records: a worker that flaps has a new one every time.
     standing: BTreeMap<String, Standing>,
-    /// Whose leases ended within [`VANISH_WINDOW`], or since the freeze, and when.
+    /// Whose leases ended unexpectedly within [`VANISH_WINDOW`], or since the freeze, and when.
     vanished: BTreeMap<String, Tick>,
     frozen_until: Option<Tick>,
     last_arrival: Tick,
@@ -103,10 +103,16 @@ impl Members {
     pub(super) fn gone(&mut self, now: Tick, id: &str, is_stage: bool) -> Option<String> {
         let member = self.by_id.get_mut(id).filter(|member| member.has_lease)?;
         member.has_lease = false;
+        // Who announced that it leaves, or was found dead by its data path, says nothing about
+        // the health of the registry, which is what the freeze is for.
+        let expected = member.record.draining || member.suspect.is_some();
         if is_stage {
             member.next_probe = now;
         } else {
             self.by_id.remove(id);
+        }
+        if expected {
+            return None;
         }
         if self.frozen_until.is_none() {
             self.vanished.retain(|_, &mut at| now.since(at) <= VANISH_WINDOW);

@@ -176,6 +176,39 @@ fn mass_loss_of_leases_freezes_evictions_and_raises_an_alarm() {
 }
 
 #[test]
+fn workers_that_announced_it_leave_without_an_alarm() {
+    let mut script = Script::new(Some(2), workers(4));
+    for index in 0..4 {
+        script.tell(Event::WorkerPut(WorkerRecord { draining: true, ..record(index, 1) }));
+    }
+    script.take();
+    for index in 0..4 {
+        script.tell(Event::WorkerGone { worker: format!("w{index}") });
+    }
+    let actions = script.take();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Alarm { .. })), "{actions:?}");
+    assert!(!script.cluster.members.is_frozen());
+}
+
+#[test]
+fn the_leases_of_the_dead_do_not_count_as_lost_at_once() {
+    let mut script = Script::new(Some(2), workers(3));
+    script.take();
+    let dead: Vec<_> =
+        script.plans[0].pipelines[0].stages.iter().map(|stage| stage.worker.clone()).collect();
+    // Both were found dead before their leases ran out; one more lease is one lease.
+    script.kill(0);
+    let second = script.cluster.stage_of(&dead[1]).expect("it has a stage of the new plan");
+    script.kill(second);
+    for worker in dead.iter().cloned().chain(["w2".to_owned()]) {
+        script.tell(Event::WorkerGone { worker });
+    }
+    let actions = script.take();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Alarm { .. })), "{actions:?}");
+    assert!(!script.cluster.members.is_frozen());
+}
+
+#[test]
 fn a_restarted_worker_is_another_and_serves_again() {
     let mut script = Script::new(Some(3), workers(3));
     script.take();
