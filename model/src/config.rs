@@ -10,6 +10,8 @@ pub const WIDTH_MAX: u32 = 1 << 17;
 pub const VOCAB_MAX: u32 = 1 << 22;
 /// Largest attention head.
 pub const HEAD_DIM_MAX: u32 = 1024;
+/// RoPE's base in Llama 1 and 2, and in models that do not say: the default of their class.
+pub(crate) const LLAMA_ROPE_THETA: f64 = 10_000.0;
 /// Longest context that a position may have.
 pub const CONTEXT_MAX: u32 = 1 << 24;
 /// Most end-of-sequence tokens.

@@ -4,7 +4,9 @@ use super::ImportError;
 use super::checkpoint::{Checkpoint, LayerTensors, NO_SCALES};
 use super::gguf_tokenizer;
 use super::matrix::{FloatFormat, Floats, Matrix, Trits};
-use crate::config::{Activation, HEAD_DIM_MAX, ModelConfig, rope_inverse_frequencies};
+use crate::config::{
+    Activation, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, rope_inverse_frequencies,
+};
 use crate::gguf::{Gguf, GgufTensor, GgufType, Metadata, Value};
 use crate::layout::{Norm, Projection};
 
@@ -80,14 +82,15 @@ impl<'g, 'a> Keys<'g, 'a> {
     }
 
     fn required(&self, key: &str) -> Result<u32, ImportError> {
-        self.optional(key)?
-            .ok_or_else(|| ImportError::MissingKey { file: "metadata", key: self.key(key) })
+        self.optional(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    fn missing(&self, key: &str) -> ImportError {
+        ImportError::MissingKey { file: "metadata", key: self.key(key) }
     }
 
     fn required_float(&self, key: &str) -> Result<f64, ImportError> {
-        let key = self.key(key);
-        let value = self.metadata.float(&key)?;
-        value.ok_or(ImportError::MissingKey { file: "metadata", key })
+        self.metadata.float(&self.key(key))?.ok_or_else(|| self.missing(key))
     }
 
     /// Key-value heads: absent (as many as heads), a number, or the same number for each layer.
@@ -310,7 +313,19 @@ fn read_config(
             });
         }
     }
-    let theta = keys.required_float("rope.freq_base")?;
+    let theta = match keys.metadata.float(&keys.key("rope.freq_base"))? {
+        Some(theta) => theta,
+        None if architecture == Architecture::BitNetB158 => {
+            return Err(keys.missing("rope.freq_base"));
+        }
+        None => {
+            notes.push(format!(
+                "{} is not given: {LLAMA_ROPE_THETA}, as for Llama",
+                keys.key("rope.freq_base")
+            ));
+            LLAMA_ROPE_THETA
+        }
+    };
     if !(theta.is_finite() && theta > 0.0) {
         return Err(ImportError::Value {
             key: keys.key("rope.freq_base"),

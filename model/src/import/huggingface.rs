@@ -343,9 +343,10 @@ fn read_matrix<'a>(
         Trits::HuggingFace(bytes)
     } else {
         let floats = tensors.floats(&name, &[rows, cols])?;
-        match scale.is_none() && weights.masters {
-            true => Trits::Masters(floats),
-            false => Trits::Ternary(floats),
+        match (scale, weights.masters) {
+            (Some(_), _) => Trits::Units(floats),
+            (None, true) => Trits::Masters(floats),
+            (None, false) => Trits::Ternary(floats),
         }
     };
     Ok(Matrix { tensor: name, trits, scale, rows, cols, interleaved_heads: None })
@@ -354,14 +355,12 @@ fn read_matrix<'a>(
 /// What the matrices are, in words.
 fn describe(matrix: &Matrix<'_>, weights: Weights) -> String {
     let rule = if weights.divides { "divide" } else { "multiply" };
-    match (&matrix.trits, matrix.scale) {
-        (Trits::Masters(floats), _) => {
+    match &matrix.trits {
+        Trits::Masters(floats) => {
             format!("{} masters, ternary by their mean magnitude", floats.format.name())
         }
-        (Trits::Ternary(floats), None) => {
-            format!("ternary values stored as {}", floats.format.name())
-        }
-        (Trits::Ternary(floats), Some(_)) => {
+        Trits::Ternary(floats) => format!("ternary values stored as {}", floats.format.name()),
+        Trits::Units(floats) => {
             format!("trits stored as {}, scales {rule}", floats.format.name())
         }
         _ => format!("packed uint8, scales {rule}"),

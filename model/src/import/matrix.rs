@@ -135,8 +135,10 @@ pub(super) enum Trits<'a> {
     Gguf(GgufType, &'a [u8]),
     /// Master weights: rounded after division by their mean magnitude.
     Masters(Floats<'a>),
-    /// Floats of one magnitude; a scale beside them says what ±1 stands for, else it is theirs.
+    /// Floats of one magnitude, which is what a trit of 1 stands for.
     Ternary(Floats<'a>),
+    /// Floats that are the trits themselves: a scale beside them says what 1 stands for.
+    Units(Floats<'a>),
 }
 
 /// A ternary matrix inside a checkpoint.
@@ -176,19 +178,20 @@ impl<'a> Matrix<'a> {
                 // What transformers multiplies by: the weights are divided by the inverse again.
                 (1.0 / inverse, inverse)
             }
-            Trits::Ternary(floats) => {
-                let magnitude = floats.one_magnitude()?;
-                // With a scale beside them, the floats are the trits themselves.
-                if self.scale.is_some() && magnitude != 1.0 && magnitude != 0.0 {
+            // A tensor of zeros has no magnitude; it is refused later, for being that.
+            Trits::Ternary(floats) => match floats.one_magnitude()? {
+                0.0 => (1.0, 1.0),
+                magnitude => (magnitude, 1.0 / magnitude),
+            },
+            Trits::Units(floats) => match floats.one_magnitude()? {
+                0.0 | 1.0 => (1.0, 1.0),
+                magnitude => {
                     return Err(ImportError::NotTernary {
                         tensor: self.tensor.clone(),
                         detail: format!("it has a weight_scale and yet holds {magnitude}"),
                     });
                 }
-                // A tensor of zeros has no magnitude; it is refused later, for being that.
-                let magnitude = if magnitude == 0.0 { 1.0 } else { magnitude };
-                (magnitude, 1.0 / magnitude)
-            }
+            },
         };
         let scale = scale * self.scale.unwrap_or(1.0);
         if !(scale.is_finite() && scale > 0.0) {
@@ -224,7 +227,7 @@ impl TernaryRows<ImportError> for ResolvedMatrix<'_> {
             }
             Trits::Gguf(GgufType::Tq2_0, bytes) => blocks::tq2_row(bytes, row, out),
             Trits::Gguf(_, bytes) => blocks::i2s_row(bytes, row, out),
-            Trits::Masters(floats) | Trits::Ternary(floats) => {
+            Trits::Masters(floats) | Trits::Ternary(floats) | Trits::Units(floats) => {
                 self.floats.resize(*cols, 0.0);
                 floats.row(row, &mut self.floats)?;
                 for (trit, value) in out.iter_mut().zip(&self.floats) {

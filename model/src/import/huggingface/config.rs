@@ -7,7 +7,9 @@ use serde_json::Value;
 
 use super::super::ImportError;
 use super::super::text::TokenIds;
-use crate::config::{Activation, HEAD_DIM_MAX, ModelConfig, rope_inverse_frequencies};
+use crate::config::{
+    Activation, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, rope_inverse_frequencies,
+};
 
 /// How the floats beside the matrices are to be understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +82,6 @@ struct Quantization {
     modules_to_not_convert: Option<Vec<String>>,
     use_rms_norm: Option<bool>,
 }
-
-/// RoPE's base where an old Llama config does not say: the class's default.
-const LLAMA_ROPE_THETA: f64 = 10_000.0;
 
 impl HuggingFaceConfig {
     pub(super) fn parse(json: &[u8], path: &Path) -> Result<Self, ImportError> {
