@@ -44,6 +44,13 @@ impl Prepared {
     pub(crate) fn prompt(&self) -> &[u32] {
         &self.prompt
     }
+
+    /// Without an answer: only the prompt is looked at. The schema cannot say so, for there a
+    /// length of 0 is as many tokens as fit.
+    pub(crate) fn without_answer(mut self) -> Self {
+        self.checked.max_tokens = Some(0);
+        self
+    }
 }
 
 impl Service {

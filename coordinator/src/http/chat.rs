@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::body::read_json;
-use super::choices::{Choices, WholeAnswer};
+use super::choices::{Choices, Wanted, WholeAnswer};
 use super::errors::ApiError;
 use super::logprobs;
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
@@ -67,7 +67,8 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let n = body.parameters.choices()?;
     let generate = body.request(idempotency_key(&headers))?;
     let streamed = body.parameters.stream.unwrap_or(false);
-    let choices = Choices::start(&api, &headers, vec![generate], n, streamed).await?;
+    let wanted = Wanted { requests: vec![generate], n, prompts_only: false, stream: streamed };
+    let choices = Choices::start(&api, &headers, wanted).await?;
     let id = new_id("chatcmpl-");
     let with_logprobs = body.logprobs.unwrap_or(false);
     let prompt_tokens = choices.prompt_tokens();
@@ -126,14 +127,13 @@ impl Body {
         let template_arguments_json =
             if arguments.is_empty() { String::new() } else { Value::from(arguments).to_string() };
         let common = self.parameters.request()?;
-        let max_tokens = match (self.max_completion_tokens, common.max_tokens) {
-            (None, max_tokens) => max_tokens,
-            (Some(0), _) => {
-                let message = "max_completion_tokens must be at least 1";
-                return Err(ApiError::invalid(Some("max_completion_tokens"), message));
-            }
-            (Some(max_tokens), _) => max_tokens,
+        let (name, max_tokens) = match self.max_completion_tokens {
+            Some(max_tokens) => ("max_completion_tokens", Some(max_tokens)),
+            None => ("max_tokens", self.parameters.max_tokens),
         };
+        if max_tokens == Some(0) {
+            return Err(ApiError::invalid(Some(name), format!("{name} must be at least 1")));
+        }
         let wanted = self.logprobs.unwrap_or(false);
         if self.top_logprobs.is_some_and(|top| top > 0) && !wanted {
             let message = "top_logprobs needs logprobs to be true";
@@ -141,7 +141,7 @@ impl Body {
         }
         Ok(GenerateRequest {
             prompt: Prompt::Conversation { messages, template_arguments_json },
-            max_tokens,
+            max_tokens: max_tokens.unwrap_or(0),
             top_logprobs: wanted.then(|| self.top_logprobs.unwrap_or(0)),
             idempotency_key,
             ..common

@@ -31,8 +31,20 @@ pub(super) struct WholeAnswer {
     pub(super) finished: Option<Finished>,
 }
 
+/// What one HTTP request asks for.
+pub(super) struct Wanted {
+    /// One for each prompt.
+    pub(super) requests: Vec<GenerateRequest>,
+    /// Answers to each prompt.
+    pub(super) n: u32,
+    /// Only the prompts are looked at: answers are empty.
+    pub(super) prompts_only: bool,
+    /// As a stream; for the span.
+    pub(super) stream: bool,
+}
+
 impl Choices {
-    /// Prepares every request, then puts `n` answers to each into the queue.
+    /// Prepares every request, then puts its answers into the queue.
     ///
     /// # Errors
     ///
@@ -40,10 +52,9 @@ impl Choices {
     pub(super) async fn start(
         api: &Api,
         headers: &HeaderMap,
-        requests: Vec<GenerateRequest>,
-        n: u32,
-        stream: bool,
+        wanted: Wanted,
     ) -> Result<Self, RequestError> {
+        let Wanted { requests, n, prompts_only, stream } = wanted;
         let Some(first) = requests.first() else {
             return Err(RequestError::invalid("prompt", "there is no prompt"));
         };
@@ -53,7 +64,8 @@ impl Choices {
         let started = async {
             let mut prompts = Vec::with_capacity(requests.len());
             for request in requests {
-                prompts.push(api.service.prepare(request).await?);
+                let prepared = api.service.prepare(request).await?;
+                prompts.push(if prompts_only { prepared.without_answer() } else { prepared });
             }
             let mut answers = Vec::with_capacity(choices);
             for prompt in &prompts {

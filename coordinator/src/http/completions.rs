@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::body::read_json;
-use super::choices::{Choices, WholeAnswer};
+use super::choices::{Choices, Wanted, WholeAnswer};
 use super::errors::ApiError;
 use super::logprobs::ForCompletion;
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
@@ -66,7 +66,9 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
             _ => None,
         })
         .collect();
-    let choices = Choices::start(&api, &headers, requests, n, streamed).await?;
+    let prompts_only = body.parameters.max_tokens == Some(0);
+    let wanted = Wanted { requests, n, prompts_only, stream: streamed };
+    let choices = Choices::start(&api, &headers, wanted).await?;
     let prompts = if body.echo.unwrap_or(false) {
         let prompts = choices.prompts.iter().zip(texts);
         prompts.map(|(prompt, text)| EchoedPrompt::new(&api, prompt.prompt(), text)).collect()
@@ -115,15 +117,24 @@ impl Body {
             return Err(ApiError::invalid(Some("prompt"), message));
         }
         let common = self.parameters.request()?;
-        let max_tokens =
-            if common.max_tokens == 0 { DEFAULT_MAX_TOKENS } else { common.max_tokens };
+        let echo = self.echo.unwrap_or(false);
+        let max_tokens = match self.parameters.max_tokens {
+            None => DEFAULT_MAX_TOKENS,
+            // There will be no answer; its least length is what the prompt is checked with.
+            Some(0) if echo => 1,
+            Some(0) => {
+                let message = "max_tokens must be at least 1, or 0 with echo";
+                return Err(ApiError::invalid(Some("max_tokens"), message));
+            }
+            Some(max_tokens) => max_tokens,
+        };
         let requests = prompts
             .into_iter()
             .map(|prompt| GenerateRequest {
                 prompt,
                 max_tokens,
                 top_logprobs: self.logprobs,
-                score_prompt: self.echo.unwrap_or(false) && self.logprobs.is_some(),
+                score_prompt: echo && self.logprobs.is_some(),
                 idempotency_key: idempotency_key.to_owned(),
                 ..common.clone()
             })

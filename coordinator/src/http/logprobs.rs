@@ -47,7 +47,9 @@ impl ForCompletion {
         Self { offset, ..Self::default() }
     }
 
-    /// A token of the prompt: its candidates are not known; the first has no probability.
+    /// A token of the prompt; the first has no probability. Its candidates are not known, and a
+    /// list of the token alone would say that it is the most probable one: evaluation harnesses
+    /// read that as a greedy answer.
     pub(super) fn push_prompt(&mut self, token: String, logprob: Option<f32>) {
         self.push(token, logprob.map(finite), None);
     }

@@ -45,7 +45,6 @@ fn what_would_change_the_answer_is_refused_by_name() {
         (json!({"n": 0}), "n"),
         (json!({"n": 5}), "n"),
         (json!({"best_of": 3}), "best_of"),
-        (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"logit_bias": {"x": 1}}), "logit_bias"),
         (json!({"guided_json": {}}), "guided_json"),
         (json!({"structured_outputs": {}}), "structured_outputs"),

@@ -100,7 +100,8 @@ impl Parameters {
         Ok(n)
     }
 
-    /// What of a request these fields say; the prompt and the logprobs are for the caller.
+    /// What of a request these fields say; the prompt and the logprobs are for the caller, and
+    /// so is a `max_tokens` of 0, which means another thing in the schema.
     ///
     /// # Errors
     ///
@@ -118,9 +119,6 @@ impl Parameters {
             })?;
         // Zero and less mean off, as in vLLM.
         let top_k = self.top_k.filter(|&k| k > 0).map(|k| u32::try_from(k).unwrap_or(u32::MAX));
-        if self.max_tokens == Some(0) {
-            return Err(ApiError::invalid(Some("max_tokens"), "max_tokens must be at least 1"));
-        }
         Ok(GenerateRequest {
             model: self.model.clone().unwrap_or_default(),
             max_tokens: self.max_tokens.unwrap_or(0),
