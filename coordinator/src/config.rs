@@ -63,7 +63,7 @@ pub struct LimitsConfig {
     pub kv_blocks: u32,
     /// Bytes of one HTTP request's body.
     pub body_bytes: ByteSize,
-    /// Connections of clients, of each of the two servers.
+    /// Connections of clients, of each of the two servers; more wait until one ends.
     pub connections: u32,
     /// The longest that one request may take, unless it asks for less.
     pub request_deadline: Duration,

@@ -7,19 +7,18 @@ use std::time::Duration;
 use futures::{Stream, stream};
 use node::telemetry::propagation;
 use proto::convert;
-use proto::limits;
 use proto::pb;
 use proto::pb::inference_server::{Inference, InferenceServer};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tower::limit::GlobalConcurrencyLimitLayer;
 use tracing::Instrument;
 
 use crate::answer::Answer;
+use crate::connections::Connections;
 use crate::request::RequestError;
 use crate::service::Service;
 use crate::spans::request_span;
@@ -39,13 +38,25 @@ const ANSWER_WINDOW_BYTES: u32 = 256 << 10;
 /// The name of the service in gRPC health.
 const SERVICE: &str = "tercet.v1.Inference";
 
+/// How long a request may take to arrive. [`Limits::wait`] is added: an answer begins after it.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What requests may be.
+pub(crate) struct Limits {
+    /// Requests that are read or wait for their answer to begin at once; more are not read.
+    pub(crate) requests: usize,
+    /// The longest that a request waits before its answer begins.
+    pub(crate) wait: Duration,
+}
+
 /// Serves until `stop` fires and open answers have ended.
 ///
 /// # Errors
 ///
 /// If the transport fails or the descriptors do not decode.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    connections: Connections,
+    limits: Limits,
     service: Arc<Service>,
     health: HealthReporter,
     health_service: tonic_health::pb::health_server::HealthServer<
@@ -54,24 +65,22 @@ pub(crate) async fn serve(
     stop: CancellationToken,
 ) -> Result<(), node::TaskError> {
     let inference = InferenceServer::new(InferenceApi { service: Arc::clone(&service) })
-        .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES)
-        .max_encoding_message_size(limits::MESSAGE_BYTES);
+        .max_decoding_message_size(proto::limits::CLIENT_MESSAGE_BYTES)
+        .max_encoding_message_size(proto::limits::MESSAGE_BYTES);
     let served = Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(CLIENT_KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(CLIENT_KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(HEADER_BYTES)
-        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
+        .max_concurrent_streams(proto::limits::STREAMS_PER_CONNECTION)
         .initial_stream_window_size(ANSWER_WINDOW_BYTES)
-        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
+        .initial_connection_window_size(proto::limits::CONNECTION_WINDOW_BYTES)
+        .timeout(limits.wait + ARRIVAL_PATIENCE)
+        .layer(GlobalConcurrencyLimitLayer::new(limits.requests))
         .add_service(inference)
         .add_service(health_service)
         .add_service(reflection()?.build_v1()?)
         .add_service(reflection()?.build_v1alpha()?)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            stop.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(connections.into_stream(), stop.clone().cancelled_owned());
     tokio::select! {
         outcome = served => Ok(outcome?),
         () = report_health(health, &service) => Ok(()),

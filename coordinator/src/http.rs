@@ -6,6 +6,7 @@ mod chat;
 mod choices;
 mod completions;
 mod errors;
+mod host;
 mod logprobs;
 mod models;
 mod observe;
@@ -19,23 +20,24 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::connections::Connections;
 use crate::service::{Service, hex};
 use errors::ApiError;
+pub(crate) use host::Hosts;
 
 /// How long a client may take to send the headers of a request, or to begin a next one.
 const HEADER_PATIENCE: Duration = Duration::from_secs(10);
@@ -43,8 +45,8 @@ const HEADER_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a quiet HTTP/2 client is asked whether it lives.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
-/// After an accept that failed (no free file, mostly): the next one would fail as well.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Bytes of the headers of one HTTP/2 request.
+const HEADER_BYTES: u32 = 16 << 10;
 
 /// Characters of a client's own `x-request-id` that are sent back.
 const REQUEST_ID_CHARS: usize = 128;
@@ -56,13 +58,26 @@ pub(crate) struct Api {
     body_bytes: usize,
 }
 
+/// What requests may be.
+pub(crate) struct Limits {
+    /// Bytes of one body.
+    pub(crate) body_bytes: usize,
+    /// Requests that are read, wait or are answered as a whole at once.
+    pub(crate) requests: usize,
+    /// Whom they may be meant for.
+    pub(crate) hosts: Hosts,
+}
+
 /// The routes.
-pub(crate) fn router(service: Arc<Service>, body_bytes: usize) -> Router {
+pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
+    let open =
+        OpenRequests { room: Arc::new(Semaphore::new(limits.requests)), limit: limits.requests };
     Router::new()
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
+        .route_layer(middleware::from_fn_with_state(open, with_room))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
         .route("/health", get(observe::health))
         .route("/livez", get(observe::health))
         .route("/ping", get(observe::health))
@@ -72,7 +87,8 @@ pub(crate) fn router(service: Arc<Service>, body_bytes: usize) -> Router {
         .route("/metrics", get(observe::metrics))
         .fallback(async || ApiError::not_found("there is no such page"))
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
-        .with_state(Api { service, body_bytes })
+        .with_state(Api { service, body_bytes: limits.body_bytes })
+        .layer(middleware::from_fn_with_state(limits.hosts, host::check))
         .layer(middleware::from_fn(with_request_id))
         .layer(CatchPanicLayer::custom(|_| errors::panicked()))
 }
@@ -81,11 +97,10 @@ pub(crate) fn router(service: Arc<Service>, body_bytes: usize) -> Router {
 ///
 /// # Errors
 ///
-/// Never, in the present form: a connection that fails is its client's affair.
+/// If no connection can be accepted any more; one that fails is its client's affair.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    connections: Connections,
     router: Router,
-    connections: u32,
     stop: CancellationToken,
 ) -> Result<(), node::TaskError> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
@@ -96,31 +111,14 @@ pub(crate) async fn serve(
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(HEADER_PATIENCE)
         .max_concurrent_streams(proto::limits::STREAMS_PER_CONNECTION)
-        .max_header_list_size(16 << 10);
+        .max_header_list_size(HEADER_BYTES);
     let graceful = GracefulShutdown::new();
-    let room = Arc::new(Semaphore::new(connections as usize));
     let mut open = JoinSet::new();
     loop {
-        // Connections beyond the limit wait in the kernel's queue.
-        let permit = tokio::select! {
-            () = stop.cancelled() => break,
-            permit = Arc::clone(&room).acquire_owned() => permit?,
-        };
         let stream = tokio::select! {
             () = stop.cancelled() => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "failed to accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            },
+            accepted = connections.accept() => accepted?,
         };
-        // Tokens are small and must not wait for one another.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "failed to set TCP_NODELAY");
-        }
         let service = TowerToHyperService::new(router.clone());
         let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);
@@ -128,14 +126,28 @@ pub(crate) async fn serve(
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection ended");
             }
-            drop(permit);
         });
         // Forget those that have ended.
         while open.try_join_next().is_some() {}
     }
-    drop(listener);
+    drop(connections);
     graceful.shutdown().await;
     Ok(())
+}
+
+/// Room for requests that have a body, and so hold memory.
+#[derive(Clone)]
+struct OpenRequests {
+    room: Arc<Semaphore>,
+    limit: usize,
+}
+
+/// Refuses a request that there is no room for before its body is read.
+async fn with_room(State(open): State<OpenRequests>, request: Request, next: Next) -> Response {
+    match open.room.try_acquire() {
+        Ok(_room) => next.run(request).await,
+        Err(_) => ApiError::busy(open.limit).into_response(),
+    }
 }
 
 /// Gives every answer an `x-request-id`: the client's own if it is a plain text, a label only.

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 mod answer;
 mod config;
+mod connections;
 mod driver;
 mod error;
 mod grpc;
@@ -92,10 +93,15 @@ pub async fn run(
     let (driver, handle) = driver::Driver::new(driver_config, keys, membership, stop.child_token());
     let deadline = config.limits.request_deadline.get();
     let service = Arc::new(service::Service::new(model, text, handle, deadline));
-    let router = http::router(
-        Arc::clone(&service),
-        usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX),
-    );
+    // Beyond what may wait and run a request could only be refused.
+    let requests = (config.limits.waiting_requests + config.limits.running_requests) as usize;
+    let http_limits = http::Limits {
+        body_bytes: usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX),
+        requests,
+        hosts: http::Hosts::of(http, config.advertise.as_deref()),
+    };
+    let router = http::router(Arc::clone(&service), http_limits);
+    let grpc_limits = grpc::Limits { requests, wait: config.limits.wait.get() };
 
     // Fires when no answer is open any more: the servers outlive the driver, so that every client
     // hears how its answer ended.
@@ -108,9 +114,14 @@ pub async fn run(
         drop(last_answer);
         Ok(())
     });
-    let (grpc_stop, connections) = (answered.clone(), config.limits.connections);
-    tasks.spawn("grpc", |_| grpc::serve(grpc_listener, service, health, health_service, grpc_stop));
-    tasks.spawn("http", |_| http::serve(http_listener, router, connections, answered));
+    let connections = config.limits.connections;
+    let grpc_connections = connections::Connections::new(grpc_listener, connections);
+    let http_connections = connections::Connections::new(http_listener, connections);
+    let grpc_stop = answered.clone();
+    tasks.spawn("grpc", |_| {
+        grpc::serve(grpc_connections, grpc_limits, service, health, health_service, grpc_stop)
+    });
+    tasks.spawn("http", |_| http::serve(http_connections, router, answered));
     tracing::info!(%grpc, %http, "serves");
     if let Some(bound) = bound {
         // Nobody waits for it: their affair.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coordinator::{Bound, Config, RunError};
+use coordinator::{Bound, Config, LimitsConfig, RunError};
 use futures::{Stream, StreamExt, stream};
 use node::membership::{Membership, Memory, Registration};
 use proto::convert;
@@ -27,8 +27,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 const VOCAB: u32 = 512;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -224,6 +228,10 @@ struct Cluster {
 
 impl Cluster {
     async fn start(workers: usize, stages: u32) -> Self {
+        Self::start_with(workers, stages, LimitsConfig::default()).await
+    }
+
+    async fn start_with(workers: usize, stages: u32, limits: LimitsConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = dir.path().join("store");
         let shape = "4x64x128x2x2x512".parse().unwrap();
@@ -245,6 +253,7 @@ impl Cluster {
             grpc: "127.0.0.1:0".parse().unwrap(),
             http: "127.0.0.1:0".parse().unwrap(),
             shutdown_grace: Duration::from_millis(200).into(),
+            limits,
             ..Config::default()
         };
         let (bound_sender, bound) = oneshot::channel();
@@ -325,24 +334,32 @@ impl Cluster {
         InferenceClient::connect(format!("http://{}", self.bound.grpc)).await.unwrap()
     }
 
-    /// Waits until `/ready` says what is wanted.
+    /// Waits until gRPC health says what is wanted; `/ready` must agree.
     async fn until_ready(&self, ready: bool) {
-        let waited = async {
-            let wanted = if ready { "200" } else { "503" };
-            while !http(self.bound.http, "GET", "/ready", "")
-                .await
-                .starts_with(&format!("HTTP/1.1 {wanted}"))
-            {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
+        let endpoint = format!("http://{}", self.bound.grpc);
+        let channel = Endpoint::from_shared(endpoint).unwrap().connect().await.unwrap();
+        let mut health = HealthClient::new(channel);
+        let service = "tercet.v1.Inference".to_owned();
+        let mut changes = health.watch(HealthCheckRequest { service }).await.unwrap().into_inner();
+        let wanted = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let waited =
+            async { while changes.message().await.unwrap().unwrap().status() != wanted {} };
         tokio::time::timeout(PATIENCE, waited).await.expect("readiness did not come");
+        let response = http(self.bound.http, "GET", "/ready", "").await;
+        let status = if ready { "HTTP/1.1 200" } else { "HTTP/1.1 503" };
+        assert!(response.starts_with(status), "{response}");
     }
 
     async fn running(&self) -> u32 {
         let status = self.client().await.status(pb::StatusRequest {}).await.unwrap().into_inner();
         let queue = status.queue.unwrap();
         queue.running + queue.waiting
+    }
+
+    /// Asks again and again until so many requests are in the queue or run.
+    async fn until_running(&self, wanted: u32) {
+        let waited = async { while self.running().await != wanted {} };
+        tokio::time::timeout(PATIENCE, waited).await.expect("another number of requests runs");
     }
 
     async fn end(mut self) {
@@ -489,9 +506,7 @@ async fn a_dead_worker_fails_its_requests_and_a_new_one_serves_again() {
     let address = cluster.bound.http;
     let mut streamed = JoinSet::new();
     streamed.spawn(async move { http(address, "POST", "/v1/completions", body).await });
-    while cluster.running().await < 2 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    cluster.until_running(2).await;
 
     let mut dead = cluster.workers.pop().unwrap();
     dead.die();
@@ -531,12 +546,7 @@ async fn a_client_that_goes_away_frees_its_kv() {
     events.message().await.unwrap().unwrap();
     assert_eq!(cluster.running().await, 1);
     drop(events);
-    let waited = async {
-        while cluster.running().await > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, waited).await.expect("the sequence is kept for nobody");
+    cluster.until_running(0).await;
     cluster.end().await;
 }
 
@@ -582,6 +592,17 @@ async fn http_speaks_as_openai_does() {
     assert_eq!(answer["usage"]["total_tokens"], 3 + 12);
     assert_eq!(answer["choices"][1]["finish_reason"], "length");
 
+    let body = r#"{"prompt":[9,8,7],"max_tokens":0,"logprobs":1,"echo":true}"#;
+    let answer = json_of(&ask("POST", "/v1/completions", body).await);
+    let scored = &answer["choices"][0];
+    assert_eq!(scored["logprobs"]["token_logprobs"], serde_json::json!([null, -1.5, -1.5]));
+    assert_eq!((&scored["finish_reason"], &scored["text"]), (&"length".into(), &"".into()));
+    assert_eq!(answer["usage"]["completion_tokens"], 0);
+    let body = r#"{"prompt":[9,8,7],"max_tokens":0,"echo":true,"stream":true}"#;
+    let events = events_of(&ask("POST", "/v1/completions", body).await);
+    assert_eq!(events.last().unwrap(), "[DONE]");
+    assert!(events.iter().any(|event| event.contains(r#""finish_reason":"length""#)), "{events:?}");
+
     let body = r#"{"prompt":[9,8],"max_tokens":6,"n":2,"stream":true,"stream_options":{"include_usage":true}}"#;
     let response = ask("POST", "/v1/completions", body).await;
     assert!(response.to_lowercase().contains("content-type: text/event-stream"), "{response}");
@@ -598,6 +619,8 @@ async fn http_speaks_as_openai_does() {
         ("/v1/completions", r#"{"prompt":[9],"model":"other"}"#, 404, "does not exist"),
         ("/v1/completions", r#"{"prompt":"#, 400, "not a valid request"),
         ("/v1/completions", "{}", 400, "prompt"),
+        ("/v1/completions", r#"{"prompt":[9],"max_tokens":0}"#, 400, "max_tokens"),
+        ("/v1/chat/completions", r#"{"messages":[],"max_tokens":0}"#, 400, "max_tokens"),
         ("/v1/chat/completions", r#"{"messages":[]}"#, 400, "messages"),
         ("/v1/chat/completions", r#"{"messages":[],"tools":[{}]}"#, 400, "tools"),
         ("/v1/nothing", "{}", 404, "no such page"),
@@ -610,7 +633,7 @@ async fn http_speaks_as_openai_does() {
     let huge = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(5 << 20));
     let mut stream = TcpStream::connect(cluster.bound.http).await.unwrap();
     let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         huge.len()
     );
@@ -622,5 +645,48 @@ async fn http_speaks_as_openai_does() {
     assert!(String::from_utf8_lossy(&response[..read]).starts_with("HTTP/1.1 413") || read == 0);
     assert!(ask("GET", "/health", "").await.starts_with("HTTP/1.1 200"));
     assert!(ask("GET", "/metrics", "").await.starts_with("HTTP/1.1 200"));
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_of_somebody_else_is_refused() {
+    let cluster = Cluster::start(0, 1).await;
+    for (host, status) in [
+        ("localhost", 200),
+        ("127.0.0.1:8080", 200),
+        ("[::1]", 200),
+        ("evil.test", 421),
+        ("localhost.evil.test", 421),
+    ] {
+        let mut stream = TcpStream::connect(cluster.bound.http).await.unwrap();
+        let head = format!("GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        assert!(response.starts_with(&format!("HTTP/1.1 {status}")), "{host}: {response}");
+    }
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_too_many_waits_until_another_ends() {
+    let limits = LimitsConfig { connections: 1, ..LimitsConfig::default() };
+    let cluster = Cluster::start_with(0, 1, limits).await;
+    let mut first = cluster.client().await;
+    first.status(pb::StatusRequest {}).await.unwrap();
+    // The kernel takes the connection; nobody answers on it while the first is open.
+    let endpoint = format!("http://{}", cluster.bound.grpc);
+    let channel = Endpoint::from_shared(endpoint).unwrap().connect_lazy();
+    let mut second = InferenceClient::new(channel);
+    let mut waiting = std::pin::pin!(second.status(pb::StatusRequest {}));
+    let first_again = first.status(pb::StatusRequest {});
+    tokio::select! {
+        biased;
+        outcome = &mut waiting => panic!("the second was answered beside the first: {outcome:?}"),
+        outcome = first_again => assert!(outcome.is_ok()),
+    }
+    drop(first);
+    let answered = tokio::time::timeout(PATIENCE, waiting).await;
+    answered.expect("the second is never answered").unwrap();
     cluster.end().await;
 }

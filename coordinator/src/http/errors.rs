@@ -55,6 +55,24 @@ impl ApiError {
         Self { status: StatusCode::METHOD_NOT_ALLOWED, ..error }
     }
 
+    /// The request is meant for another host.
+    pub(super) fn misdirected() -> Self {
+        let message = "this server does not answer to that host name; use localhost or its address";
+        Self { status: StatusCode::MISDIRECTED_REQUEST, ..Self::invalid(None, message) }
+    }
+
+    /// As many requests are open as may be.
+    pub(super) fn busy(limit: usize) -> Self {
+        let message =
+            format!("{limit} requests are open already, the most that may; try again later");
+        Self {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            kind: "rate_limit_error",
+            code: Some("rate_limit_exceeded"),
+            ..Self::invalid(None, message)
+        }
+    }
+
     /// The body is longer than allowed.
     pub(super) fn too_large(limit_bytes: usize) -> Self {
         Self {

@@ -1,0 +1,101 @@
+//! Whom a request must be meant for. A web page can make a name of its own point at this machine
+//! (DNS rebinding) and so reach a server that listens on loopback only; the `Host` header gives
+//! such a request away.
+
+use std::net::{IpAddr, SocketAddr};
+
+use axum::extract::{Request, State};
+use axum::http::header;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::errors::ApiError;
+
+/// The hosts that requests may name.
+#[derive(Clone, Debug)]
+pub(crate) enum Hosts {
+    /// The address is open to others: who reaches it is for the network to say.
+    Any,
+    /// Loopback, `localhost` and the configured name.
+    Local {
+        /// Without its port.
+        name: Option<String>,
+    },
+}
+
+impl Hosts {
+    /// For a server at `listen` that others know as `advertise` (`host:port`).
+    pub(crate) fn of(listen: SocketAddr, advertise: Option<&str>) -> Self {
+        if !listen.ip().is_loopback() {
+            return Self::Any;
+        }
+        Self::Local { name: advertise.map(|address| host_of(address).to_ascii_lowercase()) }
+    }
+
+    fn allow(&self, authority: &str) -> bool {
+        let Self::Local { name } = self else { return true };
+        let host = host_of(authority).to_ascii_lowercase();
+        host == "localhost"
+            || name.as_ref() == Some(&host)
+            || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+    }
+}
+
+/// The host in `host`, `host:port`, `[address]` or `[address]:port`.
+fn host_of(authority: &str) -> &str {
+    if let Some(bracketed) = authority.strip_prefix('[') {
+        return bracketed.split(']').next().unwrap_or_default();
+    }
+    authority.rsplit_once(':').map_or(authority, |(host, _)| host)
+}
+
+/// Refuses requests that are meant for somebody else with 421. One that names no host at all is
+/// from no browser.
+pub(super) async fn check(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
+    let authority = match request.headers().get(header::HOST) {
+        // Bytes that are no text are no name of ours.
+        Some(host) => Some(host.to_str().unwrap_or_default()),
+        // HTTP/2 says it in the request's target.
+        None => request.uri().authority().map(|authority| authority.as_str()),
+    };
+    if authority.is_some_and(|authority| !hosts.allow(authority)) {
+        return ApiError::misdirected().into_response();
+    }
+    next.run(request).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loopback_server_answers_to_its_own_names_only() {
+        let local = Hosts::of("127.0.0.1:8080".parse().unwrap(), Some("Box.example:7420"));
+        for host in [
+            "localhost",
+            "LOCALHOST:8080",
+            "127.0.0.1:8080",
+            "127.0.0.1",
+            "127.9.9.9",
+            "[::1]:8080",
+            "[::1]",
+            "box.example:1",
+        ] {
+            assert!(local.allow(host), "{host}");
+        }
+        for host in [
+            "evil.test",
+            "evil.test:8080",
+            "localhost.evil.test",
+            "127.0.0.1.evil.test",
+            "",
+            "10.0.0.1",
+            "[::2]:80",
+            "evil.test:localhost",
+        ] {
+            assert!(!local.allow(host), "{host}");
+        }
+        assert!(!Hosts::of("[::1]:1".parse().unwrap(), None).allow("box.example"));
+        assert!(Hosts::of("0.0.0.0:8080".parse().unwrap(), None).allow("evil.test"));
+    }
+}
