@@ -3,6 +3,9 @@
 //! Layouts are those of `formats.md` in the project's notes, restated in `docs/models.md`. Callers
 //! have checked every length.
 
+use std::fmt;
+use std::str::FromStr;
+
 use crate::gguf::GgufType;
 
 /// A two-bit code that stands for no trit; its row says where.
@@ -46,15 +49,68 @@ pub(crate) fn hugging_face_row(
     codes.finish()
 }
 
-/// Row `row` of an I2_S tensor: blocks of 128 run across rows; byte `p` of a block holds elements
-/// `p`, `p + 32`, `p + 64`, `p + 96`, highest bits first.
-pub(crate) fn i2s_row(bytes: &[u8], row: usize, out: &mut [i8]) -> Result<(), InvalidCode> {
+/// The order of the codes in I2_S tensors. Nothing in a file says which one it has: every order
+/// has the same type number, the same name and the same size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum I2sLayout {
+    /// `128x32`: 128 codes in 32 bytes. The official file, and what everyone but below writes.
+    #[default]
+    Of128In32,
+    /// `64x16`: 64 codes in 16 bytes. Written by bitnet.cpp on ARM after November 2025.
+    Of64In16,
+}
+
+/// A text names no layout.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("layout {0:?} is neither 128x32 nor 64x16")]
+pub struct ParseI2sLayoutError(String);
+
+impl FromStr for I2sLayout {
+    type Err = ParseI2sLayoutError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "128x32" => Ok(Self::Of128In32),
+            "64x16" => Ok(Self::Of64In16),
+            _ => Err(ParseI2sLayoutError(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for I2sLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Of128In32 => "128x32",
+            Self::Of64In16 => "64x16",
+        })
+    }
+}
+
+impl I2sLayout {
+    fn block_bytes(self) -> usize {
+        match self {
+            Self::Of128In32 => 32,
+            Self::Of64In16 => 16,
+        }
+    }
+}
+
+/// Row `row` of an I2_S tensor. Blocks run across rows; byte `p` of a block of `n` bytes holds its
+/// elements `p`, `p + n`, `p + 2n`, `p + 3n`, highest bits first.
+pub(crate) fn i2s_row(
+    bytes: &[u8],
+    layout: I2sLayout,
+    row: usize,
+    out: &mut [i8],
+) -> Result<(), InvalidCode> {
     let mut codes = Codes::default();
+    let block_bytes = layout.block_bytes();
     let first = row * out.len();
     for (index, trit) in out.iter_mut().enumerate() {
-        let (block, element) = ((first + index) / 128, (first + index) % 128);
-        let byte = bytes[block * 32 + element % 32];
-        *trit = codes.trit(byte >> (6 - 2 * (element / 32)));
+        let (block, element) =
+            ((first + index) / (4 * block_bytes), (first + index) % (4 * block_bytes));
+        let byte = bytes[block * block_bytes + element % block_bytes];
+        *trit = codes.trit(byte >> (6 - 2 * (element / block_bytes)));
     }
     codes.finish()
 }
@@ -181,7 +237,7 @@ mod tests {
         let mut out = vec![9i8; 512];
 
         let i2s = vectors.bytes("i2_s_128");
-        i2s_row(&i2s, 0, &mut out).unwrap();
+        i2s_row(&i2s, I2sLayout::default(), 0, &mut out).unwrap();
         assert_eq!(out, trits);
         let with_tail = [&i2s[..128], &0.75f32.to_le_bytes(), &[0xff; 28]].concat();
         assert_eq!(i2s_scale(&with_tail, 512), 0.75);
@@ -217,7 +273,7 @@ mod tests {
         let trits = vectors.trits();
         for (row, expected) in trits.chunks(64).enumerate() {
             let mut out = vec![9i8; 64];
-            i2s_row(&vectors.bytes("i2_s_128"), row, &mut out).unwrap();
+            i2s_row(&vectors.bytes("i2_s_128"), I2sLayout::default(), row, &mut out).unwrap();
             assert_eq!(out, expected);
         }
         for (row, expected) in trits.chunks(256).enumerate() {
@@ -235,7 +291,7 @@ mod tests {
         let vectors = Vectors::load();
         let mut i2s = vectors.bytes("i2_s_128");
         i2s[77] |= 0b11 << 4;
-        assert_eq!(i2s_row(&i2s, 0, &mut [0; 512]), Err(InvalidCode));
+        assert_eq!(i2s_row(&i2s, I2sLayout::default(), 0, &mut [0; 512]), Err(InvalidCode));
         let mut tq2 = vectors.bytes("tq2_0");
         tq2[5] |= 0b11;
         assert_eq!(tq2_row(&tq2, 0, &mut [0; 512]), Err(InvalidCode));

@@ -95,7 +95,8 @@ pub fn import_bundled(cache_dir: &Path) -> Result<PathBuf, ImportError> {
         let path = source.0.join(name);
         fs::write(&path, bytes).map_err(|e| write_error("write", &path, e))?;
     }
-    let options = ImportOptions { name: Some(BundledModel::NAME.into()) };
+    let options =
+        ImportOptions { name: Some(BundledModel::NAME.into()), ..ImportOptions::default() };
     match import(&source.0, &dest, &options, &mut |_| {}) {
         Ok(_) => Ok(dest),
         // Another process was quicker, and made the same.

@@ -19,6 +19,7 @@ mod text;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use crate::blocks::{I2sLayout, ParseI2sLayoutError};
 use crate::config::{ConfigError, ModelConfig};
 use crate::file::MappedFile;
 use crate::gguf::{Gguf, GgufError};
@@ -35,6 +36,8 @@ use checkpoint::Checkpoint;
 pub struct ImportOptions {
     /// Name of the model in place of the one that the source suggests.
     pub name: Option<String>,
+    /// Layout of I2_S tensors in place of [`I2sLayout::default`]. Refused if there are none.
+    pub i2s_layout: Option<I2sLayout>,
 }
 
 /// What was imported, and what was decided on the way.
@@ -171,6 +174,9 @@ pub enum ImportError {
         /// Its scale.
         found: f32,
     },
+    /// A layout was chosen for tensors that are not there.
+    #[error("the model has no I2_S tensors: no layout can be chosen for them")]
+    NoI2s,
     /// The blocks of a matrix have different scales.
     #[error(
         "tensor {tensor} of type {type_name} has blocks of different scales, only one scale per tensor is supported"
@@ -232,9 +238,10 @@ pub fn import(
         Some(path) => {
             let file = map(&path)?;
             file.advise_sequential();
-            let mut checkpoint = gguf::read(&Gguf::parse(file.bytes())?, &name_of(&path))?;
+            let mut checkpoint = gguf::read(&Gguf::parse(file.bytes())?, &name_of(&path), options)?;
             write(&mut checkpoint, dest, options, progress)
         }
+        None if options.i2s_layout.is_some() => Err(ImportError::NoI2s),
         None => {
             let directory = huggingface::Directory::open(source)?;
             write(&mut directory.read()?, dest, options, progress)
@@ -249,7 +256,7 @@ pub fn import(
 ///
 /// [`ImportError`] as [`import`] would give it.
 pub fn check_gguf(bytes: &[u8]) -> Result<ModelConfig, ImportError> {
-    gguf::read(&Gguf::parse(bytes)?, "checked")?.check()
+    gguf::read(&Gguf::parse(bytes)?, "checked", &ImportOptions::default())?.check()
 }
 
 /// Imports a Hugging Face model of one file, given its `config.json` and `model.safetensors`, as

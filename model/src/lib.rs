@@ -29,7 +29,7 @@ mod writer;
 pub use bundled::{BundledModel, bundled, import_bundled};
 pub use config::{Activation, ConfigError, ModelConfig};
 pub use id::ModelId;
-pub use import::{ImportError, ImportOptions, Imported, import};
+pub use import::{I2sLayout, ImportError, ImportOptions, Imported, import};
 pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};
 pub use progress::Progress;
 pub use shard::{EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ShardError};

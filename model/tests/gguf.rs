@@ -12,7 +12,7 @@ use std::path::Path;
 
 use gguf_writer::{GgufWriter, Meta};
 use kernels::FloatKind;
-use model::Activation;
+use model::{Activation, I2sLayout, ImportOptions};
 use stores::Stored;
 
 fn fixture(name: &str) -> GgufWriter {
@@ -318,5 +318,56 @@ fn scale_tensors_multiply_whatever_scale_is_inside() {
         let mut floats = plain.clone();
         as_floats(&mut floats, "blk.0.attn_q.weight", &q.0, 0, magnitude);
         assert_eq!(scaled(floats), (q.0.clone(), magnitude * 0.5));
+    }
+}
+
+/// Reorders the codes of every I2_S tensor from 128 in 32 bytes to 64 in 16 bytes.
+fn repack_64x16(gguf: &mut GgufWriter) {
+    for tensor in gguf.tensors.iter_mut().filter(|tensor| tensor.tensor_type == 36) {
+        let len = tensor.data.len() - 32;
+        let code = |i: usize| tensor.data[i / 128 * 32 + i % 32] >> (6 - i % 128 / 32 * 2) & 3;
+        let mut repacked = vec![0u8; len];
+        for i in 0..len * 4 {
+            repacked[i / 64 * 16 + i % 16] |= code(i) << (6 - i % 64 / 16 * 2);
+        }
+        tensor.data[..len].copy_from_slice(&repacked);
+    }
+}
+
+#[test]
+fn the_layout_of_arm_builds_is_read_when_it_is_asked_for() {
+    let plain = fixture("tiny_i2s.gguf");
+    let expected = imported(&plain);
+    let mut arm = plain.clone();
+    repack_64x16(&mut arm);
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("model.gguf");
+    fs::write(&source, arm.bytes()).unwrap();
+    let with = |i2s_layout: Option<I2sLayout>| {
+        Stored::import_with(&source, &ImportOptions { i2s_layout, ..ImportOptions::default() })
+    };
+    let asked = with(Some("64x16".parse().unwrap())).unwrap();
+    assert_eq!(asked.imported.id, expected.imported.id);
+    assert!(asked.notes("layout of I2_S: 64x16, as asked for"));
+
+    // Nothing is guessed: without being asked, the usual layout is read, and the model is another.
+    let unasked = with(None).unwrap();
+    assert_ne!(unasked.imported.id, expected.imported.id);
+    assert_eq!(with(Some(I2sLayout::default())).unwrap().imported.id, unasked.imported.id);
+    assert_eq!(
+        "16x64".parse::<I2sLayout>().unwrap_err().to_string(),
+        "layout \"16x64\" is neither 128x32 nor 64x16"
+    );
+
+    // It is refused where there is nothing that it could apply to.
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+    let options =
+        ImportOptions { i2s_layout: Some(I2sLayout::default()), ..ImportOptions::default() };
+    for name in ["tiny_tq2.gguf", "tiny_packed"] {
+        let error = Stored::import_with(&fixtures.join(name), &options).err().unwrap();
+        assert_eq!(
+            error.to_string(),
+            "the model has no I2_S tensors: no layout can be chosen for them"
+        );
     }
 }

@@ -7,6 +7,7 @@ mod safetensors_writer;
 #[path = "support/stores.rs"]
 mod stores;
 
+use std::fs;
 use std::path::Path;
 
 use model::Activation;
@@ -302,5 +303,28 @@ fn floats_that_are_not_ternary_are_refused_by_name() {
         refusal(&doubled),
         "tensor model.layers.0.self_attn.q_proj.weight is not ternary: it has a weight_scale and \
          yet holds 0.5"
+    );
+}
+
+#[test]
+fn what_must_be_converted_first_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let directory = ternary(config("llama", &json!({})), false, None, 1.0);
+    directory.write(dir.path());
+    fs::write(dir.path().join("tokenizer.model"), b"\n").unwrap();
+    let stored = Stored::import(dir.path()).unwrap();
+    assert!(stored.notes("tokenizer.model is not read: save it as tokenizer.json"));
+    assert!(stored.store.tokenizer_json().unwrap().is_none());
+
+    // Beside safetensors, a pickled copy of the weights does not matter.
+    for name in ["pytorch_model.bin.index.json", "pytorch_model.bin"] {
+        fs::write(dir.path().join(name), b"{}").unwrap();
+        assert_eq!(Stored::import(dir.path()).unwrap().imported.id, stored.imported.id);
+    }
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    let error = Stored::import(dir.path()).err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        "pytorch_model.bin is not supported: save the model as safetensors first"
     );
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use client::command::TextWriter;
-use model::{ImportOptions, Imported};
+use model::{I2sLayout, ImportOptions, Imported};
 use serde::Serialize;
 
 use crate::Failure;
@@ -29,6 +29,10 @@ pub(crate) struct ImportCommand {
     /// Name of the model, in place of the one that the source suggests
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// Order of the codes in I2_S tensors, which no file states: 128x32, or 64x16 for files made by
+    /// bitnet.cpp on ARM after November 2025 [default: 128x32]
+    #[arg(long, value_name = "LAYOUT")]
+    i2s_layout: Option<I2sLayout>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -46,7 +50,7 @@ struct Report<'a> {
 
 /// Runs the command.
 pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
-    let options = ImportOptions { name: command.name.clone() };
+    let options = ImportOptions { name: command.name.clone(), i2s_layout: command.i2s_layout };
     let mut progress = Progress::new("importing", command.json);
     let imported = model::import(&command.source, &command.store, &options, &mut |report| {
         progress.show(report.what, report.done, report.total);

@@ -22,6 +22,11 @@ use config::{HuggingFaceConfig, Weights};
 pub(super) const CONFIG_FILE: &str = "config.json";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 const SINGLE_FILE: &str = "model.safetensors";
+/// Weights in the form that PyTorch pickles: reading it means running what it says.
+const PICKLED_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+/// A tokenizer in SentencePiece's own form.
+const SENTENCE_PIECE_FILE: &str = "tokenizer.model";
+const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Longest JSON file beside the tokenizer: an index names every tensor.
 const JSON_BYTES_MAX: u64 = 16 << 20;
 /// Most files of a sharded model.
@@ -48,6 +53,15 @@ impl Directory {
         let config = read(&path.join(CONFIG_FILE), JSON_BYTES_MAX)?;
         let index: Option<Index> = read_json(&path.join(INDEX_FILE))?;
         let index = index.map(|index| index.weight_map);
+        let is_there = |name: &str| path.join(name).exists();
+        if index.is_none()
+            && !is_there(SINGLE_FILE)
+            && let Some(pickled) = PICKLED_FILES.into_iter().find(|name| is_there(name))
+        {
+            return Err(ImportError::Unsupported(format!(
+                "{pickled} is not supported: save the model as safetensors first"
+            )));
+        }
         let names = match &index {
             None => vec![SINGLE_FILE.to_owned()],
             Some(index) => file_names(&path.join(INDEX_FILE), index)?,
@@ -64,7 +78,7 @@ impl Directory {
 
     /// Finds and checks everything that an import needs.
     pub(super) fn read(&self) -> Result<Checkpoint<'_>, ImportError> {
-        let config = HuggingFaceConfig::parse(&self.config, &self.path.join(CONFIG_FILE))?;
+        let mut config = HuggingFaceConfig::parse(&self.config, &self.path.join(CONFIG_FILE))?;
         let mut tensors = Tensors::default();
         for (path, file) in &self.files {
             tensors.add(path, file.bytes())?;
@@ -77,11 +91,15 @@ impl Directory {
         }
         let path = |name| self.path.join(name);
         let text = HuggingFaceText {
-            tokenizer: read_optional(&path("tokenizer.json"), TOKENIZER_BYTES_MAX)?,
+            tokenizer: read_optional(&path(TOKENIZER_FILE), TOKENIZER_BYTES_MAX)?,
             tokenizer_config: read_json(&path("tokenizer_config.json"))?.unwrap_or_default(),
             generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
         };
+        if text.tokenizer.is_none() && path(SENTENCE_PIECE_FILE).exists() {
+            let note = format!("{SENTENCE_PIECE_FILE} is not read: save it as {TOKENIZER_FILE}");
+            config.notes.push(note);
+        }
         read_checkpoint(config, tensors, text, &name_of(&self.path))
     }
 }

@@ -3,7 +3,7 @@
 use kernels::FloatKind;
 
 use super::ImportError;
-use crate::blocks;
+use crate::blocks::{self, I2sLayout};
 use crate::gguf::GgufType;
 use crate::writer::{FloatRows, TernaryRows, widen};
 
@@ -131,8 +131,12 @@ impl Floats<'_> {
 pub(super) enum Trits<'a> {
     /// By transformers: four rows a byte.
     HuggingFace(&'a [u8]),
-    /// In a GGUF file.
-    Gguf(GgufType, &'a [u8]),
+    /// In a GGUF file, with one scale at the end.
+    I2s(I2sLayout, &'a [u8]),
+    /// In a GGUF file, with a scale in every block.
+    Tq1_0(&'a [u8]),
+    /// The same.
+    Tq2_0(&'a [u8]),
     /// Master weights: rounded after division by their mean magnitude.
     Masters(Floats<'a>),
     /// Floats of one magnitude, which is what a trit of 1 stands for.
@@ -157,22 +161,14 @@ pub(super) struct Matrix<'a> {
 /// Least mean magnitude, as in training.
 const MEAN_MIN: f32 = 1e-5;
 
-impl<'a> Matrix<'a> {
+impl Matrix<'_> {
     /// Finds scale and rounding, which may take a pass over the floats.
     pub(super) fn resolve(&self) -> Result<ResolvedMatrix<'_>, ImportError> {
         let (scale, inverse) = match &self.trits {
             Trits::HuggingFace(_) => (1.0, 1.0),
-            Trits::Gguf(GgufType::I2S, bytes) => {
-                (blocks::i2s_scale(bytes, self.rows * self.cols), 1.0)
-            }
-            Trits::Gguf(tensor_type, bytes) => {
-                let shared = blocks::shared_block_scale(*tensor_type, bytes);
-                let scale = shared.ok_or_else(|| ImportError::BlockScales {
-                    tensor: self.tensor.clone(),
-                    type_name: tensor_type.name(),
-                })?;
-                (scale, 1.0)
-            }
+            Trits::I2s(_, bytes) => (blocks::i2s_scale(bytes, self.rows * self.cols), 1.0),
+            Trits::Tq1_0(bytes) => (self.block_scale(GgufType::Tq1_0, bytes)?, 1.0),
+            Trits::Tq2_0(bytes) => (self.block_scale(GgufType::Tq2_0, bytes)?, 1.0),
             Trits::Masters(floats) => {
                 let inverse = 1.0 / floats.mean_magnitude()?.max(MEAN_MIN);
                 // What transformers multiplies by: the weights are divided by the inverse again.
@@ -199,6 +195,14 @@ impl<'a> Matrix<'a> {
         }
         Ok(ResolvedMatrix { matrix: self, scale, inverse, floats: Vec::new() })
     }
+
+    /// The one scale of all blocks.
+    fn block_scale(&self, tensor_type: GgufType, bytes: &[u8]) -> Result<f32, ImportError> {
+        blocks::shared_block_scale(tensor_type, bytes).ok_or_else(|| ImportError::BlockScales {
+            tensor: self.tensor.clone(),
+            type_name: tensor_type.name(),
+        })
+    }
 }
 
 /// A matrix whose scale is known.
@@ -221,12 +225,12 @@ impl TernaryRows<ImportError> for ResolvedMatrix<'_> {
         let row = interleaved_heads.map_or(row, |head_dim| interleaved_row(row, head_dim));
         let decoded = match trits {
             Trits::HuggingFace(bytes) => blocks::hugging_face_row(bytes, *rows, row, out),
-            Trits::Gguf(GgufType::Tq1_0, bytes) => {
+            Trits::I2s(layout, bytes) => blocks::i2s_row(bytes, *layout, row, out),
+            Trits::Tq1_0(bytes) => {
                 blocks::tq1_row(bytes, row, out);
                 Ok(())
             }
-            Trits::Gguf(GgufType::Tq2_0, bytes) => blocks::tq2_row(bytes, row, out),
-            Trits::Gguf(_, bytes) => blocks::i2s_row(bytes, row, out),
+            Trits::Tq2_0(bytes) => blocks::tq2_row(bytes, row, out),
             Trits::Masters(floats) | Trits::Ternary(floats) | Trits::Units(floats) => {
                 self.floats.resize(*cols, 0.0);
                 floats.row(row, &mut self.floats)?;

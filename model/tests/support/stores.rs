@@ -16,9 +16,14 @@ pub(crate) struct Stored {
 impl Stored {
     /// Imports `source` and verifies the store.
     pub(crate) fn import(source: &Path) -> Result<Self, ImportError> {
+        Self::import_with(source, &ImportOptions::default())
+    }
+
+    /// The same with choices.
+    pub(crate) fn import_with(source: &Path, options: &ImportOptions) -> Result<Self, ImportError> {
         let dir = tempfile::tempdir().unwrap();
         let dest = dir.path().join("store");
-        let imported = import(source, &dest, &ImportOptions::default(), &mut |_| {})?;
+        let imported = import(source, &dest, options, &mut |_| {})?;
         let store = Store::open(&dest).unwrap();
         store.verify(|_| {}).unwrap();
         assert_eq!(store.id(), imported.id);
