@@ -222,8 +222,14 @@ impl<'a> TernaryMatrix<'a> {
     pub fn unpack_row(self, row: usize, out: &mut [i8]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         assert_eq!(out.len(), self.cols, "a row has one trit per column");
-        for (col, trit) in out.iter_mut().enumerate() {
-            *trit = self.code(row, col) as i8 - 1;
+        let (tile, at) = (self.tile(row / TILE_ROWS), row % TILE_ROWS * ROW_BLOCK_BYTES);
+        for (block, trits) in tile.chunks(TILE_BLOCK_BYTES).zip(out.chunks_mut(BLOCK_COLS)) {
+            let bytes = &block[at..at + ROW_BLOCK_BYTES];
+            for (trits, shift) in trits.chunks_mut(ROW_BLOCK_BYTES).zip([0, 2, 4, 6]) {
+                for (trit, byte) in trits.iter_mut().zip(bytes) {
+                    *trit = (byte >> shift & 0b11) as i8 - 1;
+                }
+            }
         }
     }
 }

@@ -3,9 +3,8 @@
 
 use std::ops::Range;
 
-use super::half::{widen_bf16, widen_f16};
-use super::reduce::sum_of_products;
-use crate::float_matrix::{FloatKind, FloatMatrix};
+use super::reduce::dot;
+use crate::float_matrix::FloatMatrix;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{Columns, Quantised};
 
@@ -20,22 +19,25 @@ pub(crate) fn ternary(
         // Once for all rows of activations: CPUs without vectors of ours run this, too.
         w.unpack_row(row, &mut trits);
         for i in 0..x.rows() {
-            let products = trits.iter().zip(x.row(i)).map(|(t, q)| i32::from(*t) * i32::from(*q));
-            let sum: i32 = products.sum();
-            y.row(i)[r] = sum as f32 * (w.scale() / x.scale(i));
+            y.row(i)[r] = exact_sum(&trits, x.row(i)) as f32 * (w.scale() / x.scale(i));
         }
     }
 }
 
+/// Σ t q. No such sum leaves an i32, for a matrix has no more columns than that: nothing wraps,
+/// and without checks for it compilers find vectors here.
+fn exact_sum(trits: &[i8], q: &[i8]) -> i32 {
+    let products = trits.iter().zip(q).map(|(t, q)| i32::from(*t).wrapping_mul(i32::from(*q)));
+    products.fold(0, i32::wrapping_add)
+}
+
 pub(crate) fn head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], mut y: Columns<'_>) {
-    let widen = match w.kind() {
-        FloatKind::F16 => widen_f16,
-        FloatKind::Bf16 => widen_bf16,
-    };
-    for (i, x) in x.chunks(w.cols()).enumerate() {
-        for (y, row) in y.row(i).iter_mut().zip(rows.clone()) {
-            let weights = w.row(row).iter().map(|bits| widen(*bits));
-            *y = sum_of_products(weights.zip(x.iter().copied()));
+    let mut weights = vec![0.0; w.cols()];
+    for (r, row) in rows.enumerate() {
+        // Once for all rows of activations, as above.
+        w.widen_row(row, &mut weights);
+        for (i, x) in x.chunks(w.cols()).enumerate() {
+            y.row(i)[r] = dot(&weights, x);
         }
     }
 }
