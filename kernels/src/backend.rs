@@ -115,7 +115,7 @@ impl Backend {
         assert_eq!(y.rows(), x.rows(), "one row of output per row of activations");
         assert_eq!(y.cols().len(), w.tile_rows(tiles.clone()).len(), "one column per weight row");
         debug_assert!(x.is_consistent(w.cols()), "padding is zero and sums are those of the rows");
-        dispatch!(self, products, ternary(w, tiles, x, y));
+        dispatch!(self, fused, ternary(w, tiles, x, y));
     }
 
     /// `y[i][r]` = row r of `w` · `x[i]` by the 16-lane rule, for the rows r of `rows`. `x` is
@@ -128,7 +128,7 @@ impl Backend {
         assert!(rows.start <= rows.end && rows.end <= w.rows(), "rows {rows:?} of {}", w.rows());
         assert_eq!(x.len(), y.rows() * w.cols(), "one row of activations per row of output");
         assert_eq!(y.cols().len(), rows.len(), "one column of output per row of weights");
-        dispatch!(self, products, head(w, rows, x, y));
+        dispatch!(self, fused, head(w, rows, x, y));
     }
 }
 
@@ -297,7 +297,7 @@ impl Backend {
         assert!((1..=KV_BLOCK_TOKENS).contains(&filled), "{filled} of {KV_BLOCK_TOKENS} tokens");
         assert!(block.fits(q.len()), "the block is not of dimension {}", q.len());
         assert_eq!(state.dimension(), q.len(), "the state is of another dimension");
-        dispatch!(self, attention, attend_block(q, block, filled, state));
+        dispatch!(self, fused, attend_block(q, block, filled, state));
     }
 
     /// Takes the state of the next segment into that of the segments before it.

@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod elementwise;
+pub(crate) mod fused;
 pub(crate) mod half;
 pub(crate) mod products;
 pub(crate) mod quantise;

@@ -47,6 +47,7 @@ fn store<E: Element>(k: &[f32], v: &[f32], slot: usize, ks: &mut [E], vs: &mut [
     }
 }
 
+#[inline(always)]
 pub(crate) fn attend_block(
     q: &[f32],
     block: KvBlock<'_>,
@@ -60,6 +61,7 @@ pub(crate) fn attend_block(
 }
 
 /// `k` is `[d][32]`, `v` is `[32][d]`; slots from `filled` on are not read.
+#[inline(always)]
 fn attend<E: Element>(q: &[f32], k: &[E], v: &[E], filled: usize, state: &mut AttentionState<'_>) {
     let d = q.len();
     let scale = score_scale(d);

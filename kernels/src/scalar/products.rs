@@ -8,6 +8,7 @@ use crate::float_matrix::FloatMatrix;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{Columns, Quantised};
 
+#[inline(always)]
 pub(crate) fn ternary(
     w: TernaryMatrix<'_>,
     tiles: Range<usize>,
@@ -26,11 +27,13 @@ pub(crate) fn ternary(
 
 /// Σ t q. No such sum leaves an i32, for a matrix has no more columns than that: nothing wraps,
 /// and without checks for it compilers find vectors here.
+#[inline(always)]
 fn exact_sum(trits: &[i8], q: &[i8]) -> i32 {
     let products = trits.iter().zip(q).map(|(t, q)| i32::from(*t).wrapping_mul(i32::from(*q)));
     products.fold(0, i32::wrapping_add)
 }
 
+#[inline(always)]
 pub(crate) fn head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], mut y: Columns<'_>) {
     let mut weights = vec![0.0; w.cols()];
     for (r, row) in rows.enumerate() {

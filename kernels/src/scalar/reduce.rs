@@ -5,6 +5,7 @@ pub(crate) const LANES: usize = 16;
 
 /// The sum of `a * b` over `terms` by the 16-lane rule: term `i` goes to lane `i % 16` by a fused
 /// multiply-add, in ascending order from +0; then lanes `i` and `i + 8` are added, then +4, +2, +1.
+#[inline(always)]
 pub(crate) fn sum_of_products(terms: impl Iterator<Item = (f32, f32)>) -> f32 {
     let mut lanes = [0.0f32; LANES];
     for (i, (a, b)) in terms.enumerate() {
@@ -24,10 +25,12 @@ pub(crate) fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+#[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_of_products(a.iter().copied().zip(b.iter().copied()))
 }
 
+#[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
     sum_of_products(x.iter().map(|x| (*x, 1.0)))
 }
