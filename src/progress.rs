@@ -3,7 +3,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Plain lines come at every tenth part: enough to see that it goes on.
 const PLAIN_LINES: u64 = 10;
@@ -32,7 +32,8 @@ impl Progress {
         if !io::stderr().is_terminal() {
             return Self::Plain { verb, lines: 0 };
         }
-        let bar = ProgressBar::new(0);
+        // Nothing is shown before it is known how much there is: a bar of no parts looks full.
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         let template = "{prefix} {bar:30} {pos}/{len} {msg} ({eta})";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
@@ -48,6 +49,9 @@ impl Progress {
             Self::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
+                if bar.is_hidden() && total > 0 {
+                    bar.set_draw_target(ProgressDrawTarget::stderr());
+                }
                 bar.set_message(what.to_owned());
             }
             Self::Plain { verb, lines } => {

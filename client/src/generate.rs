@@ -192,15 +192,27 @@ pub async fn run(client: &Client, args: &GenerateArgs) -> Result<(), CommandErro
         return writer.json(&completion);
     }
     let mut completion = Completion::new(false);
+    let mut failure = None;
     while let Some(event) = events.next().await {
-        let event = event?;
-        if let GenerateEvent::Delta(delta) = &event {
-            writer.text(&delta.text)?;
+        match event {
+            Ok(event) => {
+                if let GenerateEvent::Delta(delta) = &event {
+                    writer.text(&delta.text)?;
+                }
+                completion.add(&event);
+            }
+            Err(error) => {
+                failure = Some(error);
+                break;
+            }
         }
-        completion.add(&event);
     }
+    // What is said next, of a failure too, starts on a line of its own.
     if writer.is_terminal() {
         writer.end_line()?;
+    }
+    if let Some(error) = failure {
+        return Err(error.into());
     }
     note(&completion);
     Ok(())
