@@ -95,7 +95,7 @@ pub(crate) struct WorkerCommand {
     /// A store, or a directory of stores [default: store]
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
-    /// Memory for weights and KV, such as 4GiB [default: 80 % of the machine's]
+    /// Memory for weights, KV and steps, such as 4GiB [default: 80 % of the machine's]
     #[arg(long, value_name = "BYTES")]
     memory: Option<ByteSize>,
     /// Kernels to compute with [default: the fastest this CPU runs]

@@ -44,7 +44,8 @@ pub struct Config {
     pub threads: usize,
     /// A store, or a directory that holds stores.
     pub store: PathBuf,
-    /// Bytes that weights and KV may take together; written as `4GiB` or a number.
+    /// Bytes that weights, KV and the working memory of steps may take together; written as `4GiB`
+    /// or a number.
     #[serde(rename = "memory", with = "as_size")]
     pub memory_bytes: u64,
     /// Name of the kernels to use; by default the fastest that this CPU runs.

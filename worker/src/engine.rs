@@ -221,6 +221,11 @@ impl Engine {
         kv_bytes(self.model.config(), self.model.layer_count(), kv_type, kv_blocks)
     }
 
+    /// Bytes that it writes beside KV: see [`working_bytes`].
+    pub fn working_bytes(&self) -> u64 {
+        working_bytes(self.model.config(), self.is_last(), &self.config)
+    }
+
     /// Whether the model's first layer is here, and so the embedding.
     pub fn is_first(&self) -> bool {
         self.model.is_first()
@@ -265,4 +270,10 @@ pub fn kv_bytes(config: &ModelConfig, layers: u32, kv_type: KvType, blocks: u32)
     ];
     // Keys and values.
     factors.into_iter().fold(2, u64::saturating_mul)
+}
+
+/// Bytes of the working memory of an engine, all threads together: what a step writes beside KV.
+/// The last stage (`is_last`) needs some for logits and the sampler.
+pub fn working_bytes(model: &ModelConfig, is_last: bool, config: &EngineConfig) -> u64 {
+    buffers::working_bytes(model, is_last, config)
 }

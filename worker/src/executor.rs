@@ -72,3 +72,6 @@ fn little_endian(values: &[f32]) -> Bytes {
     }
     bytes.into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,8 @@ use node::observe::{Condition, Health};
 use node::{Supervisor, TaskError};
 use proto::ids::{Incarnation, KnownAnswer, ModelId};
 use proto::keys::Keys;
-use proto::plan::{WorkerModel, WorkerRecord};
+use proto::limits;
+use proto::plan::{KvType, WorkerModel, WorkerRecord};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::bridge::EngineFailure;
 use crate::config::Config;
+use crate::engine::{self, EngineConfig};
 use crate::error::RunError;
 use crate::measure::measure_layer_ns;
 use crate::service::{Identity, Service};
@@ -55,7 +57,7 @@ pub async fn run(
     config.validate()?;
     let checks = config.clone();
     let checked = tokio::task::spawn_blocking(move || check_machine(&checks));
-    let Checked { backend, known_answer, stores, models } =
+    let Checked { backend, known_answer, stores, models, working_bytes } =
         checked.await.map_err(RunError::StartUp)??;
     let listener = listen(config.listen).await?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
@@ -72,7 +74,7 @@ pub async fn run(
         version: env!("CARGO_PKG_VERSION").into(),
         isa: backend.name().into(),
         threads: config.threads as u32,
-        memory_bytes: config.memory_bytes,
+        memory_bytes: config.memory_bytes.saturating_sub(working_bytes),
         kernel_revision: KERNEL_REVISION,
         known_answer,
         models,
@@ -142,6 +144,9 @@ struct Checked {
     known_answer: KnownAnswer,
     stores: Vec<Arc<Store>>,
     models: Vec<WorkerModel>,
+    /// Beside weights and KV, whichever of the models and whichever of its stages is held: the
+    /// planner is not offered it.
+    working_bytes: u64,
 }
 
 /// Opens the stores, proves the kernels and times a layer. Takes about a second: it computes.
@@ -160,6 +165,7 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
     }
     let mut stores: Vec<Arc<Store>> = Vec::with_capacity(paths.len());
     let mut models = Vec::with_capacity(paths.len());
+    let mut working_bytes = 0;
     for path in paths {
         let store = Store::open(&path)?;
         let id = ModelId(store.id().0);
@@ -177,9 +183,17 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
             head_ns: times.head_ns,
             head_16_ns: times.head_16_ns,
         });
+        let largest = EngineConfig {
+            backend,
+            threads: config.threads,
+            kv_type: KvType::F32,
+            kv_blocks: 1,
+            max_step_tokens: limits::STEP_TOKENS as u32,
+        };
+        working_bytes = working_bytes.max(engine::working_bytes(store.config(), true, &largest));
         stores.push(Arc::new(store));
     }
-    Ok(Checked { backend, known_answer, stores, models })
+    Ok(Checked { backend, known_answer, stores, models, working_bytes })
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {

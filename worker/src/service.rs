@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
-use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes};
+use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes, working_bytes};
 use crate::error::ServiceError;
 use crate::executor::Executor;
 use crate::link;
@@ -39,7 +39,7 @@ pub(crate) struct Identity {
     pub(crate) incarnation: Incarnation,
     pub(crate) backend: Backend,
     pub(crate) threads: usize,
-    /// For weights and KV together.
+    /// For weights, KV and the working memory of steps together.
     pub(crate) memory_bytes: u64,
     pub(crate) known_answer: KnownAnswer,
     pub(crate) stores: Vec<Arc<Store>>,
@@ -72,6 +72,7 @@ struct Holding {
     hidden: usize,
     weight_bytes: u64,
     kv_bytes: u64,
+    working_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -235,7 +236,8 @@ impl Service {
             let kv_bytes = kv_bytes(store.config(), layer_count, shape.kv_type, shape.kv_blocks);
             let model = StageModel::open(&store, shape.layers.clone())?;
             let weight_bytes = model.weight_bytes();
-            let needed_bytes = weight_bytes.saturating_add(kv_bytes);
+            let working_bytes = working_bytes(store.config(), model.is_last(), &config);
+            let needed_bytes = weight_bytes.saturating_add(kv_bytes).saturating_add(working_bytes);
             if needed_bytes > available_bytes {
                 return Err(ServiceError::Memory { needed_bytes, available_bytes });
             }
@@ -243,7 +245,7 @@ impl Service {
             let hidden = engine.hidden();
             let executor = Executor::new(engine, store.config().context);
             let engine = EngineHandle::start(executor, failures).map_err(ServiceError::Thread)?;
-            Ok(Holding { shape, engine, hidden, weight_bytes, kv_bytes })
+            Ok(Holding { shape, engine, hidden, weight_bytes, kv_bytes, working_bytes })
         };
         tokio::task::spawn_blocking(build).await.map_err(ServiceError::Build)?
     }
@@ -398,6 +400,6 @@ impl Running {
 
 impl Holding {
     fn bytes(&self) -> u64 {
-        self.weight_bytes.saturating_add(self.kv_bytes)
+        self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.working_bytes)
     }
 }

@@ -1,7 +1,7 @@
 //! Workers over real sockets with the real engine on a tiny random model.
 
 mod control;
-mod harness;
+pub(crate) mod harness;
 mod lifecycle;
 mod pipeline;
 mod refusals;

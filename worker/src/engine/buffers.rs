@@ -1,6 +1,7 @@
 //! The working memory of an engine: allocated once for the largest step, lent to every step.
 
 use kernels::{ATTENTION_STATE_HEADER, Quantised, padded_cols};
+use model::ModelConfig;
 
 use super::shared::{Buffer, Member, Shared, Team};
 use super::{EngineConfig, EngineError, StageModel, sampler};
@@ -85,17 +86,10 @@ struct Widths {
     head_positions: usize,
 }
 
-impl Buffers {
-    /// Gets memory for steps of `config.max_step_tokens`.
-    ///
-    /// # Errors
-    ///
-    /// [`EngineError::Memory`].
-    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Result<Self, EngineError> {
-        let shape = model.config();
-        let n = config.max_step_tokens as usize;
+impl Widths {
+    fn new(shape: &ModelConfig, is_last: bool, config: &EngineConfig) -> Self {
         let segments = (shape.context as usize).div_ceil(SEGMENT_TOKENS);
-        let widths = Widths {
+        Self {
             hidden: shape.hidden as usize,
             heads: shape.heads as usize,
             head_dim: shape.head_dim as usize,
@@ -105,18 +99,48 @@ impl Buffers {
             partial_states: PAIRS_PER_THREAD
                 .saturating_mul(config.threads)
                 .saturating_mul(segments),
-            head_positions: if model.is_last() { HEAD_POSITIONS.min(n) } else { 0 },
-        };
+            head_positions: match is_last {
+                true => HEAD_POSITIONS.min(config.max_step_tokens as usize),
+                false => 0,
+            },
+        }
+    }
+
+    /// A little more than [`Buffers::new`] allocates, for some of the codes count as floats, with
+    /// a [`Local`] for every thread.
+    fn bytes(&self, config: &EngineConfig) -> u64 {
+        let Self { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =
+            *self;
+        let state = ATTENTION_STATE_HEADER + head_dim;
+        let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 4 * ffn + head_dim;
+        let sampler = if head_positions > 0 { sampler::SCRATCH_WORDS * vocab } else { 0 };
+        let a_thread = hidden.max(ffn).max(heads * head_dim) + head_dim + 2 * state + sampler;
+        let words = u128::from(config.max_step_tokens) * a_token as u128
+            + partial_states as u128 * state as u128
+            + head_positions as u128 * (hidden + vocab) as u128
+            + config.threads as u128 * a_thread as u128;
+        u64::try_from(4 * words).unwrap_or(u64::MAX)
+    }
+}
+
+/// See [`super::working_bytes`].
+pub(super) fn working_bytes(shape: &ModelConfig, is_last: bool, config: &EngineConfig) -> u64 {
+    Widths::new(shape, is_last, config).bytes(config)
+}
+
+impl Buffers {
+    /// Gets memory for steps of `config.max_step_tokens`.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Memory`].
+    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Result<Self, EngineError> {
+        let widths = Widths::new(model.config(), model.is_last(), config);
+        check_memory("the working memory of a step", widths.bytes(config))?;
+        let n = config.max_step_tokens as usize;
         let Widths { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =
             widths;
         let state = ATTENTION_STATE_HEADER + head_dim;
-        // A little more than what is allocated below: some of the codes count as floats.
-        let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 4 * ffn + head_dim;
-        let floats = (n as u128 * a_token as u128)
-            + partial_states as u128 * state as u128
-            + head_positions as u128 * (hidden + vocab) as u128;
-        let bytes = u64::try_from(4 * floats).unwrap_or(u64::MAX);
-        check_memory("the working memory of a step", bytes)?;
         let floats = |width: usize| Buffer::new(0.0f32, n * width);
         Ok(Self {
             widths,

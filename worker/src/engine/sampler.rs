@@ -11,6 +11,9 @@ use proto::step::{Sampled, SamplingParameters, TokenLogprob};
 /// a trained model seldom needs more than a few.
 const FIRST_RANKED: usize = 64;
 
+/// Words of four bytes in a [`Scratch`] for each token of the vocabulary.
+pub(super) const SCRATCH_WORDS: usize = 4;
+
 /// Working memory for one row.
 pub(super) struct Scratch {
     /// `[vocab]`: logits after penalties and bias.

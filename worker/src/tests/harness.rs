@@ -35,7 +35,7 @@ const SHAPE: &str = "4x64x128x4x2x256";
 /// Nothing here takes long; what does, hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(super) const LONG: Duration = Duration::from_secs(600);
+pub(crate) const LONG: Duration = Duration::from_secs(600);
 
 /// Waits for what must come.
 pub(super) async fn soon<T>(future: impl Future<Output = T>) -> T {
@@ -54,7 +54,7 @@ pub(super) fn store_dir() -> &'static Path {
     Box::leak(dir.path().join("store").into_boxed_path())
 }
 
-pub(super) fn store() -> Store {
+pub(crate) fn store() -> Store {
     Store::open(store_dir()).unwrap()
 }
 
@@ -284,7 +284,7 @@ fn token(sequence: u64, position: u32) -> u32 {
 
 /// A row of the right form that continues sequence `sequence`, whose blocks are two from
 /// `2 * sequence` on.
-pub(super) fn row(sequence: u64, position: u32, count: u32, output: Output) -> Row {
+pub(crate) fn row(sequence: u64, position: u32, count: u32, output: Output) -> Row {
     let tokens = |range: std::ops::Range<u32>| -> Vec<u32> {
         range.map(|position| token(sequence, position)).collect()
     };
