@@ -17,6 +17,7 @@ pub(crate) struct NewTensor {
 
 /// How floats are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "each test file uses some")]
 pub(crate) enum FloatType {
     F32,
     F16,
