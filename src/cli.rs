@@ -62,8 +62,17 @@ pub(crate) enum Command {
     /// Start a worker: computes the layers that a coordinator gives it
     Worker(WorkerCommand),
     /// Go on from a text or from token ids
+    ///
+    /// Asks the coordinator at --endpoint or at TERCET_ENDPOINT, or computes in this process with
+    /// --model. Without any of them, the bundled model answers in this process.
     Generate(GenerateCommand),
     /// Have a conversation
+    ///
+    /// The model's chat template is applied where the model is. Ctrl-C stops the answer; Ctrl-D or
+    /// /exit ends the program. Without a terminal, every line of standard input is a message.
+    ///
+    /// Asks the coordinator at --endpoint or at TERCET_ENDPOINT, or computes in this process with
+    /// --model. Without any of them, the bundled model answers in this process.
     Chat(ChatCommand),
     /// Show a cluster: who is in, which layers are where, how fast it is
     Status(StatusCommand),

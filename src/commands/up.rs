@@ -259,7 +259,8 @@ mod tests {
     fn stages_need_workers_and_layers() {
         let options = |flags: &str| parse(flags).options("store".as_ref(), 6);
         assert_eq!(options("--workers 3 --stages 3").unwrap().stages, Some(3));
-        assert_eq!(options("--workers 3").unwrap().stages, None);
+        assert_eq!(options("--workers 3").unwrap().stages, Some(3), "one for each worker");
+        assert_eq!(options("--workers 8").unwrap().stages, Some(6), "there are six layers");
         for flags in ["--stages 2", "--workers 8 --stages 7"] {
             let failure = options(flags).unwrap_err();
             assert_eq!(failure.exit(), node::exit::Exit::Usage, "{flags}");

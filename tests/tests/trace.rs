@@ -57,6 +57,13 @@ fn one_trace_covers_client_coordinator_and_every_stage() {
         .map(|span| span.attribute("stage"))
         .collect();
     assert_eq!(workers, BTreeSet::from([Some("0"), Some("1"), Some("2")]));
+    for span in spans.iter().filter(|span| span.service.contains("worker")) {
+        for key in ["layers", "tokens", "step"] {
+            assert!(span.attribute(key).is_some(), "{span:?} does not say its {key}");
+        }
+        let parent = spans.iter().find(|other| other.id == span.parent).unwrap();
+        assert!(parent.service.contains("coordinator"), "{span:?} is a child of {parent:?}");
+    }
     let text = format!("{spans:?}");
     assert!(!text.contains("Tom"), "no prompt in a trace");
 }

@@ -20,13 +20,14 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 use tonic_health::server::HealthReporter;
 
+use crate::bridge::IN_FLIGHT_MAX;
 use crate::error::{RunError, ServiceError};
 use crate::service::Service;
 use crate::stage::ResultReader;
 use crate::telemetry;
 
 /// Replies that may wait on one stream of steps; as many as steps may be in flight, twice.
-const REPLIES_MAX: usize = 2048;
+const REPLIES_MAX: usize = 2 * IN_FLIGHT_MAX as usize;
 
 /// Calls that one connection may have open at a time: a coordinator has a handful.
 const CALLS_PER_CONNECTION: usize = 64;
