@@ -7,9 +7,11 @@
 //! ids ──token bytes──▶ Detokenizer (whole characters) ──▶ StopMatcher (held back) ──▶ text
 //! ```
 
+mod bounded;
 mod detokenize;
 mod guard;
 mod json;
+mod methods;
 mod stop;
 mod strftime;
 mod template;

@@ -5,6 +5,11 @@ use std::io;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
+use super::bounded::BoundedOutput;
+
+/// Levels of one value: as deep as JSON that clients send may be.
+const MAX_DEPTH: usize = 128;
+
 /// How Python was asked to write.
 pub(crate) struct PythonJson {
     /// Spaces of one level; `None`: all on one line.
@@ -18,16 +23,22 @@ pub(crate) struct PythonJson {
 }
 
 impl PythonJson {
-    /// `value` as JSON.
+    /// `value` as JSON of at most `limit_bytes`. Values that share their parts are small in
+    /// memory and may still be endless to write, so the limit holds while writing.
     ///
     /// # Errors
     ///
-    /// What the serialiser says of a value that JSON does not have.
-    pub(crate) fn write(&self, value: &impl Serialize) -> serde_json::Result<String> {
-        let mut bytes = Vec::new();
+    /// What the serialiser says of a value that JSON does not have, and of one that is too long
+    /// or too deep.
+    pub(crate) fn write(
+        &self,
+        value: &impl Serialize,
+        limit_bytes: usize,
+    ) -> serde_json::Result<String> {
+        let mut output = BoundedOutput::new(limit_bytes);
         let formatter = PythonFormatter { style: self, depth: 0, has_value: false };
-        value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+        value.serialize(&mut serde_json::Serializer::with_formatter(&mut output, formatter))?;
+        Ok(String::from_utf8_lossy(&output.bytes).into_owned())
     }
 }
 
@@ -45,6 +56,10 @@ impl PythonFormatter<'_> {
     }
 
     fn open<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: u8) -> io::Result<()> {
+        if self.depth == MAX_DEPTH {
+            let message = format!("more than {MAX_DEPTH} levels");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
         self.depth += 1;
         self.has_value = false;
         writer.write_all(&[bracket])

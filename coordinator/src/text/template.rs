@@ -1,6 +1,11 @@
 //! Chat templates, rendered as `transformers` renders them, inside limits.
+//!
+//! Fuel bounds what a template computes and the texts it makes. Two things it does not bound, for
+//! the library builds them before it charges for them: lists that are doubled with `+` more than
+//! 32 times, and lists of shared lists that `~`, `join` and `string` write out. A template comes
+//! with a model and never with a request, so this is between an operator and the model's source.
 
-use std::io;
+use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
@@ -8,21 +13,37 @@ use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind};
 use proto::generate::ChatMessage;
 
+use super::bounded::BoundedOutput;
 use super::guard::Guard;
 use super::json::PythonJson;
+use super::methods::{self, MAX_TEXT_BYTES};
 use super::strftime::strftime;
 
 /// Bytes of a template's source: several times the longest known.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 
-/// Instructions of one rendering: some two hundred for each of 4096 messages.
-const FUEL: u64 = 1_000_000;
+/// Instructions of any rendering, however short the conversation. A unit also pays for 64 bytes of
+/// every text that the template makes, so no doubling in a loop gets far.
+const FUEL: u64 = 50_000;
 
-/// Nested calls of macros and blocks: templates use two or three, and a thread's stack is 2 MiB.
+/// Instructions more for each message: templates use some thirty.
+const FUEL_OF_MESSAGE: u64 = 100;
+
+/// Users' bytes that pay for one instruction more: every text may be copied eight times.
+const BYTES_OF_FUEL: u64 = 8;
+
+/// Nested calls of macros and blocks: templates use two or three.
 const RECURSION_LIMIT: usize = 64;
 
+/// The stack that a rendering runs on; only what is touched takes memory. A list put into a list
+/// in a loop is as deep as the fuel allows, and is let go of level by level.
+const STACK_BYTES: usize = 256 << 20;
+
+/// Bytes of JSON whose keys are to be sorted: it is held as a tree of many times its size.
+const MAX_SORTED_JSON_BYTES: usize = 1 << 20;
+
 /// Bytes that a rendering may write: twice the longest message a client may send.
-const MAX_RENDERED_BYTES: usize = 2 * proto::limits::CLIENT_MESSAGE_BYTES;
+pub(super) const MAX_RENDERED_BYTES: usize = 2 * proto::limits::CLIENT_MESSAGE_BYTES;
 
 /// The name that the one template has in its environment.
 const NAME: &str = "chat_template";
@@ -49,6 +70,12 @@ pub enum TemplateError {
     /// It wrote without end.
     #[error("the template wrote more than {MAX_RENDERED_BYTES} bytes")]
     OutputTooLong,
+    /// There is no thread to render on.
+    #[error("failed to start a thread for the template")]
+    Thread(#[source] std::io::Error),
+    /// The renderer did not survive it.
+    #[error("the renderer failed on the template")]
+    Panicked,
 }
 
 /// The texts of tokens that a template may write.
@@ -79,11 +106,12 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(TemplateError::Compile)?);
-        environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(RECURSION_LIMIT);
+        // Else errors carry the template's variables: users' texts, and values too deep to be let
+        // go of on another stack.
+        environment.set_debug(false);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(methods::call);
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
@@ -106,6 +134,24 @@ impl ChatTemplate {
         arguments: &serde_json::Map<String, serde_json::Value>,
         guard: &Guard,
     ) -> Result<String, TemplateError> {
+        thread::scope(|scope| {
+            thread::Builder::new()
+                .name("template".into())
+                .stack_size(STACK_BYTES)
+                .spawn_scoped(scope, || self.render_here(messages, arguments, guard))
+                .map_err(TemplateError::Thread)?
+                .join()
+                .unwrap_or(Err(TemplateError::Panicked))
+        })
+    }
+
+    fn render_here(
+        &self,
+        messages: &[ChatMessage],
+        arguments: &serde_json::Map<String, serde_json::Value>,
+        guard: &Guard,
+    ) -> Result<String, TemplateError> {
+        let fuel = fuel(messages, arguments);
         let messages: Vec<Value> = messages
             .iter()
             .map(|message| {
@@ -126,8 +172,10 @@ impl ChatTemplate {
         };
         let context = minijinja::context! { ..own, ..given, ..defaults };
 
-        let template = self.environment.get_template(NAME).map_err(TemplateError::Render)?;
-        let mut output = BoundedOutput { bytes: Vec::new(), overflowed: false };
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let template = environment.get_template(NAME).map_err(TemplateError::Render)?;
+        let mut output = BoundedOutput::new(MAX_RENDERED_BYTES);
         let outcome = template.render_captured_to(context, &mut output).map(drop);
         match outcome {
             Ok(()) => String::from_utf8(output.bytes).map_err(|error| {
@@ -142,25 +190,12 @@ impl ChatTemplate {
     }
 }
 
-/// Takes no more than [`MAX_RENDERED_BYTES`].
-struct BoundedOutput {
-    bytes: Vec<u8>,
-    overflowed: bool,
-}
-
-impl io::Write for BoundedOutput {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.len() + bytes.len() > MAX_RENDERED_BYTES {
-            self.overflowed = true;
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+/// What a rendering of this conversation may use.
+fn fuel(messages: &[ChatMessage], arguments: &serde_json::Map<String, serde_json::Value>) -> u64 {
+    let content_bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+    let argument_bytes: usize = arguments.values().map(|value| value.to_string().len()).sum();
+    let bytes = content_bytes.saturating_add(argument_bytes) as u64;
+    FUEL + FUEL_OF_MESSAGE * messages.len() as u64 + bytes / BYTES_OF_FUEL
 }
 
 /// What a template said with `raise_exception`.
@@ -212,9 +247,13 @@ fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
         ensure_ascii: ensure_ascii.unwrap_or(false),
     };
     let written = if sort_keys.unwrap_or(false) {
-        serde_json::to_value(&value).and_then(|value| style.write(&with_sorted_keys(value)))
+        // A first pass finds what is too long or too deep to be held as a tree.
+        style
+            .write(&value, MAX_SORTED_JSON_BYTES)
+            .and_then(|_| serde_json::to_value(&value))
+            .and_then(|value| style.write(&with_sorted_keys(value), MAX_TEXT_BYTES))
     } else {
-        style.write(&value)
+        style.write(&value, MAX_TEXT_BYTES)
     };
     written
         .map(Value::from)
