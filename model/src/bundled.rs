@@ -88,16 +88,18 @@ pub fn import_bundled(cache_dir: &Path) -> Result<PathBuf, ImportError> {
     // The importer maps files, so the bytes become files for a moment.
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let source = format!(".{}-source-{process}-{number}", BundledModel::NAME);
-    let source = SourceDir(cache_dir.join(source));
-    fs::create_dir_all(&source.0).map_err(|e| write_error("create", &source.0, e))?;
+    let folder = format!(".{}-source-{process}-{number}", BundledModel::NAME);
+    let folder = SourceDir(cache_dir.join(folder));
+    // What the manifest names as the source.
+    let source = folder.0.join("bundled");
+    fs::create_dir_all(&source).map_err(|e| write_error("create", &source, e))?;
     for (name, bytes) in model.files {
-        let path = source.0.join(name);
+        let path = source.join(name);
         fs::write(&path, bytes).map_err(|e| write_error("write", &path, e))?;
     }
     let options =
         ImportOptions { name: Some(BundledModel::NAME.into()), ..ImportOptions::default() };
-    match import(&source.0, &dest, &options, &mut |_| {}) {
+    match import(&source, &dest, &options, &mut |_| {}) {
         Ok(_) => Ok(dest),
         // Another process was quicker, and made the same.
         Err(ImportError::Write(WriteError::Exists { .. })) if Store::open(&dest).is_ok() => {
