@@ -6,7 +6,7 @@
 //!
 //! Parsing allocates in proportion to what it has already read, never by a number that the file
 //! states: strings and arrays stay views of the file. What metadata and tensors mean is not known
-//! here (see [`crate::import`]).
+//! here (see [`mod@crate::import`]).
 
 mod metadata;
 mod tensors;
