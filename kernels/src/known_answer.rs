@@ -3,7 +3,7 @@
 
 use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
-use crate::ternary_matrix::{TernaryMatrix, pack_tile, padded_cols};
+use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
 };
@@ -75,10 +75,11 @@ fn linear_layers(backend: Backend, inputs: &mut Inputs, sink: &mut dyn FnMut(&[u
     let mut packed = Vec::new();
     for rows in rows.chunks(TernaryMatrix::TILE_ROWS) {
         let mut tile = vec![0; TernaryMatrix::tile_bytes(K)];
-        pack_tile(rows, K, &mut tile);
+        pack_tile(Arrangement::Tiles, rows, K, &mut tile);
         packed.extend(tile);
     }
-    let w = TernaryMatrix::new(&packed, M, K, 0.75).expect("the matrix was packed for this shape");
+    let w = TernaryMatrix::new(&packed, Arrangement::Tiles, M, K, 0.75)
+        .expect("the matrix was packed for this shape");
     let mut y = vec![0.0; N * M];
     for n in [1, 2, N] {
         let x = Quantised::new(&q[..n * stride], stride, &scale[..n], &sum[..n]);

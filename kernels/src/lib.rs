@@ -43,7 +43,7 @@ mod tests;
 pub use backend::{Backend, NotFinite};
 pub use float_matrix::{FloatKind, FloatMatrix};
 pub use known_answer::known_answer;
-pub use ternary_matrix::{LayoutError, TernaryMatrix, pack_tile, padded_cols};
+pub use ternary_matrix::{Arrangement, LayoutError, TernaryMatrix, pack_tile, padded_cols};
 pub use views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
     Quantised,

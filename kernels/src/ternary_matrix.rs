@@ -1,15 +1,21 @@
 //! The packed form of a ternary matrix, on disk and in memory alike: what its bytes mean, how they
 //! are checked, packed and unpacked. Products are elsewhere.
 //!
-//! Four rows make a *tile*; the bytes of a tile are contiguous and in the order a kernel reads them:
+//! The unit is a row's *block*, 32 bytes for 128 columns:
 //!
 //! ```text
-//! tile    = block 0 | block 1 | …             one block per 128 columns
-//! block   = row 0 | row 1 | row 2 | row 3     32 bytes each
 //! byte b  = bits 1..0  column b               of the block, as trit + 1
 //!           bits 3..2  column b + 32
 //!           bits 5..4  column b + 64
 //!           bits 7..6  column b + 96
+//! ```
+//!
+//! Four rows make a *tile*, whose bytes are contiguous. An [`Arrangement`] says in which order they
+//! hold the blocks, (row, block):
+//!
+//! ```text
+//! Tiles   (0, 0) (1, 0) (2, 0) (3, 0)  (0, 1) (1, 1) (2, 1) (3, 1)  …
+//! Rows    (0, 0) (0, 1) (0, 2) …       (1, 0) (1, 1) (1, 2) …       …
 //! ```
 //!
 //! Columns past the last and rows past the last hold zero trits (code 1, byte 0x55).
@@ -24,11 +30,44 @@ pub(crate) const ROW_BLOCK_BYTES: usize = BLOCK_COLS / 4;
 /// Rows in a tile. One load of activations then serves four rows, and four accumulators stay in
 /// registers with room to spare on a machine of sixteen.
 pub(crate) const TILE_ROWS: usize = 4;
-/// Bytes of one block of a tile.
-pub(crate) const TILE_BLOCK_BYTES: usize = TILE_ROWS * ROW_BLOCK_BYTES;
 /// Most columns that a matrix may have. `2 * 128 * cols` stays below `i32::MAX`, so that no sum of
 /// products, even of corrupt codes, leaves an `i32` (3 * 128 * 2^22 = 1.6e9).
 const MAX_COLS: usize = 1 << 22;
+
+/// The order of the blocks of a tile. The size is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrangement {
+    /// Block by block, four rows each: products with every row read one stream.
+    Tiles,
+    /// Row by row: a row that is not needed is not read.
+    Rows,
+}
+
+impl Arrangement {
+    /// Its name in a shard's metadata.
+    pub fn layout(self) -> &'static str {
+        match self {
+            Self::Tiles => "ternary-2bit-tile4x128",
+            Self::Rows => "ternary-2bit-row128",
+        }
+    }
+
+    /// Bytes from one block of a row to the next.
+    fn stride(self) -> usize {
+        match self {
+            Self::Tiles => TILE_ROWS * ROW_BLOCK_BYTES,
+            Self::Rows => ROW_BLOCK_BYTES,
+        }
+    }
+
+    /// Where a row of a tile begins in the bytes of the tile, for a matrix of `cols` columns.
+    fn row_start(self, tile_row: usize, cols: usize) -> usize {
+        match self {
+            Self::Tiles => tile_row * ROW_BLOCK_BYTES,
+            Self::Rows => tile_row * cols.div_ceil(BLOCK_COLS) * ROW_BLOCK_BYTES,
+        }
+    }
+}
 
 /// A packed ternary matrix and its scale: a view that is cheap to copy and whose sizes are right.
 ///
@@ -36,6 +75,7 @@ const MAX_COLS: usize = 1 << 22;
 #[derive(Clone, Copy, Debug)]
 pub struct TernaryMatrix<'a> {
     bytes: &'a [u8],
+    arrangement: Arrangement,
     rows: usize,
     cols: usize,
     scale: f32,
@@ -97,10 +137,6 @@ impl fmt::Display for LayoutError {
 impl std::error::Error for LayoutError {}
 
 impl<'a> TernaryMatrix<'a> {
-    /// Name of this layout in a shard's metadata.
-    pub const LAYOUT: &'static str = "ternary-2bit-tile4x128";
-    /// Version of this layout; another one is refused.
-    pub const LAYOUT_VERSION: u32 = 1;
     /// Rows in a tile.
     pub const TILE_ROWS: usize = TILE_ROWS;
 
@@ -110,15 +146,21 @@ impl<'a> TernaryMatrix<'a> {
     /// # Errors
     ///
     /// [`LayoutError::Shape`] and [`LayoutError::Size`].
-    pub fn new(bytes: &'a [u8], rows: usize, cols: usize, scale: f32) -> Result<Self, LayoutError> {
+    pub fn new(
+        bytes: &'a [u8],
+        arrangement: Arrangement,
+        rows: usize,
+        cols: usize,
+        scale: f32,
+    ) -> Result<Self, LayoutError> {
         let expected = Self::packed_bytes(rows, cols).ok_or(LayoutError::Shape { rows, cols })?;
         if bytes.len() != expected {
             return Err(LayoutError::Size { rows, cols, expected, found: bytes.len() });
         }
-        Ok(Self { bytes, rows, cols, scale })
+        Ok(Self { bytes, arrangement, rows, cols, scale })
     }
 
-    /// Bytes of a packed matrix, a multiple of 64; `None` for a shape that no matrix may have.
+    /// Bytes of a packed matrix in either arrangement, a multiple of 64; `None` for a shape that no matrix may have.
     pub fn packed_bytes(rows: usize, cols: usize) -> Option<usize> {
         if rows == 0 || cols == 0 || cols > MAX_COLS {
             return None;
@@ -133,7 +175,12 @@ impl<'a> TernaryMatrix<'a> {
     /// If `cols` is more than a matrix may have.
     pub fn tile_bytes(cols: usize) -> usize {
         assert!(cols <= MAX_COLS, "a matrix of {cols} columns has no tiles");
-        cols.div_ceil(BLOCK_COLS) * TILE_BLOCK_BYTES
+        cols.div_ceil(BLOCK_COLS) * TILE_ROWS * ROW_BLOCK_BYTES
+    }
+
+    /// The order of its blocks.
+    pub fn arrangement(self) -> Arrangement {
+        self.arrangement
     }
 
     /// Rows: outputs.
@@ -166,19 +213,28 @@ impl<'a> TernaryMatrix<'a> {
         (tiles.start * TILE_ROWS).min(self.rows)..(tiles.end * TILE_ROWS).min(self.rows)
     }
 
-    /// The bytes of tile `tile`: `[blocks][TILE_ROWS][ROW_BLOCK_BYTES]`.
+    /// The bytes of four rows, in the order of the arrangement.
     pub(crate) fn tile(self, tile: usize) -> &'a [u8] {
         let tile_bytes = Self::tile_bytes(self.cols);
         &self.bytes[tile * tile_bytes..][..tile_bytes]
     }
 
+    /// The bytes of a row, which may be one of the padding, from its first block to its last, and
+    /// how many bytes after a block of [`ROW_BLOCK_BYTES`] begins the next one begins.
+    #[inline]
+    pub(crate) fn row_at(self, row: usize) -> (&'a [u8], usize) {
+        let stride = self.arrangement.stride();
+        let start = self.arrangement.row_start(row % TILE_ROWS, self.cols);
+        let len = (self.cols.div_ceil(BLOCK_COLS) - 1) * stride + ROW_BLOCK_BYTES;
+        (&self.tile(row / TILE_ROWS)[start..][..len], stride)
+    }
+
     /// The two bits at a row and a column, which may lie in the padding: trit + 1.
     pub(crate) fn code(self, row: usize, col: usize) -> u8 {
-        let (tile, tile_row) = (row / TILE_ROWS, row % TILE_ROWS);
+        let (bytes, stride) = self.row_at(row);
         let (block, col) = (col / BLOCK_COLS, col % BLOCK_COLS);
         let (plane, byte) = (col / ROW_BLOCK_BYTES, col % ROW_BLOCK_BYTES);
-        let at = block * TILE_BLOCK_BYTES + tile_row * ROW_BLOCK_BYTES + byte;
-        self.tile(tile)[at] >> (2 * plane) & 0b11
+        bytes[block * stride + byte] >> (2 * plane) & 0b11
     }
 
     /// Looks at every code.
@@ -222,11 +278,11 @@ impl<'a> TernaryMatrix<'a> {
     pub fn unpack_row(self, row: usize, out: &mut [i8]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         assert_eq!(out.len(), self.cols, "a row has one trit per column");
-        let (tile, at) = (self.tile(row / TILE_ROWS), row % TILE_ROWS * ROW_BLOCK_BYTES);
-        for (block, trits) in tile.chunks(TILE_BLOCK_BYTES).zip(out.chunks_mut(BLOCK_COLS)) {
-            let bytes = &block[at..at + ROW_BLOCK_BYTES];
+        let (bytes, stride) = self.row_at(row);
+        for (block, trits) in bytes.chunks(stride).zip(out.chunks_mut(BLOCK_COLS)) {
+            let block = &block[..ROW_BLOCK_BYTES];
             for (trits, shift) in trits.chunks_mut(ROW_BLOCK_BYTES).zip([0, 2, 4, 6]) {
-                for (trit, byte) in trits.iter_mut().zip(bytes) {
+                for (trit, byte) in trits.iter_mut().zip(block) {
                     *trit = (byte >> shift & 0b11) as i8 - 1;
                 }
             }
@@ -240,22 +296,23 @@ pub fn padded_cols(cols: usize) -> usize {
 }
 
 /// Packs one tile of up to [`TernaryMatrix::TILE_ROWS`] rows of trits, each of `cols`. Missing rows
-/// and the columns up to a whole block become zero trits.
+/// and the columns up to a whole block become zero trits. The tiles of a matrix follow one another.
 ///
 /// # Panics
 ///
 /// If there are too many rows, a row is not `cols` long, a value is not -1, 0 or 1, or `out` is not
 /// [`TernaryMatrix::tile_bytes`] long.
-pub fn pack_tile(rows: &[&[i8]], cols: usize, out: &mut [u8]) {
+pub fn pack_tile(arrangement: Arrangement, rows: &[&[i8]], cols: usize, out: &mut [u8]) {
     assert!(rows.len() <= TILE_ROWS, "a tile has at most {TILE_ROWS} rows");
     assert!(rows.iter().all(|row| row.len() == cols), "every row must have {cols} columns");
     assert_eq!(out.len(), TernaryMatrix::tile_bytes(cols), "a tile of {cols} columns");
     out.fill(0b01_01_01_01);
     for (tile_row, row) in rows.iter().enumerate() {
         let mut all_valid = true;
-        for (block, trits) in row.chunks(BLOCK_COLS).enumerate() {
-            let at = block * TILE_BLOCK_BYTES + tile_row * ROW_BLOCK_BYTES;
-            let bytes = &mut out[at..at + ROW_BLOCK_BYTES];
+        let row_bytes = &mut out[arrangement.row_start(tile_row, cols)..];
+        for (bytes, trits) in row_bytes.chunks_mut(arrangement.stride()).zip(row.chunks(BLOCK_COLS))
+        {
+            let bytes = &mut bytes[..ROW_BLOCK_BYTES];
             for (plane, trits) in trits.chunks(ROW_BLOCK_BYTES).enumerate() {
                 for (byte, trit) in bytes.iter_mut().zip(trits) {
                     let code = trit.wrapping_add(1) as u8;

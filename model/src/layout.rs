@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kernels::{FloatKind, TernaryMatrix};
+use kernels::{Arrangement, FloatKind, TernaryMatrix};
 
 use crate::config::ModelConfig;
 use crate::safetensors::{Dtype, NewTensor};
@@ -19,6 +19,11 @@ pub(crate) const HEAD_FILE: &str = "head.safetensors";
 pub(crate) const NORM_FILE: &str = "norm.safetensors";
 /// The one tensor of the embedding's, the head's and the norm's file.
 pub(crate) const WEIGHT: &str = "weight";
+
+/// Order of the blocks of every matrix.
+pub(crate) const ARRANGEMENT: Arrangement = Arrangement::Tiles;
+/// Version of the layout of packed tensors; another one is refused.
+pub(crate) const LAYOUT_VERSION: u32 = 1;
 
 const LAYOUT_KEY: &str = "tercet.layout";
 const VERSION_KEY: &str = "tercet.layout_version";
@@ -156,8 +161,8 @@ pub(crate) fn norm_tensor(config: &ModelConfig) -> NewTensor {
 /// `__metadata__` of any shard: which layout its packed tensors have.
 pub(crate) fn shard_metadata() -> BTreeMap<String, String> {
     BTreeMap::from([
-        (LAYOUT_KEY.into(), TernaryMatrix::LAYOUT.into()),
-        (VERSION_KEY.into(), TernaryMatrix::LAYOUT_VERSION.to_string()),
+        (LAYOUT_KEY.into(), ARRANGEMENT.layout().into()),
+        (VERSION_KEY.into(), LAYOUT_VERSION.to_string()),
     ])
 }
 

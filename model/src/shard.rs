@@ -237,7 +237,8 @@ impl LayerShard {
 
     fn matrix(&self, projection: Projection) -> TernaryMatrix<'_> {
         let (rows, cols, scale) = self.matrices[projection as usize];
-        TernaryMatrix::new(self.shard.bytes(projection as usize), rows, cols, scale)
+        let bytes = self.shard.bytes(projection as usize);
+        TernaryMatrix::new(bytes, layout::ARRANGEMENT, rows, cols, scale)
             .expect("the size was compared with the shape when the shard was opened")
     }
 

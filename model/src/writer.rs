@@ -203,7 +203,7 @@ fn write_matrix<E: From<WriteError>>(
         zeros += trits.iter().filter(|trit| **trit == 0).count() as u64;
         part.trits(trits);
         let views: Vec<&[i8]> = trits.chunks_exact(cols).collect();
-        pack_tile(&views, cols, &mut packed);
+        pack_tile(layout::ARRANGEMENT, &views, cols, &mut packed);
         file.write(&packed)?;
     }
     Ok(zeros)

@@ -4,18 +4,29 @@ use proptest::prelude::*;
 
 use super::Random;
 use crate::scalar::half::{narrow_f16, widen_bf16, widen_f16};
-use crate::{Columns, FloatKind, FloatMatrix, LayoutError, TernaryMatrix, pack_tile, padded_cols};
+use crate::{
+    Arrangement, Columns, FloatKind, FloatMatrix, LayoutError, TernaryMatrix, pack_tile,
+    padded_cols,
+};
+
+/// Both orders of blocks.
+pub(super) const ARRANGEMENTS: [Arrangement; 2] = [Arrangement::Tiles, Arrangement::Rows];
 
 /// Packs `trits`, `[rows][cols]`.
-pub(super) fn pack(trits: &[i8], cols: usize) -> Vec<u8> {
+pub(super) fn pack(arrangement: Arrangement, trits: &[i8], cols: usize) -> Vec<u8> {
     let rows: Vec<&[i8]> = trits.chunks(cols).collect();
     let mut bytes = Vec::new();
     for rows in rows.chunks(TernaryMatrix::TILE_ROWS) {
         let mut tile = vec![0xff; TernaryMatrix::tile_bytes(cols)];
-        pack_tile(rows, cols, &mut tile);
+        pack_tile(arrangement, rows, cols, &mut tile);
         bytes.extend(tile);
     }
     bytes
+}
+
+/// An arrangement.
+fn arrangements() -> impl Strategy<Value = Arrangement> {
+    prop::sample::select(&ARRANGEMENTS[..])
 }
 
 /// A matrix of trits, `[rows][cols]`, with its columns.
@@ -26,11 +37,11 @@ fn matrices() -> impl Strategy<Value = (usize, Vec<i8>)> {
 
 proptest! {
     #[test]
-    fn what_was_packed_is_unpacked((cols, trits) in matrices()) {
+    fn what_was_packed_is_unpacked((cols, trits) in matrices(), arrangement in arrangements()) {
         let rows = trits.len() / cols;
-        let bytes = pack(&trits, cols);
+        let bytes = pack(arrangement, &trits, cols);
         prop_assert_eq!(Some(bytes.len()), TernaryMatrix::packed_bytes(rows, cols));
-        let w = TernaryMatrix::new(&bytes, rows, cols, 1.0).unwrap();
+        let w = TernaryMatrix::new(&bytes, arrangement, rows, cols, 1.0).unwrap();
         prop_assert_eq!(w.check_codes(), Ok(()));
         let mut row_trits = vec![0; cols];
         for (row, want) in trits.chunks(cols).enumerate() {
@@ -41,12 +52,13 @@ proptest! {
 
     #[test]
     fn a_changed_bit_is_seen_or_is_another_trit(
-        (cols, trits) in matrices(), at in any::<prop::sample::Index>(), bit in 0..8,
+        (cols, trits) in matrices(), arrangement in arrangements(),
+        at in any::<prop::sample::Index>(), bit in 0..8,
     ) {
         let rows = trits.len() / cols;
-        let mut bytes = pack(&trits, cols);
+        let mut bytes = pack(arrangement, &trits, cols);
         *at.get_mut(&mut bytes) ^= 1u8 << bit;
-        let w = TernaryMatrix::new(&bytes, rows, cols, 1.0).unwrap();
+        let w = TernaryMatrix::new(&bytes, arrangement, rows, cols, 1.0).unwrap();
         let mut row_trits = vec![0; cols];
         let differs = (0..rows).any(|row| {
             w.unpack_row(row, &mut row_trits);
@@ -62,28 +74,41 @@ fn the_layout_is_the_documented_one() {
     // One row of 129: trit 1 at columns 0, 33 and 128, trit -1 at column 96.
     let mut trits = vec![0i8; 129];
     (trits[0], trits[33], trits[128], trits[96]) = (1, 1, 1, -1);
-    let bytes = pack(&trits, 129);
-    assert_eq!(bytes.len(), 256);
-    assert_eq!(bytes[0], 0b00_01_01_10);
-    assert_eq!(bytes[1], 0b01_01_10_01);
-    assert_eq!(bytes[128], 0b01_01_01_10);
-    let zero_trits = bytes.iter().filter(|byte| **byte == 0x55).count();
-    assert_eq!(zero_trits, 253);
+    for (arrangement, second_block) in [(Arrangement::Tiles, 128), (Arrangement::Rows, 32)] {
+        let bytes = pack(arrangement, &trits, 129);
+        assert_eq!(bytes.len(), 256);
+        assert_eq!(bytes[0], 0b00_01_01_10);
+        assert_eq!(bytes[1], 0b01_01_10_01);
+        assert_eq!(bytes[second_block], 0b01_01_01_10);
+        let zero_trits = bytes.iter().filter(|byte| **byte == 0x55).count();
+        assert_eq!(zero_trits, 253);
+    }
+    // The second row of two blocks.
+    let mut trits = vec![0i8; 2 * 129];
+    trits[129] = 1;
+    for (arrangement, second_row) in [(Arrangement::Tiles, 32), (Arrangement::Rows, 64)] {
+        assert_eq!(pack(arrangement, &trits, 129)[second_row], 0b01_01_01_10);
+    }
 }
 
 #[test]
 fn bad_codes_and_padding_are_found() {
-    let mut bytes = pack(&[0; 5 * 100], 100);
-    let check = |bytes: &[u8]| TernaryMatrix::new(bytes, 5, 100, 1.0).unwrap().check_codes();
-    assert_eq!(check(&bytes), Ok(()));
-    bytes[128 + 3] |= 0b10 << 2;
-    assert_eq!(check(&bytes), Err(LayoutError::Code { row: 4, col: 35 }));
-    bytes[128 + 3] = 0x55;
-    bytes[32 + 4] ^= 0b11 << 6;
-    assert_eq!(check(&bytes), Err(LayoutError::Padding { row: 1, col: 100 }));
-    bytes[32 + 4] = 0x55;
-    bytes[255] ^= 0b01;
-    assert_eq!(check(&bytes), Err(LayoutError::Padding { row: 7, col: 31 }));
+    // One block a row: both arrangements have the same bytes.
+    for arrangement in ARRANGEMENTS {
+        let mut bytes = pack(arrangement, &[0; 5 * 100], 100);
+        let check = |bytes: &[u8]| {
+            TernaryMatrix::new(bytes, arrangement, 5, 100, 1.0).unwrap().check_codes()
+        };
+        assert_eq!(check(&bytes), Ok(()));
+        bytes[128 + 3] |= 0b10 << 2;
+        assert_eq!(check(&bytes), Err(LayoutError::Code { row: 4, col: 35 }));
+        bytes[128 + 3] = 0x55;
+        bytes[32 + 4] ^= 0b11 << 6;
+        assert_eq!(check(&bytes), Err(LayoutError::Padding { row: 1, col: 100 }));
+        bytes[32 + 4] = 0x55;
+        bytes[255] ^= 0b01;
+        assert_eq!(check(&bytes), Err(LayoutError::Padding { row: 7, col: 31 }));
+    }
 }
 
 #[test]
@@ -92,7 +117,7 @@ fn sizes_that_cannot_be_are_refused() {
     for (rows, cols) in [(0, 8), (8, 0), (1, usize::MAX), (usize::MAX, 1), (usize::MAX, 1 << 22)] {
         assert_eq!(TernaryMatrix::packed_bytes(rows, cols), None, "{rows}x{cols}");
     }
-    let wrong = TernaryMatrix::new(&[0x55; 127], 4, 128, 1.0);
+    let wrong = TernaryMatrix::new(&[0x55; 127], Arrangement::Tiles, 4, 128, 1.0);
     let error = LayoutError::Size { rows: 4, cols: 128, expected: 128, found: 127 };
     assert_eq!(wrong.err(), Some(error));
     let wrong = FloatMatrix::new(FloatKind::F16, &[0; 8], usize::MAX, 2);
@@ -102,8 +127,8 @@ fn sizes_that_cannot_be_are_refused() {
 
 #[test]
 fn tiles_cover_the_rows() {
-    let bytes = pack(&[0; 9], 1);
-    let w = TernaryMatrix::new(&bytes, 9, 1, 1.0).unwrap();
+    let bytes = pack(Arrangement::Tiles, &[0; 9], 1);
+    let w = TernaryMatrix::new(&bytes, Arrangement::Tiles, 9, 1, 1.0).unwrap();
     assert_eq!(w.tiles(), 3);
     assert_eq!(w.tile_rows(0..2), 0..8);
     assert_eq!(w.tile_rows(1..3), 4..9);

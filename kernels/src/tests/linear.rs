@@ -1,6 +1,6 @@
 //! Quantising, ternary products and the head.
 
-use super::layout::pack;
+use super::layout::{ARRANGEMENTS, pack};
 use super::{LENGTHS, Random, check, scalar};
 use crate::{
     Backend, Columns, FloatKind, FloatMatrix, NotFinite, Quantised, TernaryMatrix, padded_cols,
@@ -63,11 +63,9 @@ fn what_is_not_finite_is_refused() {
     }
 }
 
-/// A ternary product checked against a sum in i64 from the trits themselves.
+/// A ternary product in both arrangements, checked against a sum in i64 from the trits themselves.
 fn check_ternary(trits: &[i8], cols: usize, q_rows: &[Vec<i8>], random: &mut Random) {
     let (m, n, stride) = (trits.len() / cols, q_rows.len(), padded_cols(cols) + 128);
-    let bytes = pack(trits, cols);
-    let w = TernaryMatrix::new(&bytes, m, cols, 0.37).unwrap();
     let mut q = vec![0i8; n * stride];
     for (place, row) in q.chunks_mut(stride).zip(q_rows) {
         place[..cols].copy_from_slice(row);
@@ -83,18 +81,23 @@ fn check_ternary(trits: &[i8], cols: usize, q_rows: &[Vec<i8>], random: &mut Ran
             want[i * m + row] = products.sum::<i64>() as f32 * (0.37 / scale[i]);
         }
     }
-    for backend in Backend::available() {
-        let mut got = vec![f32::NAN; n * m];
-        backend.ternary(w, 0..w.tiles(), x, Columns::new(&mut got, m, 0..m));
-        check(backend, &format!("{m}x{cols} by {n}"), &got, &want);
-        // In two parts, as two threads do it.
-        let middle = random.below(w.tiles() + 1);
-        let mut got = vec![f32::NAN; n * m];
-        for tiles in [0..middle, middle..w.tiles()] {
-            let columns = w.tile_rows(tiles.clone());
-            backend.ternary(w, tiles, x, Columns::new(&mut got, m, columns));
+    for arrangement in ARRANGEMENTS {
+        let bytes = pack(arrangement, trits, cols);
+        let w = TernaryMatrix::new(&bytes, arrangement, m, cols, 0.37).unwrap();
+        for backend in Backend::available() {
+            let what = format!("{arrangement:?} of {m}x{cols} by {n}");
+            let mut got = vec![f32::NAN; n * m];
+            backend.ternary(w, 0..w.tiles(), x, Columns::new(&mut got, m, 0..m));
+            check(backend, &what, &got, &want);
+            // In two parts, as two threads do it.
+            let middle = random.below(w.tiles() + 1);
+            let mut got = vec![f32::NAN; n * m];
+            for tiles in [0..middle, middle..w.tiles()] {
+                let columns = w.tile_rows(tiles.clone());
+                backend.ternary(w, tiles, x, Columns::new(&mut got, m, columns));
+            }
+            check(backend, &format!("{what}, cut at {middle}"), &got, &want);
         }
-        check(backend, &format!("{m}x{cols} by {n}, cut at {middle}"), &got, &want);
     }
 }
 
@@ -148,8 +151,8 @@ fn corrupt_codes_give_the_same_sums_everywhere() {
     let mut random = Random(6);
     let (m, cols) = (4, 8_192);
     let bytes = vec![0xff; TernaryMatrix::packed_bytes(m, cols).unwrap()];
-    let w = TernaryMatrix::new(&bytes, m, cols, 1.0).unwrap();
-    for value in [127i8, -128] {
+    for (arrangement, value) in ARRANGEMENTS.into_iter().flat_map(|a| [(a, 127i8), (a, -128)]) {
+        let w = TernaryMatrix::new(&bytes, arrangement, m, cols, 1.0).unwrap();
         let q = vec![value; 2 * cols];
         let sum = [i32::from(value) * cols as i32; 2];
         for n in [1, 2] {

@@ -12,9 +12,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{load_i8, load_u8, prefetch, store_i32x4, store_u8};
-use crate::ternary_matrix::{
-    BLOCK_COLS, ROW_BLOCK_BYTES, TILE_BLOCK_BYTES, TILE_ROWS, TernaryMatrix,
-};
+use crate::ternary_matrix::{BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 
 /// Blocks gathered in i16 before they are widened.
@@ -29,8 +27,6 @@ const GROUP_ROWS: usize = 32;
 /// How far ahead of its reading a tile is asked for; without it one thread waits for memory.
 const PREFETCH_BYTES: usize = 4096;
 
-/// One block of a tile: `[row][byte]`.
-type TileBlock = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 /// The codes of 32 columns, one to a byte: `[row][column]`.
 type Codes = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 /// The codes of a strip, aligned so that no load of them crosses a cache line.
@@ -38,6 +34,38 @@ type Codes = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 struct Strip([Codes; STRIP_VECTORS]);
 /// A running sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
+
+/// The blocks of a tile, wherever the arrangement has them.
+struct Tile<'a> {
+    /// Every row from its first block on, in pieces of a block.
+    rows: [&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS],
+    /// Pieces from one block of a row to the next.
+    stride: usize,
+}
+
+impl<'a> Tile<'a> {
+    fn new(w: TernaryMatrix<'a>, tile: usize) -> Self {
+        let (_, stride) = w.row_at(tile * TILE_ROWS);
+        let row = |r| w.row_at(tile * TILE_ROWS + r).0.as_chunks().0;
+        Self { rows: std::array::from_fn(row), stride: stride / ROW_BLOCK_BYTES }
+    }
+
+    /// Blocks of a row.
+    fn len(&self) -> usize {
+        self.rows[0].len().div_ceil(self.stride)
+    }
+
+    /// Block `block` of each row; asks for what is read after it.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn block(&self, block: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS] {
+        // The bytes of a tile begin with its first row and are as many in either arrangement.
+        let ahead = PREFETCH_BYTES + block * TILE_ROWS * ROW_BLOCK_BYTES;
+        prefetch(self.rows[0].as_ptr(), ahead);
+        prefetch(self.rows[0].as_ptr(), ahead + 64);
+        self.rows.map(|row| &row[block * self.stride])
+    }
+}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn ternary(
@@ -50,7 +78,7 @@ pub(super) fn ternary(
     if n == 1 {
         let vectors = x.row(0).as_chunks::<ROW_BLOCK_BYTES>().0;
         for (position, tile) in tiles.enumerate() {
-            let sums = one_row(blocks(w, tile), vectors);
+            let sums = one_row(&Tile::new(w, tile), vectors);
             finish(w, x, 0, sums, &mut y, position);
         }
         return;
@@ -63,23 +91,16 @@ pub(super) fn ternary(
     }
 }
 
-/// The blocks of a tile.
-fn blocks(w: TernaryMatrix<'_>, tile: usize) -> &[TileBlock] {
-    let rows = w.tile(tile).as_chunks::<ROW_BLOCK_BYTES>().0;
-    rows.as_chunks::<TILE_ROWS>().0
-}
-
 /// One tile by one row of activations, unpacked in registers.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn one_row(tile: &[TileBlock], x: &[[i8; ROW_BLOCK_BYTES]]) -> Sums {
+fn one_row(tile: &Tile<'_>, x: &[[i8; ROW_BLOCK_BYTES]]) -> Sums {
     let mut totals = [_mm256_setzero_si256(); TILE_ROWS];
-    let x = x.as_chunks::<PLANES>().0;
-    for (tile, x) in tile.chunks(STRIP_BLOCKS).zip(x.chunks(STRIP_BLOCKS)) {
+    let x = &x.as_chunks::<PLANES>().0[..tile.len()];
+    for (strip, x) in x.chunks(STRIP_BLOCKS).enumerate() {
         let mut sums = [_mm256_setzero_si256(); TILE_ROWS];
-        for (block, x) in tile.iter().zip(x) {
-            prefetch(block, PREFETCH_BYTES);
-            prefetch(block, PREFETCH_BYTES + 64);
+        for (block, x) in x.iter().enumerate() {
+            let block = tile.block(strip * STRIP_BLOCKS + block);
             let x = x.each_ref().map(|x| load_i8(x));
             for (sum, packed) in sums.iter_mut().zip(block) {
                 for (codes, x) in unpack(load_u8(packed)).into_iter().zip(x) {
@@ -106,9 +127,11 @@ fn many_rows(
     for (position, tile) in tiles.enumerate() {
         let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; GROUP_ROWS];
         let totals = &mut totals[..rows.len()];
-        for (strip, tile) in blocks(w, tile).chunks(STRIP_BLOCKS).enumerate() {
-            unpack_strip(tile, &mut unpacked.0);
-            let codes = &unpacked.0[..tile.len() * PLANES];
+        let tile = Tile::new(w, tile);
+        for strip in 0..tile.len().div_ceil(STRIP_BLOCKS) {
+            let blocks = strip * STRIP_BLOCKS..tile.len().min((strip + 1) * STRIP_BLOCKS);
+            let codes = &mut unpacked.0[..blocks.len() * PLANES];
+            unpack_strip(&tile, blocks, codes);
             let vectors = |i: usize| {
                 let x = x.row(rows.start + i).as_chunks::<ROW_BLOCK_BYTES>().0;
                 &x[strip * STRIP_VECTORS..][..codes.len()]
@@ -130,12 +153,9 @@ fn many_rows(
 /// Unpacks the blocks of a strip to one code a byte.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn unpack_strip(tile: &[TileBlock], codes: &mut [Codes; STRIP_VECTORS]) {
-    let codes = codes.as_chunks_mut::<PLANES>().0;
-    for (block, codes) in tile.iter().zip(codes) {
-        prefetch(block, PREFETCH_BYTES);
-        prefetch(block, PREFETCH_BYTES + 64);
-        for (row, packed) in block.iter().enumerate() {
+fn unpack_strip(tile: &Tile<'_>, blocks: Range<usize>, codes: &mut [Codes]) {
+    for (block, codes) in blocks.zip(codes.as_chunks_mut::<PLANES>().0) {
+        for (row, packed) in tile.block(block).into_iter().enumerate() {
             for (codes, plane) in codes.iter_mut().zip(unpack(load_u8(packed))) {
                 store_u8(&mut codes[row], plane);
             }
@@ -211,5 +231,3 @@ fn finish(
         *y = sum as f32 * scale;
     }
 }
-
-const _: () = assert!(size_of::<TileBlock>() == TILE_BLOCK_BYTES);
