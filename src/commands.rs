@@ -15,6 +15,7 @@ use ::model::Store;
 use clap::Args;
 use node::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use proto::plan::KvType;
+use worker::engine::{Placement, Shortcuts};
 
 use crate::cli::{Cli, Command, DebugWhat, TelemetryArgs};
 use crate::progress::Progress;
@@ -119,6 +120,26 @@ pub(crate) struct ComputeArgs {
     /// How keys and values are stored: f16 or f32 [default: f16]
     #[arg(long, value_name = "TYPE")]
     pub(crate) kv_type: Option<KvType>,
+    #[command(flatten)]
+    pub(crate) shortcuts: ShortcutArgs,
+}
+
+/// Work that is left out unless these are given: exact either way.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct ShortcutArgs {
+    /// Compute with zeros too: the result is the same, only slower
+    #[arg(long)]
+    pub(crate) no_skip_zeros: bool,
+    /// Compute every row of the head: the result is the same, only slower
+    #[arg(long)]
+    pub(crate) no_screen: bool,
+}
+
+impl ShortcutArgs {
+    /// What is left out.
+    pub(crate) fn shortcuts(self) -> Shortcuts {
+        Shortcuts { zeros: !self.no_skip_zeros, screen: !self.no_screen }
+    }
 }
 
 /// Most threads that can be asked for: more is a slip of the finger.
@@ -147,6 +168,8 @@ impl ComputeArgs {
             // Stages compute one after the other here: each may have every core.
             threads: self.threads.unwrap_or(defaults.threads),
             kv_type: self.kv_type.unwrap_or_default(),
+            shortcuts: self.shortcuts.shortcuts(),
+            placement: Placement::default(),
         })
     }
 }

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use worker::engine::Shortcuts;
 
 /// How long workers may take to measure themselves and register: they read every weight once,
 /// perhaps from a slow disk.
@@ -49,6 +50,8 @@ pub struct LocalOptions {
     pub kv_type: KvType,
     /// Which kernels; absent: the fastest.
     pub isa: Option<String>,
+    /// Which work is left out where that cannot be seen.
+    pub shortcuts: Shortcuts,
     /// Where the coordinator's gRPC API listens.
     pub grpc: SocketAddr,
     /// Where the coordinator's HTTP API listens.
@@ -69,6 +72,7 @@ impl LocalOptions {
             threads: threads_each(1),
             kv_type: KvType::default(),
             isa: None,
+            shortcuts: Shortcuts::default(),
             grpc: ANY_PORT,
             http: ANY_PORT,
             insecure: false,
@@ -113,6 +117,8 @@ impl LocalOptions {
             // They share the machine.
             memory_bytes: defaults.memory_bytes / u64::from(self.workers.max(1)),
             isa: self.isa.clone(),
+            skip_zeros: self.shortcuts.zeros,
+            screen: self.shortcuts.screen,
             shutdown_grace: STOP_GRACE,
             ..defaults
         }

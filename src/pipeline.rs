@@ -5,7 +5,7 @@ use model::Store;
 use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
 use proto::plan::KvType;
 use proto::step::{Output, Row, RowStatus, RowValue};
-use worker::engine::{Engine, EngineConfig, EngineError, StageModel};
+use worker::engine::{Engine, EngineConfig, EngineError, Placement, Shortcuts, StageModel};
 
 /// How a pipeline is cut and computed.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +18,10 @@ pub struct PipelineOptions {
     pub threads: usize,
     /// How KV is stored.
     pub kv_type: KvType,
+    /// Which work is left out where that cannot be seen.
+    pub shortcuts: Shortcuts,
+    /// Where weights and threads are.
+    pub placement: Placement,
 }
 
 impl Default for PipelineOptions {
@@ -28,6 +32,8 @@ impl Default for PipelineOptions {
             backend: kernels::Backend::detect(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             kv_type: KvType::default(),
+            shortcuts: Shortcuts::default(),
+            placement: Placement::default(),
         }
     }
 }
@@ -82,10 +88,18 @@ impl Pipeline {
         kv_blocks: u32,
         max_step_tokens: u32,
     ) -> Result<Self, PipelineError> {
-        let PipelineOptions { stages, backend, threads, kv_type } = *options;
+        let PipelineOptions { stages, backend, threads, kv_type, shortcuts, placement } = *options;
         let layers = store.config().layers;
         check_stages(stages, layers)?;
-        let config = EngineConfig { backend, threads, kv_type, kv_blocks, max_step_tokens };
+        let config = EngineConfig {
+            backend,
+            threads,
+            kv_type,
+            kv_blocks,
+            max_step_tokens,
+            shortcuts,
+            placement,
+        };
         let cut = |stage: u32| (u64::from(layers) * u64::from(stage) / u64::from(stages)) as u32;
         let engines = (0..stages).map(|stage| {
             StageModel::open(store, cut(stage)..cut(stage + 1))

@@ -86,12 +86,14 @@ enum Target {
 impl TargetArgs {
     /// `--endpoint` or `--model`; else the variable; else this process.
     fn decide(&self, variable: Option<&str>) -> Result<Target, Failure> {
-        let ComputeArgs { stages, threads, kv_type } = self.compute;
+        let ComputeArgs { stages, threads, kv_type, shortcuts } = self.compute;
         let local_flag = [
             ("--model", self.model.model.is_some()),
             ("--stages", stages.is_some()),
             ("--threads", threads.is_some()),
             ("--kv-type", kv_type.is_some()),
+            ("--no-skip-zeros", shortcuts.no_skip_zeros),
+            ("--no-screen", shortcuts.no_screen),
         ]
         .into_iter()
         .find_map(|(flag, given)| given.then_some(flag));
@@ -120,6 +122,7 @@ impl TargetArgs {
         let mut options = LocalOptions::new(store.dir()).with_workers(stages);
         options.stages = Some(stages);
         options.kv_type = self.compute.kv_type.unwrap_or_default();
+        options.shortcuts = self.compute.shortcuts.shortcuts();
         options.threads = self.compute.threads.unwrap_or(options.threads);
         options.kv_blocks = Some(blocks_for(config.context as usize) as u32 * LOCAL_SEQUENCES);
         Ok(LocalCluster::start(&options).await?)

@@ -17,7 +17,8 @@ fn check(kv_type: KvType) {
     let store = Store::open(&bundled_store()).unwrap();
     let tokens = ids(&golden()["heldout_fixed"]["token_ids"])[..TOKENS].to_vec();
     let run = |stages: u32, chunk, backend: Backend, threads, among| {
-        let pipeline = PipelineOptions { stages, backend, threads, kv_type };
+        let pipeline =
+            PipelineOptions { stages, backend, threads, kv_type, ..PipelineOptions::default() };
         let options = LogitsOptions { pipeline, chunk, among, seed: 11 };
         let found = logits(&store, &options, &tokens).unwrap();
         found.concat().into_iter().map(f32::to_bits).collect::<Vec<u32>>()

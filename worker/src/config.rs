@@ -7,6 +7,8 @@ use std::time::Duration;
 use kernels::Backend;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Shortcuts;
+
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -50,6 +52,10 @@ pub struct Config {
     pub memory_bytes: u64,
     /// Name of the kernels to use; by default the fastest that this CPU runs.
     pub isa: Option<String>,
+    /// Whether work on zeros is left out; exact either way.
+    pub skip_zeros: bool,
+    /// Whether rows of the head that provably do not win are left out; exact either way.
+    pub screen: bool,
     /// Where `/metrics` and `/health` are served; by default nowhere.
     pub http: Option<SocketAddr>,
     /// How long what is in flight may take after the process was asked to stop.
@@ -69,6 +75,8 @@ impl Default for Config {
             store: PathBuf::from("store"),
             memory_bytes: default_memory_bytes(),
             isa: None,
+            skip_zeros: true,
+            screen: true,
             http: None,
             shutdown_grace: DEFAULT_SHUTDOWN_GRACE,
             insecure: false,
@@ -163,6 +171,11 @@ impl Config {
                 _ => Err(ConfigError::AdvertiseForm { found: text.clone() }),
             },
         }
+    }
+
+    /// Which work is left out.
+    pub fn shortcuts(&self) -> Shortcuts {
+        Shortcuts { zeros: self.skip_zeros, screen: self.screen }
     }
 
     /// The kernels to use: those named, else the fastest that this CPU runs.

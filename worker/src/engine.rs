@@ -14,18 +14,21 @@
 //! * `stage_model` the weights; `cache` the KV blocks; `buffers` everything else that is written
 //! * `step` the walk of one thread; `attention` and `head` its two larger parts; `sampler`
 //! * `shared` and `barrier` make it safe and quick for many threads
+//! * `profile` what a step spent its time on, for those who bring a clock
 
 mod attention;
 mod barrier;
 mod buffers;
 mod cache;
 mod head;
+mod profile;
 mod rows;
 mod sampler;
 mod shared;
 mod stage_model;
 mod step;
 
+use std::mem;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -36,6 +39,8 @@ use proto::step::{Row, RowStatus, RowValue};
 
 use self::buffers::{Buffers, Local};
 use self::cache::KvCache;
+use self::profile::Part;
+pub use self::profile::{Clock, StepProfile};
 use self::rows::Batch;
 pub use self::stage_model::StageModel;
 
@@ -52,6 +57,48 @@ pub struct EngineConfig {
     pub kv_blocks: u32,
     /// The most tokens in one step; working memory is allocated for as many.
     pub max_step_tokens: u32,
+    /// Which work is left out where that cannot be seen.
+    pub shortcuts: Shortcuts,
+    /// Where weights and threads are.
+    pub placement: Placement,
+}
+
+/// Work that need not be done, because what it would give is known already. Exact: results have the
+/// same bits with and without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortcuts {
+    /// Rows of up whose gate is zero, and columns of down whose input is zero.
+    pub zeros: bool,
+    /// Rows of the head that provably do not win.
+    pub screen: bool,
+}
+
+impl Default for Shortcuts {
+    /// All of them.
+    fn default() -> Self {
+        Self { zeros: true, screen: true }
+    }
+}
+
+/// Where an engine's weights and threads are. None of it changes a result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// Where weights are read from.
+    pub weights: WeightMemory,
+    /// Weights stay in memory, whatever else wants it.
+    pub lock: bool,
+    /// Every thread stays on a core of its own, as long as there are cores.
+    pub pin: bool,
+}
+
+/// Where weights are read from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightMemory {
+    /// The files of the store, mapped: shared with every other process, and with the page cache.
+    #[default]
+    Map,
+    /// A private copy on huge pages, one for each memory node of the machine.
+    Copy,
 }
 
 /// Why there is no engine.
@@ -164,17 +211,47 @@ impl Engine {
     /// If `input` has another length: the caller checks sizes first. After a panic in a kernel the
     /// engine can be used again, but what the step's blocks hold is unknown.
     pub fn forward(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
+        self.step(rows, input, None)
+    }
+
+    /// [`Self::forward`], and what it spent its time on as told by `clock`.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::forward`].
+    pub fn forward_profiled(
+        &mut self,
+        rows: &[Row],
+        input: &[f32],
+        clock: &dyn Clock,
+    ) -> (StepOutput, StepProfile) {
+        let output = self.step(rows, input, Some(clock));
+        let mut profile = StepProfile::default();
+        for local in &mut self.locals {
+            let local = local.get_mut().unwrap_or_else(PoisonError::into_inner);
+            profile.add(&mem::take(&mut local.record).profile);
+        }
+        (output, profile)
+    }
+
+    fn step(&mut self, rows: &[Row], input: &[f32], clock: Option<&dyn Clock>) -> StepOutput {
         let batch = Batch::new(rows, self.model.config(), &self.config);
         let input_len = if self.model.is_first() { 0 } else { batch.place_count() * self.hidden() };
         assert_eq!(input.len(), input_len, "activations must match the tokens of the step");
         let results =
-            if batch.tokens().is_empty() { Vec::new() } else { self.compute(&batch, input) };
+            if batch.tokens().is_empty() { Vec::new() } else { self.compute(&batch, input, clock) };
         let activations = if self.is_last() { Vec::new() } else { self.activations(&batch) };
         StepOutput { activations, rows: batch.finish(results) }
     }
 
     /// Enters the pool once, for the whole step.
-    fn compute(&mut self, batch: &Batch<'_>, input: &[f32]) -> Vec<head::PositionResult> {
+    fn compute(
+        &mut self,
+        batch: &Batch<'_>,
+        input: &[f32],
+        clock: Option<&dyn Clock>,
+    ) -> Vec<head::PositionResult> {
+        let begin_ns = clock.map(|clock| clock.now_ns());
         let team = shared::Team::new(&self.pool);
         let mut results = head::results(batch);
         let step = step::Step {
@@ -186,12 +263,19 @@ impl Engine {
             planes: self.buffers.lend(&team, batch.tokens().len()),
             results: results.lend(&team, batch.wanted().len(), 1),
             queue: shared::Queue::default(),
+            clock,
         };
         let locals = &self.locals;
         shared::run(&self.pool, team, |member| {
             // Not poisoned for good by a step that panicked: nothing in it outlives a step.
             let mut local = locals[member.index()].lock().unwrap_or_else(PoisonError::into_inner);
+            begin_ns.inspect(|&now_ns| local.record.begin(now_ns));
+            step.lap(&mut local, Part::Waiting);
             step.walk(member, &mut local)
+        });
+        // A thread that was done early waited for the last one.
+        locals.iter().for_each(|local| {
+            step.lap(&mut local.lock().unwrap_or_else(PoisonError::into_inner), Part::Waiting);
         });
         drop(step);
         results.into_values()

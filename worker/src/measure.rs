@@ -4,7 +4,6 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use kernels::Backend;
 use model::Store;
 use proto::BLOCK_TOKENS;
 use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
@@ -36,17 +35,13 @@ pub struct LayerTimes {
     pub head_16_ns: u64,
 }
 
-/// Times steps through the model's last layer, with and without the head. Blocks the caller for
-/// about half a second.
+/// Times steps through the model's last layer, with and without the head, on an engine like that of
+/// `config` but with a KV cache and steps of its own size. Blocks the caller for about half a second.
 ///
 /// # Errors
 ///
 /// [`EngineError`] if the layer cannot be opened or there is no memory for it.
-pub fn measure_layer_ns(
-    store: &Store,
-    backend: Backend,
-    threads: usize,
-) -> Result<LayerTimes, EngineError> {
+pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTimes, EngineError> {
     let last = store.config().layers.saturating_sub(1);
     let model = StageModel::open(store, last..store.config().layers)?;
     let context = CONTEXT_TOKENS.min(store.config().context);
@@ -54,11 +49,10 @@ pub fn measure_layer_ns(
     let mut engine = Engine::new(
         model,
         EngineConfig {
-            backend,
-            threads,
             kv_type: KvType::default(),
             kv_blocks: MANY_ROWS * blocks_each,
             max_step_tokens: MANY_ROWS,
+            ..*config
         },
     )?;
     let rows = |count: u32, output: &Output| -> Vec<Row> {

@@ -22,7 +22,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::bridge::EngineFailure;
 use crate::config::Config;
-use crate::engine::{self, EngineConfig};
+use crate::engine::{EngineConfig, Placement, working_bytes as working_bytes_of};
 use crate::error::RunError;
 use crate::measure::measure_layer_ns;
 use crate::service::{Identity, Service};
@@ -57,7 +57,7 @@ pub async fn run(
     config.validate()?;
     let checks = config.clone();
     let checked = tokio::task::spawn_blocking(move || check_machine(&checks));
-    let Checked { backend, known_answer, stores, models, working_bytes } =
+    let Checked { engine, known_answer, stores, models, working_bytes } =
         checked.await.map_err(RunError::StartUp)??;
     let listener = listen(config.listen).await?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
@@ -72,7 +72,7 @@ pub async fn run(
         incarnation,
         address: config.advertise.clone().unwrap_or_else(|| address.to_string()),
         version: env!("CARGO_PKG_VERSION").into(),
-        isa: backend.name().into(),
+        isa: engine.backend.name().into(),
         threads: config.threads as u32,
         memory_bytes: config.memory_bytes.saturating_sub(working_bytes),
         kernel_revision: KERNEL_REVISION,
@@ -81,14 +81,13 @@ pub async fn run(
         draining: false,
     };
     telemetry::describe();
-    telemetry::build_info(&config.id, backend.name());
+    telemetry::build_info(&config.id, engine.backend.name());
     let (failures, failed) = mpsc::channel(1);
     let closing = CancellationToken::new();
     let identity = Identity {
         id: config.id.clone(),
         incarnation,
-        backend,
-        threads: config.threads,
+        engine,
         memory_bytes: config.memory_bytes,
         known_answer,
         stores,
@@ -140,7 +139,8 @@ pub async fn run(
 
 /// What a worker knows of itself and its machine.
 struct Checked {
-    backend: Backend,
+    /// As large as any that a coordinator may ask for.
+    engine: EngineConfig,
     known_answer: KnownAnswer,
     stores: Vec<Arc<Store>>,
     models: Vec<WorkerModel>,
@@ -152,6 +152,15 @@ struct Checked {
 /// Opens the stores, proves the kernels and times a layer. Takes about a second: it computes.
 fn check_machine(config: &Config) -> Result<Checked, RunError> {
     let backend = config.backend()?;
+    let engine = EngineConfig {
+        backend,
+        threads: config.threads,
+        kv_type: KvType::F32,
+        kv_blocks: 1,
+        max_step_tokens: limits::STEP_TOKENS as u32,
+        shortcuts: config.shortcuts(),
+        placement: Placement::default(),
+    };
     let available: Vec<&str> = Backend::available().map(Backend::name).collect();
     let reason = match config.isa {
         Some(_) => "it was asked for",
@@ -174,7 +183,7 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
             tracing::info!(model = %id, path = %path.display(), "a second store of this model");
             continue;
         }
-        let times = measure_layer_ns(&store, backend, config.threads).map_err(RunError::Measure)?;
+        let times = measure_layer_ns(&store, &engine).map_err(RunError::Measure)?;
         tracing::info!(model = %id, path = %path.display(), ?times, "store opened");
         models.push(WorkerModel {
             id,
@@ -183,17 +192,10 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
             head_ns: times.head_ns,
             head_16_ns: times.head_16_ns,
         });
-        let largest = EngineConfig {
-            backend,
-            threads: config.threads,
-            kv_type: KvType::F32,
-            kv_blocks: 1,
-            max_step_tokens: limits::STEP_TOKENS as u32,
-        };
-        working_bytes = working_bytes.max(engine::working_bytes(store.config(), true, &largest));
+        working_bytes = working_bytes.max(working_bytes_of(store.config(), true, &engine));
         stores.push(Arc::new(store));
     }
-    Ok(Checked { backend, known_answer, stores, models, working_bytes })
+    Ok(Checked { engine, known_answer, stores, models, working_bytes })
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kernels::{Backend, KERNEL_REVISION};
+use kernels::KERNEL_REVISION;
 use model::Store;
 use proto::ids::{
     Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, StepId, Term,
@@ -37,8 +37,8 @@ const DRAIN_POLL: Duration = Duration::from_millis(10);
 pub(crate) struct Identity {
     pub(crate) id: String,
     pub(crate) incarnation: Incarnation,
-    pub(crate) backend: Backend,
-    pub(crate) threads: usize,
+    /// How every engine computes; KV and step sizes are those of its stage.
+    pub(crate) engine: EngineConfig,
     /// For weights, KV and the working memory of steps together.
     pub(crate) memory_bytes: u64,
     pub(crate) known_answer: KnownAnswer,
@@ -224,11 +224,10 @@ impl Service {
         let store = self.store(shape.model)?.clone();
         let available_bytes = self.identity.memory_bytes.saturating_sub(beside);
         let config = EngineConfig {
-            backend: self.identity.backend,
-            threads: self.identity.threads,
             kv_type: shape.kv_type,
             kv_blocks: shape.kv_blocks,
             max_step_tokens: shape.max_step_tokens,
+            ..self.identity.engine
         };
         let failures = self.failures.clone();
         let build = move || {

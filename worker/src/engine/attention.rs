@@ -7,6 +7,7 @@ use kernels::{AttentionState, KV_BLOCK_TOKENS};
 use super::barrier::Poisoned;
 use super::buffers::{Local, PAIRS_PER_THREAD, SEGMENT_TOKENS};
 use super::cache::Layer;
+use super::profile::Part;
 use super::shared::Member;
 use super::step::{Step, share};
 
@@ -56,7 +57,7 @@ impl Step<'_> {
         }
         let segments = self.longest_context().div_ceil(SEGMENT_TOKENS);
         self.attend_segments(member, local, layer, pairs, segments);
-        member.next_phase()?;
+        self.meet(member, local, Part::Attention)?;
         self.merge_segments(member, local, pairs, segments);
         Ok(())
     }

@@ -3,6 +3,7 @@
 use kernels::{ATTENTION_STATE_HEADER, Quantised, padded_cols};
 use model::ModelConfig;
 
+use super::profile::Record;
 use super::shared::{Buffer, Member, Shared, Team};
 use super::{EngineConfig, EngineError, StageModel, sampler};
 
@@ -257,6 +258,12 @@ impl Codes<'_> {
         outcome.map(|_| ())
     }
 
+    /// How many of a row's first `width` codes are zero, in the phase in which they are read.
+    pub(super) fn zeros(&self, member: &Member<'_>, token: usize, width: usize) -> usize {
+        let codes = &self.codes.read(member)[token * self.stride..][..width];
+        codes.iter().filter(|&&code| code == 0).count()
+    }
+
     /// All rows, to read in this phase.
     pub(super) fn read<'m>(&'m self, member: &'m Member<'_>) -> Quantised<'m> {
         let codes = self.codes.read(member);
@@ -276,6 +283,8 @@ pub(super) struct Local {
     pub(super) segment: Vec<f32>,
     /// On the last stage.
     pub(super) sampler: Option<sampler::Scratch>,
+    /// Of steps that are profiled.
+    pub(super) record: Record,
 }
 
 impl Local {
@@ -291,6 +300,7 @@ impl Local {
             state: vec![0.0; state],
             segment: vec![0.0; state],
             sampler: model.is_last().then(|| sampler::Scratch::new(shape.vocab as usize)),
+            record: Record::default(),
         }
     }
 }

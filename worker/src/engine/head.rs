@@ -6,6 +6,7 @@ use proto::step::{Output, Sampled};
 
 use super::barrier::Poisoned;
 use super::buffers::Local;
+use super::profile::Part;
 use super::rows::{Batch, Wanted};
 use super::sampler;
 use super::shared::{Buffer, Member};
@@ -53,13 +54,16 @@ impl Step<'_> {
                     self.backend.rms_norm(x, norm, self.model.config().rms_eps, y);
                 }
             }
-            member.next_phase()?;
+            self.meet(member, local, Part::Head)?;
             let x = &planes.head_input.read(member)[..n * hidden];
             let count = share(vocab, member);
             while let Some((rows, y)) = planes.logits.columns(member, n, count) {
+                let profile = &mut local.record.profile;
+                profile.weight_bytes += (rows.len() * hidden * size_of::<u16>()) as u64;
+                profile.exact_rows += (rows.len() * n) as u64;
                 self.backend.head(head, rows, x, y);
             }
-            member.next_phase()?;
+            self.meet(member, local, Part::Head)?;
             while let Some(range) = member.take(&self.queue, 1, n) {
                 for index in range {
                     let logits = &planes.logits.read(member)[index * vocab..][..vocab];
@@ -67,7 +71,7 @@ impl Step<'_> {
                     self.results.row(member, group * planes.logits.rows() + index)[0] = result;
                 }
             }
-            member.next_phase()?;
+            self.meet(member, local, Part::Head)?;
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ use super::barrier::Poisoned;
 use super::buffers::{Codes, Local, Planes};
 use super::cache::SharedCache;
 use super::head::PositionResult;
+use super::profile::{Clock, Part};
 use super::rows::Batch;
 use super::shared::{Member, Queue, Shared};
 
@@ -47,6 +48,8 @@ pub(super) struct Step<'a> {
     /// `[wanted positions]`.
     pub(super) results: Shared<'a, PositionResult>,
     pub(super) queue: Queue,
+    /// If the step is profiled.
+    pub(super) clock: Option<&'a dyn Clock>,
 }
 
 impl Step<'_> {
@@ -56,8 +59,8 @@ impl Step<'_> {
     ///
     /// [`Poisoned`] if another thread panicked.
     pub(super) fn walk(&self, member: &mut Member<'_>, local: &mut Local) -> Result<(), Poisoned> {
-        self.enter(member);
-        member.next_phase()?;
+        self.enter(member, local);
+        self.meet(member, local, Part::Norms)?;
         for (layer, weights) in self.model.layer_weights().enumerate() {
             self.attention(member, local, layer, &weights)?;
             self.feed_forward(member, local, &weights)?;
@@ -66,22 +69,50 @@ impl Step<'_> {
             let x = self.planes.residual.row(member, token);
             self.add(member, token, x, &self.planes.product);
         });
+        self.lap(local, Part::Norms);
         if let Some((norm, head)) = self.model.end() {
-            member.next_phase()?;
+            self.meet(member, local, Part::Norms)?;
             self.head(member, local, norm, head)?;
         }
         Ok(())
     }
 
+    /// Ends a phase whose work was `part`, and waits for the others.
+    ///
+    /// # Errors
+    ///
+    /// [`Poisoned`] if another thread panicked.
+    pub(super) fn meet(
+        &self,
+        member: &mut Member<'_>,
+        local: &mut Local,
+        part: Part,
+    ) -> Result<(), Poisoned> {
+        self.lap(local, part);
+        member.next_phase()?;
+        self.lap(local, Part::Waiting);
+        Ok(())
+    }
+
+    /// The thread's time since the last lap was spent on `part`.
+    pub(super) fn lap(&self, local: &mut Local, part: Part) {
+        if let Some(clock) = self.clock {
+            local.record.lap(part, clock.now_ns());
+        }
+    }
+
     /// Fills the residual stream and the tables of RoPE.
-    fn enter(&self, member: &Member<'_>) {
+    fn enter(&self, member: &Member<'_>, local: &mut Local) {
         let shape = self.model.config();
         let hidden = shape.hidden as usize;
         self.each_token(member, |index| {
             let token = self.batch.tokens()[index];
             let x = self.planes.residual.row(member, index);
             match self.model.embedding() {
-                Some(embedding) => embedding.widen_row(token.id as usize, x),
+                Some(embedding) => {
+                    embedding.widen_row(token.id as usize, x);
+                    local.record.profile.weight_bytes += (hidden * size_of::<u16>()) as u64;
+                }
                 None => x.copy_from_slice(&self.input[token.place * hidden..][..hidden]),
             }
             self.backend.rope_table(
@@ -105,23 +136,23 @@ impl Step<'_> {
         // The first layer finds x as `enter` left it.
         let addend = (layer > 0).then_some(&planes.product);
         self.normalise(member, local, addend, weights.attn_norm);
-        member.next_phase()?;
-        self.product(member, weights.q, &planes.hidden_codes, &planes.query);
-        self.product(member, weights.k, &planes.hidden_codes, &planes.key);
-        self.product(member, weights.v, &planes.hidden_codes, &planes.value);
-        member.next_phase()?;
+        self.meet(member, local, Part::Norms)?;
+        self.product(member, local, weights.q, &planes.hidden_codes, &planes.query);
+        self.product(member, local, weights.k, &planes.hidden_codes, &planes.key);
+        self.product(member, local, weights.v, &planes.hidden_codes, &planes.value);
+        self.meet(member, local, Part::Projections)?;
         self.store_kv(member, local, layer);
-        member.next_phase()?;
+        self.meet(member, local, Part::Attention)?;
         self.attend(member, local, layer)?;
-        member.next_phase()?;
+        self.meet(member, local, Part::Attention)?;
         let width = planes.query.width();
         self.each_token(member, |token| {
             let x = &planes.attended.read(member)[token * width..][..width];
             self.sub_norm(member, local, token, x, weights.attn_sub_norm, &planes.attended_codes);
         });
-        member.next_phase()?;
-        self.product(member, weights.o, &planes.attended_codes, &planes.product);
-        member.next_phase()
+        self.meet(member, local, Part::Norms)?;
+        self.product(member, local, weights.o, &planes.attended_codes, &planes.product);
+        self.meet(member, local, Part::Projections)
     }
 
     /// The second half of a layer, up to the product of down.
@@ -133,10 +164,10 @@ impl Step<'_> {
     ) -> Result<(), Poisoned> {
         let planes = &self.planes;
         self.normalise(member, local, Some(&planes.product), weights.ffn_norm);
-        member.next_phase()?;
-        self.product(member, weights.gate, &planes.hidden_codes, &planes.gate);
-        self.product(member, weights.up, &planes.hidden_codes, &planes.up);
-        member.next_phase()?;
+        self.meet(member, local, Part::Norms)?;
+        self.product(member, local, weights.gate, &planes.hidden_codes, &planes.gate);
+        self.product(member, local, weights.up, &planes.hidden_codes, &planes.up);
+        self.meet(member, local, Part::Projections)?;
         let width = planes.gate.width();
         self.each_token(member, |token| {
             // The gated values take the place of the gate's, which nobody else reads.
@@ -144,15 +175,30 @@ impl Step<'_> {
             let gate = planes.gate.row(member, token);
             let gated = &mut local.normed[..width];
             match self.model.config().activation {
-                Activation::SquaredRelu => self.backend.squared_relu_mul(gate, up, gated),
+                Activation::SquaredRelu => {
+                    if self.clock.is_some() {
+                        let profile = &mut local.record.profile;
+                        profile.gate_values += width as u64;
+                        let is_zero = |&&gate: &&f32| gate.is_nan() || gate <= 0.0;
+                        profile.gate_zeros += gate.iter().filter(is_zero).count() as u64;
+                    }
+                    self.backend.squared_relu_mul(gate, up, gated);
+                }
                 Activation::Silu => self.backend.silu_mul(gate, up, gated),
             }
             gate.copy_from_slice(gated);
             self.sub_norm(member, local, token, gate, weights.ffn_sub_norm, &planes.ffn_codes);
         });
-        member.next_phase()?;
-        self.product(member, weights.down, &planes.ffn_codes, &planes.product);
-        member.next_phase()
+        self.meet(member, local, Part::Norms)?;
+        if self.clock.is_some() {
+            self.each_token(member, |token| {
+                let profile = &mut local.record.profile;
+                profile.down_values += width as u64;
+                profile.down_zeros += planes.ffn_codes.zeros(member, token, width) as u64;
+            });
+        }
+        self.product(member, local, weights.down, &planes.ffn_codes, &planes.product);
+        self.meet(member, local, Part::Projections)
     }
 
     /// x += addend, then norm and quantisation into `hidden_codes`, for every token.
@@ -210,6 +256,7 @@ impl Step<'_> {
     fn product(
         &self,
         member: &Member<'_>,
+        local: &mut Local,
         weights: TernaryMatrix<'_>,
         codes: &Codes<'_>,
         out: &Shared<'_, f32>,
@@ -222,6 +269,8 @@ impl Step<'_> {
         {
             let tiles =
                 rows.start / TernaryMatrix::TILE_ROWS..rows.end.div_ceil(TernaryMatrix::TILE_ROWS);
+            let bytes = tiles.len() * TernaryMatrix::tile_bytes(weights.cols());
+            local.record.profile.weight_bytes += bytes as u64;
             self.backend.ternary(weights, tiles, x, y);
         }
     }

@@ -6,7 +6,7 @@ use proto::plan::KvType;
 use proto::step::{Output, Row, RowStatus, SamplingParameters, StepHeader};
 
 use super::*;
-use crate::engine::{EngineConfig, StageModel};
+use crate::engine::{EngineConfig, Placement, Shortcuts, StageModel};
 use crate::tests::harness::{LONG, row, store};
 
 /// The last two layers of four, so that activations come from outside.
@@ -18,6 +18,8 @@ fn later_stage() -> Executor {
         kv_type: KvType::F32,
         kv_blocks: 16,
         max_step_tokens: 64,
+        shortcuts: Shortcuts::default(),
+        placement: Placement::default(),
     };
     let model = StageModel::open(&store, 2..4).unwrap();
     Executor::new(Engine::new(model, config).unwrap(), store.config().context)

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::engine::{EngineConfig, Placement, Shortcuts};
 use crate::service::{Identity, Service};
 
 /// Four layers, so that pipelines of up to four stages can be made.
@@ -84,8 +85,15 @@ impl Worker {
         let identity = Identity {
             id: id.into(),
             incarnation,
-            backend: Backend::detect(),
-            threads: 1,
+            engine: EngineConfig {
+                backend: Backend::detect(),
+                threads: 1,
+                kv_type: KvType::F16,
+                kv_blocks: 1,
+                max_step_tokens: 1,
+                shortcuts: Shortcuts::default(),
+                placement: Placement::default(),
+            },
             memory_bytes,
             known_answer: KnownAnswer([7; 32]),
             stores: vec![Arc::new(store())],

@@ -11,7 +11,7 @@ use proto::step::{
 use tonic::Code;
 
 use super::harness::{Results, Steps, Worker, prepare, row, step, store};
-use crate::engine::{Engine, EngineConfig, StageModel};
+use crate::engine::{Engine, EngineConfig, Placement, Shortcuts, StageModel};
 
 fn sample() -> Output {
     Output::Sample(Box::new(SamplingParameters { top_logprobs: Some(3), ..Default::default() }))
@@ -35,6 +35,8 @@ fn engine(layers: Range<u32>) -> Engine {
         kv_type: KvType::F16,
         kv_blocks: 16,
         max_step_tokens: 64,
+        shortcuts: Shortcuts::default(),
+        placement: Placement::default(),
     };
     Engine::new(model, config).unwrap()
 }

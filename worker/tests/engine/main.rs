@@ -5,4 +5,5 @@ mod exact;
 mod failures;
 mod fixtures;
 mod pipeline;
+mod profile;
 mod results;

@@ -10,7 +10,9 @@ use proto::BLOCK_TOKENS;
 use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
 use proto::plan::KvType;
 use proto::step::{Output, Row, RowStatus, RowValue};
-use worker::engine::{Engine, EngineConfig, RowOutcome, StageModel, StepOutput};
+use worker::engine::{
+    Engine, EngineConfig, Placement, RowOutcome, Shortcuts, StageModel, StepOutput,
+};
 
 /// Layers of [`tiny`].
 pub(crate) const LAYERS: u32 = 4;
@@ -48,6 +50,8 @@ pub(crate) fn plain() -> EngineConfig {
         kv_type: KvType::F32,
         kv_blocks: 256,
         max_step_tokens: 1024,
+        shortcuts: Shortcuts::default(),
+        placement: Placement::default(),
     }
 }
 
