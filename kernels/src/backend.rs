@@ -14,13 +14,16 @@ use crate::x86_64::avx2::Avx2;
 /// An implementation of the kernels that this machine can run; its existence is the proof. Cheap to
 /// copy: choose one at start-up and hand it down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Backend(Kind);
+pub struct Backend(pub(crate) Kind);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// The definition without one operation, which leaves its outputs as they are.
+    #[cfg(test)]
+    Without(&'static str),
 }
 
 /// An activation is infinite or not a number, so its row cannot be quantised.
@@ -45,37 +48,23 @@ macro_rules! dispatch {
             Kind::Scalar => scalar::$($module)::+::$function($($argument),*),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(token) => token.$function($($argument),*),
+            #[cfg(test)]
+            Kind::Without(stringify!($function)) => crate::choice::tests::Nothing::nothing(),
+            #[cfg(test)]
+            Kind::Without(_) => scalar::$($module)::+::$function($($argument),*),
         }
     };
 }
 
-/// Choosing one.
 impl Backend {
-    /// The fastest backend that this CPU can run.
-    pub fn detect() -> Self {
-        Self::available().last().unwrap_or(Self(Kind::Scalar))
-    }
-
-    /// Every backend that this CPU can run, slowest first. Tests and benches walk this list.
-    pub fn available() -> impl Iterator<Item = Self> {
-        #[cfg(target_arch = "x86_64")]
-        let vector = Avx2::detect().map(Kind::Avx2);
-        #[cfg(not(target_arch = "x86_64"))]
-        let vector = None;
-        std::iter::once(Kind::Scalar).chain(vector).map(Self)
-    }
-
-    /// The backend of this name, if there is one and this CPU can run it.
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::available().find(|backend| backend.name() == name)
-    }
-
     /// Its name in logs, flags and records: `scalar`, `avx2`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
+            #[cfg(test)]
+            Kind::Without(_) => "flawed",
         }
     }
 }

@@ -31,10 +31,10 @@ pub fn known_answer(backend: Backend, sink: &mut dyn FnMut(&[u8])) {
 }
 
 /// A fixed sequence of inputs (xorshift64*), the same on every machine.
-struct Inputs(u64);
+pub(crate) struct Inputs(pub(crate) u64);
 
 impl Inputs {
-    fn bits(&mut self) -> u32 {
+    pub(crate) fn bits(&mut self) -> u32 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -42,11 +42,11 @@ impl Inputs {
     }
 
     /// From -4 to 4 in steps of 2^-21, exact.
-    fn float(&mut self) -> f32 {
+    pub(crate) fn float(&mut self) -> f32 {
         (self.bits() >> 8) as f32 * (1.0 / 2_097_152.0) - 4.0
     }
 
-    fn floats(&mut self, count: usize) -> Vec<f32> {
+    pub(crate) fn floats(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.float()).collect()
     }
 }

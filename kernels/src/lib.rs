@@ -29,8 +29,10 @@
 //! ```
 
 mod backend;
+mod choice;
 mod float_matrix;
 mod known_answer;
+mod proof;
 mod scalar;
 mod ternary_matrix;
 mod views;
@@ -41,6 +43,7 @@ mod x86_64;
 mod tests;
 
 pub use backend::{Backend, NotFinite};
+pub use choice::{Choice, Refusal};
 pub use float_matrix::{FloatKind, FloatMatrix};
 pub use known_answer::known_answer;
 pub use ternary_matrix::{Arrangement, LayoutError, TernaryMatrix, pack_tile, padded_cols};

@@ -291,7 +291,7 @@ impl<'a> TernaryMatrix<'a> {
 }
 
 /// Columns that a row of int8 activations must have room for: whole blocks.
-pub fn padded_cols(cols: usize) -> usize {
+pub const fn padded_cols(cols: usize) -> usize {
     cols.next_multiple_of(BLOCK_COLS)
 }
 

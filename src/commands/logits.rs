@@ -52,9 +52,9 @@ struct Output {
 }
 
 fn backend(name: &str) -> Result<Backend, String> {
-    Backend::by_name(name).ok_or_else(|| {
+    Backend::named(name).map_err(|refusal| {
         let names: Vec<_> = Backend::available().map(Backend::name).collect();
-        format!("this CPU runs {}", names.join(", "))
+        format!("{refusal} (this machine runs {})", names.join(", "))
     })
 }
 

@@ -6,6 +6,7 @@ use clap::Args;
 use client::command::TextWriter;
 use client::generate::Completion;
 use futures::StreamExt;
+use kernels::Backend;
 use node::signals::Signals;
 use proto::generate::{GenerateEvent, GenerateRequest, Prompt, Sampling};
 use proto::plan::KvType;
@@ -80,6 +81,7 @@ struct Ready<'a> {
     http: SocketAddr,
     model: &'a str,
     store: String,
+    isa: &'static str,
     workers: u32,
     stages: usize,
 }
@@ -157,6 +159,7 @@ async fn serve(
             http: cluster.http(),
             model: &status.model.name,
             store: options.store.display().to_string(),
+            isa: Backend::detect().name(),
             workers: options.workers,
             stages: status.plan.pipelines.iter().map(|pipeline| pipeline.stages.len()).sum(),
         })?;
@@ -212,6 +215,7 @@ fn what_there_is(status: &ClusterStatus, options: &LocalOptions, cluster: &Local
     for worker in idle {
         text += &format!("{:<9} stands by\n", worker.id);
     }
+    text += &format!("kernels   {}\n", Backend::choose());
     text + &format!("gRPC      {}\nHTTP      http://{}\n", cluster.grpc(), cluster.http())
 }
 

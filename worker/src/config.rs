@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kernels::Backend;
+use kernels::{Backend, Refusal};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Shortcuts;
@@ -105,13 +105,15 @@ pub enum ConfigError {
     /// No memory at all.
     #[error("memory must be more than zero")]
     Memory,
-    /// The kernels asked for do not exist or need another CPU.
-    #[error("this CPU does not run the kernels {found:?}; it runs {available}")]
+    /// The kernels asked for cannot be had on this machine.
+    #[error("the kernels {found:?} cannot be used (this machine runs {available})")]
     Isa {
         /// What was given.
         found: String,
         /// Names of those that it runs.
         available: String,
+        /// What is wrong with them.
+        source: Refusal,
     },
     /// Others cannot be told to connect to "every address".
     #[error("listening on {listen} needs an advertised address that others can reach")]
@@ -182,12 +184,13 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Isa`] if the CPU lacks what was named.
+    /// [`ConfigError::Isa`] if the CPU lacks what was named, or computes something else with it.
     pub fn backend(&self) -> Result<Backend, ConfigError> {
         let Some(name) = &self.isa else { return Ok(Backend::detect()) };
-        Backend::by_name(name).ok_or_else(|| ConfigError::Isa {
+        Backend::named(name).map_err(|source| ConfigError::Isa {
             found: name.clone(),
             available: Backend::available().map(Backend::name).collect::<Vec<_>>().join(", "),
+            source,
         })
     }
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::{Backend, KERNEL_REVISION};
+use kernels::{Backend, KERNEL_REVISION, Refusal};
 use model::Store;
 use node::Chain;
 use node::membership::{Membership, MembershipError, Registration};
@@ -161,12 +161,18 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         shortcuts: config.shortcuts(),
         placement: Placement::default(),
     };
-    let available: Vec<&str> = Backend::available().map(Backend::name).collect();
+    let choice = Backend::choose();
     let reason = match config.isa {
-        Some(_) => "it was asked for",
-        None => "the fastest that this CPU runs",
+        Some(_) => format!("they were asked for; {choice}"),
+        None => choice.to_string(),
     };
-    tracing::info!(isa = backend.name(), ?available, reason, "kernels chosen");
+    tracing::info!(isa = backend.name(), reason, "kernels chosen");
+    for (isa, refusal) in &choice.refused {
+        // Nothing is served wrong, but a CPU, a compiler or a kernel is broken.
+        if matches!(refusal, Refusal::Differs(_)) {
+            tracing::error!(isa, %refusal, "kernels refused");
+        }
+    }
     let known_answer = known_answer::prove(backend)?;
     let paths = model::find_stores(&config.store);
     if paths.is_empty() {

@@ -23,12 +23,13 @@ use crate::views::{AttentionState, Columns, KvBlock, KvBlockMut, Quantised};
 pub(crate) struct Avx2(());
 
 impl Avx2 {
-    pub(crate) fn detect() -> Option<Self> {
+    /// # Errors
+    ///
+    /// The instruction set that this CPU or its operating system lacks.
+    pub(crate) fn detect() -> Result<Self, &'static str> {
         // The same features as in every `target_feature` of this folder.
-        let all = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        all.then_some(Self(()))
+        require!("avx2", "fma", "f16c");
+        Ok(Self(()))
     }
 }
 

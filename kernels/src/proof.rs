@@ -1,0 +1,286 @@
+//! The proof of a backend at start-up: small known answers through every operation, compared with
+//! those of the scalar definition, so that a CPU, a compiler or an emulator that computes something
+//! else is found before it serves anyone. The thorough comparison is that of the tests.
+
+use crate::backend::Backend;
+use crate::float_matrix::{FloatKind, FloatMatrix};
+use crate::known_answer::Inputs;
+use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
+use crate::views::{
+    ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
+};
+
+/// Computes answers with the backend it is given.
+type Check = fn(Backend, &mut Inputs, &mut Answers);
+
+/// What is compared, by name. An operation that is dispatched has its place here; a test looks for
+/// it.
+const CHECKS: &[(&str, Check)] = &[
+    ("quantisation", quantise),
+    ("ternary products", ternary),
+    ("the head", head),
+    ("sums and norms", reductions),
+    ("gates and additions", elements),
+    ("exp, ln, sin and cos", functions),
+    ("RoPE", rope),
+    ("attention", attention),
+];
+
+/// What the definition gives.
+pub(crate) struct Proof {
+    /// `[checks]`
+    expected: Vec<Answers>,
+}
+
+impl Proof {
+    /// Computes the answers of the definition.
+    pub(crate) fn new(definition: Backend) -> Self {
+        let expected = (0..CHECKS.len()).map(|check| answers(definition, check)).collect();
+        Self { expected }
+    }
+
+    /// Compares the answers of `backend`.
+    ///
+    /// # Errors
+    ///
+    /// The name of the first operation whose results differ.
+    pub(crate) fn check(&self, backend: Backend) -> Result<(), &'static str> {
+        for (check, expected) in self.expected.iter().enumerate() {
+            if answers(backend, check) != *expected {
+                return Err(CHECKS[check].0);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn answers(backend: Backend, check: usize) -> Answers {
+    let mut answers = Answers(Vec::new());
+    CHECKS[check].1(backend, &mut Inputs(0x2545_f491_4f6c_dd1d), &mut answers);
+    answers
+}
+
+/// Bits of results. None is a NaN: its bits are not defined.
+#[derive(PartialEq, Eq)]
+struct Answers(Vec<u32>);
+
+impl Answers {
+    fn floats(&mut self, x: &[f32]) {
+        self.0.extend(x.iter().map(|x| x.to_bits()));
+    }
+
+    fn codes(&mut self, q: &[i8]) {
+        self.0.extend(q.iter().map(|q| *q as u32));
+    }
+}
+
+/// Finite floats of every kind: zeros of both signs, subnormals, the largest, ties of rounding.
+const EDGES: [f32; 16] = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    -1.5,
+    2.5,
+    f32::MAX,
+    f32::MIN,
+    f32::MIN_POSITIVE,
+    f32::from_bits(1),
+    f32::from_bits(0x807f_ffff),
+    65_504.0,
+    88.72284,
+    -87.33655,
+    -103.98,
+];
+
+fn quantise(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    let mut q = [0; padded_cols(300)];
+    let mut row = |x: &[f32]| match backend.quantise(x, &mut q) {
+        Ok((scale, sum)) => {
+            answers.codes(&q);
+            answers.floats(&[scale]);
+            answers.0.push(sum as u32);
+        }
+        Err(not_finite) => answers.0.push(not_finite.index as u32),
+    };
+    let mut x = inputs.floats(300);
+    row(&x);
+    let halves: Vec<f32> = (0..=254).map(|i| (i - 127) as f32 + 0.5).collect();
+    row(&halves);
+    row(&EDGES);
+    row(&[1e-7; 41]);
+    (x[77], x[299]) = (f32::NAN, f32::INFINITY);
+    row(&x);
+}
+
+/// A matrix packed from random trits: more columns than any kernel gathers at once, tiles whole and
+/// short.
+fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    const ROWS: usize = 6;
+    const COLS: usize = 2_200;
+    const STRIDE: usize = padded_cols(COLS);
+    /// Every register tile and its remainders; a second group.
+    const N: [usize; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 35];
+    const MOST: usize = 35;
+
+    let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
+    // Rows of the extremes, of which no sum may saturate or wrap.
+    let mut q = vec![0; MOST * STRIDE];
+    for (i, row) in q.chunks_mut(STRIDE).enumerate() {
+        match i {
+            0 => row[..COLS].fill(-128),
+            1 => row[..COLS].fill(127),
+            _ => row[..COLS].fill_with(|| inputs.bits() as i8),
+        }
+    }
+    let sum: Vec<i32> =
+        q.chunks(STRIDE).map(|row| row.iter().map(|q| i32::from(*q)).sum()).collect();
+    let scale: Vec<f32> = (0..MOST).map(|_| 9.0 + inputs.float()).collect();
+
+    let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
+    let ones = [1; COLS];
+    for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
+        let mut packed = Vec::new();
+        for rows in [&rows[..4], &[&ones, rows[5]]] {
+            let mut tile = vec![0; TernaryMatrix::tile_bytes(COLS)];
+            pack_tile(arrangement, rows, COLS, &mut tile);
+            packed.extend(tile);
+        }
+        let w = TernaryMatrix::new(&packed, arrangement, ROWS, COLS, 0.37);
+        let w = w.expect("packed for this shape");
+        for n in N {
+            let x = Quantised::new(&q[..n * STRIDE], STRIDE, &scale[..n], &sum[..n]);
+            let mut y = [0.0; MOST * ROWS];
+            let y = &mut y[..n * ROWS];
+            backend.ternary(w, 0..w.tiles(), x, Columns::new(y, ROWS, 0..ROWS));
+            answers.floats(y);
+        }
+    }
+}
+
+fn head(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    const ROWS: usize = 13;
+    const MOST: usize = 9;
+    for (kind, cols) in [(FloatKind::Bf16, 83), (FloatKind::F16, 83), (FloatKind::Bf16, 5)] {
+        // Without the upper bit of the exponent: magnitudes below 2, subnormals among them.
+        let bits: Vec<u16> = (0..ROWS * cols).map(|_| inputs.bits() as u16 & 0xbfff).collect();
+        let w = FloatMatrix::new(kind, &bits, ROWS, cols).expect("made for this shape");
+        let x = inputs.floats(MOST * cols);
+        for n in 1..=MOST {
+            let mut y = [0.0; MOST * ROWS];
+            let y = &mut y[..n * ROWS];
+            backend.head(w, 0..ROWS, &x[..n * cols], Columns::new(y, ROWS, 0..ROWS));
+            answers.floats(y);
+        }
+    }
+}
+
+fn reductions(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    for length in [0, 1, 7, 8, 15, 16, 17, 31, 33, 100, 257] {
+        let (a, b) = (inputs.floats(length), inputs.floats(length));
+        answers.floats(&[backend.dot(&a, &b), backend.sum(&a)]);
+        if length > 0 {
+            let mut y = vec![0.0; length];
+            backend.rms_norm(&a, &b, 1e-5, &mut y);
+            answers.floats(&y);
+        }
+    }
+    // Lanes that get nothing keep their -0.
+    answers.floats(&[backend.dot(&[-0.0; 3], &[1.0; 3]), backend.sum(&[-0.0; 33])]);
+    answers.floats(&[backend.dot(&EDGES[..7], &EDGES[5..12])]);
+}
+
+fn elements(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    let mut gate = inputs.floats(61);
+    gate[..EDGES.len()].copy_from_slice(&EDGES);
+    let up: Vec<f32> = inputs.floats(61);
+    let mut y = vec![0.0; 61];
+    backend.silu_mul(&gate, &up, &mut y);
+    answers.floats(&y);
+    backend.add(&mut y, &gate);
+    answers.floats(&y);
+    // A closed gate, by definition.
+    (gate[3], gate[60]) = (f32::NAN, -f32::NAN);
+    backend.squared_relu_mul(&gate, &up, &mut y);
+    answers.floats(&y);
+}
+
+fn functions(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    // Of every magnitude, up to 2^121.
+    let power_of_two = |i: usize| f32::from_bits((8 + i as u32 % 240) << 23);
+    let mut x: Vec<f32> = (0..261).map(|i| inputs.float() * power_of_two(i)).collect();
+    x[..EDGES.len()].copy_from_slice(&EDGES);
+    let mut y = vec![0.0; x.len()];
+    backend.exp(&x, &mut y);
+    answers.floats(&y);
+    backend.sin(&x, &mut y);
+    answers.floats(&y);
+    backend.cos(&x, &mut y);
+    answers.floats(&y);
+    let small = inputs.floats(100);
+    backend.exp(&small, &mut y[..100]);
+    answers.floats(&y[..100]);
+    x.iter_mut().for_each(|x| *x = x.abs());
+    backend.ln(&x, &mut y);
+    answers.floats(&y);
+}
+
+fn rope(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    let frequencies: Vec<f32> = (0..21).map(|i| 1.0 / (1 + i * i) as f32).collect();
+    let (mut cos, mut sin) = ([0.0; 21], [0.0; 21]);
+    for position in [0, 7, 40_001] {
+        backend.rope_table(&frequencies, position, &mut cos, &mut sin);
+        answers.floats(&cos);
+        answers.floats(&sin);
+        let mut x = inputs.floats(42);
+        backend.rope(&mut x, &cos, &sin);
+        answers.floats(&x);
+    }
+}
+
+fn attention(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    // Whole registers, and what is left over.
+    for d in [64, 36] {
+        let size = d * KV_BLOCK_TOKENS;
+        let (mut k, mut v) = (vec![0u16; size], vec![0u16; size]);
+        attend(backend, d, KvBlockMut::F16 { k: &mut k, v: &mut v }, inputs, answers);
+        answers.0.extend(k.iter().chain(&v).map(|bits| u32::from(*bits)));
+        let (mut k, mut v) = (vec![0.0; size], vec![0.0; size]);
+        attend(backend, d, KvBlockMut::F32 { k: &mut k, v: &mut v }, inputs, answers);
+        answers.floats(&k);
+        answers.floats(&v);
+    }
+}
+
+/// A full block, then some tokens of the next one, then a segment of their own that is merged.
+fn attend(
+    backend: Backend,
+    d: usize,
+    mut block: KvBlockMut<'_>,
+    inputs: &mut Inputs,
+    answers: &mut Answers,
+) {
+    let q = inputs.floats(d);
+    let mut memory = vec![0.0; ATTENTION_STATE_HEADER + d];
+    let mut next = memory.clone();
+    let mut state = AttentionState::over(&mut memory);
+    let mut other = AttentionState::over(&mut next);
+    state.reset();
+    other.reset();
+    for filled in [KV_BLOCK_TOKENS, 11] {
+        for slot in 0..filled {
+            // Among them subnormals of f16.
+            let small = if slot % 5 == 0 { 1.0 / 16_384.0 } else { 1.0 };
+            let scaled: Vec<f32> = inputs.floats(2 * d).iter().map(|x| x * small).collect();
+            backend.store_kv(&scaled[..d], &scaled[d..], slot, block.reborrow());
+        }
+        backend.attend_block(&q, block.as_block(), filled, &mut state);
+    }
+    backend.attend_block(&q, block.as_block(), 3, &mut other);
+    backend.attend_merge(&mut state, &other);
+    let mut out = vec![0.0; d];
+    backend.attend_finish(&state, &mut out);
+    answers.floats(&out);
+    answers.floats(&memory);
+}
