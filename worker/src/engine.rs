@@ -12,7 +12,7 @@
 //! ```
 //!
 //! * `stage_model` the weights; `cache` the KV blocks; `buffers` everything else that is written
-//! * `step` the walk of one thread; `attention` and `head` its two larger parts; `sampler`
+//! * `step` the walk of one thread; `attention`, `feed_forward` and `head` its larger parts; `sampler`
 //! * `shared` and `barrier` make it safe and quick for many threads
 //! * `profile` what a step spent its time on, for those who bring a clock
 
@@ -20,6 +20,7 @@ mod attention;
 mod barrier;
 mod buffers;
 mod cache;
+mod feed_forward;
 mod head;
 mod profile;
 mod rows;
@@ -189,7 +190,7 @@ impl Engine {
         }
         let cache = KvCache::new(model.config(), model.layer_count(), &config)?;
         let buffers = Buffers::new(&model, &config)?;
-        let locals = (0..config.threads).map(|_| Mutex::new(Local::new(&model))).collect();
+        let locals = (0..config.threads).map(|_| Mutex::new(Local::new(&model, &config))).collect();
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(config.threads)
             .thread_name(|index| format!("engine-{index}"))

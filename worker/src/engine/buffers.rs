@@ -1,6 +1,8 @@
 //! The working memory of an engine: allocated once for the largest step, lent to every step.
 
-use kernels::{ATTENTION_STATE_HEADER, Quantised, padded_cols};
+use std::slice;
+
+use kernels::{ATTENTION_STATE_HEADER, Quantised, TernaryMatrix, padded_cols};
 use model::ModelConfig;
 
 use super::profile::Record;
@@ -17,6 +19,16 @@ pub(super) const HEAD_POSITIONS: usize = 16;
 /// Below so many (token, head) pairs a thread, attention is split into segments as well.
 pub(super) const PAIRS_PER_THREAD: usize = 4;
 
+/// Gate values of all tokens that a thread computes before it goes on to their up values: with
+/// those they stay in the second-level or a share of the last-level cache, and yet are so many that
+/// reading the activations again for every chunk does not matter.
+const CHUNK_FLOATS: usize = 1 << 16;
+
+/// Floats in a thread's chunk of gate values: [`CHUNK_FLOATS`], or one tile for every token.
+fn chunk_floats(config: &EngineConfig) -> usize {
+    CHUNK_FLOATS.max(TernaryMatrix::TILE_ROWS.saturating_mul(config.max_step_tokens as usize))
+}
+
 /// Everything that a step writes beside KV and results. Shapes in tokens `n` of the step.
 pub(super) struct Buffers {
     widths: Widths,
@@ -26,8 +38,7 @@ pub(super) struct Buffers {
     key: Buffer<f32>,
     value: Buffer<f32>,
     attended: Buffer<f32>,
-    gate: Buffer<f32>,
-    up: Buffer<f32>,
+    gated: Buffer<f32>,
     cos: Buffer<f32>,
     sin: Buffer<f32>,
     hidden_codes: CodesBuffer,
@@ -52,10 +63,8 @@ pub(super) struct Planes<'a> {
     pub(super) value: Shared<'a, f32>,
     /// `[n * heads][d]`: one row for each pair of token and head.
     pub(super) attended: Shared<'a, f32>,
-    /// `[n][ffn]`.
-    pub(super) gate: Shared<'a, f32>,
-    /// `[n][ffn]`.
-    pub(super) up: Shared<'a, f32>,
+    /// `[n][ffn]`: up times the activation of gate.
+    pub(super) gated: Shared<'a, f32>,
     /// `[n][d / 2]`.
     pub(super) cos: Shared<'a, f32>,
     /// `[n][d / 2]`.
@@ -113,9 +122,11 @@ impl Widths {
         let Self { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =
             *self;
         let state = ATTENTION_STATE_HEADER + head_dim;
-        let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 4 * ffn + head_dim;
+        let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 2 * ffn + head_dim;
         let sampler = if head_positions > 0 { sampler::SCRATCH_WORDS * vocab } else { 0 };
-        let a_thread = hidden.max(ffn).max(heads * head_dim) + head_dim + 2 * state + sampler;
+        let widest = hidden.max(ffn).max(heads * head_dim);
+        let a_thread =
+            2 * widest + hidden + 2 * chunk_floats(config) + head_dim + 2 * state + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
             + partial_states as u128 * state as u128
             + head_positions as u128 * (hidden + vocab) as u128
@@ -151,8 +162,7 @@ impl Buffers {
             key: floats(kv),
             value: floats(kv),
             attended: floats(heads * head_dim),
-            gate: floats(ffn),
-            up: floats(ffn),
+            gated: floats(ffn),
             cos: floats(head_dim / 2),
             sin: floats(head_dim / 2),
             hidden_codes: CodesBuffer::new(n, hidden),
@@ -174,8 +184,7 @@ impl Buffers {
             key: self.key.lend(team, n, w.kv),
             value: self.value.lend(team, n, w.kv),
             attended: self.attended.lend(team, n * w.heads, w.head_dim),
-            gate: self.gate.lend(team, n, w.ffn),
-            up: self.up.lend(team, n, w.ffn),
+            gated: self.gated.lend(team, n, w.ffn),
             cos: self.cos.lend(team, n, w.head_dim / 2),
             sin: self.sin.lend(team, n, w.head_dim / 2),
             hidden_codes: self.hidden_codes.lend(team, n),
@@ -258,10 +267,14 @@ impl Codes<'_> {
         outcome.map(|_| ())
     }
 
-    /// How many of a row's first `width` codes are zero, in the phase in which they are read.
-    pub(super) fn zeros(&self, member: &Member<'_>, token: usize, width: usize) -> usize {
-        let codes = &self.codes.read(member)[token * self.stride..][..width];
-        codes.iter().filter(|&&code| code == 0).count()
+    /// The codes of row `token`, padding included, to read in this phase.
+    pub(super) fn row<'m>(&'m self, member: &'m Member<'_>, token: usize) -> &'m [i8] {
+        &self.codes.read(member)[token * self.stride..][..self.stride]
+    }
+
+    /// Values of a row, padding included.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
     }
 
     /// All rows, to read in this phase.
@@ -271,8 +284,57 @@ impl Codes<'_> {
     }
 }
 
+/// The int8 input of products for the one token of a step, in the memory of one thread.
+pub(super) struct OwnCodes {
+    /// As wide as the widest product's input.
+    codes: Vec<i8>,
+    scale: f32,
+    sum: i32,
+}
+
+impl OwnCodes {
+    /// Quantises `x` as a row of `stride` values, all zeros if that cannot be done.
+    ///
+    /// # Errors
+    ///
+    /// [`kernels::NotFinite`] if `x` holds a NaN or an infinity.
+    pub(super) fn quantise(
+        &mut self,
+        backend: kernels::Backend,
+        stride: usize,
+        x: &[f32],
+    ) -> Result<(), kernels::NotFinite> {
+        let codes = &mut self.codes[..stride];
+        let outcome = backend.quantise(x, codes);
+        (self.scale, self.sum) = outcome.unwrap_or_else(|_| {
+            codes.fill(0);
+            (1.0, 0)
+        });
+        outcome.map(|_| ())
+    }
+
+    /// The row of `stride` values.
+    pub(super) fn read(&self, stride: usize) -> Quantised<'_> {
+        let (scale, sum) = (slice::from_ref(&self.scale), slice::from_ref(&self.sum));
+        Quantised::new(self.row(stride), stride, scale, sum)
+    }
+
+    /// The codes of the row, padding included.
+    pub(super) fn row(&self, stride: usize) -> &[i8] {
+        &self.codes[..stride]
+    }
+}
+
 /// What one thread needs for itself.
 pub(super) struct Local {
+    /// `[hidden]`: the residual stream of a step of one token, the same in every thread.
+    pub(super) residual: Vec<f32>,
+    /// What enters the next product in a step of one token, the same in every thread.
+    pub(super) own: OwnCodes,
+    /// `[n][rows of a chunk]`, at most [`chunk_floats`].
+    pub(super) gate: Vec<f32>,
+    /// As `gate`.
+    pub(super) up: Vec<f32>,
     /// As wide as the widest product's input.
     pub(super) normed: Vec<f32>,
     /// `[d]`: a query or a key after RoPE.
@@ -288,13 +350,18 @@ pub(super) struct Local {
 }
 
 impl Local {
-    pub(super) fn new(model: &StageModel) -> Self {
+    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Self {
         let shape = model.config();
         let head_dim = shape.head_dim as usize;
         let attended = shape.heads as usize * head_dim;
         let widest = (shape.hidden as usize).max(shape.ffn as usize).max(attended);
         let state = ATTENTION_STATE_HEADER + head_dim;
+        let chunk = chunk_floats(config);
         Self {
+            residual: vec![0.0; shape.hidden as usize],
+            own: OwnCodes { codes: vec![0; padded_cols(widest)], scale: 1.0, sum: 0 },
+            gate: vec![0.0; chunk],
+            up: vec![0.0; chunk],
             normed: vec![0.0; widest],
             rotated: vec![0.0; head_dim],
             state: vec![0.0; state],

@@ -117,7 +117,8 @@ impl Member<'_> {
 
     /// The next `count` of `0..total` that no thread has taken in this phase; `None` at the end.
     pub(super) fn take(&self, queue: &Queue, count: usize, total: usize) -> Option<Range<usize>> {
-        take(&queue.0, self.phase, count, total)
+        assert!(count > 0, "taking nothing never ends");
+        take(&queue.0, self.phase, total, |_| count)
     }
 }
 
@@ -125,9 +126,14 @@ impl Member<'_> {
 #[derive(Default)]
 pub(super) struct Queue(AtomicU64);
 
-/// Moves a counter `(phase: high 32 bits, next: low 32 bits)` on by `count`, at most to `total`.
-fn take(counter: &AtomicU64, phase: u32, count: usize, total: usize) -> Option<Range<usize>> {
-    assert!(count > 0, "taking nothing never ends");
+/// Moves a counter `(phase: high 32 bits, next: low 32 bits)` on, at most to `total`, by as much as
+/// `count` says of what remains.
+fn take(
+    counter: &AtomicU64,
+    phase: u32,
+    total: usize,
+    count: impl Fn(usize) -> usize,
+) -> Option<Range<usize>> {
     assert!(u32::try_from(total).is_ok(), "a phase has fewer than 2^32 parts");
     let mut seen = counter.load(SeqCst);
     loop {
@@ -135,12 +141,37 @@ fn take(counter: &AtomicU64, phase: u32, count: usize, total: usize) -> Option<R
         if start >= total {
             return None;
         }
-        let end = start.saturating_add(count).min(total);
+        let end = start.saturating_add(count(total - start)).min(total);
         let next = u64::from(phase) << 32 | end as u64;
         match counter.compare_exchange_weak(seen, next, SeqCst, SeqCst) {
             Ok(_) => return Some(start..end),
             Err(now) => seen = now,
         }
+    }
+}
+
+/// How columns are cut: large pieces first, smaller and smaller ones towards the end, so that
+/// threads finish together however unequal they are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pieces {
+    /// Every piece but the last is a multiple of it.
+    pub(super) granule: usize,
+    /// The least; a multiple of `granule`.
+    pub(super) least: usize,
+    /// The most; a multiple of `granule`.
+    pub(super) most: usize,
+}
+
+impl Pieces {
+    /// Pieces of any size of multiples of `granule`, not below `least`.
+    pub(super) fn at_least(granule: usize, least: usize) -> Self {
+        Self { granule, least, most: usize::MAX / granule * granule }
+    }
+
+    /// How many columns a thread takes when `remaining` are left: half of its share.
+    fn count(self, remaining: usize, threads: usize) -> usize {
+        let share = if threads == 1 { remaining } else { remaining / (2 * threads) };
+        share.next_multiple_of(self.granule).clamp(self.least, self.most)
     }
 }
 
@@ -268,9 +299,22 @@ impl Shared<'_, f32> {
         rows: usize,
         count: usize,
     ) -> Option<(Range<usize>, Columns<'m>)> {
+        self.pieces(member, rows, Pieces { granule: count, least: count, most: count })
+    }
+
+    /// As [`Self::columns`], a piece at a time.
+    pub(super) fn pieces<'m>(
+        &'m self,
+        member: &'m Member<'_>,
+        rows: usize,
+        pieces: Pieces,
+    ) -> Option<(Range<usize>, Columns<'m>)> {
         assert!(rows <= self.rows, "{rows} rows of {}", self.rows);
+        assert!(0 < pieces.granule && pieces.granule <= pieces.least, "{pieces:?}");
+        assert!(pieces.least <= pieces.most, "{pieces:?}");
         self.enter(member, Use::WriteColumns);
-        let range = take(&self.columns, member.phase, count, self.width)?;
+        let count = |remaining| pieces.count(remaining, member.threads());
+        let range = take(&self.columns, member.phase, self.width, count)?;
         // SAFETY: the loan covers at least `rows` rows of `width` values; `range` lies inside a row and
         // was given to nobody else in this phase (rule 4), in which only columns are handed out (rule 3).
         let columns =
@@ -331,6 +375,22 @@ mod tests {
             Ok(())
         });
         assert!(buffer.values().iter().all(|&value| value == 11.0));
+    }
+
+    #[test]
+    fn pieces_shrink_towards_the_end() {
+        let pieces = Pieces { granule: 4, least: 8, most: 100 };
+        let mut sizes = Vec::new();
+        let mut remaining = 1002;
+        while remaining > 0 {
+            let count = pieces.count(remaining, 2);
+            assert!(count.is_multiple_of(4) && (8..=100).contains(&count), "{count}");
+            sizes.push(count);
+            remaining = remaining.saturating_sub(count);
+        }
+        assert!(sizes.is_sorted_by(|a, b| a >= b), "{sizes:?}");
+        assert_eq!((sizes[0], sizes.last()), (100, Some(&8)));
+        assert_eq!(Pieces::at_least(4, 8).count(1002, 1), 1004, "nobody to share with");
     }
 
     #[test]

@@ -6,35 +6,44 @@
 //! ```text
 //! tokens  embed or take over x, RoPE tables
 //! ── per layer ─────────────────────────────────────
-//! tokens  x += product of the layer before; norm; quantise
+//! tokens  x += product of the layer before; norm; quantise   *
 //! tiles   q, k, v
 //! heads   RoPE(k); store k and v           ┐
 //! heads   attention of (token, head) pairs ┴ attention.rs
-//! tokens  sub-norm; quantise
+//! tokens  sub-norm; quantise                                 *
 //! tiles   o
-//! tokens  x += product; norm; quantise
-//! tiles   gate, up
-//! tokens  activation; sub-norm; quantise
-//! tiles   down
+//! tokens  x += product; norm; quantise                       *
+//! chunks  gate, up, activation             ┐
+//! tokens  sub-norm; quantise               │ feed_forward.rs *
+//! tiles   down                             ┘
 //! ── end ───────────────────────────────────────────
 //! tokens  x += product
 //!         head.rs, on the last stage
 //! ```
+//!
+//! In a step of one token every thread does the work marked * for itself, and so need not wait for
+//! it: six meetings a layer instead of ten.
 
-use kernels::{Backend, TernaryMatrix};
-use model::{Activation, LayerWeights};
+use std::ops::Range;
+
+use kernels::{Backend, NotFinite, Quantised, TernaryMatrix};
+use model::LayerWeights;
 
 use super::StageModel;
 use super::barrier::Poisoned;
-use super::buffers::{Codes, Local, Planes};
+use super::buffers::{Codes, Local, OwnCodes, Planes};
 use super::cache::SharedCache;
 use super::head::PositionResult;
 use super::profile::{Clock, Part};
 use super::rows::Batch;
-use super::shared::{Member, Queue, Shared};
+use super::shared::{Member, Pieces, Queue, Shared};
 
 /// Parts of a phase for each thread: so that one that was held up leaves work to the others.
 const PARTS_PER_THREAD: usize = 4;
+
+/// Rows of a matrix that a thread takes at least: a microsecond's work for one token, so that threads
+/// finish together, and enough that taking them costs nothing.
+pub(super) const LEAST_ROWS: usize = 16;
 
 /// What all threads of a step see.
 pub(super) struct Step<'a> {
@@ -60,13 +69,20 @@ impl Step<'_> {
     /// [`Poisoned`] if another thread panicked.
     pub(super) fn walk(&self, member: &mut Member<'_>, local: &mut Local) -> Result<(), Poisoned> {
         self.enter(member, local);
-        self.meet(member, local, Part::Norms)?;
+        if self.is_single() {
+            self.lap(local, Part::Norms);
+        } else {
+            self.meet(member, local, Part::Norms)?;
+        }
         for (layer, weights) in self.model.layer_weights().enumerate() {
             self.attention(member, local, layer, &weights)?;
             self.feed_forward(member, local, &weights)?;
         }
         self.each_token(member, |token| {
             let x = self.planes.residual.row(member, token);
+            if self.is_single() {
+                x.copy_from_slice(&local.residual);
+            }
             self.add(member, token, x, &self.planes.product);
         });
         self.lap(local, Part::Norms);
@@ -104,24 +120,33 @@ impl Step<'_> {
     /// Fills the residual stream and the tables of RoPE.
     fn enter(&self, member: &Member<'_>, local: &mut Local) {
         let shape = self.model.config();
-        let hidden = shape.hidden as usize;
+        if self.is_single() {
+            self.take_over(0, &mut local.residual);
+        }
         self.each_token(member, |index| {
-            let token = self.batch.tokens()[index];
-            let x = self.planes.residual.row(member, index);
-            match self.model.embedding() {
-                Some(embedding) => {
-                    embedding.widen_row(token.id as usize, x);
-                    local.record.profile.weight_bytes += (hidden * size_of::<u16>()) as u64;
-                }
-                None => x.copy_from_slice(&self.input[token.place * hidden..][..hidden]),
+            if !self.is_single() {
+                self.take_over(index, self.planes.residual.row(member, index));
+            }
+            if self.model.is_first() {
+                let bytes = shape.hidden as usize * size_of::<u16>();
+                local.record.profile.weight_bytes += bytes as u64;
             }
             self.backend.rope_table(
                 &shape.rope_inverse_frequencies,
-                token.position,
+                self.batch.tokens()[index].position,
                 self.planes.cos.row(member, index),
                 self.planes.sin.row(member, index),
             );
         });
+    }
+
+    /// The residual stream of a token as it enters the stage.
+    fn take_over(&self, index: usize, x: &mut [f32]) {
+        let token = self.batch.tokens()[index];
+        match self.model.embedding() {
+            Some(embedding) => embedding.widen_row(token.id as usize, x),
+            None => x.copy_from_slice(&self.input[token.place * x.len()..][..x.len()]),
+        }
     }
 
     /// The first half of a layer, up to the product of o.
@@ -135,8 +160,7 @@ impl Step<'_> {
         let planes = &self.planes;
         // The first layer finds x as `enter` left it.
         let addend = (layer > 0).then_some(&planes.product);
-        self.normalise(member, local, addend, weights.attn_norm);
-        self.meet(member, local, Part::Norms)?;
+        self.normalise(member, local, addend, weights.attn_norm)?;
         self.product(member, local, weights.q, &planes.hidden_codes, &planes.query);
         self.product(member, local, weights.k, &planes.hidden_codes, &planes.key);
         self.product(member, local, weights.v, &planes.hidden_codes, &planes.value);
@@ -145,71 +169,36 @@ impl Step<'_> {
         self.meet(member, local, Part::Attention)?;
         self.attend(member, local, layer)?;
         self.meet(member, local, Part::Attention)?;
-        let width = planes.query.width();
-        self.each_token(member, |token| {
-            let x = &planes.attended.read(member)[token * width..][..width];
-            self.sub_norm(member, local, token, x, weights.attn_sub_norm, &planes.attended_codes);
-        });
-        self.meet(member, local, Part::Norms)?;
+        let (x, codes) = (&planes.attended, &planes.attended_codes);
+        self.sub_norm(member, local, x, weights.attn_sub_norm, codes)?;
         self.product(member, local, weights.o, &planes.attended_codes, &planes.product);
         self.meet(member, local, Part::Projections)
     }
 
-    /// The second half of a layer, up to the product of down.
-    fn feed_forward(
+    /// x += addend, then norm and quantisation into `hidden_codes` or into every thread's own codes.
+    ///
+    /// # Errors
+    ///
+    /// [`Poisoned`] if another thread panicked.
+    pub(super) fn normalise(
         &self,
         member: &mut Member<'_>,
         local: &mut Local,
-        weights: &LayerWeights<'_>,
-    ) -> Result<(), Poisoned> {
-        let planes = &self.planes;
-        self.normalise(member, local, Some(&planes.product), weights.ffn_norm);
-        self.meet(member, local, Part::Norms)?;
-        self.product(member, local, weights.gate, &planes.hidden_codes, &planes.gate);
-        self.product(member, local, weights.up, &planes.hidden_codes, &planes.up);
-        self.meet(member, local, Part::Projections)?;
-        let width = planes.gate.width();
-        self.each_token(member, |token| {
-            // The gated values take the place of the gate's, which nobody else reads.
-            let up = &planes.up.read(member)[token * width..][..width];
-            let gate = planes.gate.row(member, token);
-            let gated = &mut local.normed[..width];
-            match self.model.config().activation {
-                Activation::SquaredRelu => {
-                    if self.clock.is_some() {
-                        let profile = &mut local.record.profile;
-                        profile.gate_values += width as u64;
-                        let is_zero = |&&gate: &&f32| gate.is_nan() || gate <= 0.0;
-                        profile.gate_zeros += gate.iter().filter(is_zero).count() as u64;
-                    }
-                    self.backend.squared_relu_mul(gate, up, gated);
-                }
-                Activation::Silu => self.backend.silu_mul(gate, up, gated),
-            }
-            gate.copy_from_slice(gated);
-            self.sub_norm(member, local, token, gate, weights.ffn_sub_norm, &planes.ffn_codes);
-        });
-        self.meet(member, local, Part::Norms)?;
-        if self.clock.is_some() {
-            self.each_token(member, |token| {
-                let profile = &mut local.record.profile;
-                profile.down_values += width as u64;
-                profile.down_zeros += planes.ffn_codes.zeros(member, token, width) as u64;
-            });
-        }
-        self.product(member, local, weights.down, &planes.ffn_codes, &planes.product);
-        self.meet(member, local, Part::Projections)
-    }
-
-    /// x += addend, then norm and quantisation into `hidden_codes`, for every token.
-    fn normalise(
-        &self,
-        member: &Member<'_>,
-        local: &mut Local,
         addend: Option<&Shared<'_, f32>>,
         weight: &[f32],
-    ) {
-        let eps = self.model.config().rms_eps;
+    ) -> Result<(), Poisoned> {
+        let (eps, codes) = (self.model.config().rms_eps, &self.planes.hidden_codes);
+        if self.is_single() {
+            let Local { residual, normed, own, .. } = local;
+            if let Some(addend) = addend {
+                self.add(member, 0, residual, addend);
+            }
+            let normed = &mut normed[..residual.len()];
+            self.backend.rms_norm(residual, weight, eps, normed);
+            self.note(0, own.quantise(self.backend, codes.stride(), normed));
+            self.lap(local, Part::Norms);
+            return Ok(());
+        }
         self.each_token(member, |token| {
             let x = self.planes.residual.row(member, token);
             if let Some(addend) = addend {
@@ -217,33 +206,67 @@ impl Step<'_> {
             }
             let normed = &mut local.normed[..x.len()];
             self.backend.rms_norm(x, weight, eps, normed);
-            self.quantise(member, token, normed, &self.planes.hidden_codes);
+            self.note(token, codes.quantise(member, self.backend, token, normed));
         });
+        self.meet(member, local, Part::Norms)
     }
 
-    /// The norm that some models have before o and down, and quantisation.
-    fn sub_norm(
+    /// The norm that some models have before o and down, and quantisation into `codes` or into every
+    /// thread's own codes. `x` has as many values for each token as the norm has weights.
+    ///
+    /// # Errors
+    ///
+    /// [`Poisoned`] if another thread panicked.
+    pub(super) fn sub_norm(
         &self,
-        member: &Member<'_>,
+        member: &mut Member<'_>,
         local: &mut Local,
-        token: usize,
-        x: &[f32],
+        x: &Shared<'_, f32>,
         weight: Option<&[f32]>,
         codes: &Codes<'_>,
-    ) {
-        let Some(weight) = weight else {
-            return self.quantise(member, token, x, codes);
+    ) -> Result<(), Poisoned> {
+        let eps = self.model.config().rms_eps;
+        let values = x.read(member);
+        let width = values.len() / self.batch.tokens().len();
+        let Local { normed, own, .. } = local;
+        let mut norm = |token: usize, quantise: &mut dyn FnMut(&[f32]) -> Result<(), NotFinite>| {
+            let x = &values[token * width..][..width];
+            let outcome = match weight {
+                Some(weight) => {
+                    let normed = &mut normed[..width];
+                    self.backend.rms_norm(x, weight, eps, normed);
+                    quantise(normed)
+                }
+                None => quantise(x),
+            };
+            self.note(token, outcome);
         };
-        let normed = &mut local.normed[..x.len()];
-        self.backend.rms_norm(x, weight, self.model.config().rms_eps, normed);
-        self.quantise(member, token, normed, codes);
+        if self.is_single() {
+            norm(0, &mut |x| own.quantise(self.backend, codes.stride(), x));
+            self.lap(local, Part::Norms);
+            return Ok(());
+        }
+        self.each_token(member, |token| {
+            norm(token, &mut |x| codes.quantise(member, self.backend, token, x));
+        });
+        self.meet(member, local, Part::Norms)
     }
 
-    /// Quantises a token's values; its row fails when one is not finite.
-    fn quantise(&self, member: &Member<'_>, token: usize, x: &[f32], codes: &Codes<'_>) {
-        if codes.quantise(member, self.backend, token, x).is_err() {
+    /// A token's row fails when a value of it could not be quantised.
+    fn note(&self, token: usize, quantised: Result<(), NotFinite>) {
+        if quantised.is_err() {
             self.batch.fail(self.batch.tokens()[token].row);
         }
+    }
+
+    /// What enters a product: `codes`, or in a step of one token the thread's own.
+    pub(super) fn input<'m>(
+        &self,
+        member: &'m Member<'_>,
+        own: &'m OwnCodes,
+        codes: &'m Codes<'_>,
+    ) -> Quantised<'m> {
+        if self.is_single() { own.read(codes.stride()) } else { codes.read(member) }
     }
 
     /// x += addend, for the values `x` of one token.
@@ -253,7 +276,7 @@ impl Step<'_> {
     }
 
     /// The thread's share of the tiles of one product, for all tokens at once.
-    fn product(
+    pub(super) fn product(
         &self,
         member: &Member<'_>,
         local: &mut Local,
@@ -262,27 +285,36 @@ impl Step<'_> {
         out: &Shared<'_, f32>,
     ) {
         assert_eq!(weights.rows(), out.width(), "a product is as wide as its matrix is high");
-        let x = codes.read(member);
-        let tiles = share(weights.tiles(), member);
-        while let Some((rows, y)) =
-            out.columns(member, out.rows(), tiles * TernaryMatrix::TILE_ROWS)
-        {
-            let tiles =
-                rows.start / TernaryMatrix::TILE_ROWS..rows.end.div_ceil(TernaryMatrix::TILE_ROWS);
+        let Local { own, record, .. } = local;
+        let x = self.input(member, own, codes);
+        let pieces = Pieces::at_least(TernaryMatrix::TILE_ROWS, LEAST_ROWS);
+        while let Some((rows, y)) = out.pieces(member, out.rows(), pieces) {
+            let tiles = tiles_of(&rows);
             let bytes = tiles.len() * TernaryMatrix::tile_bytes(weights.cols());
-            local.record.profile.weight_bytes += bytes as u64;
+            record.profile.weight_bytes += bytes as u64;
             self.backend.ternary(weights, tiles, x, y);
         }
     }
 
+    /// Whether every thread does the work between products for itself, as it does in a step of one
+    /// token: the same work gives every thread the same values, and nobody waits for anybody.
+    pub(super) fn is_single(&self) -> bool {
+        self.batch.tokens().len() == 1
+    }
+
     /// The thread's share of all tokens, by index.
-    fn each_token(&self, member: &Member<'_>, mut work: impl FnMut(usize)) {
+    pub(super) fn each_token(&self, member: &Member<'_>, mut work: impl FnMut(usize)) {
         let total = self.batch.tokens().len();
         let count = share(total, member);
         while let Some(tokens) = member.take(&self.queue, count, total) {
             tokens.for_each(&mut work);
         }
     }
+}
+
+/// The tiles of `rows`, which begin with a tile and end with one or with the matrix.
+pub(super) fn tiles_of(rows: &Range<usize>) -> Range<usize> {
+    rows.start / TernaryMatrix::TILE_ROWS..rows.end.div_ceil(TernaryMatrix::TILE_ROWS)
 }
 
 /// How many of `total` parts a thread takes at a time.
