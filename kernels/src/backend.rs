@@ -4,6 +4,8 @@
 use std::fmt;
 use std::ops::Range;
 
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64::neon::{Neon, NeonDotprod, neon};
 use crate::float_matrix::FloatMatrix;
 use crate::scalar;
 use crate::ternary_matrix::TernaryMatrix;
@@ -21,6 +23,10 @@ pub(crate) enum Kind {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod(NeonDotprod),
     /// The definition without one operation, which leaves its outputs as they are.
     #[cfg(test)]
     Without(&'static str),
@@ -48,6 +54,10 @@ macro_rules! dispatch {
             Kind::Scalar => scalar::$($module)::+::$function($($argument),*),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon(token) => neon!(token, $($module)::+, $function($($argument),*)),
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDotprod(token) => neon!(token, $($module)::+, $function($($argument),*)),
             #[cfg(test)]
             Kind::Without(stringify!($function)) => crate::choice::tests::Nothing::nothing(),
             #[cfg(test)]
@@ -57,12 +67,16 @@ macro_rules! dispatch {
 }
 
 impl Backend {
-    /// Its name in logs, flags and records: `scalar`, `avx2`.
+    /// Its name in logs, flags and records: `scalar`, `avx2`, `neon`, `neon-dotprod`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDotprod(_) => "neon-dotprod",
             #[cfg(test)]
             Kind::Without(_) => "flawed",
         }

@@ -28,6 +28,8 @@
 //! assert_eq!(y[1] / y[0], 4.0 / 3.0);
 //! ```
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod backend;
 mod choice;
 mod float_matrix;
