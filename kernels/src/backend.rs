@@ -9,7 +9,10 @@ use crate::aarch64::neon::{Neon, NeonDotprod, neon};
 use crate::float_matrix::FloatMatrix;
 use crate::scalar;
 use crate::ternary_matrix::TernaryMatrix;
-use crate::views::{AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut, Quantised};
+use crate::views::{
+    ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
+    Quantised,
+};
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::avx2::Avx2;
 
@@ -301,6 +304,32 @@ impl Backend {
         assert!(block.fits(q.len()), "the block is not of dimension {}", q.len());
         assert_eq!(state.dimension(), q.len(), "the state is of another dimension");
         dispatch!(self, fused, attend_block(q, block, filled, state));
+    }
+
+    /// [`Self::attend_block`] for several rows at once: query heads of one KV head, and tokens. `q`
+    /// is `[n][d]`, `filled` `[n]`, and `states` `[n][ATTENTION_STATE_HEADER + d]`, each laid out as
+    /// [`AttentionState::over`] takes it. The block `next`, if there is one, will be attended to
+    /// next: it is asked for early, and has no other influence.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree, there are no rows, or one of `filled` is not 1 to 32.
+    pub fn attend_group(
+        self,
+        q: &[f32],
+        block: KvBlock<'_>,
+        next: Option<KvBlock<'_>>,
+        filled: &[u8],
+        states: &mut [f32],
+    ) {
+        let n = filled.len();
+        assert!(n > 0 && q.len().is_multiple_of(n), "{} floats for {n} rows", q.len());
+        let most = filled.iter().fold(0, |most, filled| most.max(usize::from(*filled)));
+        assert!(most <= KV_BLOCK_TOKENS && !filled.contains(&0), "{filled:?} of the tokens");
+        let d = q.len() / n;
+        assert!(block.fits(d), "the block is not of dimension {d}");
+        assert!(d > 0 && states.len() == n * (ATTENTION_STATE_HEADER + d), "one state per row");
+        dispatch!(self, fused, attend_group(q, block, next, filled, states));
     }
 
     /// Takes the state of the next segment into that of the segments before it.

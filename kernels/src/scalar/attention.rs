@@ -3,7 +3,7 @@
 use super::half::{narrow_f16, widen_f16};
 use super::reduce::{sum, sum_of_products};
 use super::transcendental::exp;
-use crate::views::{AttentionState, KV_BLOCK_TOKENS, KvBlock, KvBlockMut};
+use crate::views::{ATTENTION_STATE_HEADER, AttentionState, KV_BLOCK_TOKENS, KvBlock, KvBlockMut};
 
 /// An element of the KV cache.
 trait Element: Copy {
@@ -57,6 +57,22 @@ pub(crate) fn attend_block(
     match block {
         KvBlock::F16 { k, v } => attend(q, k, v, filled, state),
         KvBlock::F32 { k, v } => attend(q, k, v, filled, state),
+    }
+}
+
+/// [`attend_block`] for one row after the other.
+#[inline(always)]
+pub(crate) fn attend_group(
+    q: &[f32],
+    block: KvBlock<'_>,
+    _next: Option<KvBlock<'_>>,
+    filled: &[u8],
+    states: &mut [f32],
+) {
+    let d = q.len() / filled.len();
+    let states = states.chunks_exact_mut(ATTENTION_STATE_HEADER + d);
+    for ((q, filled), state) in q.chunks_exact(d).zip(filled).zip(states) {
+        attend_block(q, block, usize::from(*filled), &mut AttentionState::over(state));
     }
 }
 

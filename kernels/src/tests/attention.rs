@@ -94,6 +94,84 @@ fn every_backend_equals_the_definition() {
     }
 }
 
+/// Rows of a group with states that are worth something, over blocks of which slots hold all kinds
+/// of values: one by one by the definition, and all at once.
+#[test]
+fn a_group_equals_its_rows() {
+    let mut random = Random(33);
+    for d in [1, 7, 16, 20, 24, 40, 64, 80, 128] {
+        for n in 1..=20 {
+            for f16 in [true, false] {
+                let (qs, kvs) = (random.kinds(n * d), random.kinds(2 * KV_BLOCK_TOKENS * 2 * d));
+                for (kind, (q, kv)) in qs.iter().zip(&kvs).enumerate() {
+                    let mut cache = Cache::new(f16, d, 2);
+                    for (token, kv) in kv.chunks(2 * d).enumerate() {
+                        let (block, slot) = (token / KV_BLOCK_TOKENS, token % KV_BLOCK_TOKENS);
+                        scalar().store_kv(&kv[..d], &kv[d..], slot, cache.block_mut(block));
+                    }
+                    // All of the first block; of the second as many as the row says.
+                    let filled: Vec<u8> = match n {
+                        1 => vec![1 + random.below(KV_BLOCK_TOKENS) as u8],
+                        _ => (0..n).map(|row| 1 + (row * 31 / (n - 1)) as u8).collect(),
+                    };
+                    let width = ATTENTION_STATE_HEADER + d;
+                    let mut want = vec![f32::NAN; n * width];
+                    for (row, memory) in want.chunks_exact_mut(width).enumerate() {
+                        let (q, mut state) = (&q[row * d..][..d], AttentionState::over(memory));
+                        state.reset();
+                        scalar().attend_block(q, cache.block(0), KV_BLOCK_TOKENS, &mut state);
+                        let filled = usize::from(filled[row]);
+                        scalar().attend_block(q, cache.block(1), filled, &mut state);
+                    }
+                    for backend in Backend::available() {
+                        let mut states = vec![f32::NAN; n * width];
+                        for memory in states.chunks_exact_mut(width) {
+                            AttentionState::over(memory).reset();
+                        }
+                        let (first, second) = (cache.block(0), cache.block(1));
+                        let whole = vec![KV_BLOCK_TOKENS as u8; n];
+                        backend.attend_group(q, first, Some(second), &whole, &mut states);
+                        backend.attend_group(q, second, None, &filled, &mut states);
+                        let what = format!("dimension {d}, {n} rows, kind {kind}, f16 {f16}");
+                        check(backend, &what, &states, &want);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_group_sees_any_number_of_tokens_and_no_more() {
+    let (d, n) = (24, 5);
+    let mut random = Random(34);
+    let q = random.floats(n * d);
+    for first in 1..=KV_BLOCK_TOKENS {
+        for last in first..=KV_BLOCK_TOKENS {
+            // Slots that nobody sees hold NaNs.
+            let mut cache = Cache::new(true, d, 1);
+            for slot in 0..last {
+                let (k, v) = (random.floats(d), random.floats(d));
+                scalar().store_kv(&k, &v, slot, cache.block_mut(0));
+            }
+            let filled = [first, last, first, last, last].map(|filled| filled as u8);
+            let run = |backend: Backend| {
+                let mut states = vec![0.0; n * (ATTENTION_STATE_HEADER + d)];
+                for memory in states.chunks_exact_mut(ATTENTION_STATE_HEADER + d) {
+                    AttentionState::over(memory).reset();
+                }
+                backend.attend_group(&q, cache.block(0), None, &filled, &mut states);
+                states
+            };
+            let want = run(scalar());
+            assert!(want.iter().all(|x| x.is_finite()), "what is not filled is not seen");
+            for backend in Backend::available() {
+                check(backend, &format!("{first} and {last} tokens"), &run(backend), &want);
+            }
+        }
+    }
+}
+
 #[test]
 fn scores_of_any_sign_of_zero_and_infinity() {
     // Keys that make every score -0, then some infinite.

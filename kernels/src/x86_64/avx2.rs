@@ -2,6 +2,7 @@
 //! and stores. What the kernels do is in the modules below.
 #![expect(unsafe_code, reason = "calls behind the detected token, vector loads and stores")]
 
+mod attend;
 mod attention;
 mod elementwise;
 mod functions;
@@ -62,7 +63,8 @@ entries! {
     elementwise::map_sin(x: &[f32], y: &mut [f32]);
     elementwise::map_cos(x: &[f32], y: &mut [f32]);
     attention::store_kv(k: &[f32], v: &[f32], slot: usize, block: KvBlockMut<'_>);
-    attention::attend_block(q: &[f32], block: KvBlock<'_>, filled: usize, s: &mut AttentionState<'_>);
+    attend::attend_block(q: &[f32], block: KvBlock<'_>, filled: usize, s: &mut AttentionState<'_>);
+    attend::attend_group(q: &[f32], block: KvBlock<'_>, next: Option<KvBlock<'_>>, filled: &[u8], states: &mut [f32]);
     attention::attend_merge(into: &mut AttentionState<'_>, other: &AttentionState<'_>);
     attention::attend_finish(state: &AttentionState<'_>, out: &mut [f32]);
 }

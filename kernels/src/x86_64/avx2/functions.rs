@@ -28,6 +28,13 @@ pub(super) fn exp(x: __m256) -> __m256 {
     _mm256_blendv_ps(_mm256_castsi256_ps(value), x, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x))
 }
 
+/// e^x of one float.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+pub(super) fn exp_of_one(x: f32) -> f32 {
+    _mm256_cvtss_f32(exp(_mm256_set1_ps(x)))
+}
+
 /// ln x; see [`crate::scalar::transcendental::ln`].
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
