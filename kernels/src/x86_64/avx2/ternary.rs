@@ -23,7 +23,7 @@ use std::array;
 use std::ops::Range;
 
 use super::{load_i8, load_u8, prefetch, store_i32x4, store_u8};
-use crate::ternary_matrix::{BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
+use crate::ternary_matrix::{Arrangement, BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 
 /// Bit planes: the columns of a block in vectors of 32.
@@ -34,7 +34,7 @@ const STRIP_BLOCKS: usize = 8;
 const FEW_ROWS: usize = 4;
 /// From so many rows of activations on, unpacking to memory pays.
 const MANY_ROWS: usize = 9;
-/// Rows of activations that share what is unpacked to memory. A strip of them takes 20 kB, which
+/// Rows of activations that share what is unpacked to memory. A strip of them takes 16 kB, which
 /// leaves room for the codes and the sums in a first-level cache of 32 kB.
 const GROUP_ROWS: usize = 16;
 /// Tiles that pass before the next strip: 64 rows of weights. Their sums take 4 kB.
@@ -59,51 +59,89 @@ type Sums = [__m256i; TILE_ROWS];
 /// The sums of one row of activations: of codes, so with the sum of the activations in them.
 type Totals = [i32; TILE_ROWS];
 
-/// The blocks of a tile, wherever the arrangement has them.
-struct Tile<'a> {
-    /// Every row from its first block on, in pieces of a block.
-    rows: [&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS],
-    /// Pieces from one block of a row to the next.
-    stride: usize,
+/// One block of a tile: `[row][byte]`.
+type TileBlock = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
+
+/// The blocks of four rows, wherever the arrangement has them.
+trait Tile<'a>: Copy {
+    /// Of tile `tile`.
+    fn new(w: TernaryMatrix<'a>, tile: usize) -> Self;
+    /// Blocks `blocks` of them.
+    fn part(self, blocks: Range<usize>) -> Self;
+    /// How many there are.
+    fn len(self) -> usize;
+    /// Block `at` of each row.
+    fn block(self, at: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 }
 
-impl<'a> Tile<'a> {
+/// A tile of [`Arrangement::Tiles`].
+#[derive(Clone, Copy)]
+struct Woven<'a>(&'a [TileBlock]);
+
+impl<'a> Tile<'a> for Woven<'a> {
     #[inline]
     fn new(w: TernaryMatrix<'a>, tile: usize) -> Self {
-        let (_, stride) = w.row_at(tile * TILE_ROWS);
-        let row = |r| w.row_at(tile * TILE_ROWS + r).0.as_chunks().0;
-        Self { rows: array::from_fn(row), stride: stride / ROW_BLOCK_BYTES }
+        Self(w.tile(tile).as_chunks::<ROW_BLOCK_BYTES>().0.as_chunks::<TILE_ROWS>().0)
     }
 
-    /// Block `block` of each row.
     #[inline]
-    fn block(&self, block: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS] {
-        self.rows.map(|row| &row[block * self.stride])
+    fn part(self, blocks: Range<usize>) -> Self {
+        Self(&self.0[blocks])
     }
 
-    /// Asks for what is read after block `block` in a walk over all tiles. The bytes of a tile begin
-    /// with its first row and are as many in either arrangement.
-    #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn prefetch_ahead(&self, block: usize) {
-        let ahead = PREFETCH_BYTES + block * TILE_ROWS * ROW_BLOCK_BYTES;
-        prefetch(self.rows[0].as_ptr(), ahead);
-        prefetch(self.rows[0].as_ptr(), ahead + 64);
+    fn len(self) -> usize {
+        self.0.len()
     }
 
-    /// Asks for block `block` of the next tile, `tile_bytes` further on.
-    #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn prefetch_next(&self, block: usize, tile_bytes: usize) {
-        for row in self.rows {
-            prefetch(row.as_ptr(), tile_bytes + block * self.stride * ROW_BLOCK_BYTES);
-        }
+    fn block(self, at: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS] {
+        self.0[at].each_ref()
+    }
+}
+
+/// Four rows of [`Arrangement::Rows`], equally long.
+#[derive(Clone, Copy)]
+struct Plain<'a>([&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS]);
+
+impl<'a> Tile<'a> for Plain<'a> {
+    #[inline]
+    fn new(w: TernaryMatrix<'a>, tile: usize) -> Self {
+        let pieces = w.tile(tile).as_chunks().0;
+        let len = pieces.len() / TILE_ROWS;
+        Self(array::from_fn(|row| &pieces[row * len..][..len]))
+    }
+
+    #[inline]
+    fn part(self, blocks: Range<usize>) -> Self {
+        let rows = self.0;
+        Self(array::from_fn(|row| &rows[row][blocks.clone()]))
+    }
+
+    #[inline]
+    fn len(self) -> usize {
+        self.0[0].len()
+    }
+
+    #[inline]
+    fn block(self, at: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS] {
+        let [a, b, c, d] = self.0;
+        [&a[at], &b[at], &c[at], &d[at]]
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn ternary(
-    w: TernaryMatrix<'_>,
+pub(super) fn ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>) {
+    match w.arrangement() {
+        Arrangement::Tiles => all_tiles::<Woven<'_>>(w, tiles, x, y),
+        Arrangement::Rows => all_tiles::<Plain<'_>>(w, tiles, x, y),
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn all_tiles<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
     tiles: Range<usize>,
     x: Quantised<'_>,
     mut y: Columns<'_>,
@@ -114,35 +152,47 @@ pub(super) fn ternary(
         let groups = n.div_ceil(GROUP_ROWS);
         for group in 0..groups {
             let rows = group * n / groups..(group + 1) * n / groups;
-            many_rows(w, tiles.clone(), x, rows, &mut y);
+            many_rows::<T>(w, tiles.clone(), x, rows, &mut y);
         }
         return;
     }
-    for (position, tile) in tiles.enumerate() {
-        let tile = &Tile::new(w, tile);
+    for (position, at) in tiles.enumerate() {
+        let tile = T::new(w, at);
+        // The bytes of a tile are contiguous in either arrangement.
+        let ahead = w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES);
         let mut first = 0;
         while first < n {
             let row = |i| activations(w, x, first + i);
             let mut put = |i, totals| finish(w, x, first + i, totals, &mut y, position);
             first += match n - first {
                 1 => {
-                    put(0, one_row(tile, row(0)));
+                    put(0, one_row(tile, ahead, row(0)));
                     1
                 }
-                2 => put_all(few_rows(tile, [row(0), row(1)]), put),
+                2 => put_all(few_rows(tile, ahead, [row(0), row(1)]), put),
                 // Five are three and two: one alone would unpack for itself.
-                3 | 5 => put_all(few_rows(tile, [row(0), row(1), row(2)]), put),
-                _ => put_all(few_rows::<FEW_ROWS>(tile, array::from_fn(row)), put),
+                3 | 5 => put_all(few_rows(tile, ahead, [row(0), row(1), row(2)]), put),
+                _ => put_all(few_rows::<T, FEW_ROWS>(tile, ahead, array::from_fn(row)), put),
             };
         }
     }
 }
 
 /// Hands out the totals of `N` rows; returns how many.
-fn put_all<const N: usize>(all: [Totals; N], put: impl FnMut(usize, Totals)) -> usize {
-    let mut put = put;
-    all.into_iter().enumerate().for_each(|(i, totals)| put(i, totals));
+#[inline]
+fn put_all<const N: usize>(all: [Totals; N], mut put: impl FnMut(usize, Totals)) -> usize {
+    for (i, totals) in all.into_iter().enumerate() {
+        put(i, totals);
+    }
     N
+}
+
+/// Asks for block `block` after the place `ahead`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn prefetch_block(ahead: *const u8, block: usize) {
+    prefetch(ahead, block * size_of::<TileBlock>());
+    prefetch(ahead, block * size_of::<TileBlock>() + 64);
 }
 
 /// Row `i` of the activations in blocks, as many as a row of weights has.
@@ -156,18 +206,21 @@ fn activations<'a>(w: TernaryMatrix<'_>, x: Quantised<'a>, i: usize) -> &'a [Act
 /// ±2048 (±3072 for code 3), so they are widened after [`SCALED_BLOCKS`] blocks: 5 * 2 pairs.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn one_row(tile: &Tile<'_>, x: &[Activations]) -> Totals {
+fn one_row<'a>(tile: impl Tile<'a>, ahead: *const u8, x: &[Activations]) -> Totals {
     const SCALED_BLOCKS: usize = 5;
     let (low, scaled) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
     let ones = _mm256_set1_epi16(1);
     let mut totals = [_mm256_setzero_si256(); TILE_ROWS];
     let mut scaled_totals = [_mm256_setzero_si256(); TILE_ROWS];
+    let x = &x[..tile.len()];
     for (strip, x) in x.chunks(SCALED_BLOCKS).enumerate() {
+        let first = strip * SCALED_BLOCKS;
+        let tile = tile.part(first..first + x.len());
         let mut sums = [_mm256_setzero_si256(); TILE_ROWS];
         let mut scaled_sums = [_mm256_setzero_si256(); TILE_ROWS];
-        for (block, x) in (strip * SCALED_BLOCKS..).zip(x) {
-            tile.prefetch_ahead(block);
-            let block = tile.block(block);
+        for at in 0..tile.len() {
+            prefetch_block(ahead, first + at);
+            let (block, x) = (tile.block(at), &x[at]);
             let x = x.each_ref().map(|x| load_i8(x));
             for row in 0..TILE_ROWS {
                 let packed = load_u8(block[row]);
@@ -194,50 +247,67 @@ fn one_row(tile: &Tile<'_>, x: &[Activations]) -> Totals {
     store_i32x4(across(totals))
 }
 
-/// One tile by a few rows of activations, two rows of weights at a time.
+/// One tile by a few rows of activations.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn few_rows<const N: usize>(tile: &Tile<'_>, x: [&[Activations]; N]) -> [Totals; N] {
-    let low = _mm256_set1_epi8(0b11);
-    let blocks = x[0].len();
+fn few_rows<'a, T: Tile<'a>, const N: usize>(
+    tile: T,
+    ahead: *const u8,
+    x: [&[Activations]; N],
+) -> [Totals; N] {
     let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; N];
-    for start in (0..blocks).step_by(STRIP_BLOCKS) {
-        let strip = start..blocks.min(start + STRIP_BLOCKS);
-        for rows in [[0, 1], [2, 3]] {
-            let mut sums = [[_mm256_setzero_si256(); 2]; N];
-            for at in strip.clone() {
-                if rows[0] == 0 {
-                    tile.prefetch_ahead(at);
-                }
-                let block = tile.block(at);
-                let mut packed = rows.map(|row| load_u8(block[row]));
-                for plane in 0..PLANES {
-                    let codes = packed.map(|packed| _mm256_and_si256(packed, low));
-                    packed = packed.map(|packed| _mm256_srli_epi16::<2>(packed));
-                    for i in 0..N {
-                        let x = load_i8(&x[i][at][plane]);
-                        for row in 0..2 {
-                            let products = _mm256_maddubs_epi16(codes[row], x);
-                            sums[i][row] = in_order(_mm256_add_epi16(sums[i][row], products));
-                        }
-                    }
-                }
-            }
-            for i in 0..N {
-                for (row, sum) in rows.into_iter().zip(sums[i]) {
-                    let wide = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-                    totals[i][row] = _mm256_add_epi32(totals[i][row], wide);
-                }
-            }
+    for start in (0..tile.len()).step_by(STRIP_BLOCKS) {
+        let strip = start..tile.len().min(start + STRIP_BLOCKS);
+        for at in strip.clone() {
+            prefetch_block(ahead, at);
         }
+        let mut part = x;
+        for x in &mut part {
+            *x = &x[strip.clone()];
+        }
+        two_of_four::<T, N, 0>(tile.part(strip.clone()), part, &mut totals);
+        two_of_four::<T, N, 2>(tile.part(strip), part, &mut totals);
     }
     totals.map(|totals| store_i32x4(across(totals)))
 }
 
+/// Rows `R` and `R + 1` of a strip of a tile.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn two_of_four<'a, T: Tile<'a>, const N: usize, const R: usize>(
+    tile: T,
+    x: [&[Activations]; N],
+    totals: &mut [Sums; N],
+) {
+    let len = tile.len();
+    for x in x {
+        assert_eq!(x.len(), len, "so that nothing is checked in the loop");
+    }
+    let mut sums = [[_mm256_setzero_si256(); 2]; N];
+    for at in 0..len {
+        let block = tile.block(at);
+        let (a, b) = (unpack(load_u8(block[R])), unpack(load_u8(block[R + 1])));
+        for plane in 0..PLANES {
+            for i in 0..N {
+                let x = load_i8(&x[i][at][plane]);
+                let products = _mm256_maddubs_epi16(a[plane], x);
+                sums[i][0] = in_order(_mm256_add_epi16(sums[i][0], products));
+                let products = _mm256_maddubs_epi16(b[plane], x);
+                sums[i][1] = in_order(_mm256_add_epi16(sums[i][1], products));
+            }
+        }
+    }
+    for (totals, [a, b]) in totals.iter_mut().zip(sums) {
+        let ones = _mm256_set1_epi16(1);
+        totals[R] = _mm256_add_epi32(totals[R], _mm256_madd_epi16(a, ones));
+        totals[R + 1] = _mm256_add_epi32(totals[R + 1], _mm256_madd_epi16(b, ones));
+    }
+}
+
 /// All tiles by the rows `rows` of activations, at most [`GROUP_ROWS`].
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many_rows(
-    w: TernaryMatrix<'_>,
+fn many_rows<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
     tiles: Range<usize>,
     x: Quantised<'_>,
     rows: Range<usize>,
@@ -262,7 +332,7 @@ fn many_rows(
             }
             let codes = &mut codes.0[..strip.len()];
             for (tile, totals) in batch.clone().zip(&mut totals) {
-                unpack_strip(&Tile::new(w, tile), strip.start, codes, tile_bytes);
+                unpack_strip(T::new(w, tile).part(strip.clone()), codes, tile_bytes);
                 let totals = totals.as_chunks_mut::<2>().0;
                 for (pair, totals) in pairs.0.iter().zip(totals).take(pair_count) {
                     multiply(codes, pair, totals);
@@ -287,22 +357,34 @@ fn interleave(x: &[Activations], pair: &mut [PairBlock], side: usize) {
     }
 }
 
-/// Unpacks blocks `start` and on of a tile to one code a byte. Shifts are of 16 bits: the mask takes
-/// away what crosses from the upper byte. Asks for the same blocks of the next tile.
+/// Unpacks a part of a tile to one code a byte. Asks for the same part of the next tile.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn unpack_strip(tile: &Tile<'_>, start: usize, codes: &mut [Codes], tile_bytes: usize) {
-    let low = _mm256_set1_epi8(0b11);
-    for (block, codes) in (start..).zip(codes) {
-        tile.prefetch_next(block, tile_bytes);
-        for (row, packed) in tile.block(block).into_iter().enumerate() {
-            let packed = load_u8(packed);
-            store_u8(&mut codes[0][row], _mm256_and_si256(packed, low));
-            store_u8(&mut codes[1][row], _mm256_and_si256(_mm256_srli_epi16::<2>(packed), low));
-            store_u8(&mut codes[2][row], _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low));
-            store_u8(&mut codes[3][row], _mm256_and_si256(_mm256_srli_epi16::<6>(packed), low));
+fn unpack_strip<'a>(tile: impl Tile<'a>, codes: &mut [Codes], tile_bytes: usize) {
+    let codes = &mut codes[..tile.len()];
+    for at in 0..tile.len() {
+        let codes = &mut codes[at];
+        for (row, packed) in tile.block(at).into_iter().enumerate() {
+            prefetch(packed, tile_bytes);
+            for (codes, plane) in codes.iter_mut().zip(unpack(load_u8(packed))) {
+                store_u8(&mut codes[row], plane);
+            }
         }
     }
+}
+
+/// The four planes of 32 packed bytes. Shifts are of 16 bits: the mask takes away what crosses from
+/// the upper byte.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn unpack(packed: __m256i) -> [__m256i; PLANES] {
+    let low = _mm256_set1_epi8(0b11);
+    [
+        _mm256_and_si256(packed, low),
+        _mm256_and_si256(_mm256_srli_epi16::<2>(packed), low),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low),
+        _mm256_and_si256(_mm256_srli_epi16::<6>(packed), low),
+    ]
 }
 
 /// Multiplies the codes of a strip by two rows of activations: a register tile of four by two.
