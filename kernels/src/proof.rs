@@ -283,4 +283,16 @@ fn attend(
     backend.attend_finish(&state, &mut out);
     answers.floats(&out);
     answers.floats(&memory);
+
+    // So many rows that every number that passes over a block together is among them.
+    for n in [2, 6, 7, 9] {
+        let q = inputs.floats(n * d);
+        let filled: Vec<u8> = (0..n).map(|row| 9 + row as u8 / 4).collect();
+        let mut states = vec![0.0; n * (ATTENTION_STATE_HEADER + d)];
+        for memory in states.chunks_exact_mut(ATTENTION_STATE_HEADER + d) {
+            AttentionState::over(memory).reset();
+        }
+        backend.attend_group(&q, block.as_block(), None, &filled, &mut states);
+        answers.floats(&states);
+    }
 }
