@@ -14,7 +14,7 @@ use crate::views::{
     Quantised,
 };
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::avx2::Avx2;
+use crate::x86_64::{avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
 /// An implementation of the kernels that this machine can run; its existence is the proof. Cheap to
 /// copy: choose one at start-up and hand it down.
@@ -26,6 +26,10 @@ pub(crate) enum Kind {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni(AvxVnni),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
     #[cfg(target_arch = "aarch64")]
@@ -57,6 +61,10 @@ macro_rules! dispatch {
             Kind::Scalar => scalar::$($module)::+::$function($($argument),*),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::AvxVnni(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(token) => token.$function($($argument),*),
             #[cfg(target_arch = "aarch64")]
             Kind::Neon(token) => neon!(token, $($module)::+, $function($($argument),*)),
             #[cfg(target_arch = "aarch64")]
@@ -76,6 +84,10 @@ impl Backend {
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::AvxVnni(_) => "avxvnni",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(_) => "avx512",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon(_) => "neon",
             #[cfg(target_arch = "aarch64")]

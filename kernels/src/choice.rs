@@ -8,11 +8,17 @@ use crate::aarch64::neon::{Neon, NeonDotprod};
 use crate::backend::{Backend, Kind};
 use crate::proof::Proof;
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::avx2::Avx2;
+use crate::x86_64::{avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
 /// Every backend that there is, slowest first, and the architecture it needs (any, if it is empty).
-const ALL: [(&str, &str); 4] =
-    [("scalar", ""), ("avx2", "x86_64"), ("neon", "aarch64"), ("neon-dotprod", "aarch64")];
+const ALL: [(&str, &str); 6] = [
+    ("scalar", ""),
+    ("avx2", "x86_64"),
+    ("avxvnni", "x86_64"),
+    ("avx512", "x86_64"),
+    ("neon", "aarch64"),
+    ("neon-dotprod", "aarch64"),
+];
 
 /// The backend to use and why it is not another one: see [`Backend::choose`].
 #[derive(Clone, Debug)]
@@ -122,6 +128,10 @@ fn candidates() -> Vec<Candidate> {
         "scalar" => Ok(Kind::Scalar),
         #[cfg(target_arch = "x86_64")]
         "avx2" => Avx2::detect().map(Kind::Avx2),
+        #[cfg(target_arch = "x86_64")]
+        "avxvnni" => AvxVnni::detect().map(Kind::AvxVnni),
+        #[cfg(target_arch = "x86_64")]
+        "avx512" => Avx512::detect().map(Kind::Avx512),
         #[cfg(target_arch = "aarch64")]
         "neon" => Neon::detect().map(Kind::Neon),
         #[cfg(target_arch = "aarch64")]

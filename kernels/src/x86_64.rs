@@ -10,3 +10,6 @@ macro_rules! require {
 }
 
 pub(crate) mod avx2;
+pub(crate) mod avx512;
+pub(crate) mod avxvnni;
+mod vnni;

@@ -8,7 +8,7 @@ mod elementwise;
 mod functions;
 mod head;
 mod quantise;
-mod reduce;
+pub(super) mod reduce;
 mod ternary;
 
 use std::arch::x86_64::*;
@@ -88,21 +88,21 @@ fn store(y: &mut [f32; WIDTH], value: __m256) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn load_u8(x: &[u8; 32]) -> __m256i {
+pub(super) fn load_u8(x: &[u8; 32]) -> __m256i {
     // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
     unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn load_i8(x: &[i8; 32]) -> __m256i {
+pub(super) fn load_i8(x: &[i8; 32]) -> __m256i {
     // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
     unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn store_u8(y: &mut [u8; 32], value: __m256i) {
+pub(super) fn store_u8(y: &mut [u8; 32], value: __m256i) {
     // SAFETY: the reference covers exactly the 32 bytes written; `storeu` needs no alignment.
     unsafe { _mm256_storeu_si256(y.as_mut_ptr().cast(), value) }
 }
@@ -116,7 +116,7 @@ fn store_i8(y: &mut [i8; 32], value: __m256i) {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn store_i32x4(value: __m128i) -> [i32; 4] {
+pub(super) fn store_i32x4(value: __m128i) -> [i32; 4] {
     let mut y = [0; 4];
     // SAFETY: the array covers exactly the 16 bytes written; `storeu` needs no alignment.
     unsafe { _mm_storeu_si128(y.as_mut_ptr().cast(), value) }
@@ -140,6 +140,6 @@ fn store_u16(y: &mut [u16; WIDTH], value: __m128i) {
 /// Asks for the cache line `bytes` past `place`, which may lie outside any allocation.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn prefetch<T>(place: *const T, bytes: usize) {
+pub(super) fn prefetch<T>(place: *const T, bytes: usize) {
     _mm_prefetch::<_MM_HINT_T0>(place.wrapping_byte_add(bytes).cast());
 }

@@ -78,7 +78,7 @@ pub(super) fn finish(
 /// Adds lanes i and i + 8, then +4, +2, +1.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn fold(low: __m256, high: __m256) -> f32 {
+pub(in crate::x86_64) fn fold(low: __m256, high: __m256) -> f32 {
     let eight = _mm256_add_ps(low, high);
     let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -1,0 +1,131 @@
+//! AVX-512 (F, BW, DQ, VL) with VNNI: the token that proves them, the one way into each kernel, and
+//! the loads. What has no kernel here is done by those of AVX2, which the token implies.
+#![expect(unsafe_code, reason = "calls behind the detected token, vector loads")]
+
+mod head;
+mod reduce;
+mod ternary;
+
+use std::arch::x86_64::*;
+use std::ops::{Deref, Range};
+
+use super::avx2::Avx2;
+use crate::float_matrix::FloatMatrix;
+use crate::scalar::reduce::LANES;
+use crate::ternary_matrix::{ROW_BLOCK_BYTES, TernaryMatrix};
+use crate::views::{Columns, Quantised};
+
+/// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI, and what [`Avx2`] proves: only
+/// [`Avx512::detect`] makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx512(Avx2);
+
+impl Avx512 {
+    /// # Errors
+    ///
+    /// The instruction set that this CPU or its operating system lacks.
+    pub(crate) fn detect() -> Result<Self, &'static str> {
+        let avx2 = Avx2::detect()?;
+        // Those of every `target_feature` of this folder, and F, which they imply.
+        require!("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni");
+        Ok(Self(avx2))
+    }
+}
+
+impl Deref for Avx512 {
+    type Target = Avx2;
+
+    fn deref(&self) -> &Avx2 {
+        &self.0
+    }
+}
+
+/// Makes each kernel a method of the token.
+macro_rules! entries {
+    ($($module:ident :: $name:ident ( $($argument:ident : $type:ty),* ) $(-> $result:ty)?;)*) => {
+        impl Avx512 {
+            $(pub(crate) fn $name(self, $($argument: $type),*) $(-> $result)? {
+                // SAFETY: `self` exists, so AVX-512 F, BW, DQ, VL and VNNI were detected.
+                unsafe { $module::$name($($argument),*) }
+            })*
+        }
+    };
+}
+
+entries! {
+    ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
+    head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
+    reduce::dot(a: &[f32], b: &[f32]) -> f32;
+    reduce::sum(x: &[f32]) -> f32;
+    reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load(x: &[f32; LANES]) -> __m512 {
+    // SAFETY: the reference covers exactly the 64 bytes read; `loadu` needs no alignment.
+    unsafe { _mm512_loadu_ps(x.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn store(y: &mut [f32; LANES], value: __m512) {
+    // SAFETY: the reference covers exactly the 64 bytes written; `storeu` needs no alignment.
+    unsafe { _mm512_storeu_ps(y.as_mut_ptr(), value) }
+}
+
+/// The lanes of fewer than sixteen elements.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn lanes_of(elements: usize) -> __mmask16 {
+    assert!(elements < LANES, "{elements} are a register or more");
+    (1 << elements) - 1
+}
+
+/// Fewer than sixteen floats; the other lanes are +0.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_tail(x: &[f32]) -> __m512 {
+    let lanes = lanes_of(x.len());
+    // SAFETY: only the lanes of the mask are read, and the slice has as many elements.
+    unsafe { _mm512_maskz_loadu_ps(lanes, x.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_u16(x: &[u16; LANES]) -> __m256i {
+    // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+/// Fewer than sixteen integers; the other lanes are 0.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_u16_tail(x: &[u16]) -> __m256i {
+    let lanes = lanes_of(x.len());
+    // SAFETY: only the lanes of the mask are read, and the slice has as many elements.
+    unsafe { _mm256_maskz_loadu_epi16(lanes, x.as_ptr().cast()) }
+}
+
+/// The same 32 bytes in both halves.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_i8_twice(x: &[i8; ROW_BLOCK_BYTES]) -> __m512i {
+    // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
+    let half = unsafe { _mm256_loadu_si256(x.as_ptr().cast()) };
+    _mm512_broadcast_i64x4(half)
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_codes(x: &[u8; 64]) -> __m512i {
+    // SAFETY: the reference covers exactly the 64 bytes read; `loadu` needs no alignment.
+    unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn store_codes(y: &mut [u8; 64], value: __m512i) {
+    // SAFETY: the reference covers exactly the 64 bytes written; `storeu` needs no alignment.
+    unsafe { _mm512_storeu_si512(y.as_mut_ptr().cast(), value) }
+}
