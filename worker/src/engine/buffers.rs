@@ -16,8 +16,17 @@ pub(super) const SEGMENT_TOKENS: usize = 256;
 /// not by reading it, few enough that the logits of a large vocabulary stay within some MiB.
 pub(super) const HEAD_POSITIONS: usize = 16;
 
-/// Below so many (token, head) pairs a thread, attention is split into segments as well.
-pub(super) const PAIRS_PER_THREAD: usize = 4;
+/// Up to so many units (token, KV head) a thread, attention is split into segments as well.
+pub(super) const UNITS_PER_THREAD: usize = 4;
+
+/// Query rows (tokens times heads of one KV head) that attend to a block together: enough that
+/// fetching the block costs little, few enough that they stay near while block after block passes.
+const GROUP_ROWS: usize = 24;
+
+/// [`GROUP_ROWS`] of whole tokens, at least one, with `group` heads each.
+fn group_rows(group: usize) -> usize {
+    (GROUP_ROWS / group).max(1) * group
+}
 
 /// Gate values of all tokens that a thread computes before it goes on to their up values: with
 /// those they stay in the second-level or a share of the last-level cache, and yet are so many that
@@ -75,7 +84,7 @@ pub(super) struct Planes<'a> {
     pub(super) attended_codes: Codes<'a>,
     /// `[n][ffn]`: what enters down.
     pub(super) ffn_codes: Codes<'a>,
-    /// `[pairs * segments][2 + d]`: attention of single segments.
+    /// `[units * segments][group * (2 + d)]`: attention of single segments.
     pub(super) partial_states: Shared<'a, f32>,
     /// `[HEAD_POSITIONS][hidden]`.
     pub(super) head_input: Shared<'a, f32>,
@@ -88,6 +97,8 @@ pub(super) struct Planes<'a> {
 struct Widths {
     hidden: usize,
     heads: usize,
+    /// Query heads of one KV head.
+    group: usize,
     head_dim: usize,
     kv: usize,
     ffn: usize,
@@ -102,11 +113,12 @@ impl Widths {
         Self {
             hidden: shape.hidden as usize,
             heads: shape.heads as usize,
+            group: (shape.heads / shape.kv_heads) as usize,
             head_dim: shape.head_dim as usize,
             kv: shape.kv_heads as usize * shape.head_dim as usize,
             ffn: shape.ffn as usize,
             vocab: shape.vocab as usize,
-            partial_states: PAIRS_PER_THREAD
+            partial_states: UNITS_PER_THREAD
                 .saturating_mul(config.threads)
                 .saturating_mul(segments),
             head_positions: match is_last {
@@ -119,16 +131,17 @@ impl Widths {
     /// A little more than [`Buffers::new`] allocates, for some of the codes count as floats, with
     /// a [`Local`] for every thread.
     fn bytes(&self, config: &EngineConfig) -> u64 {
-        let Self { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =
-            *self;
+        let Self { hidden, heads, group, head_dim, kv, ffn, vocab, .. } = *self;
+        let Self { partial_states, head_positions, .. } = *self;
         let state = ATTENTION_STATE_HEADER + head_dim;
         let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 2 * ffn + head_dim;
         let sampler = if head_positions > 0 { sampler::SCRATCH_WORDS * vocab } else { 0 };
         let widest = hidden.max(ffn).max(heads * head_dim);
+        let attention = group_rows(group) * (head_dim + 2 * state + 1);
         let a_thread =
-            2 * widest + hidden + 2 * chunk_floats(config) + head_dim + 2 * state + sampler;
+            2 * widest + hidden + 2 * chunk_floats(config) + head_dim + attention + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
-            + partial_states as u128 * state as u128
+            + partial_states as u128 * (group * state) as u128
             + head_positions as u128 * (hidden + vocab) as u128
             + config.threads as u128 * a_thread as u128;
         u64::try_from(4 * words).unwrap_or(u64::MAX)
@@ -150,8 +163,8 @@ impl Buffers {
         let widths = Widths::new(model.config(), model.is_last(), config);
         check_memory("the working memory of a step", widths.bytes(config))?;
         let n = config.max_step_tokens as usize;
-        let Widths { hidden, heads, head_dim, kv, ffn, vocab, partial_states, head_positions } =
-            widths;
+        let Widths { hidden, heads, group, head_dim, kv, ffn, vocab, .. } = widths;
+        let Widths { partial_states, head_positions, .. } = widths;
         let state = ATTENTION_STATE_HEADER + head_dim;
         let floats = |width: usize| Buffer::new(0.0f32, n * width);
         Ok(Self {
@@ -168,7 +181,7 @@ impl Buffers {
             hidden_codes: CodesBuffer::new(n, hidden),
             attended_codes: CodesBuffer::new(n, heads * head_dim),
             ffn_codes: CodesBuffer::new(n, ffn),
-            partial_states: Buffer::new(0.0, partial_states * state),
+            partial_states: Buffer::new(0.0, partial_states * group * state),
             head_input: Buffer::new(0.0, head_positions * hidden),
             logits: Buffer::new(0.0, head_positions * vocab),
         })
@@ -193,7 +206,7 @@ impl Buffers {
             partial_states: self.partial_states.lend(
                 team,
                 w.partial_states,
-                ATTENTION_STATE_HEADER + w.head_dim,
+                w.group * (ATTENTION_STATE_HEADER + w.head_dim),
             ),
             head_input: self.head_input.lend(team, w.head_positions, w.hidden),
             logits: self.logits.lend(team, w.head_positions, w.vocab),
@@ -337,12 +350,16 @@ pub(super) struct Local {
     pub(super) up: Vec<f32>,
     /// As wide as the widest product's input.
     pub(super) normed: Vec<f32>,
-    /// `[d]`: a query or a key after RoPE.
+    /// `[d]`: a key after RoPE.
     pub(super) rotated: Vec<f32>,
-    /// `[2 + d]`: the segments so far.
-    pub(super) state: Vec<f32>,
-    /// `[2 + d]`: the current segment.
-    pub(super) segment: Vec<f32>,
+    /// `[rows][d]`, at most [`group_rows`], as the three below: queries after RoPE.
+    pub(super) queries: Vec<f32>,
+    /// `[rows]`: how many tokens of a block each sees.
+    pub(super) filled: Vec<u8>,
+    /// `[rows][2 + d]`: the segments so far.
+    pub(super) states: Vec<f32>,
+    /// `[rows][2 + d]`: the current segment.
+    pub(super) segments: Vec<f32>,
     /// On the last stage.
     pub(super) sampler: Option<sampler::Scratch>,
     /// Of steps that are profiled.
@@ -356,6 +373,7 @@ impl Local {
         let attended = shape.heads as usize * head_dim;
         let widest = (shape.hidden as usize).max(shape.ffn as usize).max(attended);
         let state = ATTENTION_STATE_HEADER + head_dim;
+        let rows = group_rows((shape.heads / shape.kv_heads) as usize);
         let chunk = chunk_floats(config);
         Self {
             residual: vec![0.0; shape.hidden as usize],
@@ -364,8 +382,10 @@ impl Local {
             up: vec![0.0; chunk],
             normed: vec![0.0; widest],
             rotated: vec![0.0; head_dim],
-            state: vec![0.0; state],
-            segment: vec![0.0; state],
+            queries: vec![0.0; rows * head_dim],
+            filled: vec![0; rows],
+            states: vec![0.0; rows * state],
+            segments: vec![0.0; rows * state],
             sampler: model.is_last().then(|| sampler::Scratch::new(shape.vocab as usize)),
             record: Record::default(),
         }
