@@ -1,6 +1,8 @@
 //! A row-major matrix of 16-bit floats: the embedding and the head. Only the view and the widening
 //! of a row; products are elsewhere.
 
+use std::ops::Range;
+
 use crate::scalar::half::{widen_bf16, widen_f16};
 use crate::ternary_matrix::LayoutError;
 
@@ -72,11 +74,17 @@ impl<'a> FloatMatrix<'a> {
     pub fn widen_row(self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         assert_eq!(out.len(), self.cols, "a row has one element per column");
+        self.widen_cols(row, 0..self.cols, out);
+    }
+
+    /// Writes some columns of a row as f32.
+    #[inline]
+    pub(crate) fn widen_cols(self, row: usize, cols: Range<usize>, out: &mut [f32]) {
         let widen = match self.kind {
             FloatKind::F16 => widen_f16,
             FloatKind::Bf16 => widen_bf16,
         };
-        for (wide, bits) in out.iter_mut().zip(self.row(row)) {
+        for (wide, bits) in out.iter_mut().zip(&self.row(row)[cols]) {
             *wide = widen(*bits);
         }
     }

@@ -198,6 +198,11 @@ impl<'a> TernaryMatrix<'a> {
         self.scale
     }
 
+    /// Blocks of a row, the last of which may have fewer columns.
+    pub(crate) fn blocks(self) -> usize {
+        self.cols.div_ceil(BLOCK_COLS)
+    }
+
     /// Tiles, the last of which may have fewer rows.
     pub fn tiles(self) -> usize {
         self.rows.div_ceil(TILE_ROWS)
@@ -278,15 +283,23 @@ impl<'a> TernaryMatrix<'a> {
     pub fn unpack_row(self, row: usize, out: &mut [i8]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         assert_eq!(out.len(), self.cols, "a row has one trit per column");
+        for (block, out) in out.chunks_mut(BLOCK_COLS).enumerate() {
+            out.copy_from_slice(&self.unpack_block(row, block)[..out.len()]);
+        }
+    }
+
+    /// The trits of a block of a row, padding included.
+    #[inline]
+    pub(crate) fn unpack_block(self, row: usize, block: usize) -> [i8; BLOCK_COLS] {
         let (bytes, stride) = self.row_at(row);
-        for (block, trits) in bytes.chunks(stride).zip(out.chunks_mut(BLOCK_COLS)) {
-            let block = &block[..ROW_BLOCK_BYTES];
-            for (trits, shift) in trits.chunks_mut(ROW_BLOCK_BYTES).zip([0, 2, 4, 6]) {
-                for (trit, byte) in trits.iter_mut().zip(block) {
-                    *trit = (byte >> shift & 0b11) as i8 - 1;
-                }
+        let bytes = &bytes[block * stride..][..ROW_BLOCK_BYTES];
+        let mut trits = [0; BLOCK_COLS];
+        for (trits, shift) in trits.chunks_mut(ROW_BLOCK_BYTES).zip([0, 2, 4, 6]) {
+            for (trit, byte) in trits.iter_mut().zip(bytes) {
+                *trit = (byte >> shift & 0b11) as i8 - 1;
             }
         }
+        trits
     }
 }
 

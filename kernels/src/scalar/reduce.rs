@@ -15,6 +15,22 @@ pub(crate) fn sum_of_products(terms: impl Iterator<Item = (f32, f32)>) -> f32 {
     fold_lanes(lanes)
 }
 
+/// Adds `a[i] * b[i]` to lane `i % 16` by a fused multiply-add, in ascending order.
+#[inline(always)]
+pub(crate) fn add_products(lanes: &mut [f32; LANES], a: &[f32], b: &[f32]) {
+    let add = |lanes: &mut [f32; LANES], a: &[f32], b: &[f32]| {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = a.mul_add(*b, *lane);
+        }
+    };
+    let (a_rounds, a_tail) = a.as_chunks::<LANES>();
+    let (b_rounds, b_tail) = b.as_chunks::<LANES>();
+    for (a, b) in a_rounds.iter().zip(b_rounds) {
+        add(lanes, a, b);
+    }
+    add(lanes, a_tail, b_tail);
+}
+
 /// Adds lanes `i` and `i + 8`, then +4, +2, +1.
 pub(crate) fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
     for distance in [8, 4, 2, 1] {
@@ -27,7 +43,9 @@ pub(crate) fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
 
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    sum_of_products(a.iter().copied().zip(b.iter().copied()))
+    let mut lanes = [0.0; LANES];
+    add_products(&mut lanes, a, b);
+    fold_lanes(lanes)
 }
 
 #[inline(always)]
