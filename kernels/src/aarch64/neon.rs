@@ -7,6 +7,7 @@
     reason = "calls behind the detected token, vector loads and stores, assembly"
 )]
 
+mod attention;
 mod elementwise;
 mod functions;
 mod head;
@@ -21,7 +22,7 @@ use std::ops::{Deref, Range};
 use crate::backend::NotFinite;
 use crate::float_matrix::FloatMatrix;
 use crate::ternary_matrix::TernaryMatrix;
-use crate::views::{Columns, Quantised};
+use crate::views::{AttentionState, Columns, KvBlock, Quantised};
 
 /// Proof that this CPU has NEON: only [`Neon::detect`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +92,8 @@ entries! {
     reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
     elementwise::silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]);
     elementwise::map_exp(x: &[f32], y: &mut [f32]);
+    attention::attend_block(q: &[f32], block: KvBlock<'_>, filled: usize, s: &mut AttentionState<'_>);
+    attention::attend_group(q: &[f32], block: KvBlock<'_>, next: Option<KvBlock<'_>>, filled: &[u8], states: &mut [f32]);
 }
 
 /// Calls a kernel of the token by its name, or else the scalar definition of that name: an operation
@@ -99,6 +102,12 @@ macro_rules! neon {
     ($token:ident, quantise, quantise($($argument:expr),*)) => { $token.quantise($($argument),*) };
     ($token:ident, fused, ternary($($argument:expr),*)) => { $token.ternary($($argument),*) };
     ($token:ident, fused, head($($argument:expr),*)) => { $token.head($($argument),*) };
+    ($token:ident, fused, attend_block($($argument:expr),*)) => {
+        $token.attend_block($($argument),*)
+    };
+    ($token:ident, fused, attend_group($($argument:expr),*)) => {
+        $token.attend_group($($argument),*)
+    };
     ($token:ident, reduce, dot($($argument:expr),*)) => { $token.dot($($argument),*) };
     ($token:ident, reduce, sum($($argument:expr),*)) => { $token.sum($($argument),*) };
     ($token:ident, reduce, rms_norm($($argument:expr),*)) => { $token.rms_norm($($argument),*) };
