@@ -190,7 +190,7 @@ fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) ->
             layers: model.layers,
             layer_bytes: store.layer_bytes(),
             embedding_bytes: store.embedding_bytes(),
-            head_bytes: store.head_bytes(),
+            head_bytes: store.head_bytes() + store.screen_bytes(),
             tied_head: model.tied_head,
             kv_block_layer_bytes: block_bytes,
         },

@@ -8,6 +8,7 @@ use std::ops::Range;
 use crate::aarch64::neon::{Neon, NeonDotprod, neon};
 use crate::float_matrix::FloatMatrix;
 use crate::scalar;
+use crate::screen::{ScreenInput, ScreenMatrix};
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
@@ -147,6 +148,51 @@ impl Backend {
         assert_eq!(x.len(), y.rows() * w.cols(), "one row of activations per row of output");
         assert_eq!(y.cols().len(), rows.len(), "one column of output per row of weights");
         dispatch!(self, fused, head(w, rows, x, y));
+    }
+
+    /// `y[i]` = row `rows[i]` of `w` · `x` by the 16-lane rule: what [`Backend::head`] gives for
+    /// rows that lie anywhere.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree or a row is not below the row count.
+    pub fn head_rows(self, w: FloatMatrix<'_>, rows: &[u32], x: &[f32], y: &mut [f32]) {
+        assert!(rows.iter().all(|row| (*row as usize) < w.rows()), "a row of {}", w.rows());
+        assert_eq!(x.len(), w.cols(), "one activation per column");
+        assert_eq!(rows.len(), y.len(), "one output per row");
+        dispatch!(self, screen, head_rows(w, rows, x, y));
+    }
+
+    /// Whether [`Backend::screen`] takes less time than the rows that it saves: not where only the
+    /// definition of it runs beside quick products.
+    pub fn screening_pays(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon(_) | Kind::NeonDotprod(_) => false,
+            _ => true,
+        }
+    }
+
+    /// Which rows of group `group` of a head may matter: bit r of `kept[i]` is clear only if row
+    /// `64 group + r` of the head has a finite logit below `thresholds[i]` with the activations of
+    /// position i of `x`. Returns the bytes that were read.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree.
+    pub fn screen(
+        self,
+        w: ScreenMatrix<'_>,
+        group: usize,
+        x: ScreenInput<'_>,
+        thresholds: &[f32],
+        kept: &mut [u64],
+    ) -> usize {
+        assert!(group < w.rows().div_ceil(ScreenMatrix::GROUP_ROWS), "group {group}");
+        assert_eq!(x.cols(), w.cols(), "activations of another width");
+        assert_eq!(thresholds.len(), x.positions(), "one threshold per position");
+        assert_eq!(kept.len(), x.positions(), "one mask per position");
+        dispatch!(self, screen, screen(w, group, x, thresholds, kept))
     }
 }
 

@@ -36,6 +36,7 @@ mod float_matrix;
 mod known_answer;
 mod proof;
 mod scalar;
+mod screen;
 mod ternary_matrix;
 mod views;
 #[cfg(target_arch = "x86_64")]
@@ -48,6 +49,9 @@ pub use backend::{Backend, NotFinite};
 pub use choice::{Choice, Refusal};
 pub use float_matrix::{FloatKind, FloatMatrix};
 pub use known_answer::known_answer;
+pub use screen::{
+    SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols,
+};
 pub use ternary_matrix::{Arrangement, LayoutError, TernaryMatrix, pack_tile, padded_cols};
 pub use views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,

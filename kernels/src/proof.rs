@@ -5,6 +5,7 @@
 use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
 use crate::known_answer::Inputs;
+use crate::screen::{ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols};
 use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
@@ -19,6 +20,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("quantisation", quantise),
     ("ternary products", ternary),
     ("the head", head),
+    ("the screen of the head", screen),
     ("sums and norms", reductions),
     ("gates and additions", elements),
     ("exp, ln, sin and cos", functions),
@@ -162,7 +164,9 @@ fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
 fn head(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 13;
     const MOST: usize = 9;
-    for (kind, cols) in [(FloatKind::Bf16, 83), (FloatKind::F16, 83), (FloatKind::Bf16, 5)] {
+    let shapes =
+        [(FloatKind::Bf16, 83), (FloatKind::F16, 83), (FloatKind::Bf16, 5), (FloatKind::Bf16, 301)];
+    for (kind, cols) in shapes {
         // Without the upper bit of the exponent: magnitudes below 2, subnormals among them.
         let bits: Vec<u16> = (0..ROWS * cols).map(|_| inputs.bits() as u16 & 0xbfff).collect();
         let w = FloatMatrix::new(kind, &bits, ROWS, cols).expect("made for this shape");
@@ -174,6 +178,47 @@ fn head(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
             answers.floats(y);
         }
     }
+}
+
+/// Which rows are kept, with thresholds among the logits, and single rows.
+fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    const ROWS: usize = 64;
+    const COLS: usize = 1_100;
+    const POSITIONS: usize = 3;
+    let mut bits: Vec<u16> =
+        (0..ROWS * COLS).map(|_| (inputs.float().to_bits() >> 16) as u16).collect();
+    // Rows and activations of the greatest codes, of which no sum may saturate or wrap.
+    bits[..COLS].fill(0x3f80);
+    bits[COLS..2 * COLS].fill(0xbf80);
+    let w = FloatMatrix::new(FloatKind::Bf16, &bits, ROWS, COLS).expect("made for this shape");
+    let mut wide = vec![0.0; ROWS * COLS];
+    wide.chunks_mut(COLS).enumerate().for_each(|(row, wide)| w.widen_row(row, wide));
+    let mut packed = vec![0; ScreenMatrix::group_bytes(COLS)];
+    pack_screen_group(&wide.chunks(COLS).collect::<Vec<_>>(), COLS, &mut packed);
+    let screen = ScreenMatrix::new(&packed, ROWS, COLS).expect("packed for this shape");
+    let mut x = inputs.floats(POSITIONS * COLS);
+    x[COLS..2 * COLS].fill(3.0);
+    // So much above the others that a second plane of codes is needed.
+    x[2 * COLS] = 500.0;
+    let stride = 2 * screen_cols(COLS);
+    let mut codes = vec![0; POSITIONS * stride];
+    let rows = x.chunks(COLS).zip(codes.chunks_mut(stride));
+    let queries: Vec<_> =
+        rows.map(|(x, codes)| ScreenQuery::new(x, codes).expect("finite")).collect();
+    for (from, to) in [(0, 1), (1, 2), (2, 3), (0, 3)] {
+        let input = ScreenInput::new(&codes[from * stride..to * stride], &queries[from..to], COLS);
+        for threshold in [-500.0, -10.0, 0.0, 3.0, 10.0, 3_299.0] {
+            let mut kept = [0; POSITIONS];
+            let thresholds = [threshold; POSITIONS];
+            let n = to - from;
+            let bytes = backend.screen(screen, 0, input, &thresholds[..n], &mut kept[..n]);
+            answers.0.push(bytes as u32);
+            answers.0.extend(kept.iter().flat_map(|kept| [*kept as u32, (kept >> 32) as u32]));
+        }
+    }
+    let mut y = [0.0; 5];
+    backend.head_rows(w, &[63, 0, 17, 17, 1], &x[..COLS], &mut y);
+    answers.floats(&y);
 }
 
 fn reductions(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {

@@ -7,5 +7,6 @@ pub(crate) mod half;
 pub(crate) mod products;
 pub(crate) mod quantise;
 pub(crate) mod reduce;
+pub(crate) mod screen;
 pub(crate) mod transcendental;
 pub(crate) mod trigonometry;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kernels::{Arrangement, FloatKind, TernaryMatrix};
+use kernels::{Arrangement, FloatKind, ScreenMatrix, TernaryMatrix};
 
 use crate::config::ModelConfig;
 use crate::safetensors::{Dtype, NewTensor};
@@ -17,7 +17,8 @@ pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
 pub(crate) const EMBEDDING_FILE: &str = "embed.safetensors";
 pub(crate) const HEAD_FILE: &str = "head.safetensors";
 pub(crate) const NORM_FILE: &str = "norm.safetensors";
-/// The one tensor of the embedding's, the head's and the norm's file.
+pub(crate) const SCREEN_FILE: &str = "screen.safetensors";
+/// The one tensor of the embedding's, the head's, the norm's and the screen's file.
 pub(crate) const WEIGHT: &str = "weight";
 
 /// Order of the blocks of every matrix.
@@ -33,13 +34,16 @@ pub(crate) fn layer_file(layer: u32) -> String {
     format!("layer-{layer:04}.safetensors")
 }
 
-/// Every shard of a model, in the order in which their parts enter the model's id.
+/// Every shard of a model, in the order in which their parts enter the model's id. The screen, which
+/// follows from the head, has no part in it.
 pub(crate) fn shard_files(config: &ModelConfig) -> Vec<String> {
     let head = (!config.tied_head).then(|| HEAD_FILE.to_owned());
+    let screen = screen_tensor(config).map(|_| SCREEN_FILE.to_owned());
     [EMBEDDING_FILE.to_owned()]
         .into_iter()
         .chain(head)
         .chain([NORM_FILE.to_owned()])
+        .chain(screen)
         .chain((0..config.layers).map(layer_file))
         .collect()
 }
@@ -158,6 +162,12 @@ pub(crate) fn norm_tensor(config: &ModelConfig) -> NewTensor {
     NewTensor { name: WEIGHT, dtype: Dtype::F32, shape: vec![config.hidden as usize] }
 }
 
+/// The one tensor of the screen's file; `None` if the model is too wide for one.
+pub(crate) fn screen_tensor(config: &ModelConfig) -> Option<NewTensor> {
+    let bytes = ScreenMatrix::packed_bytes(config.vocab as usize, config.hidden as usize)?;
+    Some(NewTensor { name: WEIGHT, dtype: Dtype::U8, shape: vec![bytes] })
+}
+
 /// `__metadata__` of any shard: which layout its packed tensors have.
 pub(crate) fn shard_metadata() -> BTreeMap<String, String> {
     BTreeMap::from([
@@ -193,4 +203,12 @@ pub(crate) fn scale_of(metadata: &BTreeMap<String, String>, projection: Projecti
 
 fn scale_key(projection: Projection) -> String {
     format!("{}.scale", projection.name())
+}
+
+/// `__metadata__` of the screen's file: which layout it has and of what shape.
+pub(crate) fn screen_metadata(config: &ModelConfig) -> BTreeMap<String, String> {
+    let mut metadata = shard_metadata();
+    metadata.insert(format!("{WEIGHT}.layout"), ScreenMatrix::LAYOUT.into());
+    metadata.insert(format!("{WEIGHT}.shape"), format!("{}x{}", config.vocab, config.hidden));
+    metadata
 }

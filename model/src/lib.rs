@@ -32,7 +32,9 @@ pub use id::ModelId;
 pub use import::{I2sLayout, ImportError, ImportOptions, Imported, import};
 pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};
 pub use progress::Progress;
-pub use shard::{EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ShardError};
+pub use shard::{
+    EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ScreenShard, ShardError,
+};
 pub use staging::WriteError;
 pub use store::{Store, StoreError, find_stores};
 pub use synth::{SynthError, SynthShape, synth};

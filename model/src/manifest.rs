@@ -114,7 +114,7 @@ pub struct Manifest {
     pub eos_token_text: Option<String>,
     /// Where the model came from.
     pub provenance: Provenance,
-    /// The shards: embedding, head unless tied, norm, layers.
+    /// The shards: embedding, head unless tied, norm, screen of the head, layers.
     pub files: Vec<FileEntry>,
 }
 

@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use kernels::{FloatKind, FloatMatrix, LayoutError, TernaryMatrix};
+use kernels::{
+    FloatKind, FloatMatrix, LayoutError, ScreenMatrix, TernaryMatrix, pack_screen_group,
+};
 
 use crate::config::ModelConfig;
 use crate::file::MappedFile;
@@ -76,6 +78,12 @@ pub enum ShardError {
         tensor: &'static str,
         /// The first bad place.
         source: LayoutError,
+    },
+    /// The screen is not the one of the model's head.
+    #[error("the screen of rows {}..{} is not that of the head", rows.start, rows.end)]
+    Screen {
+        /// The first group of rows that differs.
+        rows: Range<usize>,
     },
     /// A float is an infinity or not a number.
     #[error("tensor {tensor} holds a number that is not finite")]
@@ -374,5 +382,56 @@ impl NormShard {
         let mut part = PartHasher::new();
         part.vector(WEIGHT, self.weight());
         Ok(part.finish())
+    }
+}
+
+/// The screen of the head, in a map of its file.
+#[derive(Debug)]
+pub struct ScreenShard {
+    shard: Shard,
+    rows: usize,
+    cols: usize,
+}
+
+impl ScreenShard {
+    pub(crate) fn new(
+        file: MappedFile,
+        path: &Path,
+        config: &ModelConfig,
+    ) -> Result<Self, ShardError> {
+        let tensor = layout::screen_tensor(config).ok_or(ShardError::Missing { tensor: WEIGHT })?;
+        let shard = Shard::check(file, path, &[tensor])?;
+        Ok(Self { shard, rows: config.vocab as usize, cols: config.hidden as usize })
+    }
+
+    /// One row per token, `[vocab, hidden]`.
+    pub fn matrix(&self) -> ScreenMatrix<'_> {
+        self.view()
+    }
+
+    fn view(&self) -> ScreenMatrix<'_> {
+        ScreenMatrix::new(self.shard.bytes(0), self.rows, self.cols)
+            .expect("the size was compared with the shape when the shard was opened")
+    }
+
+    /// Makes the screen of `head` again and compares.
+    pub(crate) fn verify(&self, head: &HeadShard) -> Result<(), ShardError> {
+        let group_bytes = ScreenMatrix::group_bytes(self.cols);
+        let mut values = vec![0.0; ScreenMatrix::GROUP_ROWS.min(self.rows) * self.cols];
+        let mut expected = vec![0; group_bytes];
+        for (group, found) in self.shard.bytes(0).chunks(group_bytes).enumerate() {
+            let start = group * ScreenMatrix::GROUP_ROWS;
+            let rows = start..self.rows.min(start + ScreenMatrix::GROUP_ROWS);
+            let values = &mut values[..rows.len() * self.cols];
+            for (row, values) in rows.clone().zip(values.chunks_exact_mut(self.cols)) {
+                head.matrix().widen_row(row, values);
+            }
+            let views: Vec<&[f32]> = values.chunks_exact(self.cols).collect();
+            pack_screen_group(&views, self.cols, &mut expected);
+            if expected != found {
+                return Err(ShardError::Screen { rows });
+            }
+        }
+        Ok(())
     }
 }

@@ -10,11 +10,11 @@ use crate::config::ModelConfig;
 use crate::file::{MappedFile, read_limited};
 use crate::id::{ContentText, ModelId, model_id};
 use crate::layout::{
-    EMBEDDING_FILE, HEAD_FILE, MANIFEST_FILE, NORM_FILE, TOKENIZER_FILE, layer_file,
+    EMBEDDING_FILE, HEAD_FILE, MANIFEST_FILE, NORM_FILE, SCREEN_FILE, TOKENIZER_FILE, layer_file,
 };
 use crate::manifest::{FileEntry, FileHash, MANIFEST_BYTES_MAX, Manifest, ManifestError};
 use crate::progress::Progress;
-use crate::shard::{EmbeddingShard, HeadShard, LayerShard, NormShard, ShardError};
+use crate::shard::{EmbeddingShard, HeadShard, LayerShard, NormShard, ScreenShard, ShardError};
 
 /// Longest `tokenizer.json`: several times the largest in use.
 pub const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
@@ -189,6 +189,16 @@ impl Store {
         self.shard(NORM_FILE, NormShard::new)
     }
 
+    /// Maps the screen of the head; `None` if the model is too wide for one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if its file is bad.
+    pub fn screen(&self) -> Result<Option<ScreenShard>, StoreError> {
+        let has_screen = self.manifest.file(SCREEN_FILE).is_some();
+        has_screen.then(|| self.shard(SCREEN_FILE, ScreenShard::new)).transpose()
+    }
+
     /// Reads `tokenizer.json`; `None` if the model has none.
     ///
     /// # Errors
@@ -218,6 +228,11 @@ impl Store {
         self.file_bytes(if self.config().tied_head { EMBEDDING_FILE } else { HEAD_FILE })
     }
 
+    /// Bytes of the file of the head's screen; 0 if there is none.
+    pub fn screen_bytes(&self) -> u64 {
+        self.file_bytes(SCREEN_FILE)
+    }
+
     /// Reads everything: hashes of files, codes of every matrix, floats, and the model's id.
     ///
     /// # Errors
@@ -231,6 +246,11 @@ impl Store {
             self.check_content(file)?;
             let path = self.dir.join(&file.name);
             let shard_error = |source| StoreError::Shard { path, source };
+            if file.name == SCREEN_FILE {
+                let screen = self.shard(SCREEN_FILE, ScreenShard::new)?;
+                screen.verify(&self.head()?).map_err(shard_error)?;
+                continue;
+            }
             let digest = match file.name.as_str() {
                 EMBEDDING_FILE => self.embedding()?.verify(),
                 HEAD_FILE => self.head()?.verify(),

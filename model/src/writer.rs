@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use kernels::{FloatKind, TernaryMatrix, pack_tile};
+use kernels::{FloatKind, ScreenMatrix, TernaryMatrix, pack_screen_group, pack_tile};
 
 use crate::config::{ConfigError, ModelConfig};
 use crate::id::{ContentText, ModelId, PartDigest, PartHasher, model_id};
 use crate::layout::{
     self, ALIGNMENT, EMBEDDING_FILE, HEAD_FILE, MANIFEST_FILE, NORM_FILE, Norm, Projection,
-    STORE_FORMAT, TOKENIZER_FILE, WEIGHT, layer_file, shard_files,
+    SCREEN_FILE, STORE_FORMAT, TOKENIZER_FILE, WEIGHT, layer_file, shard_files,
 };
 use crate::manifest::{FileEntry, Layout, Manifest, Provenance};
 use crate::progress::Progress;
@@ -71,7 +71,7 @@ pub(crate) trait Content {
         projection: Projection,
     ) -> Result<Box<dyn TernaryRows<Self::Error> + '_>, Self::Error>;
     fn embedding(&self) -> Result<Box<dyn FloatRows<Self::Error> + '_>, Self::Error>;
-    /// Asked for only if the head is not tied.
+    /// Asked for only if the head is not tied; twice, for its screen is made of it.
     fn head(&self) -> Result<Box<dyn FloatRows<Self::Error> + '_>, Self::Error>;
     /// Told after each matrix how many of its trits are zero.
     fn check_zeros(
@@ -101,6 +101,14 @@ pub(crate) fn write_store<C: Content>(
     let mut layer = 0;
     for (done, name) in names.iter().enumerate() {
         progress(&Progress { what: name, done: done as u64, total });
+        if name == SCREEN_FILE {
+            let head = match config.tied_head {
+                true => content.embedding()?,
+                false => content.head()?,
+            };
+            files.push(write_screen(&staging, &config, head)?);
+            continue;
+        }
         let (file, part) = match name.as_str() {
             EMBEDDING_FILE => write_floats(&staging, name, &config, content.embedding()?)?,
             HEAD_FILE => write_floats(&staging, name, &config, content.head()?)?,
@@ -232,6 +240,31 @@ fn write_floats<E: From<WriteError>>(
         }
     }
     Ok((file.finish()?, part.finish()))
+}
+
+/// Packs the screen of a head, group by group.
+fn write_screen<E: From<WriteError>>(
+    staging: &Staging,
+    config: &ModelConfig,
+    mut head: Box<dyn FloatRows<E> + '_>,
+) -> Result<FileEntry, E> {
+    let (rows, cols) = (config.vocab as usize, config.hidden as usize);
+    let tensor = layout::screen_tensor(config).expect("the list of files has a screen");
+    let mut file = staging.create(SCREEN_FILE)?;
+    file.write(&safetensors::header(&[tensor], &layout::screen_metadata(config), ALIGNMENT))?;
+    let mut values = vec![0f32; ScreenMatrix::GROUP_ROWS.min(rows) * cols];
+    let (mut bits, mut packed) = (vec![0u16; cols], vec![0; ScreenMatrix::group_bytes(cols)]);
+    for first in (0..rows).step_by(ScreenMatrix::GROUP_ROWS) {
+        let group = &mut values[..ScreenMatrix::GROUP_ROWS.min(rows - first) * cols];
+        for (row, values) in group.chunks_exact_mut(cols).enumerate() {
+            head.row(first + row, &mut bits)?;
+            widen(head.kind(), &bits, values);
+        }
+        let views: Vec<&[f32]> = group.chunks_exact(cols).collect();
+        pack_screen_group(&views, cols, &mut packed);
+        file.write(&packed)?;
+    }
+    Ok(file.finish()?)
 }
 
 /// The values of 16-bit floats.

@@ -264,6 +264,8 @@ impl Engine {
             planes: self.buffers.lend(&team, batch.tokens().len()),
             results: results.lend(&team, batch.wanted().len(), 1),
             queue: shared::Queue::default(),
+            shortcuts: self.config.shortcuts,
+            thresholds: head::Thresholds::default(),
             clock,
         };
         let locals = &self.locals;

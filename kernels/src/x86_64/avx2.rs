@@ -9,6 +9,7 @@ mod functions;
 mod head;
 mod quantise;
 pub(super) mod reduce;
+mod screen;
 mod ternary;
 
 use std::arch::x86_64::*;
@@ -16,6 +17,7 @@ use std::ops::Range;
 
 use crate::backend::NotFinite;
 use crate::float_matrix::FloatMatrix;
+use crate::screen::{ScreenInput, ScreenMatrix};
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{AttentionState, Columns, KvBlock, KvBlockMut, Quantised};
 
@@ -50,6 +52,11 @@ entries! {
     quantise::quantise(x: &[f32], q: &mut [i8]) -> Result<(f32, i32), NotFinite>;
     ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
+    screen::screen(
+        w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[f32], kept: &mut [u64]
+    ) -> usize;
+    screen::pack(rows: &[&[f32]], cols: usize, out: &mut [u8]);
+    screen::head_rows(w: FloatMatrix<'_>, rows: &[u32], x: &[f32], y: &mut [f32]);
     reduce::dot(a: &[f32], b: &[f32]) -> f32;
     reduce::sum(x: &[f32]) -> f32;
     reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);

@@ -2,12 +2,14 @@
 
 use std::slice;
 
-use kernels::{ATTENTION_STATE_HEADER, Quantised, TernaryMatrix, padded_cols};
+use kernels::{
+    ATTENTION_STATE_HEADER, Quantised, ScreenQuery, TernaryMatrix, padded_cols, screen_cols,
+};
 use model::ModelConfig;
 
 use super::profile::Record;
 use super::shared::{Buffer, Member, Shared, Team};
-use super::{EngineConfig, EngineError, StageModel, sampler};
+use super::{EngineConfig, EngineError, StageModel, head, sampler};
 
 /// Tokens in an attention segment (`docs/numerics.md`): segments may run on different threads.
 pub(super) const SEGMENT_TOKENS: usize = 256;
@@ -56,6 +58,8 @@ pub(super) struct Buffers {
     partial_states: Buffer<f32>,
     head_input: Buffer<f32>,
     logits: Buffer<f32>,
+    screen_codes: Buffer<i8>,
+    screen_queries: Buffer<ScreenQuery>,
 }
 
 /// [`Buffers`] in the hands of a team.
@@ -90,6 +94,10 @@ pub(super) struct Planes<'a> {
     pub(super) head_input: Shared<'a, f32>,
     /// `[HEAD_POSITIONS][vocab]`.
     pub(super) logits: Shared<'a, f32>,
+    /// `[HEAD_POSITIONS][two planes]`: what is screened.
+    pub(super) screen_codes: Shared<'a, i8>,
+    /// `[HEAD_POSITIONS]`: what bounds need to know of it.
+    pub(super) screen_queries: Shared<'a, ScreenQuery>,
 }
 
 /// What is as wide as the model says.
@@ -135,14 +143,17 @@ impl Widths {
         let Self { partial_states, head_positions, .. } = *self;
         let state = ATTENTION_STATE_HEADER + head_dim;
         let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 2 * ffn + head_dim;
-        let sampler = if head_positions > 0 { sampler::SCRATCH_WORDS * vocab } else { 0 };
+        let sampler = match head_positions {
+            0 => 0,
+            _ => sampler::SCRATCH_WORDS * vocab + head::Scratch::WORDS,
+        };
         let widest = hidden.max(ffn).max(heads * head_dim);
         let attention = group_rows(group) * (head_dim + 2 * state + 1);
         let a_thread =
             2 * widest + hidden + 2 * chunk_floats(config) + head_dim + attention + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
             + partial_states as u128 * (group * state) as u128
-            + head_positions as u128 * (hidden + vocab) as u128
+            + head_positions as u128 * (hidden + screen_cols(hidden) + vocab) as u128
             + config.threads as u128 * a_thread as u128;
         u64::try_from(4 * words).unwrap_or(u64::MAX)
     }
@@ -184,6 +195,8 @@ impl Buffers {
             partial_states: Buffer::new(0.0, partial_states * group * state),
             head_input: Buffer::new(0.0, head_positions * hidden),
             logits: Buffer::new(0.0, head_positions * vocab),
+            screen_codes: Buffer::new(0, head_positions * 2 * screen_cols(hidden)),
+            screen_queries: Buffer::new(ScreenQuery::default(), head_positions),
         })
     }
 
@@ -210,6 +223,8 @@ impl Buffers {
             ),
             head_input: self.head_input.lend(team, w.head_positions, w.hidden),
             logits: self.logits.lend(team, w.head_positions, w.vocab),
+            screen_codes: self.screen_codes.lend(team, w.head_positions, 2 * screen_cols(w.hidden)),
+            screen_queries: self.screen_queries.lend(team, w.head_positions, 1),
         }
     }
 
@@ -362,6 +377,8 @@ pub(super) struct Local {
     pub(super) segments: Vec<f32>,
     /// On the last stage.
     pub(super) sampler: Option<sampler::Scratch>,
+    /// As the sampler.
+    pub(super) screen: Option<head::Scratch>,
     /// Of steps that are profiled.
     pub(super) record: Record,
 }
@@ -387,6 +404,7 @@ impl Local {
             states: vec![0.0; rows * state],
             segments: vec![0.0; rows * state],
             sampler: model.is_last().then(|| sampler::Scratch::new(shape.vocab as usize)),
+            screen: model.is_last().then(head::Scratch::new),
             record: Record::default(),
         }
     }

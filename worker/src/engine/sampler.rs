@@ -12,12 +12,14 @@ use proto::step::{Sampled, SamplingParameters, TokenLogprob};
 const FIRST_RANKED: usize = 64;
 
 /// Words of four bytes in a [`Scratch`] for each token of the vocabulary.
-pub(super) const SCRATCH_WORDS: usize = 4;
+pub(super) const SCRATCH_WORDS: usize = 5;
 
 /// Working memory for one row.
 pub(super) struct Scratch {
-    /// `[vocab]`: logits after penalties and bias.
+    /// `[vocab]`: logits after penalties and bias; in a draw, those of the candidates.
     adjusted: Vec<f32>,
+    /// `[vocab]`: the candidates of a draw, ascending.
+    candidates: Vec<u32>,
     /// `[vocab]`: arguments of exp.
     exponents: Vec<f32>,
     /// `[vocab]`: results of exp.
@@ -30,6 +32,7 @@ impl Scratch {
     pub(super) fn new(vocab: usize) -> Self {
         Self {
             adjusted: vec![0.0; vocab],
+            candidates: vec![0; vocab],
             exponents: vec![0.0; vocab],
             weights: vec![0.0; vocab],
             tokens: vec![0; vocab],
@@ -85,7 +88,9 @@ pub(super) fn check(parameters: &SamplingParameters, vocab: u32) -> Result<(), S
     }
 }
 
-/// Draws the token at `position` from finite `logits`, with parameters that [`check`] admits.
+/// Draws the token at `position` from `logits`, with parameters that [`check`] admits. They are
+/// finite, but for tokens that were left out because they cannot be drawn, which have -inf
+/// (`screened.rs`).
 ///
 /// # Errors
 ///
@@ -97,15 +102,23 @@ pub(super) fn sample(
     position: u32,
     scratch: &mut Scratch,
 ) -> Result<Sampled, NotFinite> {
-    scratch.adjusted.copy_from_slice(logits);
-    adjust(&mut scratch.adjusted, parameters);
-    if !scratch.adjusted.iter().all(|logit| logit.is_finite()) {
-        return Err(NotFinite);
-    }
-    let token = if parameters.temperature == 0.0 {
-        argmax(&scratch.adjusted)
+    let is_greedy = parameters.temperature == 0.0;
+    let token = if is_greedy && !has_adjustments(parameters) {
+        argmax(logits)
     } else {
-        draw(backend, parameters, position, scratch)
+        scratch.adjusted.copy_from_slice(logits);
+        adjust(&mut scratch.adjusted, parameters);
+        let pairs = scratch.adjusted.iter().zip(logits);
+        let is_bad =
+            |(adjusted, logit): (&f32, &f32)| !adjusted.is_finite() & (*logit != f32::NEG_INFINITY);
+        if pairs.fold(false, |bad, pair| bad | is_bad(pair)) {
+            return Err(NotFinite);
+        }
+        if is_greedy {
+            argmax(&scratch.adjusted)
+        } else {
+            draw(backend, parameters, position, scratch)
+        }
     };
     let Some(top_count) = parameters.top_logprobs else {
         return Ok(Sampled { token, logprob: None, top: Vec::new() });
@@ -127,42 +140,106 @@ pub(super) fn score(backend: Backend, logits: &[f32], target: u32, scratch: &mut
     LogSoftmax::new(backend, logits, scratch).at(logits, target)
 }
 
-/// The greatest logit's token; the lowest of equals.
+/// Whether all are finite.
+pub(super) fn all_finite(logits: &[f32]) -> bool {
+    logits.iter().fold(true, |finite, logit| finite & logit.is_finite())
+}
+
+/// The greatest logit's token; the lowest of equals. None is NaN.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = token;
+    let greatest = greatest(logits);
+    // -0 equals +0.
+    logits.iter().position(|logit| *logit == greatest).unwrap_or(0) as u32
+}
+
+/// The greatest of `logits`, none of which is NaN, in lanes that compilers find vectors for.
+fn greatest(logits: &[f32]) -> f32 {
+    let greater = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = greater(*lane, *logit);
         }
     }
-    best as u32
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, greater)
+}
+
+/// Whether [`adjust`] may change anything.
+fn has_adjustments(parameters: &SamplingParameters) -> bool {
+    let p = parameters;
+    let penalised = p.repetition_penalty != 1.0 || !p.output_counts.is_empty();
+    penalised || !p.logit_bias.is_empty()
 }
 
 /// Penalties, then bias: the repetition penalty looks at a logit's sign, which is the model's.
 fn adjust(logits: &mut [f32], parameters: &SamplingParameters) {
     let p = parameters;
     if p.repetition_penalty != 1.0 {
-        let seen_in_prompt =
-            |token: u32| p.prompt_counts.binary_search_by_key(&token, |&(token, _)| token).is_ok();
+        let seen_in_prompt = |token: u32| count_of(&p.prompt_counts, token).is_some();
         let in_prompt = p.prompt_counts.iter().map(|&(token, _)| token);
         let in_output = p.output_counts.iter().map(|&(token, _)| token);
         for token in in_prompt.chain(in_output.filter(|&token| !seen_in_prompt(token))) {
-            let logit = &mut logits[token as usize];
-            *logit = if *logit > 0.0 {
-                *logit / p.repetition_penalty
-            } else {
-                *logit * p.repetition_penalty
-            };
+            repeat(&mut logits[token as usize], p);
         }
     }
     for &(token, count) in &p.output_counts {
-        let logit = &mut logits[token as usize];
-        *logit -= p.frequency_penalty * count as f32;
-        *logit -= p.presence_penalty;
+        penalise(&mut logits[token as usize], count, p);
     }
     for &(token, bias) in &p.logit_bias {
         logits[token as usize] += bias;
     }
+}
+
+/// What [`adjust`] makes of the logit of one token.
+pub(super) fn adjusted(token: u32, mut logit: f32, parameters: &SamplingParameters) -> f32 {
+    let p = parameters;
+    if !has_adjustments(p) {
+        return logit;
+    }
+    let in_output = count_of(&p.output_counts, token);
+    let is_seen = in_output.is_some() || count_of(&p.prompt_counts, token).is_some();
+    if p.repetition_penalty != 1.0 && is_seen {
+        repeat(&mut logit, p);
+    }
+    if let Some(count) = in_output {
+        penalise(&mut logit, count, p);
+    }
+    for &(_, bias) in p.logit_bias.iter().filter(|(biased, _)| *biased == token) {
+        logit += bias;
+    }
+    logit
+}
+
+/// Which of the 64 tokens from `first` on [`adjust`] may change, as a mask.
+pub(super) fn touched(parameters: &SamplingParameters, first: u32) -> u64 {
+    let p = parameters;
+    let tokens = first..first.saturating_add(u64::BITS);
+    let counted = |counts: &[(u32, u32)]| {
+        let start = counts.partition_point(|(token, _)| *token < tokens.start);
+        let inside = counts[start..].iter().take_while(|(token, _)| *token < tokens.end);
+        inside.fold(0u64, |mask, (token, _)| mask | 1 << (token - first))
+    };
+    let mut mask = counted(&p.output_counts);
+    if p.repetition_penalty != 1.0 {
+        mask |= counted(&p.prompt_counts);
+    }
+    let biased = p.logit_bias.iter().filter(|(token, _)| tokens.contains(token));
+    biased.fold(mask, |mask, (token, _)| mask | 1 << (token - first))
+}
+
+fn count_of(counts: &[(u32, u32)], token: u32) -> Option<u32> {
+    counts.binary_search_by_key(&token, |&(token, _)| token).ok().map(|at| counts[at].1)
+}
+
+fn repeat(logit: &mut f32, p: &SamplingParameters) {
+    *logit =
+        if *logit > 0.0 { *logit / p.repetition_penalty } else { *logit * p.repetition_penalty };
+}
+
+fn penalise(logit: &mut f32, count: u32, p: &SamplingParameters) {
+    *logit -= p.frequency_penalty * count as f32;
+    *logit -= p.presence_penalty;
 }
 
 /// A draw from the softmax of `scratch.adjusted` at a temperature above 0, after the cuts.
@@ -173,23 +250,29 @@ fn draw(
     scratch: &mut Scratch,
 ) -> u32 {
     let vocab = scratch.adjusted.len();
-    let best = scratch.adjusted[argmax(&scratch.adjusted) as usize];
-    for (exponent, &logit) in scratch.exponents.iter_mut().zip(&scratch.adjusted) {
+    let best = greatest(&scratch.adjusted);
+    let count = gather(&mut scratch.adjusted, &mut scratch.candidates);
+    let (logits, ids) = (&scratch.adjusted[..count], &scratch.candidates[..count]);
+    let (exponents, weights) = (&mut scratch.exponents[..count], &mut scratch.weights[..count]);
+    for (exponent, &logit) in exponents.iter_mut().zip(logits) {
         // At most 0 and exactly 0 for the best: no temperature is so low that this overflows.
         *exponent = (logit - best) / parameters.temperature;
     }
-    backend.exp(&scratch.exponents, &mut scratch.weights);
-    let mut ranking = Ranking::new(&scratch.adjusted, &mut scratch.tokens);
+    backend.exp(exponents, weights);
+    let mut ranking = Ranking::new(logits, &mut scratch.tokens[..count]);
     let top_k = parameters.top_k as usize;
-    let kept_by_top_k = if top_k == 0 { vocab } else { top_k.min(vocab) };
-    if kept_by_top_k < vocab {
+    let kept_by_top_k = if top_k == 0 { count } else { top_k.min(count) };
+    if kept_by_top_k < count {
         ranking.rank_first(kept_by_top_k);
-        for &token in &ranking.tokens[kept_by_top_k..] {
-            scratch.weights[token as usize] = 0.0;
+        for &candidate in &ranking.tokens[kept_by_top_k..] {
+            weights[candidate as usize] = 0.0;
         }
     }
-    let weights = &scratch.weights;
-    let total = f64::from(backend.sum(weights));
+    let weights = &*weights;
+    let total = match count == vocab {
+        true => f64::from(backend.sum(weights)),
+        false => f64::from(sparse_sum(weights, ids)),
+    };
     let has_more_cuts = parameters.top_p < 1.0 || parameters.min_p > 0.0;
     let (kept, total) = if has_more_cuts {
         cut(&mut ranking, weights, kept_by_top_k, total, parameters)
@@ -200,18 +283,46 @@ fn draw(
     let mut cumulative = 0.0;
     let mut last_possible = ranking.token(0);
     for rank in 0..kept {
-        let token = ranking.token(rank);
-        let weight = weights[token as usize];
+        let candidate = ranking.token(rank);
+        let weight = weights[candidate as usize];
         cumulative += f64::from(weight);
         if cumulative > target {
-            return token;
+            return ids[candidate as usize];
         }
         if weight > 0.0 {
-            last_possible = token;
+            last_possible = candidate;
         }
     }
     // Rounding can leave the sum at or under the target.
-    last_possible
+    ids[last_possible as usize]
+}
+
+/// Moves the logits that are not -inf to the front; `ids` tells which they are. Returns how many.
+fn gather(logits: &mut [f32], ids: &mut [u32]) -> usize {
+    let mut count = 0;
+    for id in 0..logits.len() {
+        let logit = logits[id];
+        // Written in any case, and kept if it counts: there is no branch to guess.
+        logits[count] = logit;
+        ids[count] = id as u32;
+        count += usize::from(logit != f32::NEG_INFINITY);
+    }
+    count
+}
+
+/// The sum by the 16-lane rule of the weights of all tokens, of which those not named weigh +0:
+/// adding that changes no lane, for none is ever -0.
+fn sparse_sum(weights: &[f32], ids: &[u32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for (weight, id) in weights.iter().zip(ids) {
+        lanes[*id as usize % 16] += weight;
+    }
+    for distance in [8, 4, 2, 1] {
+        for lane in 0..distance {
+            lanes[lane] += lanes[lane + distance];
+        }
+    }
+    lanes[0]
 }
 
 /// How many of the best candidates top-p and min-p keep, and the sum of their weights.
@@ -290,7 +401,7 @@ struct LogSoftmax {
 
 impl LogSoftmax {
     fn new(backend: Backend, logits: &[f32], scratch: &mut Scratch) -> Self {
-        let max = logits[argmax(logits) as usize];
+        let max = greatest(logits);
         for (exponent, &logit) in scratch.exponents.iter_mut().zip(logits) {
             *exponent = logit - max;
         }

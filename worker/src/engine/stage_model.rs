@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
-use kernels::FloatMatrix;
-use model::{EmbeddingShard, HeadShard, LayerShard, LayerWeights, ModelConfig, NormShard, Store};
+use kernels::{FloatMatrix, ScreenMatrix};
+use model::{
+    EmbeddingShard, HeadShard, LayerShard, LayerWeights, ModelConfig, NormShard, ScreenShard, Store,
+};
 
 use super::EngineError;
 
@@ -14,6 +16,7 @@ pub struct StageModel {
     shards: Vec<LayerShard>,
     embedding: Option<EmbeddingShard>,
     end: Option<(NormShard, HeadShard)>,
+    screen: Option<ScreenShard>,
     weight_bytes: u64,
 }
 
@@ -34,6 +37,7 @@ impl StageModel {
         let shards = layers.clone().map(|layer| store.layer(layer)).collect::<Result<_, _>>()?;
         let embedding = is_first.then(|| store.embedding()).transpose()?;
         let end = if is_last { Some((store.final_norm()?, store.head()?)) } else { None };
+        let screen = if is_last { store.screen()? } else { None };
         let mut weight_bytes =
             store.layer_bytes().saturating_mul(u64::from(layers.end - layers.start));
         if is_first {
@@ -43,7 +47,10 @@ impl StageModel {
         if is_last && !(is_first && config.tied_head) {
             weight_bytes += store.head_bytes();
         }
-        Ok(Self { config, layers, shards, embedding, end, weight_bytes })
+        if is_last {
+            weight_bytes += store.screen_bytes();
+        }
+        Ok(Self { config, layers, shards, embedding, end, screen, weight_bytes })
     }
 
     /// The whole model's shape.
@@ -89,5 +96,10 @@ impl StageModel {
     /// Weight of the final norm, and the head, on the last stage.
     pub(super) fn end(&self) -> Option<(&[f32], FloatMatrix<'_>)> {
         self.end.as_ref().map(|(norm, head)| (norm.weight(), head.matrix()))
+    }
+
+    /// The screen of the head, on the last stage, if the model has one.
+    pub(super) fn screen(&self) -> Option<ScreenMatrix<'_>> {
+        self.screen.as_ref().map(ScreenShard::matrix)
     }
 }

@@ -29,14 +29,14 @@ use std::ops::Range;
 use kernels::{Backend, NotFinite, Quantised, TernaryMatrix};
 use model::LayerWeights;
 
-use super::StageModel;
 use super::barrier::Poisoned;
 use super::buffers::{Codes, Local, OwnCodes, Planes};
 use super::cache::SharedCache;
-use super::head::PositionResult;
+use super::head::{PositionResult, Thresholds};
 use super::profile::{Clock, Part};
 use super::rows::Batch;
 use super::shared::{Member, Pieces, Queue, Shared};
+use super::{Shortcuts, StageModel};
 
 /// Parts of a phase for each thread: so that one that was held up leaves work to the others.
 const PARTS_PER_THREAD: usize = 4;
@@ -57,6 +57,8 @@ pub(super) struct Step<'a> {
     /// `[wanted positions]`.
     pub(super) results: Shared<'a, PositionResult>,
     pub(super) queue: Queue,
+    pub(super) shortcuts: Shortcuts,
+    pub(super) thresholds: Thresholds,
     /// If the step is profiled.
     pub(super) clock: Option<&'a dyn Clock>,
 }

@@ -197,8 +197,9 @@ fn memory_is_counted() {
     let layer = store.layer_bytes();
     assert_eq!(weights(&store, 1..3), 2 * layer);
     assert_eq!(weights(&store, 0..2), 2 * layer + store.embedding_bytes());
-    assert_eq!(weights(&store, 0..LAYERS), 4 * layer + store.embedding_bytes(), "tied");
+    let ends = store.embedding_bytes() + store.screen_bytes();
+    assert_eq!(weights(&store, 0..LAYERS), 4 * layer + ends, "tied");
     let (_dir, llama) = tiny(SynthFamily::Llama);
-    let ends = llama.embedding_bytes() + llama.head_bytes();
+    let ends = llama.embedding_bytes() + llama.head_bytes() + llama.screen_bytes();
     assert_eq!(weights(&llama, 0..LAYERS), 4 * llama.layer_bytes() + ends);
 }

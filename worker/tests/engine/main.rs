@@ -7,3 +7,4 @@ mod fixtures;
 mod pipeline;
 mod profile;
 mod results;
+mod screened;

@@ -40,14 +40,28 @@ pub(super) fn head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns
             let eight = |bits: &[u16; WIDTH]| _mm256_cvtph_ps(load_u16(bits));
             all_rows(w, rows, x, y, eight, widen_f16);
         }
-        FloatKind::Bf16 => {
-            let eight = |bits: &[u16; WIDTH]| {
-                let wide = _mm256_cvtepu16_epi32(load_u16(bits));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            };
-            all_rows(w, rows, x, y, eight, widen_bf16);
-        }
+        FloatKind::Bf16 => all_rows(w, rows, x, y, |bits| widen_eight(bits), widen_bf16),
     }
+}
+
+/// One row of weights by one row of activations.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn one_row(w: FloatMatrix<'_>, row: usize, x: &[f32]) -> f32 {
+    let [[result]] = match w.kind() {
+        FloatKind::F16 => {
+            let eight = |bits: &[u16; WIDTH]| _mm256_cvtph_ps(load_u16(bits));
+            direct([w.row(row)], [x], eight, widen_f16)
+        }
+        FloatKind::Bf16 => direct([w.row(row)], [x], |bits| widen_eight(bits), widen_bf16),
+    };
+    result
+}
+
+/// Eight bf16 as f32.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn widen_eight(bits: &[u16; WIDTH]) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_u16(bits))))
 }
 
 /// Reads the weights from memory once for every [`GROUP_ROWS`] rows of activations.

@@ -1,0 +1,176 @@
+//! A screened head gives the tokens of the whole one, whatever is asked of it and in whatever company.
+
+use kernels::Backend;
+use model::synth::SynthFamily;
+use model::{Store, SynthShape, synth};
+use proto::step::{Output, RowStatus, SamplingParameters};
+use worker::engine::{Clock, Engine, EngineConfig, Shortcuts};
+
+use crate::pipeline::{Sequence, engine, open, plain};
+
+/// Many groups of 64, the last one not whole.
+const VOCAB: u32 = 5_003;
+
+fn wide_vocabulary(family: SynthFamily) -> (tempfile::TempDir, Store) {
+    let shape =
+        SynthShape { layers: 1, hidden: 72, ffn: 150, heads: 4, kv_heads: 2, vocab: VOCAB, family };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    synth(&shape, 3, &path, &mut |_| {}).unwrap();
+    let store = open(&path);
+    store.verify(|_| {}).unwrap();
+    (dir, store)
+}
+
+/// An engine that screens, or one that does not.
+fn engine_that(store: &Store, screens: bool, backend: Backend, threads: usize) -> Engine {
+    let shortcuts = Shortcuts { screen: screens, ..Shortcuts::default() };
+    engine(store, 0..1, EngineConfig { backend, threads, shortcuts, ..plain() })
+}
+
+/// Every way to ask for a token that a few logits decide, and some that need all of them.
+fn asked() -> Vec<SamplingParameters> {
+    let greedy = SamplingParameters::default();
+    let warm = SamplingParameters { temperature: 0.8, ..greedy.clone() };
+    let counts = |count| (0..VOCAB).step_by(7).map(|token| (token, count)).collect::<Vec<_>>();
+    let seen = SamplingParameters {
+        prompt_counts: counts(1),
+        output_counts: counts(3),
+        repetition_penalty: 1.3,
+        frequency_penalty: 0.4,
+        presence_penalty: -0.7,
+        ..warm.clone()
+    };
+    let mut all = vec![
+        greedy.clone(),
+        SamplingParameters { temperature: 0.0, ..seen.clone() },
+        SamplingParameters { logit_bias: vec![(4_999, 100.0), (3, -2.0)], ..greedy.clone() },
+        SamplingParameters {
+            logit_bias: (0..300).map(|i| (i * 16, -100.0)).collect(),
+            ..greedy.clone()
+        },
+        // Infinite: the row fails, screened or not.
+        SamplingParameters { logit_bias: vec![(9, 3e38), (9, 3e38)], ..greedy },
+        SamplingParameters { temperature: 1e-30, top_k: 3, ..warm.clone() },
+        warm.clone(),
+        SamplingParameters { top_p: 0.9, ..warm.clone() },
+        SamplingParameters { top_k: 5, top_logprobs: Some(3), ..warm.clone() },
+    ];
+    for seed in 0..4 {
+        let warm = SamplingParameters { seed, ..warm.clone() };
+        all.extend([
+            SamplingParameters { top_k: 1, ..warm.clone() },
+            SamplingParameters { top_k: 40, ..warm.clone() },
+            SamplingParameters { top_k: 128, top_p: 0.95, ..warm.clone() },
+            SamplingParameters { top_k: 20, min_p: 0.2, top_p: 0.7, ..warm.clone() },
+            SamplingParameters { min_p: 0.05, ..warm.clone() },
+            SamplingParameters { min_p: 0.5, temperature: 3.0, ..warm.clone() },
+            SamplingParameters { min_p: 1.0, ..warm },
+            SamplingParameters { top_k: 30, seed, ..seen.clone() },
+            SamplingParameters { min_p: 0.1, seed, ..seen.clone() },
+        ]);
+    }
+    all
+}
+
+struct NoTime;
+
+impl Clock for NoTime {
+    fn now_ns(&self) -> u64 {
+        0
+    }
+}
+
+#[test]
+fn a_screened_head_gives_the_tokens_of_the_whole_one() {
+    for family in [SynthFamily::BitNet, SynthFamily::Llama] {
+        let (_dir, store) = wide_vocabulary(family);
+        let mut whole = engine_that(&store, false, Backend::detect(), 1);
+        for (backend, threads) in [
+            (Backend::by_name("scalar").unwrap(), 2),
+            (Backend::detect(), 1),
+            (Backend::detect(), 2),
+            (Backend::detect(), 3),
+        ] {
+            let mut screened = engine_that(&store, true, backend, threads);
+            let mut left_out = 0;
+            for (at, parameters) in asked().into_iter().enumerate() {
+                let sequence = Sequence::new(at as u64 % 8, 5);
+                let rows = [sequence.row(0..5, Output::Sample(Box::new(parameters.clone())))];
+                let (found, profile) = screened.forward_profiled(&rows, &[], &NoTime);
+                let want = whole.forward(&rows, &[]);
+                assert_eq!(found, want, "{threads} threads: {parameters:?}");
+                assert_eq!(profile.screened_rows + profile.exact_rows, u64::from(VOCAB));
+                left_out += profile.screened_rows;
+            }
+            let some = if backend.screening_pays() { 5 * u64::from(VOCAB) } else { 0 };
+            assert!(left_out >= some, "only {left_out} rows were left out");
+        }
+    }
+}
+
+#[test]
+fn company_changes_no_token() {
+    let (_dir, store) = wide_vocabulary(SynthFamily::BitNet);
+    let asked = asked();
+    for threads in [1, 2, 3] {
+        let mut whole = engine_that(&store, false, Backend::detect(), threads);
+        let mut screened = engine_that(&store, true, Backend::detect(), threads);
+        for n in [2, 3, 7, 16, 23] {
+            // Some rows want all logits, or scores of several positions, or nothing.
+            for others in 0..3 {
+                let rows: Vec<_> = (0..n)
+                    .map(|i| {
+                        let sequence = Sequence::new((i % 8) as u64, 4);
+                        let sequence = Sequence { id: i as u64, ..sequence };
+                        let output = match (i + others) % 6 {
+                            0 if others > 0 => Output::Logits,
+                            1 if others > 1 => Output::Score(vec![1, 2, 3, 4]),
+                            2 if others > 0 => Output::None,
+                            _ => {
+                                let parameters = &asked[(i * 5 + n) % asked.len()];
+                                Output::Sample(Box::new(parameters.clone()))
+                            }
+                        };
+                        sequence.row(0..4, output)
+                    })
+                    .collect();
+                let found = screened.forward(&rows, &[]);
+                assert_eq!(found, whole.forward(&rows, &[]), "{n} rows on {threads} threads");
+                assert!(found.rows.iter().any(|row| row.status == RowStatus::Ok));
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_that_are_not_finite_fail_their_row_alone() {
+    let (_dir, store) = wide_vocabulary(SynthFamily::BitNet);
+    let hidden = store.config().hidden as usize;
+    let greedy = || Output::Sample(Box::default());
+    for screens in [false, true] {
+        // A stage that takes over activations: the second of two.
+        let shape = SynthShape {
+            layers: 2,
+            hidden: 72,
+            ffn: 150,
+            heads: 4,
+            kv_heads: 2,
+            vocab: VOCAB,
+            family: SynthFamily::BitNet,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("two");
+        synth(&shape, 5, &path, &mut |_| {}).unwrap();
+        let shortcuts = Shortcuts { screen: screens, ..Shortcuts::default() };
+        let config = EngineConfig { backend: Backend::detect(), threads: 2, shortcuts, ..plain() };
+        let mut last = engine(&open(&path), 1..2, config);
+        let mut input = vec![0.5; 2 * hidden];
+        input[3] = f32::NAN;
+        let rows =
+            [Sequence::new(0, 1).row(0..1, greedy()), Sequence::new(1, 1).row(0..1, greedy())];
+        let found = last.forward(&rows, &input);
+        assert_eq!(found.rows[0].status, RowStatus::NotFinite, "screens: {screens}");
+        assert_eq!(found.rows[1].status, RowStatus::Ok, "screens: {screens}");
+    }
+}
