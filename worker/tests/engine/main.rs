@@ -1,6 +1,7 @@
 //! The engine from outside: exactness, refusals, and the logits of the reference implementation.
 #![expect(clippy::unwrap_used, reason = "everything here is a test or helps one")]
 
+mod bundled;
 mod exact;
 mod failures;
 mod fixtures;
