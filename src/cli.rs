@@ -4,6 +4,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     ask::{ChatCommand, GenerateCommand, StatusCommand},
+    bench::BenchCommand,
     completions::CompletionsCommand,
     eval::EvalCommand,
     import::ImportCommand,
@@ -82,6 +83,8 @@ pub(crate) enum Command {
     Model(ModelCommand),
     /// Measure the perplexity of a model on a text
     Eval(EvalCommand),
+    /// Measure the machine, the kernels, an engine, a cluster
+    Bench(BenchCommand),
     /// Look inside
     Debug(DebugCommand),
     /// Print a completion script for a shell

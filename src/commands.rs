@@ -1,6 +1,7 @@
 //! The commands. Each file has the flags of some and runs them.
 
 pub(crate) mod ask;
+pub(crate) mod bench;
 pub(crate) mod completions;
 pub(crate) mod eval;
 pub(crate) mod import;
@@ -60,6 +61,7 @@ async fn run_client(command: Command) -> Result<(), Failure> {
         Command::Import(command) => import::run(&command),
         Command::Model(command) => model::run(command),
         Command::Eval(command) => eval::run(&command),
+        Command::Bench(command) => bench::run(command).await,
         Command::Debug(command) => match command.what {
             DebugWhat::Logits(command) => logits::run(&command),
         },
@@ -91,7 +93,8 @@ fn start_telemetry(service: &str, config: &TelemetryConfig) -> Result<TelemetryG
 /// Which model, for commands that compute in this process.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct ModelArgs {
-    /// A store, a Hugging Face directory, a GGUF file, or `bundled` [default: bundled]
+    /// A store, a Hugging Face directory, a GGUF file, `bundled`, or `synth:SHAPE` (random weights,
+    /// such as synth:2b4t) [default: bundled]
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,
 }

@@ -5,9 +5,11 @@
 //!                                      ├─▶ local::LocalCluster: Memory registry, coordinator, workers
 //!                                      ├─▶ coordinator::run, worker::run with etcd
 //!                                      ├─▶ pipeline::Pipeline: engines without a network
+//!                                      ├─▶ bench: limits, kernels, one engine
 //!                                      └─▶ model: import, synth, verify
 //! ```
 
+pub mod bench;
 pub mod cli;
 mod commands;
 pub mod eval;
@@ -17,6 +19,7 @@ pub mod logits;
 pub mod models;
 pub mod pipeline;
 mod progress;
+mod random;
 pub mod settings;
 
 pub use commands::run;

@@ -6,6 +6,7 @@ use proto::ids::{BlockId, SequenceId};
 use proto::step::{Output, RowValue, SamplingParameters};
 
 use crate::pipeline::{Feed, Pipeline, PipelineError, PipelineOptions, blocks_for};
+use crate::random::Random;
 
 /// The longest row of a sequence that only keeps company.
 const COMPANY_CHUNK: usize = 32;
@@ -140,30 +141,6 @@ fn check(tokens: &[u32], context: u32, vocab: u32) -> Result<(), LogitsError> {
 /// f32 little endian.
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|&four| f32::from_le_bytes(four)).collect()
-}
-
-/// SplitMix64 (Steele, Lea and Flood, 2014): the same company for the same seed, everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `limit`; evenly enough for company.
-    fn below(&mut self, limit: u32) -> u32 {
-        (((self.next() >> 32) * u64::from(limit)) >> 32) as u32
-    }
-
-    fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            items.swap(last, self.below(last as u32 + 1) as usize);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,19 @@
-//! Which store `--model` means: a store, a checkpoint that is imported once, or the bundled model.
+//! Which store `--model` means: a store, a checkpoint that is imported once, the bundled model, or
+//! random weights that are made once.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use model::{ImportError, ImportOptions, Progress, Store, StoreError};
+use model::synth::ParseShapeError;
+use model::{ImportError, ImportOptions, Progress, Store, StoreError, SynthError, SynthShape};
 
 /// The name under which the bundled model is asked for.
 pub const BUNDLED: &str = "bundled";
+
+/// What stands before the shape of a random model that is asked for.
+pub const SYNTH: &str = "synth:";
 
 /// The file that makes a directory a store.
 const MANIFEST: &str = "manifest.json";
@@ -22,8 +27,8 @@ const KEY_DIGITS: usize = 16;
 pub enum ModelsError {
     /// Nothing is there.
     #[error(
-        "there is no model at {} (name a store, a Hugging Face directory, a GGUF file, or \
-         `{BUNDLED}`)", path.display()
+        "there is no model at {} (name a store, a Hugging Face directory, a GGUF file, `{BUNDLED}`, \
+         or `{SYNTH}SHAPE`)", path.display()
     )]
     NotFound {
         /// What was named.
@@ -61,6 +66,17 @@ pub enum ModelsError {
     /// The bundled model cannot be written to the cache.
     #[error("failed to set up the bundled model")]
     Bundled(#[source] ImportError),
+    /// There are no random models of such a shape.
+    #[error("failed to read what stands after `{SYNTH}`")]
+    Shape(#[from] ParseShapeError),
+    /// A random model cannot be made.
+    #[error("failed to make random weights in {}", path.display())]
+    Synth {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: SynthError,
+    },
     /// The store cannot be used.
     #[error("failed to open the model {}", path.display())]
     Store {
@@ -86,6 +102,9 @@ pub fn open(
     let path = match argument {
         None | Some(BUNDLED) => {
             model::import_bundled(&cache_dir()?).map_err(ModelsError::Bundled)?
+        }
+        Some(text) if text.starts_with(SYNTH) => {
+            synthesised(&text[SYNTH.len()..], &cache_dir()?, progress)?
         }
         Some(text) => {
             let path = Path::new(text);
@@ -146,6 +165,27 @@ fn imported(
     }
 }
 
+/// The cached store of random weights of this shape (seed 0), made now if it is not there.
+fn synthesised(
+    shape: &str,
+    cache: &Path,
+    progress: &mut dyn FnMut(&Progress<'_>),
+) -> Result<PathBuf, ModelsError> {
+    let parsed: SynthShape = shape.parse()?;
+    // Of the layout of this program, as what is imported.
+    let layout = blake3::hash(model::Layout::current().to_string().as_bytes()).to_hex();
+    let store = cache.join(format!("synth-{shape}-{}", &layout[..KEY_DIGITS]));
+    if store.join(MANIFEST).is_file() {
+        return Ok(store);
+    }
+    match model::synth(&parsed, 0, &store, progress) {
+        Ok(_) => Ok(store),
+        // Somebody else was quicker: stores appear whole, so theirs is as good.
+        Err(_) if store.join(MANIFEST).is_file() => Ok(store),
+        Err(source) => Err(ModelsError::Synth { path: store, source }),
+    }
+}
+
 /// A name for the store of what is at `source` now, in the layout of this program.
 fn key_of(source: &Path) -> io::Result<String> {
     let source = fs::canonicalize(source)?;
@@ -195,6 +235,20 @@ mod tests {
         assert_ne!(longer, first);
         fs::write(source.join("more"), "").unwrap();
         assert_ne!(key_of(&source).unwrap(), longer);
+    }
+
+    #[test]
+    fn random_weights_are_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut parts = 0;
+        let shape = "1x64x128x2x1x96";
+        let first = synthesised(shape, dir.path(), &mut |_| parts += 1).unwrap();
+        assert!(parts > 0);
+        let again = synthesised(shape, dir.path(), &mut |_| panic!("it is there")).unwrap();
+        assert_eq!(first, again);
+        assert_eq!(Store::open(&first).unwrap().config().hidden, 64);
+        let error = synthesised("../x", dir.path(), &mut |_| {}).unwrap_err();
+        assert!(matches!(error, ModelsError::Shape(_)), "{error}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Library and commands for people: generate, chat, status.
+//! Library and commands for people: generate, chat, status, bench of a cluster.
 //!
 //! [`Client`] speaks to a coordinator's gRPC interface in the domain types of `proto`. The commands
 //! print for people on a terminal and for programs with `--json`; their arguments are clap structs
@@ -11,6 +11,7 @@
 //! stdout ◀── text as it comes ◀──┴── Answer: a stream of GenerateEvent
 //! ```
 
+pub mod bench;
 pub mod chat;
 pub mod command;
 pub mod endpoint;

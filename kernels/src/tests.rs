@@ -6,6 +6,7 @@ mod elements;
 mod functions;
 mod layout;
 mod linear;
+mod probe;
 mod screen;
 
 use crate::{Backend, known_answer};

@@ -39,6 +39,11 @@ fn the_flags_that_scripts_rely_on_exist() {
         "tercet model show s --json",
         "tercet model verify s",
         "tercet model synth --shape 2b4t --seed 3 store",
+        "tercet bench limits --threads 1,2 --json",
+        "tercet bench kernel --rows 1,2,4,8 --shape q,kv,o,gate,down,head --isa scalar --threads 1",
+        "tercet bench engine --model m --threads 2 --prompt 512 --generate 32 --batch 1,8,16 \
+         --context 4000 --repeat 3 --json",
+        "tercet bench pipeline --endpoint a:1 --prompt 512 --generate 32 --batch 1,8,16 --json",
         "tercet completions bash",
         "tercet status --log debug --log-format json --otlp http://127.0.0.1:4317",
     ] {
@@ -65,6 +70,15 @@ fn wrong_usage_is_two() {
         "tercet model synth --shape 2x3 store",
         "tercet worker --memory lots",
         "tercet status --log-format yaml",
+        "tercet bench",
+        "tercet bench limits --threads 0",
+        "tercet bench kernel --shape up",
+        "tercet bench kernel --rows 0",
+        "tercet bench kernel --isa mmx",
+        "tercet bench engine --batch 1,,2",
+        "tercet bench engine --generate 0",
+        "tercet bench pipeline --generate 1",
+        "tercet bench pipeline --batch many",
         "tercet completions tcl",
     ] {
         assert_eq!(exit_of(line), 2, "{line}");

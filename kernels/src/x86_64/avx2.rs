@@ -7,6 +7,7 @@ mod attention;
 mod elementwise;
 mod functions;
 mod head;
+mod probe;
 mod quantise;
 pub(super) mod reduce;
 mod screen;
@@ -74,6 +75,9 @@ entries! {
     attend::attend_group(q: &[f32], block: KvBlock<'_>, next: Option<KvBlock<'_>>, filled: &[u8], states: &mut [f32]);
     attention::attend_merge(into: &mut AttentionState<'_>, other: &AttentionState<'_>);
     attention::attend_finish(state: &AttentionState<'_>, out: &mut [f32]);
+    probe::probe_read(words: &[u64]) -> u64;
+    probe::probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) -> u16;
+    probe::probe_fma(w: &[f32; 32], x: &[f32], rounds: usize) -> f32;
 }
 
 /// Floats in a register.

@@ -1,0 +1,29 @@
+//! Measures: what the machine can do, each kernel, and one engine against the machine.
+//!
+//! * `machine` which CPU; `team` threads that start together; `spread` what repeats gave
+//! * `limits` bandwidth and multiply-adds, and the tokens per second that they allow
+//! * `kernel` each product by shape, rows and instruction set
+//! * `engine` prefill, decode and batches of one engine in this process
+//!
+//! A cluster is measured from outside, by the client (`client::bench`).
+
+pub mod engine;
+pub mod kernel;
+pub mod limits;
+pub mod machine;
+mod spread;
+mod team;
+
+pub use spread::Spread;
+
+/// Told what is measured next, and how many of how many parts are done.
+pub type Report<'a> = &'a mut dyn FnMut(&str, u64, u64);
+
+/// Bytes of a cache line, on which the engine's memory and a store's tensors begin.
+const LINE_BYTES: usize = 64;
+
+/// The first `len` of `values` that begin on a cache line; a few less if `values` has no more.
+fn aligned<T>(values: &[T], len: usize) -> &[T] {
+    let values = values.get(values.as_ptr().align_offset(LINE_BYTES)..).unwrap_or_default();
+    &values[..len.min(values.len())]
+}

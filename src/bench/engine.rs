@@ -1,0 +1,325 @@
+//! Prefill, decode and batched decode of one engine in this process, against what the machine
+//! could do at best.
+//!
+//! One stage that holds the whole model, and no network. Prompts are random tokens, and every
+//! sequence has its own keys and values. A prompt is cut into chunks as the scheduler of a
+//! coordinator would that had nothing else to do: whole steps, and what is left in the last one.
+//! Drawing is greedy; every decoded token goes through the head, a prompt's tokens do not.
+
+mod limited;
+mod sequences;
+
+use std::time::Instant;
+
+use kernels::Backend;
+use model::Store;
+use proto::plan::KvType;
+use proto::step::RowStatus;
+use serde::Serialize;
+use worker::engine::{EngineConfig, EngineError, StageModel};
+
+pub use self::limited::Limited;
+use self::sequences::Sequences;
+use super::limits::{self, Memory, TokenWork};
+use super::machine::{self, Machine};
+use super::{Report, Spread};
+
+/// What to measure, and how it is computed.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which kernels.
+    pub backend: Backend,
+    /// Threads that compute.
+    pub threads: usize,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
+    /// Tokens of the prompt whose prefill is measured.
+    pub prompt: usize,
+    /// Tokens of a prompt in one step.
+    pub chunk: usize,
+    /// Tokens that every decoding sequence has behind it.
+    pub context: usize,
+    /// Tokens that every sequence generates.
+    pub generate: usize,
+    /// Sequences that decode together.
+    pub batches: Vec<usize>,
+    /// Times everything is measured; the middle counts.
+    pub repeats: usize,
+    /// Of what the prompts are made.
+    pub seed: u64,
+    /// Memory that is read for the limit of the bandwidth, in bytes.
+    pub read_bytes: usize,
+}
+
+impl Default for Options {
+    /// The fastest kernels and every core; prompts in steps of a coordinator's default.
+    fn default() -> Self {
+        Self {
+            backend: Backend::detect(),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            kv_type: KvType::default(),
+            prompt: 512,
+            chunk: coordinator::LimitsConfig::default().step_tokens as usize,
+            context: 16,
+            generate: 32,
+            batches: vec![1, 2, 4, 8, 16],
+            repeats: 3,
+            seed: 0,
+            read_bytes: limits::READ_BYTES,
+        }
+    }
+}
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BenchError {
+    /// Something must be at least one.
+    #[error("{what} must be at least 1")]
+    Zero {
+        /// What was 0.
+        what: &'static str,
+    },
+    /// More than the model can hold.
+    #[error("{what} needs {tokens} tokens, more than the model's context of {context}")]
+    Context {
+        /// For what.
+        what: &'static str,
+        /// Tokens of one sequence.
+        tokens: usize,
+        /// What the model can hold.
+        context: u32,
+    },
+    /// The engine could not be set up.
+    #[error("failed to set up the engine")]
+    Engine(#[from] EngineError),
+    /// A row was not computed.
+    #[error("the tokens from position {position} on were not computed ({status:?}): {detail}")]
+    Row {
+        /// Of the row's first token.
+        position: u32,
+        /// What the engine says.
+        status: RowStatus,
+        /// In words.
+        detail: String,
+    },
+    /// The system does not say how much memory was used.
+    #[error("failed to read the peak of the resident memory")]
+    Peak(#[source] std::io::Error),
+}
+
+/// What was measured: what `tercet bench engine --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Measured {
+    /// Version of the program.
+    pub version: &'static str,
+    /// Where.
+    pub machine: Machine,
+    /// Name of the model.
+    pub model: String,
+    /// Which kernels.
+    pub isa: &'static str,
+    /// Threads that computed.
+    pub threads: usize,
+    /// How keys and values were stored.
+    pub kv_type: &'static str,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Tokens of a prompt in one step.
+    pub chunk: usize,
+    /// Tokens that every decoding sequence had behind it.
+    pub context: usize,
+    /// Tokens that every sequence generated.
+    pub generate: usize,
+    /// Times everything was measured.
+    pub repeats: usize,
+    /// Of the prompt; no head in it. The median, as every rate here.
+    pub prefill_tokens_per_s: f64,
+    /// Of one sequence.
+    pub decode_tokens_per_s: f64,
+    /// Of several sequences, all of them together.
+    pub batched: Vec<Batched>,
+    /// What the repeats gave.
+    pub spread: Spreads,
+    /// What the machine can do, and what it would allow.
+    pub limits: Limited,
+    /// How much of what it would allow was reached.
+    pub shares: Shares,
+    /// What one token needs, whatever computes it.
+    pub work: TokenWork,
+    /// The most memory that was resident while the engine ran.
+    pub peak_rss_bytes: u64,
+    /// Bytes of the weights' files.
+    pub weight_bytes: u64,
+    /// Bytes of keys and values, if every block were used.
+    pub kv_bytes: u64,
+}
+
+/// Decoding of several sequences together.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Batched {
+    /// How many.
+    pub batch: usize,
+    /// Of all of them together.
+    pub tokens_per_s: f64,
+    /// What the repeats gave.
+    pub spread: Spread,
+    /// Of the rate that multiply-adds allow, or for a batch that memory holds back more, of the one
+    /// that it allows when every weight is read once a step.
+    pub share_of_limit: f64,
+}
+
+/// What the repeats gave, in tokens per second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spreads {
+    /// Of prefill.
+    pub prefill: Spread,
+    /// Of one sequence.
+    pub decode: Spread,
+}
+
+/// Measured rates over what the machine would allow.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Shares {
+    /// Of `limits.dense_decode_tokens_per_s`.
+    pub decode: f64,
+    /// Of `limits.prefill_tokens_per_s`.
+    pub prefill: f64,
+}
+
+/// Measures an engine that holds the whole of `store`.
+///
+/// # Errors
+///
+/// [`BenchError`].
+pub fn measure(
+    store: &Store,
+    options: &Options,
+    report: Report<'_>,
+) -> Result<Measured, BenchError> {
+    check(options, store.config().context)?;
+    let Options { backend, threads, repeats, .. } = *options;
+    // Limits before and after, and one part each for what is filled and for every repeat.
+    let total = (repeats * (2 + options.batches.len()) + 3) as u64;
+    let mut done = 0;
+    let mut next = |what: &str| {
+        report(what, done, total);
+        done += 1;
+    };
+
+    next("limits");
+    let before = limits::measure(backend, threads, &Memory::new(options.read_bytes)).limits;
+    // The memory that was read for them is no part of the engine's peak. Where the system does not
+    // forget, the peak is at most too high.
+    let _ = machine::forget_peak();
+
+    next("first steps");
+    let most = options.batches.iter().copied().max().unwrap_or(1).max(1);
+    let mut sequences = Sequences::new(options, store.config(), most);
+    let model = StageModel::open(store, 0..store.config().layers)?;
+    let config = EngineConfig {
+        backend,
+        threads,
+        kv_type: options.kv_type,
+        kv_blocks: sequences.block_count(),
+        max_step_tokens: options.chunk.max(most) as u32,
+    };
+    let mut engine = worker::engine::Engine::new(model, config)?;
+    sequences.fill(&mut engine)?;
+    // Maps the pages of the head, too.
+    sequences.decode(&mut engine, 1, 1)?;
+
+    let mut prefill = Vec::new();
+    let mut decode = Vec::new();
+    let mut batched = vec![Vec::new(); options.batches.len()];
+    for _ in 0..repeats {
+        next("prefill");
+        let seconds = timed(|| sequences.prefill(&mut engine))?;
+        prefill.push(options.prompt as f64 / seconds);
+        next("decode");
+        let seconds = timed(|| sequences.decode(&mut engine, 1, options.generate))?;
+        decode.push(options.generate as f64 / seconds);
+        for (&batch, rates) in options.batches.iter().zip(&mut batched) {
+            next(&format!("batch of {batch}"));
+            let seconds = timed(|| sequences.decode(&mut engine, batch, options.generate))?;
+            rates.push((batch * options.generate) as f64 / seconds);
+        }
+    }
+    let peak_rss_bytes = machine::peak_rss_bytes().map_err(BenchError::Peak)?;
+    let (weight_bytes, kv_bytes) = (engine.weight_bytes(), engine.kv_bytes());
+    drop(engine);
+
+    next("limits");
+    let after = limits::measure(backend, threads, &Memory::new(options.read_bytes)).limits;
+    let work = TokenWork::of(store.config());
+    let limits = Limited::new(before, after, &work);
+    let (prefill, decode) = (Spread::of(&prefill), Spread::of(&decode));
+    let batched = options.batches.iter().zip(batched).map(|(&batch, rates)| {
+        let spread = Spread::of(&rates);
+        let share_of_limit = spread.median / limits.batch_tokens_per_s(batch);
+        Batched { batch, tokens_per_s: spread.median, spread, share_of_limit }
+    });
+    Ok(Measured {
+        version: env!("CARGO_PKG_VERSION"),
+        machine: Machine::this(),
+        model: store.config().name.clone(),
+        isa: backend.name(),
+        threads,
+        kv_type: options.kv_type.name(),
+        prompt: options.prompt,
+        chunk: options.chunk,
+        context: options.context,
+        generate: options.generate,
+        repeats,
+        prefill_tokens_per_s: prefill.median,
+        decode_tokens_per_s: decode.median,
+        batched: batched.collect(),
+        spread: Spreads { prefill, decode },
+        shares: Shares {
+            decode: decode.median / limits.dense_decode_tokens_per_s,
+            prefill: prefill.median / limits.prefill_tokens_per_s,
+        },
+        limits,
+        work,
+        peak_rss_bytes,
+        weight_bytes,
+        kv_bytes,
+    })
+}
+
+/// The seconds that `work` took.
+fn timed(work: impl FnOnce() -> Result<(), BenchError>) -> Result<f64, BenchError> {
+    let begin = Instant::now();
+    work()?;
+    // A clock that stands still between two looks would divide by nothing.
+    Ok(begin.elapsed().as_secs_f64().max(1e-9))
+}
+
+/// Refuses what cannot be measured, before anything is.
+fn check(options: &Options, context: u32) -> Result<(), BenchError> {
+    let sequences = options.batches.iter().min().copied().unwrap_or(1);
+    for (what, count) in [
+        ("the number of threads", options.threads),
+        ("the number of tokens of the prompt", options.prompt),
+        ("the number of tokens in a chunk", options.chunk),
+        ("the number of tokens to generate", options.generate),
+        ("the number of sequences in a batch", sequences),
+        ("the number of repeats", options.repeats),
+    ] {
+        if count == 0 {
+            return Err(BenchError::Zero { what });
+        }
+    }
+    for (what, tokens) in [
+        ("the prompt", options.prompt),
+        ("decoding", options.context.saturating_add(options.generate)),
+    ] {
+        if tokens > context as usize {
+            return Err(BenchError::Context { what, tokens, context });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

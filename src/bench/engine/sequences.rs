@@ -1,0 +1,131 @@
+//! The sequences that an engine is measured with: their tokens, their blocks, and their steps.
+
+use std::ops::Range;
+
+use model::ModelConfig;
+use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
+use proto::step::{Output, Row, RowStatus, RowValue};
+use worker::engine::Engine;
+
+use super::{BenchError, Options};
+use crate::pipeline::blocks_for;
+use crate::random::Random;
+
+/// Sequences of random tokens, each with blocks of its own.
+///
+/// The first has the prompt whose prefill is measured; what it has generated is forgotten when it
+/// is measured again, for its blocks are written anew.
+pub(super) struct Sequences {
+    /// Of each sequence, at least as many as it has behind it when it decodes.
+    tokens: Vec<Vec<u32>>,
+    blocks: Vec<Vec<BlockId>>,
+    prompt: usize,
+    chunk: usize,
+    context: usize,
+}
+
+impl Sequences {
+    /// `count` sequences for a model of this shape.
+    pub(super) fn new(options: &Options, model: &ModelConfig, count: usize) -> Self {
+        let Options { prompt, chunk, context, generate, seed, .. } = *options;
+        let mut random = Random(seed);
+        let mut next_block = 0;
+        let mut of = |tokens: usize, most: usize| {
+            let blocks = next_block..next_block + blocks_for(most) as u32;
+            next_block = blocks.end;
+            let tokens: Vec<u32> = (0..tokens).map(|_| random.below(model.vocab)).collect();
+            (tokens, blocks.map(BlockId).collect::<Vec<_>>())
+        };
+        let (tokens, blocks) = (0..count)
+            .map(|index| {
+                let read = if index == 0 { prompt.max(context) } else { context };
+                // One more, for the first step to go on from.
+                of(read + 1, read.max(context + generate))
+            })
+            .unzip();
+        Self { tokens, blocks, prompt, chunk, context }
+    }
+
+    /// Blocks of all of them.
+    pub(super) fn block_count(&self) -> u32 {
+        self.blocks.iter().map(|blocks| blocks.len() as u32).sum()
+    }
+
+    /// Computes what every sequence has behind it.
+    pub(super) fn fill(&mut self, engine: &mut Engine) -> Result<(), BenchError> {
+        (0..self.tokens.len()).try_for_each(|sequence| self.read(engine, sequence, self.context))
+    }
+
+    /// The prompt of the first sequence, in chunks.
+    pub(super) fn prefill(&mut self, engine: &mut Engine) -> Result<(), BenchError> {
+        self.read(engine, 0, self.prompt)
+    }
+
+    /// The first `count` tokens of a sequence, in chunks.
+    fn read(&self, engine: &mut Engine, sequence: usize, count: usize) -> Result<(), BenchError> {
+        for start in (0..count).step_by(self.chunk) {
+            let end = count.min(start + self.chunk);
+            let tokens = self.tokens[sequence][start..end].to_vec();
+            forward(engine, &[self.row(sequence, start, tokens, Output::None)])?;
+        }
+        Ok(())
+    }
+
+    /// Generates `count` tokens of each of the first `batch` sequences, one of each in every step.
+    pub(super) fn decode(
+        &mut self,
+        engine: &mut Engine,
+        batch: usize,
+        count: usize,
+    ) -> Result<(), BenchError> {
+        let mut last: Vec<u32> =
+            self.tokens[..batch].iter().map(|tokens| tokens[self.context]).collect();
+        for position in self.positions(count) {
+            let row = |(sequence, token): (usize, &u32)| {
+                self.row(sequence, position, vec![*token], Output::Sample(Box::default()))
+            };
+            let rows: Vec<Row> = last.iter().enumerate().map(row).collect();
+            last = forward(engine, &rows)?;
+        }
+        Ok(())
+    }
+
+    /// Where `count` tokens are decoded.
+    fn positions(&self, count: usize) -> Range<usize> {
+        self.context..self.context + count
+    }
+
+    fn row(&self, sequence: usize, position: usize, tokens: Vec<u32>, output: Output) -> Row {
+        Row {
+            sequence: SequenceId(sequence as u64 + 1),
+            generation: Generation(1),
+            position: position as u32,
+            // The hashes are between coordinator and session; the engine does not look at them.
+            prefix_hash_before: PrefixHash::EMPTY,
+            prefix_hash_after: PrefixHash::EMPTY,
+            blocks: self.blocks[sequence][..blocks_for(position + tokens.len())].to_vec(),
+            tokens,
+            output,
+            status: RowStatus::Ok,
+            detail: String::new(),
+            traceparent: String::new(),
+        }
+    }
+}
+
+/// One step: the tokens that were drawn.
+fn forward(engine: &mut Engine, rows: &[Row]) -> Result<Vec<u32>, BenchError> {
+    let output = engine.forward(rows, &[]);
+    let mut drawn = Vec::with_capacity(rows.len());
+    for (row, outcome) in rows.iter().zip(output.rows) {
+        match (outcome.status, outcome.value) {
+            (RowStatus::Ok, RowValue::Sampled(sampled)) => drawn.push(sampled.token),
+            (RowStatus::Ok, _) => {}
+            (status, _) => {
+                let (position, detail) = (row.position, outcome.detail);
+                return Err(BenchError::Row { position, status, detail });
+            }
+        }
+    }
+    Ok(drawn)
+}

@@ -1,0 +1,53 @@
+//! `tercet bench`: what the machine can do, and how near to it kernels, an engine and a cluster
+//! come.
+
+mod engine;
+mod kernel;
+mod limits;
+mod pipeline;
+
+use clap::{Args, Subcommand};
+use kernels::Backend;
+
+use self::engine::EngineCommand;
+use self::kernel::KernelCommand;
+use self::limits::LimitsCommand;
+use self::pipeline::PipelineCommand;
+use crate::Failure;
+
+/// Measures: the machine, the kernels, an engine, a cluster.
+#[derive(Debug, Args)]
+pub(crate) struct BenchCommand {
+    #[command(subcommand)]
+    what: BenchWhat,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchWhat {
+    /// What the machine can do: bandwidth and multiply-adds
+    Limits(LimitsCommand),
+    /// Each product by shape, rows and instruction set
+    Kernel(KernelCommand),
+    /// Prefill, decode and batches of one engine in this process, and its share of the limits
+    Engine(EngineCommand),
+    /// Prefill, decode and concurrent requests of a running cluster
+    Pipeline(PipelineCommand),
+}
+
+/// Runs the command.
+pub(crate) async fn run(command: BenchCommand) -> Result<(), Failure> {
+    match command.what {
+        BenchWhat::Limits(command) => limits::run(&command),
+        BenchWhat::Kernel(command) => kernel::run(&command),
+        BenchWhat::Engine(command) => engine::run(&command),
+        BenchWhat::Pipeline(command) => pipeline::run(&command).await,
+    }
+}
+
+/// The kernels of this name, if this CPU runs them.
+fn backend(name: &str) -> Result<Backend, String> {
+    Backend::by_name(name).ok_or_else(|| {
+        let names: Vec<_> = Backend::available().map(Backend::name).collect();
+        format!("this CPU runs {}", names.join(", "))
+    })
+}

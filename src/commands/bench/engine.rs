@@ -1,0 +1,164 @@
+//! `tercet bench engine`.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+use client::command::TextWriter;
+use kernels::Backend;
+use proto::plan::KvType;
+
+use crate::Failure;
+use crate::bench::Spread;
+use crate::bench::engine::{BenchError, Measured, Options, measure};
+use crate::commands::{ModelArgs, at_least_one, threads};
+use crate::progress::Progress;
+
+/// Most sequences that decode together: more is a slip of the finger.
+const BATCH_MAX: usize = 1024;
+
+/// Measures prefill, decode and batched decode of one engine, and what the machine would allow.
+///
+/// Prompts are random tokens; drawing is greedy. A prompt is cut into chunks as a coordinator's
+/// scheduler does that has nothing else to do.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tercet bench engine --model synth:2b4t --threads 2 --prompt 512 --generate 32 --batch 1,8,16
+  tercet bench engine --model store/ --context 4000 --generate 16 --batch 1 --json")]
+pub(crate) struct EngineCommand {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Compute threads [default: every core]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    threads: Option<usize>,
+    /// Tokens of the prompt whose prefill is measured [default: 512]
+    #[arg(long, value_name = "P", value_parser = at_least_one)]
+    prompt: Option<usize>,
+    /// Tokens that every sequence generates [default: 32]
+    #[arg(long, value_name = "G", value_parser = at_least_one)]
+    generate: Option<usize>,
+    /// Sequences that decode together [default: 1,2,4,8,16]
+    #[arg(long, value_name = "B,…", value_delimiter = ',', value_parser = batch)]
+    batch: Vec<usize>,
+    /// Tokens that every decoding sequence has behind it [default: 16]
+    #[arg(long, value_name = "C")]
+    context: Option<usize>,
+    /// Tokens of a prompt in one step [default: a coordinator's, 64]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    chunk: Option<usize>,
+    /// Times everything is measured; the middle counts [default: 3]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    repeat: Option<usize>,
+    /// Kernels to compute with, if this CPU runs them [default: the fastest]
+    #[arg(long, value_name = "ISA", value_parser = super::backend)]
+    isa: Option<Backend>,
+    /// How keys and values are stored: f16 or f32 [default: f16]
+    #[arg(long, value_name = "TYPE")]
+    kv_type: Option<KvType>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+fn batch(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(batch) if (1..=BATCH_MAX).contains(&batch) => Ok(batch),
+        _ => Err(format!("must be a number from 1 to {BATCH_MAX}")),
+    }
+}
+
+impl EngineCommand {
+    fn options(&self) -> Options {
+        let mut options = Options::default();
+        options.backend = self.isa.unwrap_or(options.backend);
+        options.threads = self.threads.unwrap_or(options.threads);
+        options.kv_type = self.kv_type.unwrap_or(options.kv_type);
+        options.prompt = self.prompt.unwrap_or(options.prompt);
+        options.chunk = self.chunk.unwrap_or(options.chunk);
+        options.context = self.context.unwrap_or(options.context);
+        options.generate = self.generate.unwrap_or(options.generate);
+        options.repeats = self.repeat.unwrap_or(options.repeats);
+        if !self.batch.is_empty() {
+            options.batches.clone_from(&self.batch);
+        }
+        options
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(command: &EngineCommand) -> Result<(), Failure> {
+    let store = command.model.open(command.json)?;
+    let mut progress = Progress::new("measuring", command.json);
+    let measured = measure(&store, &command.options(), &mut |what, done, total| {
+        progress.show(what, done, total);
+    });
+    progress.finish();
+    let measured = measured.map_err(|error| match error {
+        // What was asked for makes no sense with this model.
+        BenchError::Zero { .. } | BenchError::Context { .. } => Failure::usage(error),
+        error => error.into(),
+    })?;
+    let mut writer = TextWriter::stdout();
+    if command.json {
+        writer.json(&measured)?;
+    } else {
+        writer.text(&table(&measured))?;
+    }
+    Ok(())
+}
+
+/// For people.
+fn table(measured: &Measured) -> String {
+    let Measured { machine, model, isa, threads, kv_type, limits, shares, work, .. } = measured;
+    let best = limits.best;
+    // Writing to a String cannot fail.
+    let mut text = String::new();
+    let _ = writeln!(text, "{model} on {}, {isa}, {threads} threads, KV in {kv_type}", machine.cpu);
+    let _ = writeln!(
+        text,
+        "limits: read {:.1} GB/s, int8 {:.0} and f32 {:.0} x 10^9 multiply-adds/s (before: {:.1}, \
+         {:.0}, {:.0}; after: {:.1}, {:.0}, {:.0})",
+        best.read_gb_per_s,
+        best.mac_g_per_s,
+        best.fma_g_per_s,
+        limits.before.read_gb_per_s,
+        limits.before.mac_g_per_s,
+        limits.before.fma_g_per_s,
+        limits.after.read_gb_per_s,
+        limits.after.mac_g_per_s,
+        limits.after.fma_g_per_s,
+    );
+    let _ = writeln!(
+        text,
+        "a token: {:.0} MB of dense weights, {:.0} + {:.0} x 10^6 multiply-adds",
+        work.dense_bytes as f64 / 1e6,
+        work.linear_macs as f64 / 1e6,
+        work.head_macs as f64 / 1e6
+    );
+    let _ = writeln!(
+        text,
+        "peak memory {:.0} MB; weights' files {:.0} MB, keys and values {:.0} MB",
+        measured.peak_rss_bytes as f64 / 1e6,
+        measured.weight_bytes as f64 / 1e6,
+        measured.kv_bytes as f64 / 1e6
+    );
+    let _ = writeln!(
+        text,
+        "{:<28} {:>9} {:>18} {:>9} {:>9}",
+        "", "TOKENS/s", "(LEAST, MOST)", "LIMIT", "SHARE"
+    );
+    let mut line = |what: String, spread: Spread, share: f64| {
+        let Spread { min, median, max } = spread;
+        let range = format!("({min:.1}, {max:.1})");
+        let limit = median / share;
+        let share = share * 100.0;
+        let _ = writeln!(text, "{what:<28} {median:>9.1} {range:>18} {limit:>9.1} {share:>8.0}%");
+    };
+    let Measured { prompt, context, chunk, .. } = measured;
+    line(format!("prefill of {prompt}, by {chunk}"), measured.spread.prefill, shares.prefill);
+    line(format!("decode after {context}"), measured.spread.decode, shares.decode);
+    for batched in &measured.batched {
+        let what = format!("decode of {} sequences", batched.batch);
+        line(what, batched.spread, batched.share_of_limit);
+    }
+    text
+}
