@@ -177,6 +177,14 @@ impl ComputeArgs {
     }
 }
 
+/// For clap: the kernels of this name, if this machine runs them.
+pub(crate) fn backend(name: &str) -> Result<kernels::Backend, String> {
+    kernels::Backend::named(name).map_err(|refusal| {
+        let names: Vec<_> = kernels::Backend::available().map(kernels::Backend::name).collect();
+        format!("{refusal} (this machine runs {})", names.join(", "))
+    })
+}
+
 /// For clap: a count that cannot be nothing.
 pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {

@@ -7,22 +7,33 @@
 //! Drawing is greedy; every decoded token goes through the head, a prompt's tokens do not.
 
 mod limited;
+mod runner;
 mod sequences;
 
 use std::time::Instant;
 
 use kernels::Backend;
-use model::Store;
+use model::{ModelConfig, Store};
 use proto::plan::KvType;
 use proto::step::RowStatus;
 use serde::Serialize;
-use worker::engine::{EngineConfig, EngineError, StageModel};
+use worker::engine::{
+    Engine, EngineConfig, EngineError, Placement, Shortcuts, StageModel, StepProfile,
+};
 
 pub use self::limited::Limited;
+pub use self::runner::Parts;
+use self::runner::{Runner, share};
 use self::sequences::Sequences;
 use super::limits::{self, Memory, TokenWork};
 use super::machine::{self, Machine};
 use super::{Report, Spread};
+
+/// Chunks of a prompt whose time is taken apart.
+const PROFILED_CHUNKS: usize = 2;
+
+/// Steps of decoding whose time is taken apart, at most.
+const PROFILED_STEPS: usize = 8;
 
 /// What to measure, and how it is computed.
 #[derive(Clone, Debug)]
@@ -33,6 +44,10 @@ pub struct Options {
     pub threads: usize,
     /// How keys and values are stored.
     pub kv_type: KvType,
+    /// Which work is left out where that cannot be seen.
+    pub shortcuts: Shortcuts,
+    /// Where weights and threads are.
+    pub placement: Placement,
     /// Tokens of the prompt whose prefill is measured.
     pub prompt: usize,
     /// Tokens of a prompt in one step.
@@ -58,6 +73,8 @@ impl Default for Options {
             backend: Backend::detect(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             kv_type: KvType::default(),
+            shortcuts: Shortcuts::default(),
+            placement: Placement::default(),
             prompt: 512,
             chunk: coordinator::LimitsConfig::default().step_tokens as usize,
             context: 16,
@@ -147,6 +164,16 @@ pub struct Measured {
     pub shares: Shares,
     /// What one token needs, whatever computes it.
     pub work: TokenWork,
+    /// What one token of one sequence really read.
+    pub bytes_per_token: BytesPerToken,
+    /// Where the time goes.
+    pub parts: PartsOf,
+    /// Zeros met by one sequence.
+    pub zeros: Zeros,
+    /// Share of the head's rows that one sequence did not compute exactly.
+    pub screened: f64,
+    /// Which work was left out.
+    pub shortcuts: ShortcutsUsed,
     /// The most memory that was resident while the engine ran.
     pub peak_rss_bytes: u64,
     /// Bytes of the weights' files.
@@ -167,6 +194,8 @@ pub struct Batched {
     /// Of the rate that multiply-adds allow, or for a batch that memory holds back more, of the one
     /// that it allows when every weight is read once a step.
     pub share_of_limit: f64,
+    /// Where the time goes.
+    pub parts: Parts,
 }
 
 /// What the repeats gave, in tokens per second.
@@ -185,6 +214,66 @@ pub struct Shares {
     pub decode: f64,
     /// Of `limits.prefill_tokens_per_s`.
     pub prefill: f64,
+    /// Of the bandwidth, by the bytes that decoding one sequence really read.
+    pub read: f64,
+}
+
+/// Bytes that are read for one token of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct BytesPerToken {
+    /// Matrices and embedding rows.
+    pub weights: f64,
+    /// Keys and values.
+    pub kv: f64,
+}
+
+impl BytesPerToken {
+    fn sum(self) -> f64 {
+        self.weights + self.kv
+    }
+}
+
+/// Bytes of the keys and values of `tokens` tokens in all layers.
+fn kv_read(config: &ModelConfig, kv_type: KvType, tokens: usize) -> f64 {
+    let of_layer = 2 * u64::from(config.kv_heads) * u64::from(config.head_dim);
+    let of_token = u64::from(config.layers) * of_layer * u64::from(kv_type.value_bytes());
+    of_token as f64 * tokens as f64
+}
+
+/// Where the time goes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PartsOf {
+    /// In steps of a prompt.
+    pub prefill: Parts,
+    /// In steps of one sequence.
+    pub decode: Parts,
+}
+
+/// Shares of values that were zero while one sequence decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Zeros {
+    /// Of gates behind a squared ReLU.
+    pub gate: f64,
+    /// Of the int8 values that enter down-projections.
+    pub down: f64,
+}
+
+impl Zeros {
+    fn of(profile: &StepProfile) -> Self {
+        Self {
+            gate: share(profile.gate_zeros, profile.gate_values),
+            down: share(profile.down_zeros, profile.down_values),
+        }
+    }
+}
+
+/// Which work was left out where that cannot be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ShortcutsUsed {
+    /// Work on zeros.
+    pub zeros: bool,
+    /// Rows of the head that provably do not win.
+    pub screen: bool,
 }
 
 /// Measures an engine that holds the whole of `store`.
@@ -199,8 +288,8 @@ pub fn measure(
 ) -> Result<Measured, BenchError> {
     check(options, store.config().context)?;
     let Options { backend, threads, repeats, .. } = *options;
-    // Limits before and after, and one part each for what is filled and for every repeat.
-    let total = (repeats * (2 + options.batches.len()) + 3) as u64;
+    // Limits before and after, what is filled, the profile, and every repeat.
+    let total = (repeats * (2 + options.batches.len()) + 4) as u64;
     let mut done = 0;
     let mut next = |what: &str| {
         report(what, done, total);
@@ -215,7 +304,7 @@ pub fn measure(
 
     next("first steps");
     let most = options.batches.iter().copied().max().unwrap_or(1).max(1);
-    let mut sequences = Sequences::new(options, store.config(), most);
+    let sequences = Sequences::new(options, store.config(), most);
     let model = StageModel::open(store, 0..store.config().layers)?;
     let config = EngineConfig {
         backend,
@@ -223,42 +312,64 @@ pub fn measure(
         kv_type: options.kv_type,
         kv_blocks: sequences.block_count(),
         max_step_tokens: options.chunk.max(most) as u32,
+        shortcuts: options.shortcuts,
+        placement: options.placement,
     };
-    let mut engine = worker::engine::Engine::new(model, config)?;
-    sequences.fill(&mut engine)?;
+    let mut runner = Runner::new(Engine::new(model, config)?);
+    sequences.fill(&mut runner)?;
     // Maps the pages of the head, too.
-    sequences.decode(&mut engine, 1, 1)?;
+    sequences.decode(&mut runner, 1, 1)?;
 
     let mut prefill = Vec::new();
     let mut decode = Vec::new();
     let mut batched = vec![Vec::new(); options.batches.len()];
     for _ in 0..repeats {
         next("prefill");
-        let seconds = timed(|| sequences.prefill(&mut engine))?;
+        let seconds = timed(|| sequences.prefill(&mut runner, usize::MAX))?;
         prefill.push(options.prompt as f64 / seconds);
         next("decode");
-        let seconds = timed(|| sequences.decode(&mut engine, 1, options.generate))?;
+        let seconds = timed(|| sequences.decode(&mut runner, 1, options.generate))?;
         decode.push(options.generate as f64 / seconds);
         for (&batch, rates) in options.batches.iter().zip(&mut batched) {
             next(&format!("batch of {batch}"));
-            let seconds = timed(|| sequences.decode(&mut engine, batch, options.generate))?;
+            let seconds = timed(|| sequences.decode(&mut runner, batch, options.generate))?;
             rates.push((batch * options.generate) as f64 / seconds);
         }
     }
+    next("where the time goes");
+    let of_prefill = runner.profiled(|runner| sequences.prefill(runner, PROFILED_CHUNKS))?;
+    let steps = options.generate.min(PROFILED_STEPS);
+    let of_decode = runner.profiled(|runner| sequences.decode(runner, 1, steps))?;
+    let of_batches = options
+        .batches
+        .iter()
+        .map(|&batch| runner.profiled(|runner| sequences.decode(runner, batch, steps)));
+    let of_batches = of_batches.collect::<Result<Vec<_>, _>>()?;
     let peak_rss_bytes = machine::peak_rss_bytes().map_err(BenchError::Peak)?;
-    let (weight_bytes, kv_bytes) = (engine.weight_bytes(), engine.kv_bytes());
-    drop(engine);
+    let (weight_bytes, kv_bytes) = (runner.engine().weight_bytes(), runner.engine().kv_bytes());
+    drop(runner);
 
     next("limits");
     let after = limits::measure(backend, threads, &Memory::new(options.read_bytes)).limits;
     let work = TokenWork::of(store.config());
     let limits = Limited::new(before, after, &work);
     let (prefill, decode) = (Spread::of(&prefill), Spread::of(&decode));
-    let batched = options.batches.iter().zip(batched).map(|(&batch, rates)| {
+    let batched = options.batches.iter().zip(batched).zip(of_batches);
+    let batched = batched.map(|((&batch, rates), profile)| {
         let spread = Spread::of(&rates);
         let share_of_limit = spread.median / limits.batch_tokens_per_s(batch);
-        Batched { batch, tokens_per_s: spread.median, spread, share_of_limit }
+        let parts = Parts::of(&profile);
+        Batched { batch, tokens_per_s: spread.median, spread, share_of_limit, parts }
     });
+    let bytes_per_token = BytesPerToken {
+        weights: of_decode.weight_bytes as f64 / steps as f64,
+        // Of the middle step.
+        kv: kv_read(
+            store.config(),
+            options.kv_type,
+            options.context + options.generate.div_ceil(2),
+        ),
+    };
     Ok(Measured {
         version: env!("CARGO_PKG_VERSION"),
         machine: Machine::this(),
@@ -278,6 +389,15 @@ pub fn measure(
         shares: Shares {
             decode: decode.median / limits.dense_decode_tokens_per_s,
             prefill: prefill.median / limits.prefill_tokens_per_s,
+            read: decode.median * bytes_per_token.sum() / (limits.best.read_gb_per_s * 1e9),
+        },
+        bytes_per_token,
+        parts: PartsOf { prefill: Parts::of(&of_prefill), decode: Parts::of(&of_decode) },
+        zeros: Zeros::of(&of_decode),
+        screened: share(of_decode.screened_rows, of_decode.screened_rows + of_decode.exact_rows),
+        shortcuts: ShortcutsUsed {
+            zeros: options.shortcuts.zeros,
+            screen: options.shortcuts.screen,
         },
         limits,
         work,

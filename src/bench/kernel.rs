@@ -5,7 +5,9 @@ use std::hint::black_box;
 use std::str::FromStr;
 use std::sync::Mutex;
 
-use kernels::{Backend, Columns, FloatKind, FloatMatrix, Quantised, TernaryMatrix, padded_cols};
+use kernels::{
+    Arrangement, Backend, Columns, FloatKind, FloatMatrix, Quantised, TernaryMatrix, padded_cols,
+};
 use serde::Serialize;
 
 use super::limits::{self, Limits, Memory};
@@ -291,7 +293,7 @@ impl Case {
         let q = &*q;
         let matrices: Vec<_> = aligned(&pool.ternary, pool.ternary.len())
             .chunks_exact(packed_bytes(self.shape))
-            .filter_map(|bytes| TernaryMatrix::new(bytes, m, k, 0.01).ok())
+            .filter_map(|bytes| TernaryMatrix::new(bytes, Arrangement::Tiles, m, k, 0.01).ok())
             .collect();
         let tiles = matrices.first().map_or(0, |w| w.tiles());
         self.times(tiles, matrices.len(), |copy, part, y| {

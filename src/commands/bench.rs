@@ -7,7 +7,6 @@ mod limits;
 mod pipeline;
 
 use clap::{Args, Subcommand};
-use kernels::Backend;
 
 use self::engine::EngineCommand;
 use self::kernel::KernelCommand;
@@ -42,12 +41,4 @@ pub(crate) async fn run(command: BenchCommand) -> Result<(), Failure> {
         BenchWhat::Engine(command) => engine::run(&command),
         BenchWhat::Pipeline(command) => pipeline::run(&command).await,
     }
-}
-
-/// The kernels of this name, if this CPU runs them.
-fn backend(name: &str) -> Result<Backend, String> {
-    Backend::by_name(name).ok_or_else(|| {
-        let names: Vec<_> = Backend::available().map(Backend::name).collect();
-        format!("this CPU runs {}", names.join(", "))
-    })
 }

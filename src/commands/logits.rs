@@ -32,7 +32,7 @@ pub(crate) struct LogitsCommand {
     #[arg(long, value_name = "C", value_parser = crate::commands::at_least_one)]
     chunk: Option<usize>,
     /// Kernels to compute with, if this CPU runs them [default: the fastest]
-    #[arg(long, value_name = "ISA", value_parser = backend)]
+    #[arg(long, value_name = "ISA", value_parser = crate::commands::backend)]
     isa: Option<Backend>,
     /// Run the sequence in steps shared with B other random ones
     #[arg(long, value_name = "B", default_value = "0",
@@ -49,13 +49,6 @@ pub(crate) struct LogitsCommand {
 #[derive(Serialize)]
 struct Output {
     logits: Vec<Vec<f32>>,
-}
-
-fn backend(name: &str) -> Result<Backend, String> {
-    Backend::named(name).map_err(|refusal| {
-        let names: Vec<_> = Backend::available().map(Backend::name).collect();
-        format!("{refusal} (this machine runs {})", names.join(", "))
-    })
 }
 
 /// Runs the command.

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use model::ModelConfig;
 use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
-use proto::step::{Output, Row, RowStatus, RowValue};
-use worker::engine::Engine;
+use proto::step::{Output, Row, RowStatus};
 
+use super::runner::Runner;
 use super::{BenchError, Options};
 use crate::pipeline::blocks_for;
 use crate::random::Random;
@@ -52,29 +52,29 @@ impl Sequences {
     }
 
     /// Computes what every sequence has behind it.
-    pub(super) fn fill(&mut self, engine: &mut Engine) -> Result<(), BenchError> {
-        (0..self.tokens.len()).try_for_each(|sequence| self.read(engine, sequence, self.context))
+    pub(super) fn fill(&self, runner: &mut Runner) -> Result<(), BenchError> {
+        (0..self.tokens.len()).try_for_each(|sequence| self.read(runner, sequence, self.context))
     }
 
-    /// The prompt of the first sequence, in chunks.
-    pub(super) fn prefill(&mut self, engine: &mut Engine) -> Result<(), BenchError> {
-        self.read(engine, 0, self.prompt)
+    /// The prompt of the first sequence, or as much of it as fills `chunks` chunks.
+    pub(super) fn prefill(&self, runner: &mut Runner, chunks: usize) -> Result<(), BenchError> {
+        self.read(runner, 0, self.prompt.min(chunks.saturating_mul(self.chunk)))
     }
 
     /// The first `count` tokens of a sequence, in chunks.
-    fn read(&self, engine: &mut Engine, sequence: usize, count: usize) -> Result<(), BenchError> {
+    fn read(&self, runner: &mut Runner, sequence: usize, count: usize) -> Result<(), BenchError> {
         for start in (0..count).step_by(self.chunk) {
             let end = count.min(start + self.chunk);
             let tokens = self.tokens[sequence][start..end].to_vec();
-            forward(engine, &[self.row(sequence, start, tokens, Output::None)])?;
+            runner.forward(&[self.row(sequence, start, tokens, Output::None)])?;
         }
         Ok(())
     }
 
     /// Generates `count` tokens of each of the first `batch` sequences, one of each in every step.
     pub(super) fn decode(
-        &mut self,
-        engine: &mut Engine,
+        &self,
+        runner: &mut Runner,
         batch: usize,
         count: usize,
     ) -> Result<(), BenchError> {
@@ -85,7 +85,7 @@ impl Sequences {
                 self.row(sequence, position, vec![*token], Output::Sample(Box::default()))
             };
             let rows: Vec<Row> = last.iter().enumerate().map(row).collect();
-            last = forward(engine, &rows)?;
+            last = runner.forward(&rows)?;
         }
         Ok(())
     }
@@ -111,21 +111,4 @@ impl Sequences {
             traceparent: String::new(),
         }
     }
-}
-
-/// One step: the tokens that were drawn.
-fn forward(engine: &mut Engine, rows: &[Row]) -> Result<Vec<u32>, BenchError> {
-    let output = engine.forward(rows, &[]);
-    let mut drawn = Vec::with_capacity(rows.len());
-    for (row, outcome) in rows.iter().zip(output.rows) {
-        match (outcome.status, outcome.value) {
-            (RowStatus::Ok, RowValue::Sampled(sampled)) => drawn.push(sampled.token),
-            (RowStatus::Ok, _) => {}
-            (status, _) => {
-                let (position, detail) = (row.position, outcome.detail);
-                return Err(BenchError::Row { position, status, detail });
-            }
-        }
-    }
-    Ok(drawn)
 }

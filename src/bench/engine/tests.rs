@@ -30,7 +30,7 @@ fn an_engine_is_measured() {
     let mut parts = Vec::new();
     let measured = measure(&store, &options(), &mut |what, done, total| {
         parts.push(what.to_owned());
-        assert_eq!((done + 1, total), (parts.len() as u64, 11));
+        assert_eq!((done + 1, total), (parts.len() as u64, 12));
     })
     .unwrap();
     assert_eq!(
@@ -54,6 +54,18 @@ fn an_engine_is_measured() {
     let batched = json["batched"].as_array().unwrap();
     assert_eq!((&batched[0]["batch"], &batched[1]["batch"]), (&1.into(), &3.into()));
     assert!(batched.iter().all(|batch| batch["tokens_per_s"].as_f64().unwrap() > 0.0));
+    for key in ["gate", "down"] {
+        let share = json["zeros"][key].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&share), "{key} {share}");
+    }
+    for parts in [&json["parts"]["prefill"], &json["parts"]["decode"], &batched[1]["parts"]] {
+        let shares = parts.as_object().unwrap().values().map(|share| share.as_f64().unwrap());
+        assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9, "{parts}");
+    }
+    assert_eq!(json["parts"]["prefill"]["head"], 0.0, "prefill goes through no head");
+    assert!(json["bytes_per_token"]["weights"].as_f64().unwrap() > 1000.0);
+    // Two layers of one key and one value of 32 f16 each; 5 tokens, and the middle of 3 more.
+    assert_eq!(json["bytes_per_token"]["kv"], f64::from(2 * 2 * 32 * 2 * (5 + 2)));
     assert!(json["peak_rss_bytes"].as_u64().unwrap() > 1 << 20);
     assert_eq!(json["weight_bytes"].as_u64().unwrap(), measured.weight_bytes);
 }

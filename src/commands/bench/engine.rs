@@ -9,8 +9,8 @@ use proto::plan::KvType;
 
 use crate::Failure;
 use crate::bench::Spread;
-use crate::bench::engine::{BenchError, Measured, Options, measure};
-use crate::commands::{ModelArgs, at_least_one, threads};
+use crate::bench::engine::{BenchError, Measured, Options, Parts, measure};
+use crate::commands::{ModelArgs, ShortcutArgs, at_least_one, backend, threads};
 use crate::progress::Progress;
 
 /// Most sequences that decode together: more is a slip of the finger.
@@ -49,11 +49,13 @@ pub(crate) struct EngineCommand {
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     repeat: Option<usize>,
     /// Kernels to compute with, if this CPU runs them [default: the fastest]
-    #[arg(long, value_name = "ISA", value_parser = super::backend)]
+    #[arg(long, value_name = "ISA", value_parser = backend)]
     isa: Option<Backend>,
     /// How keys and values are stored: f16 or f32 [default: f16]
     #[arg(long, value_name = "TYPE")]
     kv_type: Option<KvType>,
+    #[command(flatten)]
+    shortcuts: ShortcutArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -72,6 +74,7 @@ impl EngineCommand {
         options.backend = self.isa.unwrap_or(options.backend);
         options.threads = self.threads.unwrap_or(options.threads);
         options.kv_type = self.kv_type.unwrap_or(options.kv_type);
+        options.shortcuts = self.shortcuts.shortcuts();
         options.prompt = self.prompt.unwrap_or(options.prompt);
         options.chunk = self.chunk.unwrap_or(options.chunk);
         options.context = self.context.unwrap_or(options.context);
@@ -134,6 +137,18 @@ fn table(measured: &Measured) -> String {
         work.linear_macs as f64 / 1e6,
         work.head_macs as f64 / 1e6
     );
+    let bytes = measured.bytes_per_token;
+    let _ = writeln!(
+        text,
+        "one sequence: {:.0} MB of weights and {:.1} MB of keys and values a token, {:.0}% of the \
+         bandwidth; zeros: gate {:.0}%, down {:.0}%; {:.0}% of the head's rows screened",
+        bytes.weights / 1e6,
+        bytes.kv / 1e6,
+        shares.read * 100.0,
+        measured.zeros.gate * 100.0,
+        measured.zeros.down * 100.0,
+        measured.screened * 100.0
+    );
     let _ = writeln!(
         text,
         "peak memory {:.0} MB; weights' files {:.0} MB, keys and values {:.0} MB",
@@ -143,22 +158,30 @@ fn table(measured: &Measured) -> String {
     );
     let _ = writeln!(
         text,
-        "{:<28} {:>9} {:>18} {:>9} {:>9}",
-        "", "TOKENS/s", "(LEAST, MOST)", "LIMIT", "SHARE"
+        "{:<28} {:>9} {:>18} {:>9} {:>6}   {:>5} {:>5} {:>5} {:>5} {:>5}",
+        "", "TOKENS/s", "(LEAST, MOST)", "LIMIT", "SHARE", "PROJ", "ATTN", "HEAD", "NORMS", "WAIT"
     );
-    let mut line = |what: String, spread: Spread, share: f64| {
+    let mut line = |what: String, spread: Spread, share: f64, parts: Parts| {
         let Spread { min, median, max } = spread;
         let range = format!("({min:.1}, {max:.1})");
         let limit = median / share;
-        let share = share * 100.0;
-        let _ = writeln!(text, "{what:<28} {median:>9.1} {range:>18} {limit:>9.1} {share:>8.0}%");
+        let _ = write!(
+            text,
+            "{what:<28} {median:>9.1} {range:>18} {limit:>9.1} {:>5.0}%  ",
+            share * 100.0
+        );
+        let Parts { projections, attention, head, norms, waiting } = parts;
+        for part in [projections, attention, head, norms, waiting] {
+            let _ = write!(text, " {:>4.0}%", part * 100.0);
+        }
+        text.push('\n');
     };
-    let Measured { prompt, context, chunk, .. } = measured;
-    line(format!("prefill of {prompt}, by {chunk}"), measured.spread.prefill, shares.prefill);
-    line(format!("decode after {context}"), measured.spread.decode, shares.decode);
+    let Measured { prompt, context, chunk, spread, parts, .. } = measured;
+    line(format!("prefill of {prompt}, by {chunk}"), spread.prefill, shares.prefill, parts.prefill);
+    line(format!("decode after {context}"), spread.decode, shares.decode, parts.decode);
     for batched in &measured.batched {
         let what = format!("decode of {} sequences", batched.batch);
-        line(what, batched.spread, batched.share_of_limit);
+        line(what, batched.spread, batched.share_of_limit, batched.parts);
     }
     text
 }

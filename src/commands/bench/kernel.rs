@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::Failure;
 use crate::bench::kernel::{Options, ROWS_MAX, Shape, Timings, measure};
 use crate::bench::machine::Machine;
-use crate::commands::threads;
+use crate::commands::{backend, threads};
 use crate::progress::Progress;
 
 /// Measures each product on the shapes of BitNet b1.58 2B4T, with weights that no cache holds.
@@ -27,7 +27,7 @@ pub(crate) struct KernelCommand {
     #[arg(long, value_name = "SHAPE,…", value_delimiter = ',')]
     shape: Vec<Shape>,
     /// Kernels [default: the fastest]
-    #[arg(long, value_name = "ISA,…", value_delimiter = ',', value_parser = super::backend)]
+    #[arg(long, value_name = "ISA,…", value_delimiter = ',', value_parser = backend)]
     isa: Vec<Backend>,
     /// Numbers of threads, which share the rows of the weights [default: every core]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = threads)]

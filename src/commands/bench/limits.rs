@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::Failure;
 use crate::bench::limits::{Measured, measure_all};
 use crate::bench::machine::Machine;
-use crate::commands::threads;
+use crate::commands::{backend, threads};
 use crate::progress::Progress;
 
 /// Measures what the machine can do: memory read in order, and multiply-adds with one operand from
@@ -24,7 +24,7 @@ pub(crate) struct LimitsCommand {
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = threads)]
     threads: Vec<usize>,
     /// Kernels whose multiply-adds are measured [default: the fastest]
-    #[arg(long, value_name = "ISA", value_parser = super::backend)]
+    #[arg(long, value_name = "ISA", value_parser = backend)]
     isa: Option<Backend>,
     /// Print one JSON object
     #[arg(long)]
