@@ -15,3 +15,9 @@ test:
 
 doc:
     RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps
+
+# Measures an engine on this machine and keeps the record: `just record amd-epyc-zen3-2c`.
+record cpu:
+    cargo build --release
+    target/release/tercet bench engine --model synth:2b4t --json \
+        > kernels/benches/record/{{cpu}}/$(date +%F)-$(git rev-parse --short HEAD).json

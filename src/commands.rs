@@ -107,7 +107,10 @@ impl ModelArgs {
             progress.show(report.what, report.done, report.total);
         });
         progress.finish();
-        Ok(store?)
+        store.map_err(|error| match error {
+            models::ModelsError::Shape(_) => Failure::usage(error),
+            error => error.into(),
+        })
     }
 }
 

@@ -55,9 +55,6 @@ impl fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// What a probe's operand is a multiple of: every backend's unrolled loop divides it.
-const PROBE_LEN: usize = 1024;
-
 /// Calls the function of the chosen implementation.
 macro_rules! dispatch {
     ($backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* )) => {
@@ -411,39 +408,5 @@ impl Backend {
     pub fn attend_finish(self, state: &AttentionState<'_>, out: &mut [f32]) {
         assert_eq!(state.dimension(), out.len(), "the output is of another dimension");
         dispatch!(self, attention, attend_finish(state, out));
-    }
-}
-
-/// What the machine can do at best, for `tercet bench`: the work is done and its result returned, so
-/// that no compiler takes it away; whoever looks at the clock divides.
-impl Backend {
-    /// Reads `words` once, in order; returns their exclusive or.
-    pub fn probe_read(self, words: &[u64]) -> u64 {
-        dispatch!(self, probe, probe_read(words))
-    }
-
-    /// `rounds` times `Σ codes[j mod 128] x[j]` modulo 2^16, in the instructions that ternary
-    /// products of many rows come down to when nothing is unpacked: `x.len() * rounds`
-    /// multiply-adds. Codes are 0 to 3.
-    ///
-    /// # Panics
-    ///
-    /// If the length of `x` is not a multiple of 1024.
-    pub fn probe_multiply(self, codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 {
-        assert!(x.len().is_multiple_of(PROBE_LEN), "{} is not whole chunks", x.len());
-        debug_assert!(codes.iter().all(|code| *code < 4), "a code has two bits");
-        dispatch!(self, probe, probe_multiply(codes, x, rounds))
-    }
-
-    /// `rounds` times `Σ w[j mod 32] x[j]` by fused multiply-adds of f32, in an order of the
-    /// backend's own, so that only a sum without rounding is the same everywhere:
-    /// `x.len() * rounds` multiply-adds.
-    ///
-    /// # Panics
-    ///
-    /// If the length of `x` is not a multiple of 1024.
-    pub fn probe_fma(self, w: &[f32; 32], x: &[f32], rounds: usize) -> f32 {
-        assert!(x.len().is_multiple_of(PROBE_LEN), "{} is not whole chunks", x.len());
-        dispatch!(self, probe, probe_fma(w, x, rounds))
     }
 }

@@ -34,6 +34,7 @@ mod backend;
 mod choice;
 mod float_matrix;
 mod known_answer;
+mod probe;
 mod proof;
 mod scalar;
 mod screen;
