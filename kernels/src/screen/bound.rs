@@ -202,12 +202,16 @@ impl Form<'_> {
     }
 }
 
+/// Up to so many positions are judged one after the other: the group comes from memory for the first
+/// and from the second-level cache for the others, and nothing is unpacked to memory.
+const APART: usize = 3;
+
 /// Judges the rows of a group for every position: `kept` gets the rows whose logit may reach the
 /// position's threshold. Returns the bytes that were read.
 ///
 /// `high`, `low` and `both` give the sums of a tile's codes (the upper four bits, the lower two, all
-/// six) by the vectors. One position reads the low plane only of tiles that the high plane did not
-/// settle; several positions read all.
+/// six) by the vectors. Up to [`APART`] positions read the low plane only of tiles that the high plane
+/// did not settle; more read all.
 #[expect(clippy::too_many_arguments, reason = "three of them are what a backend brings along")]
 #[inline(always)]
 pub(crate) fn judge<'a>(
@@ -226,38 +230,43 @@ pub(crate) fn judge<'a>(
     let valid = w.valid(group);
     let tiles = (valid.count_ones() as usize).div_ceil(TILE_ROWS);
     let group_bytes = tiles * w.high_tile_bytes();
-    if let [query] = x.queries {
-        let mut vectors: [&[i8]; PLANES] = [&[]; PLANES];
-        vectors.iter_mut().zip(x.vectors(0)).for_each(|(vector, x)| *vector = x);
-        let vectors = &vectors[..query.planes];
-        let mut sums = [[0; GROUP_ROWS]; PLANES];
-        let mut of_tile = [[0; TILE_ROWS]; PLANES];
-        for tile in 0..tiles {
-            high(w.high(group, tile), vectors, &mut of_tile);
-            for (sums, of_tile) in sums.iter_mut().zip(&of_tile) {
-                sums.as_chunks_mut::<TILE_ROWS>().0[tile] = *of_tile;
-            }
-        }
-        let unsettled = four.kept(query, &sums[..query.planes], thresholds[0]) & valid;
-        let mut bytes = group_bytes;
-        for tile in 0..tiles {
-            if unsettled >> (tile * TILE_ROWS) & 0b1111 == 0 {
-                continue;
-            }
-            low(w.low(group, tile), vectors, &mut of_tile);
-            for (sums, of_tile) in sums.iter_mut().zip(&of_tile) {
-                for (sum, low) in sums.as_chunks_mut::<TILE_ROWS>().0[tile].iter_mut().zip(of_tile)
-                {
-                    *sum = 4 * *sum + low;
+    if x.positions() <= APART {
+        let mut low_tiles = 0;
+        for (position, query) in x.queries.iter().enumerate() {
+            let mut vectors: [&[i8]; PLANES] = [&[]; PLANES];
+            vectors.iter_mut().zip(x.vectors(position)).for_each(|(vector, x)| *vector = x);
+            let vectors = &vectors[..query.planes];
+            let mut sums = [[0; GROUP_ROWS]; PLANES];
+            let mut of_tile = [[0; TILE_ROWS]; PLANES];
+            for tile in 0..tiles {
+                high(w.high(group, tile), vectors, &mut of_tile);
+                for (sums, of_tile) in sums.iter_mut().zip(&of_tile) {
+                    sums.as_chunks_mut::<TILE_ROWS>().0[tile] = *of_tile;
                 }
             }
-            bytes += w.high_tile_bytes() / 2;
+            let threshold = thresholds[position];
+            let unsettled = four.kept(query, &sums[..query.planes], threshold) & valid;
+            let mut tiles_read = 0;
+            for tile in 0..tiles {
+                if unsettled >> (tile * TILE_ROWS) & 0b1111 == 0 {
+                    continue;
+                }
+                low(w.low(group, tile), vectors, &mut of_tile);
+                for (sums, of_tile) in sums.iter_mut().zip(&of_tile) {
+                    let sums = &mut sums.as_chunks_mut::<TILE_ROWS>().0[tile];
+                    for (sum, low) in sums.iter_mut().zip(of_tile) {
+                        *sum = 4 * *sum + low;
+                    }
+                }
+                tiles_read += 1;
+            }
+            kept[position] = match unsettled {
+                0 => 0,
+                _ => six.kept(query, &sums[..query.planes], threshold) & unsettled,
+            };
+            low_tiles = low_tiles.max(tiles_read);
         }
-        kept[0] = match unsettled {
-            0 => 0,
-            _ => six.kept(query, &sums[..query.planes], thresholds[0]) & unsettled,
-        };
-        return bytes;
+        return group_bytes + low_tiles * w.high_tile_bytes() / 2;
     }
     let mut vectors: [&[i8]; VECTORS_MAX] = [&[]; VECTORS_MAX];
     let all = (0..x.positions()).flat_map(|position| x.vectors(position));
