@@ -9,6 +9,7 @@ use crate::aarch64::neon::{Neon, NeonDotprod, neon};
 use crate::float_matrix::FloatMatrix;
 use crate::scalar;
 use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
@@ -193,6 +194,71 @@ impl Backend {
         assert_eq!(thresholds.len(), x.positions(), "one threshold per position");
         assert_eq!(kept.len(), x.positions(), "one mask per position");
         dispatch!(self, screen, screen(w, group, x, thresholds, kept))
+    }
+}
+
+/// Linear layers of one row of activations with many zeros: exactly the products of
+/// [`Backend::ternary`], and weights that are multiplied by zero, or not wanted, are not read.
+impl Backend {
+    /// `y[i]` = what [`Backend::ternary`] gives for weight row `rows[i]` and the one row of `x`. Fast
+    /// for ascending rows of a matrix in [`Arrangement::Rows`](crate::Arrangement::Rows).
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree or a row is not the matrix's.
+    pub fn ternary_rows(self, w: TernaryMatrix<'_>, rows: &[u32], x: Quantised<'_>, y: &mut [f32]) {
+        assert_eq!(x.rows(), 1, "rows are skipped for one row of activations");
+        assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
+        assert_eq!(y.len(), rows.len(), "one output per weight row");
+        assert!(rows.iter().all(|row| (*row as usize) < w.rows()), "rows of {}", w.rows());
+        debug_assert!(x.is_consistent(w.cols()), "padding is zero and the sum is that of the row");
+        dispatch!(self, sparse, ternary_rows(w, rows, x, y));
+    }
+
+    /// `y[r] = (Σ_j trit[r][j] q[j]) as f32 * (scale / s)` over the columns j of `columns`, for the
+    /// rows r of `chunks` and the one row of `x`: the product of [`Backend::ternary`] if every column
+    /// whose activation is not zero is listed. `y` are the rows of [`TernaryColumns::chunk_rows`].
+    /// Fast for ascending columns and several chunks at a time.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree or a column is not the matrix's.
+    pub fn ternary_columns(
+        self,
+        w: TernaryColumns<'_>,
+        chunks: Range<usize>,
+        columns: &[u32],
+        x: Quantised<'_>,
+        y: &mut [f32],
+    ) {
+        assert_eq!(x.rows(), 1, "columns are skipped for one row of activations");
+        assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
+        assert_eq!(y.len(), w.chunk_rows(chunks.clone()).len(), "one output per row of the chunks");
+        let known = |column: &u32| (*column as usize) < w.cols();
+        assert!(columns.iter().all(known), "columns of {}", w.cols());
+        dispatch!(self, sparse, ternary_columns(w, chunks, columns, x, y));
+    }
+
+    /// Writes the places of the elements above 0, counted from `first`, to the front of `out`,
+    /// ascending; returns how many there are. NaN is not above 0. The rest of `out` may change.
+    ///
+    /// # Panics
+    ///
+    /// If `out` is shorter than `x`.
+    pub fn positive(self, x: &[f32], first: u32, out: &mut [u32]) -> usize {
+        assert!(out.len() >= x.len(), "no room for {} places", x.len());
+        dispatch!(self, sparse, positive(x, first, out))
+    }
+
+    /// Writes the places of the elements that are not 0 to the front of `out`, ascending; returns how
+    /// many there are. The rest of `out` may change.
+    ///
+    /// # Panics
+    ///
+    /// If `out` is shorter than `q`.
+    pub fn nonzero(self, q: &[i8], out: &mut [u32]) -> usize {
+        assert!(out.len() >= q.len(), "no room for {} places", q.len());
+        dispatch!(self, sparse, nonzero(q, out))
     }
 }
 

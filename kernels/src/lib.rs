@@ -38,6 +38,7 @@ mod probe;
 mod proof;
 mod scalar;
 mod screen;
+mod ternary_columns;
 mod ternary_matrix;
 mod views;
 #[cfg(target_arch = "x86_64")]
@@ -53,6 +54,7 @@ pub use known_answer::known_answer;
 pub use screen::{
     SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols,
 };
+pub use ternary_columns::{ColumnPacker, TernaryColumns};
 pub use ternary_matrix::{Arrangement, LayoutError, TernaryMatrix, pack_tile, padded_cols};
 pub use views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,

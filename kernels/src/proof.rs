@@ -6,6 +6,7 @@ use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
 use crate::known_answer::Inputs;
 use crate::screen::{ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols};
+use crate::ternary_columns::{ColumnPacker, TernaryColumns};
 use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
@@ -19,6 +20,7 @@ type Check = fn(Backend, &mut Inputs, &mut Answers);
 const CHECKS: &[(&str, Check)] = &[
     ("quantisation", quantise),
     ("ternary products", ternary),
+    ("products that skip zeros", sparse),
     ("the head", head),
     ("the screen of the head", screen),
     ("sums and norms", reductions),
@@ -160,6 +162,56 @@ fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
             backend.ternary(w, 0..w.tiles(), x, Columns::new(y, ROWS, 0..ROWS));
             answers.floats(y);
         }
+    }
+}
+
+/// Lists of what is not zero, and the products of what is listed: pairs of columns and an odd one,
+/// more than are gathered at once; groups of rows and a short one; extremes that may not wrap.
+fn sparse(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    const ROWS: usize = 262;
+    const COLS: usize = 301;
+    const STRIDE: usize = padded_cols(COLS);
+
+    let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
+    let mut columns = ColumnPacker::new(ROWS, COLS).expect("a shape that can be");
+    let mut packed = Vec::new();
+    let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
+    rows.iter().enumerate().for_each(|(row, trits)| columns.row(row, trits));
+    for rows in rows.chunks(TernaryMatrix::TILE_ROWS) {
+        let mut tile = vec![0; TernaryMatrix::tile_bytes(COLS)];
+        pack_tile(Arrangement::Rows, rows, COLS, &mut tile);
+        packed.extend(tile);
+    }
+    let columns = columns.finish();
+    let by_columns = TernaryColumns::new(&columns, ROWS, COLS, 0.37).expect("packed for it");
+    let by_rows = TernaryMatrix::new(&packed, Arrangement::Rows, ROWS, COLS, 0.37);
+    let by_rows = by_rows.expect("packed for it");
+
+    let mut gate = inputs.floats(ROWS);
+    gate[..EDGES.len()].copy_from_slice(&EDGES);
+    gate[ROWS - 1] = f32::NAN;
+    let (mut places, mut y) = ([0; ROWS + COLS], [0.0; ROWS]);
+    for zeros in [0, 3] {
+        let mut q = [0; STRIDE];
+        for (i, q) in q[..COLS].iter_mut().enumerate() {
+            *q = if zeros == 0 {
+                -128
+            } else if i % 4 < zeros {
+                0
+            } else {
+                inputs.bits() as i8
+            };
+        }
+        let (scale, sum) = ([9.0], [q.iter().map(|q| i32::from(*q)).sum()]);
+        let x = Quantised::new(&q, STRIDE, &scale, &sum);
+        let count = backend.nonzero(&q[..COLS], &mut places);
+        answers.0.extend_from_slice(&places[..count]);
+        backend.ternary_columns(by_columns, 0..2, &places[..count], x, &mut y);
+        answers.floats(&y);
+        let count = backend.positive(&gate, 0, &mut places);
+        answers.0.extend_from_slice(&places[..count]);
+        backend.ternary_rows(by_rows, &places[..count], x, &mut y[..count]);
+        answers.floats(&y);
     }
 }
 

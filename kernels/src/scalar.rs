@@ -9,5 +9,6 @@ pub(crate) mod products;
 pub(crate) mod quantise;
 pub(crate) mod reduce;
 pub(crate) mod screen;
+pub(crate) mod sparse;
 pub(crate) mod transcendental;
 pub(crate) mod trigonometry;

@@ -32,7 +32,7 @@ pub(crate) const ROW_BLOCK_BYTES: usize = BLOCK_COLS / 4;
 pub(crate) const TILE_ROWS: usize = 4;
 /// Most columns that a matrix may have. `2 * 128 * cols` stays below `i32::MAX`, so that no sum of
 /// products, even of corrupt codes, leaves an `i32` (3 * 128 * 2^22 = 1.6e9).
-const MAX_COLS: usize = 1 << 22;
+pub(crate) const MAX_COLS: usize = 1 << 22;
 
 /// The order of the blocks of a tile. The size is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@ mod layout;
 mod linear;
 mod probe;
 mod screen;
+mod sparse;
 
 use crate::{Backend, known_answer};
 

@@ -12,15 +12,15 @@ impl Nothing for () {
     fn nothing() -> Self {}
 }
 
-impl Nothing for usize {
-    fn nothing() -> Self {
-        0
-    }
-}
-
 impl Nothing for f32 {
     fn nothing() -> Self {
         0.0
+    }
+}
+
+impl Nothing for usize {
+    fn nothing() -> Self {
+        0
     }
 }
 

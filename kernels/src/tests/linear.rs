@@ -101,11 +101,11 @@ fn check_ternary(trits: &[i8], cols: usize, q_rows: &[Vec<i8>], random: &mut Ran
     }
 }
 
-fn random_trits(random: &mut Random, count: usize) -> Vec<i8> {
+pub(super) fn random_trits(random: &mut Random, count: usize) -> Vec<i8> {
     (0..count).map(|_| random.below(3) as i8 - 1).collect()
 }
 
-fn random_codes(random: &mut Random, count: usize) -> Vec<i8> {
+pub(super) fn random_codes(random: &mut Random, count: usize) -> Vec<i8> {
     (0..count).map(|_| random.bits() as i8).collect()
 }
 

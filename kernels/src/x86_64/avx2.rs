@@ -11,6 +11,7 @@ mod probe;
 mod quantise;
 pub(super) mod reduce;
 mod screen;
+mod sparse;
 mod ternary;
 
 use std::arch::x86_64::*;
@@ -19,6 +20,7 @@ use std::ops::Range;
 use crate::backend::NotFinite;
 use crate::float_matrix::FloatMatrix;
 use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{AttentionState, Columns, KvBlock, KvBlockMut, Quantised};
 
@@ -52,6 +54,10 @@ macro_rules! entries {
 entries! {
     quantise::quantise(x: &[f32], q: &mut [i8]) -> Result<(f32, i32), NotFinite>;
     ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
+    sparse::ternary_rows(w: TernaryMatrix<'_>, rows: &[u32], x: Quantised<'_>, y: &mut [f32]);
+    sparse::ternary_columns(w: TernaryColumns<'_>, chunks: Range<usize>, columns: &[u32], x: Quantised<'_>, y: &mut [f32]);
+    sparse::positive(x: &[f32], first: u32, out: &mut [u32]) -> usize;
+    sparse::nonzero(q: &[i8], out: &mut [u32]) -> usize;
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
     screen::screen(
         w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[f32], kept: &mut [u64]
@@ -132,6 +138,27 @@ pub(super) fn store_i32x4(value: __m128i) -> [i32; 4] {
     // SAFETY: the array covers exactly the 16 bytes written; `storeu` needs no alignment.
     unsafe { _mm_storeu_si128(y.as_mut_ptr().cast(), value) }
     y
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_i32x8(x: &[i32; WIDTH]) -> __m256i {
+    // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store_i32x8(y: &mut [i32; WIDTH], value: __m256i) {
+    // SAFETY: the reference covers exactly the 32 bytes written; `storeu` needs no alignment.
+    unsafe { _mm256_storeu_si256(y.as_mut_ptr().cast(), value) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store_u32x8(y: &mut [u32; WIDTH], value: __m256i) {
+    // SAFETY: the reference covers exactly the 32 bytes written; `storeu` needs no alignment.
+    unsafe { _mm256_storeu_si256(y.as_mut_ptr().cast(), value) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
