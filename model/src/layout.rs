@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kernels::{Arrangement, FloatKind, ScreenMatrix, TernaryMatrix};
+use kernels::{Arrangement, FloatKind, ScreenMatrix, TernaryColumns, TernaryMatrix};
 
 use crate::config::ModelConfig;
 use crate::safetensors::{Dtype, NewTensor};
@@ -21,10 +21,15 @@ pub(crate) const SCREEN_FILE: &str = "screen.safetensors";
 /// The one tensor of the embedding's, the head's, the norm's and the screen's file.
 pub(crate) const WEIGHT: &str = "weight";
 
-/// Order of the blocks of every matrix.
-pub(crate) const ARRANGEMENT: Arrangement = Arrangement::Tiles;
-/// Version of the layout of packed tensors; another one is refused.
-pub(crate) const LAYOUT_VERSION: u32 = 1;
+/// Name of the layout of the packed tensors of a store as a whole; each has its own beside it.
+pub(crate) const LAYOUT: &str = "ternary-2bit";
+/// Its version; another one is refused.
+pub(crate) const LAYOUT_VERSION: u32 = 2;
+
+/// The down projection by columns, beside `down` in a layer's file.
+pub(crate) const DOWN_COLUMNS: &str = "down_columns";
+/// Packed tensors of a layer: the matrices and [`DOWN_COLUMNS`].
+pub(crate) const PACKED_TENSORS: usize = Projection::ALL.len() + 1;
 
 const LAYOUT_KEY: &str = "tercet.layout";
 const VERSION_KEY: &str = "tercet.layout_version";
@@ -74,6 +79,14 @@ impl Projection {
             Self::Gate => "gate",
             Self::Up => "up",
             Self::Down => "down",
+        }
+    }
+
+    /// The order of its blocks: by rows where some are not needed, because their gate is zero.
+    pub(crate) fn arrangement(self) -> Arrangement {
+        match self {
+            Self::Up => Arrangement::Rows,
+            _ => Arrangement::Tiles,
         }
     }
 
@@ -140,6 +153,9 @@ pub(crate) fn layer_tensors(config: &ModelConfig) -> Option<Vec<NewTensor>> {
         let shape = vec![TernaryMatrix::packed_bytes(rows, cols)?];
         tensors.push(NewTensor { name: projection.name(), dtype: Dtype::U8, shape });
     }
+    let (rows, cols) = Projection::Down.shape(config);
+    let shape = vec![TernaryColumns::packed_bytes(rows, cols)?];
+    tensors.push(NewTensor { name: DOWN_COLUMNS, dtype: Dtype::U8, shape });
     for norm in Norm::of(config) {
         let shape = vec![norm.len(config)];
         tensors.push(NewTensor { name: norm.name(), dtype: Dtype::F32, shape });
@@ -168,16 +184,25 @@ pub(crate) fn screen_tensor(config: &ModelConfig) -> Option<NewTensor> {
     Some(NewTensor { name: WEIGHT, dtype: Dtype::U8, shape: vec![bytes] })
 }
 
+/// `__metadata__` of a layer's shard: that of any, and the layout of each packed tensor.
+pub(crate) fn layer_metadata() -> BTreeMap<String, String> {
+    let mut metadata = shard_metadata();
+    for (tensor, layout) in packed_tensors() {
+        metadata.insert(layout_key(tensor), layout.into());
+    }
+    metadata
+}
+
 /// `__metadata__` of any shard: which layout its packed tensors have.
 pub(crate) fn shard_metadata() -> BTreeMap<String, String> {
     BTreeMap::from([
-        (LAYOUT_KEY.into(), ARRANGEMENT.layout().into()),
+        (LAYOUT_KEY.into(), LAYOUT.into()),
         (VERSION_KEY.into(), LAYOUT_VERSION.to_string()),
     ])
 }
 
 /// Adds a packed matrix to a layer's `__metadata__`: its logical shape, and its scale as the
-/// shortest decimal that reads back to the same f32.
+/// shortest decimal that reads back to the same f32. Those of `down` are those of its columns, too.
 pub(crate) fn describe_matrix(
     metadata: &mut BTreeMap<String, String>,
     projection: Projection,
@@ -187,6 +212,23 @@ pub(crate) fn describe_matrix(
     let (rows, cols) = projection.shape(config);
     metadata.insert(format!("{}.shape", projection.name()), format!("{rows}x{cols}"));
     metadata.insert(scale_key(projection), scale.to_string());
+}
+
+/// The packed tensors of a layer, and the name of the layout of each.
+pub(crate) fn packed_tensors() -> [(&'static str, &'static str); PACKED_TENSORS] {
+    let mut tensors = [(DOWN_COLUMNS, TernaryColumns::LAYOUT); PACKED_TENSORS];
+    for (tensor, projection) in tensors.iter_mut().zip(Projection::ALL) {
+        *tensor = (projection.name(), projection.arrangement().layout());
+    }
+    tensors
+}
+
+/// The layout that the `__metadata__` of a layer's file names for a tensor.
+pub(crate) fn layout_of_tensor<'a>(
+    metadata: &'a BTreeMap<String, String>,
+    tensor: &str,
+) -> &'a str {
+    metadata.get(&layout_key(tensor)).map_or("none", String::as_str)
 }
 
 /// The layout that a shard's `__metadata__` names, with its version.
@@ -211,4 +253,8 @@ pub(crate) fn screen_metadata(config: &ModelConfig) -> BTreeMap<String, String> 
     metadata.insert(format!("{WEIGHT}.layout"), ScreenMatrix::LAYOUT.into());
     metadata.insert(format!("{WEIGHT}.shape"), format!("{}x{}", config.vocab, config.hidden));
     metadata
+}
+
+fn layout_key(tensor: &str) -> String {
+    format!("{tensor}.layout")
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::config::{ConfigError, ModelConfig};
 use crate::id::{ModelId, parse_hash};
-use crate::layout::{ARRANGEMENT, LAYOUT_VERSION, STORE_FORMAT, TOKENIZER_FILE, shard_files};
+use crate::layout::{LAYOUT, LAYOUT_VERSION, STORE_FORMAT, TOKENIZER_FILE, shard_files};
 
 /// Longest manifest: a model of 1024 layers needs under 1 MB, a chat template at most another.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
@@ -70,7 +70,7 @@ pub struct Layout {
 impl Layout {
     /// The one that this program reads and writes.
     pub fn current() -> Self {
-        Self { name: ARRANGEMENT.layout().into(), version: LAYOUT_VERSION }
+        Self { name: LAYOUT.into(), version: LAYOUT_VERSION }
     }
 }
 

@@ -4,13 +4,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use kernels::{
-    FloatKind, FloatMatrix, LayoutError, ScreenMatrix, TernaryMatrix, pack_screen_group,
+    ColumnPacker, FloatKind, FloatMatrix, LayoutError, ScreenMatrix, TernaryColumns, TernaryMatrix,
+    pack_screen_group,
 };
 
 use crate::config::ModelConfig;
 use crate::file::MappedFile;
 use crate::id::{PartDigest, PartHasher};
-use crate::layout::{self, ALIGNMENT, Norm, Projection, WEIGHT};
+use crate::layout::{self, ALIGNMENT, DOWN_COLUMNS, Norm, PACKED_TENSORS, Projection, WEIGHT};
 use crate::manifest::Layout;
 use crate::safetensors::{Dtype, NewTensor, SafetensorsError, Table};
 
@@ -32,6 +33,16 @@ pub enum ShardError {
         name: String,
         /// Its version.
         version: String,
+    },
+    /// A packed tensor has another layout.
+    #[error("tensor {tensor} has layout {found}, expected {expected}: import the model again")]
+    TensorLayout {
+        /// Its name.
+        tensor: &'static str,
+        /// Its layout.
+        found: String,
+        /// The layout that this program reads.
+        expected: &'static str,
     },
     /// A tensor is absent.
     #[error("tensor {tensor} is missing")]
@@ -84,6 +95,14 @@ pub enum ShardError {
     Screen {
         /// The first group of rows that differs.
         rows: Range<usize>,
+    },
+    /// The two forms of a matrix are not of the same trits.
+    #[error("matrices {tensor} and {other} differ")]
+    Forms {
+        /// Name of the one.
+        tensor: &'static str,
+        /// Name of the other.
+        other: &'static str,
     },
     /// A float is an infinity or not a number.
     #[error("tensor {tensor} holds a number that is not finite")]
@@ -189,6 +208,8 @@ pub struct LayerWeights<'a> {
     pub up: TernaryMatrix<'a>,
     /// Down projection, `[hidden, ffn]`.
     pub down: TernaryMatrix<'a>,
+    /// The same by columns, for one token whose inner values have many zeros.
+    pub down_columns: TernaryColumns<'a>,
     /// Norm before `down`, `[ffn]`.
     pub ffn_sub_norm: Option<&'a [f32]>,
 }
@@ -201,6 +222,13 @@ impl LayerShard {
     ) -> Result<Self, ShardError> {
         let tensors = layout::layer_tensors(config).ok_or(ShardError::Missing { tensor: "q" })?;
         let shard = Shard::check(file, path, &tensors)?;
+        for (tensor, expected) in layout::packed_tensors() {
+            let found = layout::layout_of_tensor(&shard.table.metadata, tensor);
+            if found != expected {
+                let found = found.to_owned();
+                return Err(ShardError::TensorLayout { tensor, found, expected });
+            }
+        }
         let mut matrices = [(0, 0, 0.0); 7];
         for (matrix, projection) in matrices.iter_mut().zip(Projection::ALL) {
             let (rows, cols) = projection.shape(config);
@@ -213,7 +241,7 @@ impl LayerShard {
 
     /// The weights. Costs a few additions.
     pub fn weights(&self) -> LayerWeights<'_> {
-        let norm = |index| self.shard.floats(Projection::ALL.len() + index);
+        let norm = |index| self.shard.floats(PACKED_TENSORS + index);
         let (attn_sub_norm, ffn_norm, ffn_sub_norm) = match self.sub_norms {
             true => (Some(norm(1)), norm(2), Some(norm(3))),
             false => (None, norm(1), None),
@@ -229,6 +257,7 @@ impl LayerShard {
             gate: self.matrix(Projection::Gate),
             up: self.matrix(Projection::Up),
             down: self.matrix(Projection::Down),
+            down_columns: self.down_columns(),
             ffn_sub_norm,
         }
     }
@@ -246,8 +275,27 @@ impl LayerShard {
     fn matrix(&self, projection: Projection) -> TernaryMatrix<'_> {
         let (rows, cols, scale) = self.matrices[projection as usize];
         let bytes = self.shard.bytes(projection as usize);
-        TernaryMatrix::new(bytes, layout::ARRANGEMENT, rows, cols, scale)
+        TernaryMatrix::new(bytes, projection.arrangement(), rows, cols, scale)
             .expect("the size was compared with the shape when the shard was opened")
+    }
+
+    fn down_columns(&self) -> TernaryColumns<'_> {
+        let (rows, cols, scale) = self.matrices[Projection::Down as usize];
+        TernaryColumns::new(self.shard.bytes(Projection::ALL.len()), rows, cols, scale)
+            .expect("the size was compared with the shape when the shard was opened")
+    }
+
+    /// Whether the two forms of the down projection hold the same trits. Packs the columns again.
+    fn forms_agree(&self) -> bool {
+        let down = self.matrix(Projection::Down);
+        let mut columns = ColumnPacker::new(down.rows(), down.cols())
+            .expect("the shape was that of a matrix when the shard was opened");
+        let mut trits = vec![0; down.cols()];
+        for row in 0..down.rows() {
+            down.unpack_row(row, &mut trits);
+            columns.row(row, &trits);
+        }
+        columns.finish() == self.down_columns().bytes()
     }
 
     /// Looks at every code and every float, and hashes the content.
@@ -258,13 +306,19 @@ impl LayerShard {
             matrix.check_codes().map_err(|source| ShardError::Codes { tensor, source })?;
             part.ternary(tensor, matrix);
         }
+        let of_columns = |source| ShardError::Codes { tensor: DOWN_COLUMNS, source };
+        self.down_columns().check_codes().map_err(of_columns)?;
+        if !self.forms_agree() {
+            let tensor = Projection::Down.name();
+            return Err(ShardError::Forms { tensor, other: DOWN_COLUMNS });
+        }
         let norms = if self.sub_norms {
             &[Norm::Attn, Norm::AttnSub, Norm::Ffn, Norm::FfnSub][..]
         } else {
             &[Norm::Attn, Norm::Ffn]
         };
         for (index, norm) in norms.iter().enumerate() {
-            let values = self.shard.floats(Projection::ALL.len() + index);
+            let values = self.shard.floats(PACKED_TENSORS + index);
             check_finite(norm.name(), values)?;
             part.vector(norm.name(), values);
         }

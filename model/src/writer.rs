@@ -1,8 +1,11 @@
-//! Writes a store from any source of tensors, row by row: never holds more than a tile.
+//! Writes a store from any source of tensors, row by row: never holds more than a tile, and the
+//! columns of one packed matrix.
 
 use std::path::Path;
 
-use kernels::{FloatKind, ScreenMatrix, TernaryMatrix, pack_screen_group, pack_tile};
+use kernels::{
+    Arrangement, ColumnPacker, FloatKind, ScreenMatrix, TernaryMatrix, pack_screen_group, pack_tile,
+};
 
 use crate::config::{ConfigError, ModelConfig};
 use crate::id::{ContentText, ModelId, PartDigest, PartHasher, model_id};
@@ -161,7 +164,7 @@ fn write_layer<C: Content>(
 ) -> Result<(FileEntry, PartDigest), C::Error> {
     let too_large = || ConfigError::Inconsistent("a matrix is too large to be addressed".into());
     let tensors = layout::layer_tensors(config).ok_or_else(too_large)?;
-    let mut metadata = layout::shard_metadata();
+    let mut metadata = layout::layer_metadata();
     let mut matrices = Vec::with_capacity(Projection::ALL.len());
     for projection in Projection::ALL {
         let matrix = content.projection(layer, projection)?;
@@ -177,7 +180,27 @@ fn write_layer<C: Content>(
     {
         let (rows, cols) = projection.shape(config);
         part.begin(projection.name(), rows, cols, matrix.scale());
-        *zeros = write_matrix(&mut file, &mut part, matrix.as_mut(), rows, cols)?;
+        let mut columns = match projection {
+            Projection::Down => Some(ColumnPacker::new(rows, cols).ok_or_else(too_large)?),
+            _ => None,
+        };
+        let mut each_row = |row: usize, trits: &[i8]| {
+            if let Some(columns) = &mut columns {
+                columns.row(row, trits);
+            }
+        };
+        let arrangement = projection.arrangement();
+        *zeros = write_matrix(
+            &mut file,
+            &mut part,
+            matrix.as_mut(),
+            arrangement,
+            (rows, cols),
+            &mut each_row,
+        )?;
+        if let Some(columns) = columns {
+            file.write(&columns.finish())?;
+        }
     }
     for (projection, zeros) in Projection::ALL.into_iter().zip(zeros) {
         let (rows, cols) = projection.shape(config);
@@ -191,13 +214,14 @@ fn write_layer<C: Content>(
     Ok((file.finish()?, part.finish()))
 }
 
-/// Packs a matrix tile by tile; returns how many trits are zero.
+/// Packs a matrix tile by tile, shows `each_row` its trits, and returns how many of them are zero.
 fn write_matrix<E: From<WriteError>>(
     file: &mut StagedFile,
     part: &mut PartHasher,
     matrix: &mut dyn TernaryRows<E>,
-    rows: usize,
-    cols: usize,
+    arrangement: Arrangement,
+    (rows, cols): (usize, usize),
+    each_row: &mut dyn FnMut(usize, &[i8]),
 ) -> Result<u64, E> {
     let mut trits = vec![0; TernaryMatrix::TILE_ROWS * cols];
     let mut packed = vec![0; TernaryMatrix::tile_bytes(cols)];
@@ -207,11 +231,12 @@ fn write_matrix<E: From<WriteError>>(
         let trits = &mut trits[..tile_rows * cols];
         for (row, out) in trits.chunks_exact_mut(cols).enumerate() {
             matrix.row(first + row, out)?;
+            each_row(first + row, out);
         }
         zeros += trits.iter().filter(|trit| **trit == 0).count() as u64;
         part.trits(trits);
         let views: Vec<&[i8]> = trits.chunks_exact(cols).collect();
-        pack_tile(layout::ARRANGEMENT, &views, cols, &mut packed);
+        pack_tile(arrangement, &views, cols, &mut packed);
         file.write(&packed)?;
     }
     Ok(zeros)

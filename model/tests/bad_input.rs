@@ -527,7 +527,7 @@ fn damaged_stores_are_refused() {
     };
     let manifest = "manifest.json";
     restore(manifest, &edit("\"format\": 1", "\"format\": 0"), "import the model again");
-    restore(manifest, &edit("\"version\": 1", "\"version\": 0"), "import the model again");
+    restore(manifest, &edit("\"version\": 2", "\"version\": 1"), "import the model again");
     restore(manifest, &edit("embed.safetensors", "../embed"), "file ../embed in place of embed");
     restore(manifest, &edit("\"layers\": 2", "\"layers\": 3"), "file none in place of layer-0002");
     restore(manifest, &edit("\"layers\": 2", "\"layers\": 99999999"), "the number of layers is");
