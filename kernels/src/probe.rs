@@ -2,7 +2,9 @@
 //! The work is done and its result returned, so that no compiler takes it away; whoever looks at the
 //! clock divides. No operation of the numerics, so no part of the known answer or of the proof.
 
-use crate::backend::{Backend, Kind};
+use crate::backend::Backend;
+#[cfg(target_arch = "x86_64")]
+use crate::backend::Kind;
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::avx2::Avx2;
