@@ -16,7 +16,7 @@ use ::model::Store;
 use clap::Args;
 use node::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use proto::plan::KvType;
-use worker::engine::{Placement, Shortcuts};
+use worker::engine::{Placement, Shortcuts, WeightMemory};
 
 use crate::cli::{Cli, Command, DebugWhat, TelemetryArgs};
 use crate::progress::Progress;
@@ -145,6 +145,32 @@ impl ShortcutArgs {
     /// What is left out.
     pub(crate) fn shortcuts(self) -> Shortcuts {
         Shortcuts { zeros: !self.no_skip_zeros, screen: !self.no_screen }
+    }
+}
+
+/// Where weights and threads are; results are the same.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct PlacementArgs {
+    /// Read weights from the mapped files (map), or from a copy on huge pages for each memory node
+    /// (copy) [default: map]
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) weights: Option<WeightMemory>,
+    /// Keep weights in memory, whatever else wants it
+    #[arg(long)]
+    pub(crate) lock_memory: bool,
+    /// Keep every compute thread on a core of its own
+    #[arg(long)]
+    pub(crate) pin_threads: bool,
+}
+
+impl PlacementArgs {
+    /// Where they are.
+    pub(crate) fn placement(self) -> Placement {
+        Placement {
+            weights: self.weights.unwrap_or_default(),
+            lock: self.lock_memory,
+            pin: self.pin_threads,
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use worker::engine::Shortcuts;
+use worker::engine::{Placement, Shortcuts};
 
 /// How long workers may take to measure themselves and register: they read every weight once,
 /// perhaps from a slow disk.
@@ -52,6 +52,8 @@ pub struct LocalOptions {
     pub isa: Option<String>,
     /// Which work is left out where that cannot be seen.
     pub shortcuts: Shortcuts,
+    /// Where weights and threads are.
+    pub placement: Placement,
     /// Where the coordinator's gRPC API listens.
     pub grpc: SocketAddr,
     /// Where the coordinator's HTTP API listens.
@@ -73,6 +75,7 @@ impl LocalOptions {
             kv_type: KvType::default(),
             isa: None,
             shortcuts: Shortcuts::default(),
+            placement: Placement::default(),
             grpc: ANY_PORT,
             http: ANY_PORT,
             insecure: false,
@@ -119,6 +122,9 @@ impl LocalOptions {
             isa: self.isa.clone(),
             skip_zeros: self.shortcuts.zeros,
             screen: self.shortcuts.screen,
+            weights: self.placement.weights,
+            lock_memory: self.placement.lock,
+            pin_threads: self.placement.pin,
             shutdown_grace: STOP_GRACE,
             ..defaults
         }

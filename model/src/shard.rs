@@ -1,5 +1,6 @@
 //! The shards of a store, mapped and checked once: after that, handing out weights costs nothing.
 
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -112,8 +113,8 @@ pub enum ShardError {
     },
 }
 
-/// A mapped shard whose tensors are exactly the expected ones.
-#[derive(Debug)]
+/// A mapped shard whose tensors are exactly the expected ones. Clones share the memory.
+#[derive(Clone, Debug)]
 struct Shard {
     file: MappedFile,
     path: PathBuf,
@@ -161,6 +162,11 @@ impl Shard {
 
     fn bytes(&self, tensor: usize) -> &[u8] {
         &self.file.bytes()[self.ranges[tensor].clone()]
+    }
+
+    /// The same in memory of this process alone.
+    fn copied(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.copied()?, ..self.clone() })
     }
 
     /// A tensor of F32. Alignment and length were checked when the shard was opened.
@@ -262,6 +268,24 @@ impl LayerShard {
         }
     }
 
+    /// The same weights in memory of this process alone: see [`EmbeddingShard::copied`].
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub fn copied(&self) -> io::Result<Self> {
+        Ok(Self { shard: self.shard.copied()?, ..*self })
+    }
+
+    /// Keeps the weights in memory, whatever else wants it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let this process lock so much.
+    pub fn lock(&self) -> io::Result<()> {
+        self.shard.file.lock()
+    }
+
     /// The file that is mapped.
     pub fn path(&self) -> &Path {
         &self.shard.path
@@ -327,7 +351,7 @@ impl LayerShard {
 }
 
 /// A float matrix in a map of its file: what embedding and head have in common.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct FloatShard {
     shard: Shard,
     kind: FloatKind,
@@ -352,6 +376,10 @@ impl FloatShard {
         let bits = bytemuck::cast_slice(self.shard.bytes(0));
         FloatMatrix::new(self.kind, bits, self.rows, self.cols)
             .expect("the size was compared with the shape when the shard was opened")
+    }
+
+    fn copied(&self) -> io::Result<Self> {
+        Ok(Self { shard: self.shard.copied()?, ..*self })
     }
 
     fn verify(&self) -> Result<PartDigest, ShardError> {
@@ -385,6 +413,30 @@ impl EmbeddingShard {
         self.0.matrix()
     }
 
+    /// The head of a tied model: the same matrix, in the same memory.
+    pub fn as_head(&self) -> HeadShard {
+        HeadShard(self.0.clone())
+    }
+
+    /// The same matrix in memory of this process alone, on huge pages if the system has them, and on
+    /// the memory node of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub fn copied(&self) -> io::Result<Self> {
+        self.0.copied().map(Self)
+    }
+
+    /// Keeps the matrix in memory, whatever else wants it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let this process lock so much.
+    pub fn lock(&self) -> io::Result<()> {
+        self.0.shard.file.lock()
+    }
+
     pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
         self.0.verify()
     }
@@ -408,6 +460,24 @@ impl HeadShard {
         self.0.matrix()
     }
 
+    /// The same matrix in memory of this process alone: see [`EmbeddingShard::copied`].
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub fn copied(&self) -> io::Result<Self> {
+        self.0.copied().map(Self)
+    }
+
+    /// Keeps the matrix in memory, whatever else wants it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let this process lock so much.
+    pub fn lock(&self) -> io::Result<()> {
+        self.0.shard.file.lock()
+    }
+
     pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
         self.0.verify()
     }
@@ -429,6 +499,24 @@ impl NormShard {
     /// The weights, `[hidden]`.
     pub fn weight(&self) -> &[f32] {
         self.0.floats(0)
+    }
+
+    /// The same weights in memory of this process alone: see [`EmbeddingShard::copied`].
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub fn copied(&self) -> io::Result<Self> {
+        self.0.copied().map(Self)
+    }
+
+    /// Keeps the weights in memory, whatever else wants it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let this process lock so much.
+    pub fn lock(&self) -> io::Result<()> {
+        self.0.file.lock()
     }
 
     pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
@@ -461,6 +549,24 @@ impl ScreenShard {
     /// One row per token, `[vocab, hidden]`.
     pub fn matrix(&self) -> ScreenMatrix<'_> {
         self.view()
+    }
+
+    /// The same screen in memory of this process alone: see [`EmbeddingShard::copied`].
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub fn copied(&self) -> io::Result<Self> {
+        Ok(Self { shard: self.shard.copied()?, ..*self })
+    }
+
+    /// Keeps the screen in memory, whatever else wants it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let this process lock so much.
+    pub fn lock(&self) -> io::Result<()> {
+        self.shard.file.lock()
     }
 
     fn view(&self) -> ScreenMatrix<'_> {

@@ -13,10 +13,11 @@ use node::signals::Signals;
 use proto::keys::Keys;
 use proto::plan::KvType;
 use tokio::sync::oneshot;
+use worker::engine::WeightMemory;
 
 use crate::Failure;
 use crate::cli::TelemetryArgs;
-use crate::commands::{TELEMETRY_GRACE, start_telemetry, telemetry_flags, threads};
+use crate::commands::{PlacementArgs, TELEMETRY_GRACE, start_telemetry, telemetry_flags, threads};
 use crate::settings::{Flags, Settings};
 
 /// What coordinator and worker have in common.
@@ -101,6 +102,8 @@ pub(crate) struct WorkerCommand {
     /// Kernels to compute with [default: the fastest this CPU runs]
     #[arg(long, value_name = "ISA")]
     isa: Option<String>,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Where /metrics and /health are served [default: nowhere]
     #[arg(long, value_name = "ADDR")]
     http: Option<SocketAddr>,
@@ -154,6 +157,14 @@ impl WorkerCommand {
         flags.set("worker.store", path(self.store.as_ref()));
         flags.set("worker.memory", text(self.memory.as_ref()));
         flags.set("worker.isa", self.isa.clone());
+        let PlacementArgs { weights, lock_memory, pin_threads } = self.placement;
+        let name = |weights| match weights {
+            WeightMemory::Map => "map",
+            WeightMemory::Copy => "copy",
+        };
+        flags.set("worker.weights", weights.map(name));
+        flags.set("worker.lock_memory", lock_memory.then_some(true));
+        flags.set("worker.pin_threads", pin_threads.then_some(true));
         flags.set("worker.http", text(self.http.as_ref()));
         flags
     }

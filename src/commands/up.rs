@@ -14,7 +14,7 @@ use proto::status::ClusterStatus;
 use serde::Serialize;
 
 use crate::Failure;
-use crate::commands::{ModelArgs, threads};
+use crate::commands::{ModelArgs, PlacementArgs, threads};
 use crate::local::{LocalCluster, LocalOptions, threads_each};
 use crate::pipeline::check_stages;
 
@@ -63,6 +63,8 @@ pub(crate) struct UpCommand {
     /// How keys and values are stored: f16 or f32
     #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
     kv_type: KvType,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Answer this before serving
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -136,6 +138,7 @@ impl UpCommand {
             stages: Some(self.stages.unwrap_or_else(|| self.workers.min(layers))),
             threads: self.threads.unwrap_or_else(|| threads_each(self.workers)),
             kv_type: self.kv_type,
+            placement: self.placement.placement(),
             grpc: self.grpc,
             http: self.http,
             insecure: self.insecure,

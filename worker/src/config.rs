@@ -7,7 +7,7 @@ use std::time::Duration;
 use kernels::{Backend, Refusal};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::Shortcuts;
+use crate::engine::{Placement, Shortcuts, WeightMemory};
 
 mod memory;
 #[cfg(test)]
@@ -56,6 +56,12 @@ pub struct Config {
     pub skip_zeros: bool,
     /// Whether rows of the head that provably do not win are left out; exact either way.
     pub screen: bool,
+    /// Whether weights are read from the mapped files, or from a copy for each memory node.
+    pub weights: WeightMemory,
+    /// Whether weights stay in memory, whatever else wants it.
+    pub lock_memory: bool,
+    /// Whether every compute thread stays on a core of its own.
+    pub pin_threads: bool,
     /// Where `/metrics` and `/health` are served; by default nowhere.
     pub http: Option<SocketAddr>,
     /// How long what is in flight may take after the process was asked to stop.
@@ -77,6 +83,9 @@ impl Default for Config {
             isa: None,
             skip_zeros: true,
             screen: true,
+            weights: WeightMemory::Map,
+            lock_memory: false,
+            pin_threads: false,
             http: None,
             shutdown_grace: DEFAULT_SHUTDOWN_GRACE,
             insecure: false,
@@ -178,6 +187,11 @@ impl Config {
     /// Which work is left out.
     pub fn shortcuts(&self) -> Shortcuts {
         Shortcuts { zeros: self.skip_zeros, screen: self.screen }
+    }
+
+    /// Where weights and threads are.
+    pub fn placement(&self) -> Placement {
+        Placement { weights: self.weights, lock: self.lock_memory, pin: self.pin_threads }
     }
 
     /// The kernels to use: those named, else the fastest that this CPU runs.

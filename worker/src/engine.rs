@@ -22,6 +22,7 @@ mod buffers;
 mod cache;
 mod feed_forward;
 mod head;
+mod placement;
 mod profile;
 mod rows;
 mod sampler;
@@ -29,20 +30,26 @@ mod shared;
 mod stage_model;
 mod step;
 
-use std::mem;
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
+use std::{io, mem};
 
 use kernels::Backend;
 use model::{ModelConfig, StoreError};
 use proto::plan::KvType;
 use proto::step::{Row, RowStatus, RowValue};
 
+use crate::topology::Seats;
+
 use self::buffers::{Buffers, Local};
 use self::cache::KvCache;
+use self::head::PositionResult;
+pub use self::placement::weight_copies;
 use self::profile::Part;
 pub use self::profile::{Clock, StepProfile};
 use self::rows::Batch;
+use self::shared::Buffer;
 pub use self::stage_model::StageModel;
 
 /// How an engine computes. None of it but the KV type changes a result.
@@ -93,13 +100,26 @@ pub struct Placement {
 }
 
 /// Where weights are read from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum WeightMemory {
     /// The files of the store, mapped: shared with every other process, and with the page cache.
     #[default]
     Map,
     /// A private copy on huge pages, one for each memory node of the machine.
     Copy,
+}
+
+impl FromStr for WeightMemory {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "map" => Ok(Self::Map),
+            "copy" => Ok(Self::Copy),
+            _ => Err("must be map or copy".to_owned()),
+        }
+    }
 }
 
 /// Why there is no engine.
@@ -131,6 +151,27 @@ pub enum EngineError {
         /// How much; `u64::MAX` when it cannot be counted.
         bytes: u64,
     },
+    /// There is no memory for a copy of the weights.
+    #[error("failed to copy {bytes} bytes of weights")]
+    Copy {
+        /// How much.
+        bytes: u64,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The operating system does not let this process lock so much memory.
+    #[error(
+        "failed to lock {bytes} bytes of weights in memory: the limit on locked memory          (ulimit -l, LimitMEMLOCK of systemd) must be at least as much"
+    )]
+    Lock {
+        /// How much.
+        bytes: u64,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The operating system does not put threads on cores.
+    #[error("failed to put a compute thread on a core")]
+    Seat(#[source] io::Error),
     /// The operating system gave no threads.
     #[error("failed to start {threads} compute threads")]
     Threads {
@@ -163,10 +204,15 @@ pub struct RowOutcome {
 
 /// One stage's weights, KV cache and threads.
 pub struct Engine {
-    model: StageModel,
+    /// One for each memory node on which threads sit; at least one.
+    models: Vec<StageModel>,
+    /// Held for its threads.
+    _seats: Seats,
     config: EngineConfig,
     cache: KvCache,
     buffers: Buffers,
+    /// `[wanted positions]`; on the last stage.
+    results: Buffer<PositionResult>,
     /// One for each thread, which holds it for a whole step.
     locals: Vec<Mutex<Local>>,
     pool: rayon::ThreadPool,
@@ -177,7 +223,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::Zero`], [`EngineError::Memory`] and [`EngineError::Threads`].
+    /// [`EngineError::Zero`], [`EngineError::Memory`] and [`EngineError::Threads`]; those of
+    /// [`Placement`] if it asks for anything.
     pub fn new(model: StageModel, config: EngineConfig) -> Result<Self, EngineError> {
         for (what, is_zero) in [
             ("the number of threads", config.threads == 0),
@@ -190,13 +237,20 @@ impl Engine {
         }
         let cache = KvCache::new(model.config(), model.layer_count(), &config)?;
         let buffers = Buffers::new(&model, &config)?;
-        let locals = (0..config.threads).map(|_| Mutex::new(Local::new(&model, &config))).collect();
+        let wanted_max = if model.is_last() { config.max_step_tokens as usize } else { 0 };
+        let results = Buffer::new(PositionResult::Nothing, wanted_max, 1);
+        let seats = placement::seats(&config);
+        let local = |thread| Mutex::new(Local::new(&model, &config, seats.node(thread)));
+        let locals = (0..config.threads).map(local).collect();
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(config.threads)
             .thread_name(|index| format!("engine-{index}"))
             .build()
             .map_err(|source| EngineError::Threads { threads: config.threads, source })?;
-        Ok(Self { model, config, cache, buffers, locals, pool })
+        let seated = pool.broadcast(|context| seats.sit(context.index()));
+        seated.into_iter().collect::<Result<(), _>>().map_err(EngineError::Seat)?;
+        let models = placement::place(model, &config, &seats)?;
+        Ok(Self { models, _seats: seats, config, cache, buffers, results, locals, pool })
     }
 
     /// Computes one step: `rows` in order, each seeing the KV of earlier rows of its sequence.
@@ -236,33 +290,33 @@ impl Engine {
     }
 
     fn step(&mut self, rows: &[Row], input: &[f32], clock: Option<&dyn Clock>) -> StepOutput {
-        let batch = Batch::new(rows, self.model.config(), &self.config);
-        let input_len = if self.model.is_first() { 0 } else { batch.place_count() * self.hidden() };
+        let batch = Batch::new(rows, self.model().config(), &self.config);
+        let input_len =
+            if self.model().is_first() { 0 } else { batch.place_count() * self.hidden() };
         assert_eq!(input.len(), input_len, "activations must match the tokens of the step");
-        let results =
-            if batch.tokens().is_empty() { Vec::new() } else { self.compute(&batch, input, clock) };
+        if !batch.tokens().is_empty() {
+            self.compute(&batch, input, clock);
+        }
         let activations = if self.is_last() { Vec::new() } else { self.activations(&batch) };
+        let results = self.results.values_mut().iter_mut().take(batch.wanted().len());
+        let results = results.map(|result| mem::replace(result, PositionResult::Nothing));
         StepOutput { activations, rows: batch.finish(results) }
     }
 
     /// Enters the pool once, for the whole step.
-    fn compute(
-        &mut self,
-        batch: &Batch<'_>,
-        input: &[f32],
-        clock: Option<&dyn Clock>,
-    ) -> Vec<head::PositionResult> {
+    fn compute(&mut self, batch: &Batch<'_>, input: &[f32], clock: Option<&dyn Clock>) {
         let begin_ns = clock.map(|clock| clock.now_ns());
         let team = shared::Team::new(&self.pool);
-        let mut results = head::results(batch);
+        let wanted = if self.model().is_last() { batch.wanted().len() } else { 0 };
         let step = step::Step {
             backend: self.config.backend,
-            model: &self.model,
+            model: &self.models[0],
+            models: &self.models,
             batch,
             input,
             cache: self.cache.lend(&team),
             planes: self.buffers.lend(&team, batch.tokens().len()),
-            results: results.lend(&team, batch.wanted().len(), 1),
+            results: self.results.lend(&team, wanted, 1),
             queue: shared::Queue::default(),
             shortcuts: self.config.shortcuts,
             thresholds: head::Thresholds::default(),
@@ -280,8 +334,6 @@ impl Engine {
         locals.iter().for_each(|local| {
             step.lap(&mut local.lock().unwrap_or_else(PoisonError::into_inner), Part::Waiting);
         });
-        drop(step);
-        results.into_values()
     }
 
     /// The residual stream in the places of the step's tokens, zeros where a row failed.
@@ -297,45 +349,49 @@ impl Engine {
         activations
     }
 
-    /// Bytes of the mapped weights of this stage.
+    /// Bytes of the weights of this stage, all copies together.
     pub fn weight_bytes(&self) -> u64 {
-        self.model.weight_bytes()
+        self.models.iter().map(StageModel::weight_bytes).sum()
     }
 
     /// Bytes of this stage's KV cache when every block was used.
     pub fn kv_bytes(&self) -> u64 {
         let EngineConfig { kv_type, kv_blocks, .. } = self.config;
-        kv_bytes(self.model.config(), self.model.layer_count(), kv_type, kv_blocks)
+        kv_bytes(self.model().config(), self.model().layer_count(), kv_type, kv_blocks)
     }
 
     /// Bytes that it writes beside KV: see [`working_bytes`].
     pub fn working_bytes(&self) -> u64 {
-        working_bytes(self.model.config(), self.is_last(), &self.config)
+        working_bytes(self.model().config(), self.is_last(), &self.config)
+    }
+
+    fn model(&self) -> &StageModel {
+        &self.models[0]
     }
 
     /// Whether the model's first layer is here, and so the embedding.
     pub fn is_first(&self) -> bool {
-        self.model.is_first()
+        self.model().is_first()
     }
 
     /// Whether the model's last layer is here, and so norm, head and sampler.
     pub fn is_last(&self) -> bool {
-        self.model.is_last()
+        self.model().is_last()
     }
 
     /// The layers of this stage.
     pub fn layers(&self) -> Range<u32> {
-        self.model.layers()
+        self.model().layers()
     }
 
     /// Width of the residual stream.
     pub fn hidden(&self) -> usize {
-        self.model.config().hidden as usize
+        self.model().config().hidden as usize
     }
 
     /// Tokens that the model knows.
     pub fn vocab(&self) -> usize {
-        self.model.config().vocab as usize
+        self.model().config().vocab as usize
     }
 
     /// How it computes.

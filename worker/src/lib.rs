@@ -31,6 +31,7 @@ mod stage;
 mod telemetry;
 #[cfg(test)]
 mod tests;
+mod topology;
 
 pub use config::{Config, ConfigError};
 pub use error::RunError;

@@ -10,7 +10,7 @@ use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
 use proto::plan::KvType;
 use proto::step::{Output, Row, RowStatus, SamplingParameters};
 
-use crate::engine::{Engine, EngineConfig, EngineError, StageModel};
+use crate::engine::{Engine, EngineConfig, EngineError, Placement, StageModel};
 
 /// Tokens that each row has behind it: a short conversation.
 const CONTEXT_TOKENS: u32 = 4 * BLOCK_TOKENS;
@@ -52,6 +52,8 @@ pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTim
             kv_type: KvType::default(),
             kv_blocks: MANY_ROWS * blocks_each,
             max_step_tokens: MANY_ROWS,
+            // One layer says nothing about memory, and is gone in a second.
+            placement: Placement { pin: config.placement.pin, ..Placement::default() },
             ..*config
         },
     )?;

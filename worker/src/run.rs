@@ -22,7 +22,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::bridge::EngineFailure;
 use crate::config::Config;
-use crate::engine::{EngineConfig, Placement, working_bytes as working_bytes_of};
+use crate::engine::{EngineConfig, working_bytes as working_bytes_of};
 use crate::error::RunError;
 use crate::measure::measure_layer_ns;
 use crate::service::{Identity, Service};
@@ -159,7 +159,7 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         kv_blocks: 1,
         max_step_tokens: limits::STEP_TOKENS as u32,
         shortcuts: config.shortcuts(),
-        placement: Placement::default(),
+        placement: config.placement(),
     };
     let choice = Backend::choose();
     let reason = match config.isa {

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
-use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes, working_bytes};
+use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes, weight_copies, working_bytes};
 use crate::error::ServiceError;
 use crate::executor::Executor;
 use crate::link;
@@ -234,7 +234,7 @@ impl Service {
             let layer_count = shape.layers.end - shape.layers.start;
             let kv_bytes = kv_bytes(store.config(), layer_count, shape.kv_type, shape.kv_blocks);
             let model = StageModel::open(&store, shape.layers.clone())?;
-            let weight_bytes = model.weight_bytes();
+            let weight_bytes = model.weight_bytes().saturating_mul(weight_copies(&config));
             let working_bytes = working_bytes(store.config(), model.is_last(), &config);
             let needed_bytes = weight_bytes.saturating_add(kv_bytes).saturating_add(working_bytes);
             if needed_bytes > available_bytes {

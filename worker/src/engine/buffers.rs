@@ -7,6 +7,7 @@ use kernels::{
 };
 use model::ModelConfig;
 
+use super::head::PositionResult;
 use super::profile::Record;
 use super::shared::{Buffer, Member, Shared, Team};
 use super::{EngineConfig, EngineError, StageModel, head, sampler};
@@ -143,6 +144,7 @@ impl Widths {
         let Self { partial_states, head_positions, .. } = *self;
         let state = ATTENTION_STATE_HEADER + head_dim;
         let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 2 * ffn + head_dim;
+        let a_token = a_token + size_of::<PositionResult>().div_ceil(size_of::<f32>());
         let sampler = match head_positions {
             0 => 0,
             _ => sampler::SCRATCH_WORDS * vocab + head::Scratch::WORDS,
@@ -177,7 +179,7 @@ impl Buffers {
         let Widths { hidden, heads, group, head_dim, kv, ffn, vocab, .. } = widths;
         let Widths { partial_states, head_positions, .. } = widths;
         let state = ATTENTION_STATE_HEADER + head_dim;
-        let floats = |width: usize| Buffer::new(0.0f32, n * width);
+        let floats = |width: usize| Buffer::new(0.0f32, n, width);
         Ok(Self {
             widths,
             residual: floats(hidden),
@@ -185,18 +187,18 @@ impl Buffers {
             query: floats(heads * head_dim),
             key: floats(kv),
             value: floats(kv),
-            attended: floats(heads * head_dim),
+            attended: Buffer::new(0.0, n * heads, head_dim),
             gated: floats(ffn),
             cos: floats(head_dim / 2),
             sin: floats(head_dim / 2),
             hidden_codes: CodesBuffer::new(n, hidden),
             attended_codes: CodesBuffer::new(n, heads * head_dim),
             ffn_codes: CodesBuffer::new(n, ffn),
-            partial_states: Buffer::new(0.0, partial_states * group * state),
-            head_input: Buffer::new(0.0, head_positions * hidden),
-            logits: Buffer::new(0.0, head_positions * vocab),
-            screen_codes: Buffer::new(0, head_positions * 2 * screen_cols(hidden)),
-            screen_queries: Buffer::new(ScreenQuery::default(), head_positions),
+            partial_states: Buffer::new(0.0, partial_states, group * state),
+            head_input: Buffer::new(0.0, head_positions, hidden),
+            logits: Buffer::new(0.0, head_positions, vocab),
+            screen_codes: Buffer::new(0, head_positions, 2 * screen_cols(hidden)),
+            screen_queries: Buffer::new(ScreenQuery::default(), head_positions, 1),
         })
     }
 
@@ -247,9 +249,9 @@ impl CodesBuffer {
         let stride = padded_cols(width);
         Self {
             stride,
-            codes: Buffer::new(0, n * stride),
-            scales: Buffer::new(0.0, n),
-            sums: Buffer::new(0, n),
+            codes: Buffer::new(0, n, stride),
+            scales: Buffer::new(0.0, n, 1),
+            sums: Buffer::new(0, n, 1),
         }
     }
 
@@ -355,6 +357,8 @@ impl OwnCodes {
 
 /// What one thread needs for itself.
 pub(super) struct Local {
+    /// On which memory node the thread is: which copy of the weights it reads.
+    pub(super) node: usize,
     /// `[hidden]`: the residual stream of a step of one token, the same in every thread.
     pub(super) residual: Vec<f32>,
     /// What enters the next product in a step of one token, the same in every thread.
@@ -384,7 +388,7 @@ pub(super) struct Local {
 }
 
 impl Local {
-    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Self {
+    pub(super) fn new(model: &StageModel, config: &EngineConfig, node: usize) -> Self {
         let shape = model.config();
         let head_dim = shape.head_dim as usize;
         let attended = shape.heads as usize * head_dim;
@@ -393,6 +397,7 @@ impl Local {
         let rows = group_rows((shape.heads / shape.kv_heads) as usize);
         let chunk = chunk_floats(config);
         Self {
+            node,
             residual: vec![0.0; shape.hidden as usize],
             own: OwnCodes { codes: vec![0; padded_cols(widest)], scale: 1.0, sum: 0 },
             gate: vec![0.0; chunk],

@@ -1,8 +1,8 @@
 //! The KV cache: where a block of a layer lies. Which block holds what is the scheduler's business.
 //!
-//! A layer's memory is `[kv head][block]`, each block K `[dimension][32 tokens]` and then V
+//! The memory is `[layer][kv head][block]`, each block K `[dimension][32 tokens]` and then V
 //! `[32 tokens][dimension]`. A KV head comes first so that a thread that stores keys owns one
-//! contiguous part.
+//! contiguous part of its layer.
 
 use kernels::{KV_BLOCK_TOKENS, KvBlock, KvBlockMut};
 use model::ModelConfig;
@@ -13,17 +13,18 @@ use super::{EngineConfig, EngineError, buffers, kv_bytes};
 
 /// The KV cache of a stage.
 pub(super) struct KvCache {
-    layers: Layers,
+    values: Store,
+    layers: usize,
     kv_heads: usize,
     /// Values of K, and of V, in one block of one KV head.
     half_block: usize,
     blocks: usize,
 }
 
-/// One buffer for each layer.
-enum Layers {
-    F16(Vec<Buffer<u16>>),
-    F32(Vec<Buffer<f32>>),
+/// `[layers * kv heads][blocks * 2 * half block]`.
+enum Store {
+    F16(Buffer<u16>),
+    F32(Buffer<f32>),
 }
 
 impl KvCache {
@@ -42,39 +43,38 @@ impl KvCache {
         let kv_heads = model.kv_heads as usize;
         let half_block = model.head_dim as usize * KV_BLOCK_TOKENS;
         let blocks = config.kv_blocks as usize;
-        let len = kv_heads * blocks * 2 * half_block;
-        let layers = match config.kv_type {
-            KvType::F16 => Layers::F16((0..layers).map(|_| Buffer::new(0, len)).collect()),
-            KvType::F32 => Layers::F32((0..layers).map(|_| Buffer::new(0.0, len)).collect()),
+        let layers = layers as usize;
+        let (rows, width) = (layers * kv_heads, blocks * 2 * half_block);
+        let values = match config.kv_type {
+            KvType::F16 => Store::F16(Buffer::new(0, rows, width)),
+            KvType::F32 => Store::F32(Buffer::new(0.0, rows, width)),
         };
-        Ok(Self { layers, kv_heads, half_block, blocks })
+        Ok(Self { values, layers, kv_heads, half_block, blocks })
     }
 
     /// Lends all of it to a team.
     pub(super) fn lend(&mut self, team: &Team) -> SharedCache<'_> {
-        let (rows, width) = (self.kv_heads, self.blocks * 2 * self.half_block);
-        let layers = match &mut self.layers {
-            Layers::F16(layers) => SharedLayers::F16(
-                layers.iter_mut().map(|layer| layer.lend(team, rows, width)).collect(),
-            ),
-            Layers::F32(layers) => SharedLayers::F32(
-                layers.iter_mut().map(|layer| layer.lend(team, rows, width)).collect(),
-            ),
+        let Self { layers, kv_heads, half_block, blocks, .. } = *self;
+        let (rows, width) = (layers * kv_heads, blocks * 2 * half_block);
+        let values = match &mut self.values {
+            Store::F16(values) => SharedStore::F16(values.lend(team, rows, width)),
+            Store::F32(values) => SharedStore::F32(values.lend(team, rows, width)),
         };
-        SharedCache { layers, half_block: self.half_block, blocks: self.blocks }
+        SharedCache { values, kv_heads, half_block, blocks }
     }
 }
 
 /// The KV cache in the hands of a team.
 pub(super) struct SharedCache<'a> {
-    layers: SharedLayers<'a>,
+    values: SharedStore<'a>,
+    kv_heads: usize,
     half_block: usize,
     blocks: usize,
 }
 
-enum SharedLayers<'a> {
-    F16(Vec<Shared<'a, u16>>),
-    F32(Vec<Shared<'a, f32>>),
+enum SharedStore<'a> {
+    F16(Shared<'a, u16>),
+    F32(Shared<'a, f32>),
 }
 
 impl SharedCache<'_> {
@@ -89,18 +89,21 @@ impl SharedCache<'_> {
         layer: usize,
         kv_head: usize,
     ) -> HeadMut<'m> {
-        let values = match &self.layers {
-            SharedLayers::F16(layers) => ValuesMut::F16(layers[layer].row(member, kv_head)),
-            SharedLayers::F32(layers) => ValuesMut::F32(layers[layer].row(member, kv_head)),
+        let row = layer * self.kv_heads + kv_head;
+        let values = match &self.values {
+            SharedStore::F16(values) => ValuesMut::F16(values.row(member, row)),
+            SharedStore::F32(values) => ValuesMut::F32(values.row(member, row)),
         };
         HeadMut { values, half_block: self.half_block }
     }
 
     /// Layer `layer`, to read in this phase.
     pub(super) fn layer<'m>(&'m self, member: &'m Member<'_>, layer: usize) -> Layer<'m> {
-        let values = match &self.layers {
-            SharedLayers::F16(layers) => Values::F16(layers[layer].read(member)),
-            SharedLayers::F32(layers) => Values::F32(layers[layer].read(member)),
+        let len = self.kv_heads * self.blocks * 2 * self.half_block;
+        let of_layer = layer * len..(layer + 1) * len;
+        let values = match &self.values {
+            SharedStore::F16(values) => Values::F16(&values.read(member)[of_layer]),
+            SharedStore::F32(values) => Values::F32(&values.read(member)[of_layer]),
         };
         Layer { values, half_block: self.half_block, blocks: self.blocks }
     }

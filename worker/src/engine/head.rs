@@ -11,9 +11,9 @@ pub(super) use self::screened::{Scratch, Thresholds};
 use super::barrier::Poisoned;
 use super::buffers::{HEAD_POSITIONS, Local};
 use super::profile::Part;
-use super::rows::{Batch, Wanted};
+use super::rows::Wanted;
 use super::sampler;
-use super::shared::{Buffer, Member};
+use super::shared::Member;
 use super::step::{Step, share};
 
 /// Positions that are screened beside ones that need all logits, at least: those read the whole head
@@ -39,11 +39,6 @@ struct Arranged {
     order: [usize; HEAD_POSITIONS],
     /// So many places at the front need all logits.
     whole: usize,
-}
-
-/// Room for the result of every wanted position of `batch`.
-pub(super) fn results(batch: &Batch<'_>) -> Buffer<PositionResult> {
-    Buffer::new(PositionResult::Nothing, batch.wanted().len())
 }
 
 impl Step<'_> {
@@ -88,7 +83,7 @@ impl Step<'_> {
                 }
                 self.meet(member, local, Part::Head)?;
             }
-            if let Some(screen) = self.model.screen().filter(|_| whole < n) {
+            if let Some(screen) = self.models[local.node].screen().filter(|_| whole < n) {
                 let positions = Positions { wanted, order: &order[whole..], first: whole };
                 self.screened(member, local, head, screen, positions);
                 self.meet(member, local, Part::Head)?;

@@ -148,8 +148,10 @@ impl<'r> Batch<'r> {
 
     /// What became of every row, given the results of the wanted positions (none but on the last
     /// stage).
-    pub(super) fn finish(self, results: Vec<PositionResult>) -> Vec<RowOutcome> {
-        let mut results = results.into_iter();
+    pub(super) fn finish(
+        self,
+        mut results: impl Iterator<Item = PositionResult>,
+    ) -> Vec<RowOutcome> {
         let mut broken: HashSet<(SequenceId, Generation)> = HashSet::new();
         let mut outcomes = Vec::with_capacity(self.rows.len());
         for ((row, refusal), failed) in self.rows.iter().zip(self.refusals).zip(&self.failed) {

@@ -183,9 +183,9 @@ pub(super) struct Buffer<T> {
 }
 
 impl<T: Clone> Buffer<T> {
-    /// `len` copies of `value`.
-    pub(super) fn new(value: T, len: usize) -> Self {
-        Self { values: vec![value; len], given: Vec::new() }
+    /// Room for `rows` of `width` values, all `value`. Lending takes no memory.
+    pub(super) fn new(value: T, rows: usize, width: usize) -> Self {
+        Self { values: vec![value; rows * width], given: Vec::with_capacity(rows) }
     }
 
     /// What is in it.
@@ -193,9 +193,9 @@ impl<T: Clone> Buffer<T> {
         &self.values
     }
 
-    /// What was in it.
-    pub(super) fn into_values(self) -> Vec<T> {
-        self.values
+    /// What is in it, to be taken.
+    pub(super) fn values_mut(&mut self) -> &mut [T] {
+        &mut self.values
     }
 
     /// Lends the first `rows * width` values to `team` as `[rows][width]`.
@@ -206,6 +206,7 @@ impl<T: Clone> Buffer<T> {
     pub(super) fn lend<'a>(&'a mut self, team: &Team, rows: usize, width: usize) -> Shared<'a, T> {
         let len = rows.checked_mul(width).expect("a shape that fits memory");
         let values = &mut self.values[..len];
+        assert!(rows <= self.given.capacity(), "{rows} rows of {}", self.given.capacity());
         self.given.clear();
         self.given.resize_with(rows, || AtomicU32::new(0));
         Shared {
@@ -342,7 +343,7 @@ mod tests {
     ) -> bool {
         let pool = pool(3);
         let team = Team::new(&pool);
-        let mut buffer = Buffer::new(0.0f32, ROWS * WIDTH);
+        let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
         let shared = buffer.lend(&team, ROWS, WIDTH);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             run(&pool, team, |member| work(member, &shared));
@@ -354,7 +355,7 @@ mod tests {
     fn rows_then_columns_reach_every_value_once() {
         let pool = pool(4);
         let team = Team::new(&pool);
-        let mut buffer = Buffer::new(0.0f32, ROWS * WIDTH);
+        let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
         let shared = buffer.lend(&team, ROWS, WIDTH);
         let queue = Queue::default();
         run(&pool, team, |member| {
@@ -425,7 +426,7 @@ mod tests {
     fn another_team_gets_nothing() {
         let pool = pool(2);
         let (lent_to, other) = (Team::new(&pool), Team::new(&pool));
-        let mut buffer = Buffer::new(0.0f32, 4);
+        let mut buffer = Buffer::new(0.0f32, 2, 2);
         let shared = buffer.lend(&lent_to, 2, 2);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             run(&pool, other, |member| {

@@ -1,5 +1,6 @@
 //! The weights of one stage, mapped. No arithmetic.
 
+use std::io;
 use std::ops::Range;
 
 use kernels::{FloatMatrix, ScreenMatrix};
@@ -36,14 +37,17 @@ impl StageModel {
         let is_last = layers.end == config.layers;
         let shards = layers.clone().map(|layer| store.layer(layer)).collect::<Result<_, _>>()?;
         let embedding = is_first.then(|| store.embedding()).transpose()?;
-        let end = if is_last { Some((store.final_norm()?, store.head()?)) } else { None };
+        let end = match is_last {
+            true => Some((store.final_norm()?, head_of(store, embedding.as_ref())?)),
+            false => None,
+        };
         let screen = if is_last { store.screen()? } else { None };
         let mut weight_bytes =
             store.layer_bytes().saturating_mul(u64::from(layers.end - layers.start));
         if is_first {
             weight_bytes += store.embedding_bytes();
         }
-        // A tied head is the embedding's file: mapped twice, in memory once.
+        // A tied head is the embedding's matrix, in memory once.
         if is_last && !(is_first && config.tied_head) {
             weight_bytes += store.head_bytes();
         }
@@ -51,6 +55,43 @@ impl StageModel {
             weight_bytes += store.screen_bytes();
         }
         Ok(Self { config, layers, shards, embedding, end, screen, weight_bytes })
+    }
+
+    /// The same weights in memory of this process alone, written by the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub(super) fn copied(&self) -> io::Result<Self> {
+        let embedding = self.embedding.as_ref().map(EmbeddingShard::copied).transpose()?;
+        let end = match (&self.end, &embedding) {
+            (None, _) => None,
+            (Some((norm, _)), Some(embedding)) if self.config.tied_head => {
+                Some((norm.copied()?, embedding.as_head()))
+            }
+            (Some((norm, head)), _) => Some((norm.copied()?, head.copied()?)),
+        };
+        Ok(Self {
+            config: self.config.clone(),
+            layers: self.layers.clone(),
+            shards: self.shards.iter().map(LayerShard::copied).collect::<Result<_, _>>()?,
+            embedding,
+            end,
+            screen: self.screen.as_ref().map(ScreenShard::copied).transpose()?,
+            weight_bytes: self.weight_bytes,
+        })
+    }
+
+    /// Keeps all weights in memory, whatever else wants it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not let this process lock so much.
+    pub(super) fn lock(&self) -> io::Result<()> {
+        self.shards.iter().try_for_each(LayerShard::lock)?;
+        self.embedding.iter().try_for_each(EmbeddingShard::lock)?;
+        self.screen.iter().try_for_each(ScreenShard::lock)?;
+        self.end.iter().try_for_each(|(norm, head)| norm.lock().and_then(|()| head.lock()))
     }
 
     /// The whole model's shape.
@@ -101,5 +142,13 @@ impl StageModel {
     /// The screen of the head, on the last stage, if the model has one.
     pub(super) fn screen(&self) -> Option<ScreenMatrix<'_>> {
         self.screen.as_ref().map(ScreenShard::matrix)
+    }
+}
+
+/// The head; of a tied model whose embedding is here, in the same memory.
+fn head_of(store: &Store, embedding: Option<&EmbeddingShard>) -> Result<HeadShard, EngineError> {
+    match embedding {
+        Some(embedding) if store.config().tied_head => Ok(embedding.as_head()),
+        _ => Ok(store.head()?),
     }
 }

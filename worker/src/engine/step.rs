@@ -49,6 +49,8 @@ pub(super) const LEAST_ROWS: usize = 16;
 pub(super) struct Step<'a> {
     pub(super) backend: Backend,
     pub(super) model: &'a StageModel,
+    /// The same for every memory node; `model` is one of them.
+    pub(super) models: &'a [StageModel],
     pub(super) batch: &'a Batch<'a>,
     /// `[tokens of the step][hidden]`, by place; empty on the first stage.
     pub(super) input: &'a [f32],
@@ -76,7 +78,8 @@ impl Step<'_> {
         } else {
             self.meet(member, local, Part::Norms)?;
         }
-        for (layer, weights) in self.model.layer_weights().enumerate() {
+        let model = &self.models[local.node];
+        for (layer, weights) in model.layer_weights().enumerate() {
             self.attention(member, local, layer, &weights)?;
             self.feed_forward(member, local, &weights)?;
         }
@@ -88,7 +91,7 @@ impl Step<'_> {
             self.add(member, token, x, &self.planes.product);
         });
         self.lap(local, Part::Norms);
-        if let Some((norm, head)) = self.model.end() {
+        if let Some((norm, head)) = model.end() {
             self.meet(member, local, Part::Norms)?;
             self.head(member, local, norm, head)?;
         }

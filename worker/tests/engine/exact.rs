@@ -111,6 +111,10 @@ fn check_mix(store: &Store, sequences: &[Sequence], chunks: &[usize], config: En
                 }
             }
         }
+        if rows.is_empty() {
+            // The last sequence would get the same chunk of nothing again and again.
+            chunks.next();
+        }
         for (outcome, owner) in pipeline.step(&rows).iter().zip(owners) {
             logits[owner].extend(floats(outcome));
         }

@@ -4,7 +4,7 @@ use kernels::Backend;
 use model::synth::SynthFamily;
 use proto::plan::KvType;
 use proto::step::{Output, RowStatus, RowValue, Sampled, SamplingParameters};
-use worker::engine::EngineConfig;
+use worker::engine::{EngineConfig, Placement, WeightMemory, weight_copies};
 use worker::measure::measure_layer_ns;
 
 use crate::pipeline::{Pipeline, Sequence, plain, tiny};
@@ -107,4 +107,27 @@ fn measured_times_are_positive() {
     let times = measure_layer_ns(&store, &fast()).unwrap();
     assert!(times.layer_ns > 0 && times.layer_16_ns > 0);
     assert!(times.head_ns > 0 && times.head_16_ns > 0);
+}
+
+#[test]
+fn placement_changes_no_bit_and_copies_are_counted() {
+    let (_dir, store) = tiny(SynthFamily::BitNet);
+    let sequence = Sequence::new(0, 9);
+    let run = |placement| {
+        let config = EngineConfig { threads: 2, placement, ..fast() };
+        let mut pipeline = Pipeline::open(&store, 1, config);
+        (pipeline.logits(&sequence, 4), pipeline.0[0].weight_bytes(), weight_copies(&config))
+    };
+    let (want, bytes, copies) = run(Placement::default());
+    assert_eq!(copies, 1);
+    for (weights, lock, pin) in [
+        (WeightMemory::Copy, false, false),
+        (WeightMemory::Copy, true, true),
+        (WeightMemory::Map, true, false),
+        (WeightMemory::Map, false, true),
+    ] {
+        let (found, found_bytes, copies) = run(Placement { weights, lock, pin });
+        assert_eq!(found, want, "{weights:?}");
+        assert!(copies >= 1 && found_bytes <= bytes * copies, "{weights:?}");
+    }
 }
