@@ -152,7 +152,7 @@ impl Widths {
         let widest = hidden.max(ffn).max(heads * head_dim);
         let attention = group_rows(group) * (head_dim + 2 * state + 1);
         let a_thread =
-            2 * widest + hidden + 2 * chunk_floats(config) + head_dim + attention + sampler;
+            2 * widest + hidden + ffn + 2 * chunk_floats(config) + head_dim + attention + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
             + partial_states as u128 * (group * state) as u128
             + head_positions as u128 * (hidden + screen_cols(hidden) + vocab) as u128
@@ -349,6 +349,11 @@ impl OwnCodes {
         Quantised::new(self.row(stride), stride, scale, sum)
     }
 
+    /// What the row was multiplied by.
+    pub(super) fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// The codes of the row, padding included.
     pub(super) fn row(&self, stride: usize) -> &[i8] {
         &self.codes[..stride]
@@ -367,6 +372,8 @@ pub(super) struct Local {
     pub(super) gate: Vec<f32>,
     /// As `gate`.
     pub(super) up: Vec<f32>,
+    /// `[ffn]`: rows of up or columns of down that are not skipped.
+    pub(super) places: Vec<u32>,
     /// As wide as the widest product's input.
     pub(super) normed: Vec<f32>,
     /// `[d]`: a key after RoPE.
@@ -402,6 +409,7 @@ impl Local {
             own: OwnCodes { codes: vec![0; padded_cols(widest)], scale: 1.0, sum: 0 },
             gate: vec![0.0; chunk],
             up: vec![0.0; chunk],
+            places: vec![0; shape.ffn as usize],
             normed: vec![0.0; widest],
             rotated: vec![0.0; head_dim],
             queries: vec![0.0; rows * head_dim],

@@ -1,6 +1,12 @@
 //! The second half of a layer: gate, up and the activation between them in one phase, then down.
+//!
+//! A squared ReLU makes zeros, and in a step of one token they are free: rows of up whose gate is
+//! closed are not computed, and columns of down whose input is zero are not read. No bit of a result
+//! changes. A closed gate's product may be -0 where it is computed and is +0 where it is not, which the
+//! norm and quantisation after it do not tell apart; and it is computed after all where it could be
+//! something else than a zero, see [`Step::may_skip_up`].
 
-use kernels::{Columns, TernaryMatrix};
+use kernels::{Columns, Quantised, TernaryColumns, TernaryMatrix};
 use model::{Activation, LayerWeights};
 
 use super::barrier::Poisoned;
@@ -8,6 +14,14 @@ use super::buffers::Local;
 use super::profile::Part;
 use super::shared::{Member, Pieces};
 use super::step::{LEAST_ROWS, Step, tiles_of};
+
+/// Rows of up are skipped when at most so many of eight gates of a chunk are open: picking rows costs
+/// a little more for each than computing them all in order.
+const OPEN_EIGHTHS_MAX: usize = 7;
+
+/// Columns of down are skipped when at most so many of eight inputs are not zero: adding up columns
+/// costs more instructions a weight than the product of rows.
+const NONZERO_EIGHTHS_MAX: usize = 5;
 
 impl Step<'_> {
     /// From the product of o to the product of down.
@@ -27,7 +41,9 @@ impl Step<'_> {
         self.meet(member, local, Part::Projections)?;
         self.sub_norm(member, local, &planes.gated, weights.ffn_sub_norm, &planes.ffn_codes)?;
         self.count_down_zeros(member, local);
-        self.product(member, local, weights.down, &planes.ffn_codes, &planes.product);
+        if !self.down_columns(member, local, weights.down_columns) {
+            self.product(member, local, weights.down, &planes.ffn_codes, &planes.product);
+        }
         self.meet(member, local, Part::Projections)
     }
 
@@ -35,8 +51,9 @@ impl Step<'_> {
     /// while they are in a cache, what is to enter down.
     fn gate_and_up(&self, member: &Member<'_>, local: &mut Local, weights: &LayerWeights<'_>) {
         let planes = &self.planes;
-        let Local { own, gate, up, record, .. } = local;
+        let Local { own, gate, up, places, normed, record, .. } = local;
         let x = self.input(member, own, &planes.hidden_codes);
+        let may_skip = self.may_skip_up(weights.up, x, own.scale());
         let (n, tile) = (x.rows(), TernaryMatrix::TILE_ROWS);
         // There is room for a tile of every token.
         let most = gate.len() / n / tile * tile;
@@ -44,10 +61,25 @@ impl Step<'_> {
         while let Some((rows, mut gated)) = planes.gated.pieces(member, n, pieces) {
             let (len, tiles) = (rows.len(), tiles_of(&rows));
             let (gate, up) = (&mut gate[..n * len], &mut up[..n * len]);
-            let bytes = 2 * tiles.len() * TernaryMatrix::tile_bytes(weights.gate.cols());
-            record.profile.weight_bytes += bytes as u64;
+            let tile_bytes = TernaryMatrix::tile_bytes(weights.gate.cols());
+            record.profile.weight_bytes += (tiles.len() * tile_bytes) as u64;
             self.backend.ternary(weights.gate, tiles.clone(), x, Columns::new(gate, len, 0..len));
-            self.backend.ternary(weights.up, tiles, x, Columns::new(up, len, 0..len));
+            let open = match may_skip {
+                true => self.backend.positive(gate, rows.start as u32, &mut places[..len]),
+                false => len,
+            };
+            if open * 8 <= len * OPEN_EIGHTHS_MAX {
+                let (places, values) = (&places[..open], &mut normed[..open]);
+                self.backend.ternary_rows(weights.up, places, x, values);
+                up.fill(0.0);
+                for (place, value) in places.iter().zip(values) {
+                    up[*place as usize - rows.start] = *value;
+                }
+                record.profile.weight_bytes += (open * tile_bytes / tile) as u64;
+            } else {
+                record.profile.weight_bytes += (tiles.len() * tile_bytes) as u64;
+                self.backend.ternary(weights.up, tiles, x, Columns::new(up, len, 0..len));
+            }
             let of_tokens = gate.chunks_exact(len).zip(up.chunks_exact(len));
             for (token, (gate, up)) in of_tokens.enumerate() {
                 let gated = gated.row(token);
@@ -62,6 +94,47 @@ impl Step<'_> {
                 record.profile.gate_zeros += gate.iter().filter(is_zero).count() as u64;
             }
         }
+    }
+
+    /// Whether rows of up whose gate is closed can be left out: they give a zero, whatever up is, as
+    /// long as up is finite. With `x` the int8 input and `scale` what it was multiplied by, no value of
+    /// up is greater than the sum of 128 for every column makes it.
+    fn may_skip_up(&self, up: TernaryMatrix<'_>, x: Quantised<'_>, scale: f32) -> bool {
+        let greatest = (128 * up.cols()) as f32 * (up.scale() / scale);
+        self.shortcuts.zeros
+            && x.rows() == 1
+            && self.model.config().activation == Activation::SquaredRelu
+            && greatest.is_finite()
+    }
+
+    /// The thread's share of down by columns, if the step has one token and enough of its inputs are
+    /// zero; false if it is to be computed by rows.
+    fn down_columns(
+        &self,
+        member: &Member<'_>,
+        local: &mut Local,
+        down: TernaryColumns<'_>,
+    ) -> bool {
+        // A chunk is the least that a thread can take.
+        if !(self.shortcuts.zeros && self.is_single()) || down.chunks() < member.threads() {
+            return false;
+        }
+        let Local { own, places, record, .. } = local;
+        let stride = self.planes.ffn_codes.stride();
+        let codes = &own.row(stride)[..down.cols()];
+        let count = self.backend.nonzero(codes, &mut places[..codes.len()]);
+        if count * 8 > codes.len() * NONZERO_EIGHTHS_MAX {
+            return false;
+        }
+        let (columns, x) = (&places[..count], own.read(stride));
+        let pieces = Pieces::at_least(TernaryColumns::CHUNK_ROWS, TernaryColumns::CHUNK_ROWS);
+        while let Some((rows, mut y)) = self.planes.product.pieces(member, 1, pieces) {
+            let chunk_rows = TernaryColumns::CHUNK_ROWS;
+            let chunks = rows.start / chunk_rows..rows.end.div_ceil(chunk_rows);
+            record.profile.weight_bytes += (count * chunks.len() * chunk_rows / 4) as u64;
+            self.backend.ternary_columns(down, chunks, columns, x, y.row(0));
+        }
+        true
     }
 
     /// Counts the zeros among down's inputs, if the step is profiled.

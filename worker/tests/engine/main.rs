@@ -9,3 +9,4 @@ mod pipeline;
 mod profile;
 mod results;
 mod screened;
+mod zeros;
