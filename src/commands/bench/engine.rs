@@ -10,7 +10,7 @@ use proto::plan::KvType;
 use crate::Failure;
 use crate::bench::Spread;
 use crate::bench::engine::{BenchError, Measured, Options, Parts, measure};
-use crate::commands::{ModelArgs, ShortcutArgs, at_least_one, backend, threads};
+use crate::commands::{ModelArgs, PlacementArgs, ShortcutArgs, at_least_one, backend, threads};
 use crate::progress::Progress;
 
 /// Most sequences that decode together: more is a slip of the finger.
@@ -56,6 +56,8 @@ pub(crate) struct EngineCommand {
     kv_type: Option<KvType>,
     #[command(flatten)]
     shortcuts: ShortcutArgs,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -75,6 +77,7 @@ impl EngineCommand {
         options.threads = self.threads.unwrap_or(options.threads);
         options.kv_type = self.kv_type.unwrap_or(options.kv_type);
         options.shortcuts = self.shortcuts.shortcuts();
+        options.placement = self.placement.placement();
         options.prompt = self.prompt.unwrap_or(options.prompt);
         options.chunk = self.chunk.unwrap_or(options.chunk);
         options.context = self.context.unwrap_or(options.context);
