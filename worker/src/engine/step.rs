@@ -39,7 +39,7 @@ use super::shared::{Member, Pieces, Queue, Shared};
 use super::{Shortcuts, StageModel};
 
 /// Parts of a phase for each thread: so that one that was held up leaves work to the others.
-const PARTS_PER_THREAD: usize = 4;
+const PARTS_PER_THREAD: usize = 12;
 
 /// Rows of a matrix that a thread takes at least: a microsecond's work for one token, so that threads
 /// finish together, and enough that taking them costs nothing.
