@@ -30,9 +30,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const PING_INTERVAL: Duration = Duration::from_secs(6);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Pauses between attempts: doubled from the first to the last, with jitter.
+/// Pauses between attempts: doubled from the first to the last, with jitter. Short enough that a call
+/// has some twenty attempts: each may meet one of several endpoints that is down.
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-const BACKOFF_LAST: Duration = Duration::from_secs(1);
+const BACKOFF_LAST: Duration = Duration::from_millis(250);
 
 /// The connection and what is known of it.
 pub(super) struct Link {
