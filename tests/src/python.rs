@@ -17,6 +17,10 @@ pub fn with_openai() -> PathBuf {
     let folder = tercet().with_file_name("test-python");
     let python = folder.join("bin/python");
     let stamp = folder.join("installed.txt");
+    // One test makes it, and those that start beside it wait.
+    let lock = std::fs::File::create(tercet().with_file_name("test-python.lock"));
+    let lock = lock.expect("the target folder is writable");
+    lock.lock().expect("the target folder is on a file system with locks");
     // Written last, so that a broken attempt is made again.
     if std::fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return python;
