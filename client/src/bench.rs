@@ -2,12 +2,14 @@
 //! outside.
 
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use futures::StreamExt;
-use futures::future::try_join_all;
+use futures::future::{try_join, try_join_all};
 use proto::generate::{GenerateEvent, GenerateRequest, Prompt, Sampling};
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::command::TextWriter;
 use crate::{Client, ClientError, CommandError};
@@ -69,17 +71,42 @@ pub struct Measured {
     pub decode_tokens_per_s: f64,
     /// Of several requests, all of them together.
     pub batched: Vec<Batched>,
+    /// How busy the stages were while one prompt was read, while one request generated.
+    pub stages: Stages,
     /// What the repeats gave.
     pub spread: Spreads,
 }
 
-/// Several requests at once.
+/// How busy the stages were in the parts of a measurement.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Stages {
+    /// While prompts were read.
+    pub prefill: Vec<StageShare>,
+    /// While one request generated.
+    pub decode: Vec<StageShare>,
+}
+
+/// One stage while something was measured: from the request to the first token, or while all
+/// requests generated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StageShare {
+    /// Steps that it computed.
+    pub steps: u64,
+    /// The part of the time that its engine computed; the rest it stood still.
+    pub busy: f64,
+    /// Its engine's time for one of them, in milliseconds.
+    pub step_ms: f64,
+}
+
+/// Several requests at once.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Batched {
     /// How many.
     pub batch: u32,
     /// Of all of them together, while all of them generate.
     pub tokens_per_s: f64,
+    /// How busy the stages were meanwhile.
+    pub stages: Vec<StageShare>,
     /// What the repeats gave.
     pub spread: Spread,
 }
@@ -146,26 +173,33 @@ pub async fn measure(
     requests(client, &mut prompts, 1, SHORT_PROMPT, 2).await?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     let mut batched = vec![Vec::new(); args.batch.len()];
+    let mut work = vec![Work::default(); 2 + args.batch.len()];
     for _ in 0..args.repeat {
         next("prefill");
+        let meter = Meter::new(client).await?;
         let begin = Instant::now();
-        let answers = requests(client, &mut prompts, 1, args.prompt, 1).await?;
+        let (answers, _) = requests(client, &mut prompts, 1, args.prompt, 1).await?;
         let first = answers.iter().flatten().next().copied().unwrap_or_else(Instant::now);
         let seconds = first.duration_since(begin).as_secs_f64();
         prefill.push(f64::from(args.prompt) / seconds.max(1e-9));
+        work[0].add(&meter.read(client).await?);
         next("decode");
-        decode.push(rate(&requests(client, &mut prompts, 1, SHORT_PROMPT, args.generate).await?));
-        for (&batch, rates) in args.batch.iter().zip(&mut batched) {
+        let (answers, done) =
+            requests(client, &mut prompts, 1, SHORT_PROMPT, args.generate).await?;
+        decode.push(rate(&answers));
+        work[1].add(&done);
+        for ((&batch, rates), work) in args.batch.iter().zip(&mut batched).zip(&mut work[2..]) {
             next(&format!("batch of {batch}"));
-            let answers =
+            let (answers, done) =
                 requests(client, &mut prompts, batch, SHORT_PROMPT, args.generate).await?;
             rates.push(rate(&answers));
+            work.add(&done);
         }
     }
     let spread = Spreads { prefill: Spread::of(prefill), decode: Spread::of(decode) };
-    let batched = args.batch.iter().zip(batched).map(|(&batch, rates)| {
+    let batched = args.batch.iter().zip(batched).zip(&work[2..]).map(|((&batch, rates), work)| {
         let spread = Spread::of(rates);
-        Batched { batch, tokens_per_s: spread.median, spread }
+        Batched { batch, tokens_per_s: spread.median, stages: work.shares(), spread }
     });
     Ok(Measured {
         model: status.model.name,
@@ -176,30 +210,127 @@ pub async fn measure(
         prefill_tokens_per_s: spread.prefill.median,
         decode_tokens_per_s: spread.decode.median,
         batched: batched.collect(),
+        stages: Stages { prefill: work[0].shares(), decode: work[1].shares() },
         spread,
     })
 }
 
-/// Sends `count` requests at once: when each of their tokens came.
+/// What the stages had done when a part of a measurement began.
+struct Meter {
+    begin: Instant,
+    counts: Vec<(u64, f64)>,
+}
+
+/// What the stages did in one part, all repeats together.
+#[derive(Clone, Debug, Default)]
+struct Work {
+    seconds: f64,
+    /// Of each stage: steps, and milliseconds that they took.
+    stages: Vec<(u64, f64)>,
+}
+
+impl Meter {
+    async fn new(client: &Client) -> Result<Self, ClientError> {
+        Ok(Self { counts: Self::counts(client).await?, begin: Instant::now() })
+    }
+
+    async fn counts(client: &Client) -> Result<Vec<(u64, f64)>, ClientError> {
+        let pipelines = client.status().await?.plan.pipelines;
+        let stages = pipelines.iter().flat_map(|pipeline| &pipeline.stages);
+        Ok(stages.map(|stage| (stage.steps, stage.busy_ms)).collect())
+    }
+
+    /// What they have done since.
+    async fn read(&self, client: &Client) -> Result<Work, ClientError> {
+        let seconds = self.begin.elapsed().as_secs_f64();
+        let counts = Self::counts(client).await?;
+        let pairs = counts.iter().zip(&self.counts);
+        // A pipeline that was replaced meanwhile counts from its beginning.
+        let stages = pairs.map(|(now, before)| match now.0.checked_sub(before.0) {
+            Some(steps) => (steps, now.1 - before.1),
+            None => *now,
+        });
+        Ok(Work { seconds, stages: stages.collect() })
+    }
+}
+
+impl Work {
+    fn add(&mut self, other: &Self) {
+        self.seconds += other.seconds;
+        self.stages.resize(self.stages.len().max(other.stages.len()), (0, 0.0));
+        for (sum, stage) in self.stages.iter_mut().zip(&other.stages) {
+            *sum = (sum.0 + stage.0, sum.1 + stage.1);
+        }
+    }
+
+    fn shares(&self) -> Vec<StageShare> {
+        let share = |&(steps, busy_ms): &(u64, f64)| StageShare {
+            steps,
+            busy: busy_ms / 1000.0 / self.seconds.max(1e-9),
+            step_ms: busy_ms / (steps.max(1) as f64),
+        };
+        self.stages.iter().map(share).collect()
+    }
+}
+
+/// Who of several requests has begun to generate, and who has ended.
+struct Gate {
+    to_begin: AtomicU32,
+    all_begun: Notify,
+    one_ended: Notify,
+}
+
+impl Gate {
+    fn begin(&self) {
+        if self.to_begin.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.all_begun.notify_one();
+        }
+    }
+
+    /// What the stages do from when the last has begun until the first ends.
+    async fn observe(&self, client: &Client) -> Result<Work, ClientError> {
+        self.all_begun.notified().await;
+        let meter = Meter::new(client).await?;
+        self.one_ended.notified().await;
+        meter.read(client).await
+    }
+}
+
+/// Sends `count` requests at once: when each of their tokens came, and what the stages did while all
+/// of them generated.
 async fn requests(
     client: &Client,
     prompts: &mut Prompts,
     count: u32,
     prompt: u32,
     generate: u32,
-) -> Result<Vec<Vec<Instant>>, ClientError> {
+) -> Result<(Vec<Vec<Instant>>, Work), ClientError> {
     let requests: Vec<_> = (0..count).map(|_| prompts.request(prompt, generate)).collect();
-    try_join_all(requests.into_iter().map(|request| answer(client, request))).await
+    let to_begin = AtomicU32::new(count);
+    let gate = Gate { to_begin, all_begun: Notify::new(), one_ended: Notify::new() };
+    let answers = try_join_all(requests.into_iter().map(|request| answer(client, request, &gate)));
+    try_join(answers, gate.observe(client)).await
 }
 
-async fn answer(client: &Client, request: GenerateRequest) -> Result<Vec<Instant>, ClientError> {
+async fn answer(
+    client: &Client,
+    request: GenerateRequest,
+    gate: &Gate,
+) -> Result<Vec<Instant>, ClientError> {
     let mut events = client.generate(request).await?;
     let mut times = Vec::new();
     while let Some(event) = events.next().await {
         if let GenerateEvent::Delta(delta) = event? {
+            if times.is_empty() && !delta.tokens.is_empty() {
+                gate.begin();
+            }
             times.extend(std::iter::repeat_n(Instant::now(), delta.tokens.len()));
         }
     }
+    if times.is_empty() {
+        gate.begin();
+    }
+    gate.one_ended.notify_one();
     Ok(times)
 }
 
@@ -271,15 +402,23 @@ fn table(measured: &Measured) -> String {
     // Writing to a String cannot fail.
     let mut text = String::new();
     let _ = writeln!(text, "{model}; {}", pipelines.join("; "));
-    let _ = writeln!(text, "medians of {repeats}, tokens/s (least, most)");
-    let mut line = |what: String, spread: Spread| {
+    let _ = writeln!(
+        text,
+        "medians of {repeats}, tokens/s (least, most); how busy each stage was, with steps of so long"
+    );
+    let mut line = |what: String, spread: Spread, stages: &[StageShare]| {
         let Spread { min, median, max } = spread;
-        let _ = writeln!(text, "{what:<24} {median:>8.1}  ({min:.1}, {max:.1})");
+        let range = format!("({min:.1}, {max:.1})");
+        let _ = write!(text, "{what:<24} {median:>8.1} {range:>16}");
+        for StageShare { busy, step_ms, .. } in stages {
+            let _ = write!(text, "  {:>3.0}% of {step_ms:.1} ms", busy * 100.0);
+        }
+        text.push('\n');
     };
-    line(format!("prefill of {prompt}"), measured.spread.prefill);
-    line(format!("decode of {generate}"), measured.spread.decode);
+    line(format!("prefill of {prompt}"), measured.spread.prefill, &measured.stages.prefill);
+    line(format!("decode of {generate}"), measured.spread.decode, &measured.stages.decode);
     for batched in &measured.batched {
-        line(format!("{} requests at once", batched.batch), batched.spread);
+        line(format!("{} requests at once", batched.batch), batched.spread, &batched.stages);
     }
     text
 }
@@ -323,18 +462,21 @@ mod tests {
     fn people_see_a_table() {
         let spread = Spread::of(vec![2.0, 1.0, 4.0, 3.0]);
         assert_eq!(spread, Spread { min: 1.0, median: 2.5, max: 4.0 });
+        let mut work = Work { seconds: 1.5, stages: vec![(60, 1200.0)] };
+        work.add(&Work { seconds: 0.5, stages: vec![(40, 300.0), (50, 1000.0)] });
+        let stages = work.shares();
         let measured = Measured {
             model: "m".into(),
             stage_threads: vec![vec![1, 1]],
             prompt: 512,
             generate: 32,
             repeats: 4,
-            batched: vec![Batched { batch: 8, tokens_per_s: 2.5, spread }],
+            batched: vec![Batched { batch: 8, tokens_per_s: 2.5, stages, spread }],
             spread: Spreads { prefill: spread, decode: spread },
             ..Measured::default()
         };
         let text = table(&measured);
         assert!(text.starts_with("m; threads of its stages: 1, 1\n"), "{text}");
-        assert!(text.contains("8 requests at once            2.5  (1.0, 4.0)\n"), "{text}");
+        assert!(text.contains("8 requests at once            2.5       (1.0, 4.0)   75% of 15.0 ms   50% of 20.0 ms\n"), "{text}");
     }
 }

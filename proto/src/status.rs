@@ -102,6 +102,10 @@ pub struct StageStatus {
     pub compute_ms: f64,
     /// Moving mean over steps.
     pub wait_ms: f64,
+    /// Computed since the epoch began.
+    pub steps: u64,
+    /// What computing them took, in all.
+    pub busy_ms: f64,
 }
 
 /// Requests.

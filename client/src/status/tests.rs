@@ -20,7 +20,7 @@ fn sample() -> ClusterStatus {
         address: "127.0.0.1:7071".into(),
         layers: [0, 6],
         compute_ms: 1.234,
-        wait_ms: 0.0,
+        ..StageStatus::default()
     };
     ClusterStatus {
         cluster: "rack".into(),

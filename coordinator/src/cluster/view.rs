@@ -80,8 +80,7 @@ fn pipeline(plan: &PipelinePlan, state: &str) -> PipelineStatus {
         worker: stage.worker.clone(),
         address: stage.address.clone(),
         layers: [stage.layers.start, stage.layers.end],
-        compute_ms: 0.0,
-        wait_ms: 0.0,
+        ..StageStatus::default()
     };
     PipelineStatus {
         id: plan.id.0,

@@ -51,11 +51,13 @@ enum SelfTest {
     Passed,
 }
 
-/// Moving means over steps.
+/// Moving means over steps, and sums over all of the epoch.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct StageMeans {
     pub(super) compute_ms: f64,
     pub(super) wait_ms: f64,
+    pub(super) steps: u64,
+    pub(super) busy_ms: f64,
 }
 
 impl Pipeline {
@@ -180,6 +182,8 @@ impl Driver {
                 if let Some(means) = pipeline.stage_times.get_mut(time.stage as usize) {
                     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
                     means.compute_ms += STAGE_TIME_WEIGHT * (ms(time.compute) - means.compute_ms);
+                    means.steps += 1;
+                    means.busy_ms += ms(time.compute);
                     means.wait_ms += STAGE_TIME_WEIGHT * (ms(time.wait) - means.wait_ms);
                 }
             }

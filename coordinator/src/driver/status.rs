@@ -58,6 +58,7 @@ impl Driver {
             let stages = shown.map(|shown| shown.stages.iter_mut()).into_iter().flatten();
             for (stage, means) in stages.zip(&pipeline.stage_times) {
                 (stage.compute_ms, stage.wait_ms) = (means.compute_ms, means.wait_ms);
+                (stage.steps, stage.busy_ms) = (means.steps, means.busy_ms);
             }
         }
         let stats = self.scheduler.stats();

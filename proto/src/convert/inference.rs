@@ -328,6 +328,8 @@ fn encode_pipeline(pipeline: &PipelineStatus) -> pb::PipelineStatus {
                 layers_end: stage.layers[1],
                 compute_ms: stage.compute_ms,
                 wait_ms: stage.wait_ms,
+                steps: stage.steps,
+                busy_ms: stage.busy_ms,
             })
             .collect(),
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
@@ -401,6 +403,8 @@ fn decode_pipeline(pipeline: pb::PipelineStatus) -> PipelineStatus {
                 layers: [stage.layers_begin, stage.layers_end],
                 compute_ms: stage.compute_ms,
                 wait_ms: stage.wait_ms,
+                steps: stage.steps,
+                busy_ms: stage.busy_ms,
             })
             .collect(),
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
