@@ -18,6 +18,7 @@ use crate::tick::Tick;
 
 mod blocks;
 mod epoch;
+mod microbatch;
 mod sequence;
 #[cfg(test)]
 mod simulation;
@@ -27,6 +28,8 @@ mod types;
 
 use blocks::BlockPool;
 use epoch::{Active, SentRow, Wants};
+pub use microbatch::{Line, StepCost, in_flight_limit};
+use microbatch::{chunk_tokens, decode_steps};
 use sequence::{Scoring, Sequence};
 pub use types::{
     Class, Emission, EmissionEvent, Finish, Limits, PipelineShape, QueueStats, Rejected, Request,
@@ -36,12 +39,6 @@ pub use types::{
 /// The part of a step's tokens (one in so many) that decode rows leave to prefill when there is
 /// any, so that many running answers never keep a new one from starting.
 const PREFILL_SHARE: usize = 4;
-
-/// Steps that keep a pipeline of `stages` stages busy: ceil(1.5 × stages) + 1. With as many as
-/// stages, noise in the stages' times costs 10 to 25 % of the rate; with this 2 to 7 %.
-pub fn in_flight_limit(stages: u32) -> u32 {
-    (3 * stages).div_ceil(2) + 1
-}
 
 /// All requests of one pipeline.
 #[derive(Debug)]
@@ -148,12 +145,12 @@ impl Scheduler {
             return None;
         }
         self.admit(now);
-        let rows = self.pick_rows();
+        let (rows, decode_rows) = self.pick_rows();
         if rows.is_empty() {
             return None;
         }
         let active = self.active.as_mut()?;
-        let step = active.send(rows, now, self.limits.step_deadline);
+        let step = active.send(rows, decode_rows, now, self.limits.step_deadline);
         Some(ScheduledStep { step, deadline: now + self.limits.step_deadline })
     }
 
@@ -178,18 +175,21 @@ impl Scheduler {
         }
     }
 
-    /// Decode rows first, then prefill chunks in the order of admission.
-    fn pick_rows(&mut self) -> Vec<Row> {
-        let Some(active) = &self.active else { return Vec::new() };
+    /// Decode rows first, and how many they are; then prefill chunks in the order of admission.
+    fn pick_rows(&mut self) -> (Vec<Row>, usize) {
+        let Some(active) = &self.active else { return (Vec::new(), 0) };
         let mut budget = self.limits.step_tokens as usize;
-        let reserved = match self.prefilling.is_empty() {
-            true => 0,
-            false => (budget / PREFILL_SHARE).max(1),
-        };
+        let is_prefilling = !self.prefilling.is_empty();
         // Not "everyone who is ready": sequences would clump into one step, and all stages but
         // one would wait for it.
         let decoding = self.running_count() - self.prefilling.len();
-        let share = decoding.div_ceil(in_flight_limit(active.shape.stages) as usize);
+        let steps = decode_steps(&active.shape, decoding, budget);
+        if !is_prefilling && active.decoding_steps() >= steps {
+            // Who is ready joins those of the next step that comes back.
+            return (Vec::new(), 0);
+        }
+        let reserved = if is_prefilling { (budget / PREFILL_SHARE).max(1) } else { 0 };
+        let share = decoding.div_ceil(steps);
         let decode_rows = share.min(budget - reserved).min(self.decode_ready.len());
 
         let mut rows = Vec::new();
@@ -197,7 +197,9 @@ impl Scheduler {
             let sequence = self.sequences.get_mut(&id).expect("who is ready is known");
             rows.push(sequence.next_row(id, 1));
         }
-        budget -= rows.len();
+        let prompts = self.prefilling.iter().map(|id| self.sequences[id].prompt_tokens());
+        let chunk = chunk_tokens(&active.shape, prompts.sum(), self.limits.step_tokens as usize);
+        budget = chunk.min(budget - rows.len());
         let mut done = 0;
         for &id in &self.prefilling {
             if budget == 0 {
@@ -218,7 +220,7 @@ impl Scheduler {
             let sequences = &self.sequences;
             self.prefilling.retain(|id| sequences[id].unsent() > 0);
         }
-        rows
+        (rows, decode_rows)
     }
 
     /// Takes a step's result. Results of unknown steps, of steps known already and of other

@@ -18,9 +18,16 @@ const CONTEXT_TOKENS: u32 = 4 * BLOCK_TOKENS;
 /// Rows of the larger of the two steps that are timed.
 const MANY_ROWS: u32 = 16;
 
-/// How long one kind of step is repeated. There are four kinds, so a start is delayed by less than
-/// a second on a machine that is fast enough to be of use.
-const TIME_PER_KIND: Duration = Duration::from_millis(100);
+/// Layers that are timed together: more than a last-level cache keeps, for a stage of a pipeline
+/// reads its weights from memory in every step.
+const LAYERS: u32 = 4;
+
+/// How long steps are repeated, all kinds in turn. The least time of each kind counts: whatever else
+/// ran meanwhile, as another worker on this machine that measures itself, only added to the others.
+const TIME: Duration = Duration::from_millis(600);
+
+/// Times that each kind is repeated at least, however slow it is.
+const ROUNDS: usize = 2;
 
 /// Times of one layer, and of final norm and head with greedy sampling, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +42,16 @@ pub struct LayerTimes {
     pub head_16_ns: u64,
 }
 
-/// Times steps through the model's last layer, with and without the head, on an engine like that of
-/// `config` but with a KV cache and steps of its own size. Blocks the caller for about half a second.
+/// Times steps through the model's last layers, with and without the head, on an engine like that of
+/// `config` but with a KV cache and steps of its own size. Blocks the caller for about a second.
 ///
 /// # Errors
 ///
 /// [`EngineError`] if the layer cannot be opened or there is no memory for it.
 pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTimes, EngineError> {
-    let last = store.config().layers.saturating_sub(1);
-    let model = StageModel::open(store, last..store.config().layers)?;
+    let layers = LAYERS.min(store.config().layers);
+    let end = store.config().layers;
+    let model = StageModel::open(store, end - layers..end)?;
     let context = CONTEXT_TOKENS.min(store.config().context);
     let blocks_each = context.div_ceil(BLOCK_TOKENS);
     let mut engine = Engine::new(
@@ -52,7 +60,7 @@ pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTim
             kv_type: KvType::default(),
             kv_blocks: MANY_ROWS * blocks_each,
             max_step_tokens: MANY_ROWS,
-            // One layer says nothing about memory, and is gone in a second.
+            // A few layers say nothing about memory, and are gone in a second.
             placement: Placement { pin: config.placement.pin, ..Placement::default() },
             ..*config
         },
@@ -66,16 +74,20 @@ pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTim
             .collect()
     };
     let sample = Output::Sample(Box::<SamplingParameters>::default());
-    let layer = time(&mut engine, &rows(1, &Output::None));
-    let layer_16 = time(&mut engine, &rows(MANY_ROWS, &Output::None));
-    let whole = time(&mut engine, &rows(1, &sample));
-    let whole_16 = time(&mut engine, &rows(MANY_ROWS, &sample));
+    let kinds = [
+        rows(1, &Output::None),
+        rows(MANY_ROWS, &Output::None),
+        rows(1, &sample),
+        rows(MANY_ROWS, &sample),
+    ];
+    let [one, many, one_whole, many_whole] = least_times(&mut engine, &kinds);
     let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1);
+    let a_layer = |time: Duration| nanos(time / layers.max(1));
     Ok(LayerTimes {
-        layer_ns: nanos(layer),
-        layer_16_ns: nanos(layer_16),
-        head_ns: nanos(whole.saturating_sub(layer)),
-        head_16_ns: nanos(whole_16.saturating_sub(layer_16)),
+        layer_ns: a_layer(one),
+        layer_16_ns: a_layer(many),
+        head_ns: nanos(one_whole.saturating_sub(one)),
+        head_16_ns: nanos(many_whole.saturating_sub(many)),
     })
 }
 
@@ -96,19 +108,29 @@ fn row(sequence: u32, position: u32, blocks: Range<u32>, output: Output) -> Row 
     }
 }
 
-/// The median time of a step, after one that only warms caches and maps pages.
-fn time(engine: &mut Engine, rows: &[Row]) -> Duration {
-    let input = if engine.is_first() { 0 } else { rows.len() * engine.hidden() };
+/// The least time of each kind of step, after one of each that only warms caches and maps pages.
+fn least_times<const N: usize>(engine: &mut Engine, kinds: &[Vec<Row>; N]) -> [Duration; N] {
+    let most_rows = kinds.iter().map(Vec::len).max().unwrap_or(0);
+    let input = if engine.is_first() { 0 } else { most_rows * engine.hidden() };
     // Not zeros, so that no product is cheaper than it would be.
     let input: Vec<f32> = (0..input).map(|index| (index % 7) as f32 - 3.0).collect();
-    engine.forward(rows, &input);
-    let begin = Instant::now();
-    let mut times = Vec::new();
-    while times.is_empty() || begin.elapsed() < TIME_PER_KIND {
+    let mut step = |rows: &[Row]| {
+        let used = if input.is_empty() { 0 } else { rows.len() * engine.hidden() };
         let start = Instant::now();
-        engine.forward(rows, &input);
-        times.push(start.elapsed());
+        engine.forward(rows, &input[..used]);
+        start.elapsed()
+    };
+    for rows in kinds {
+        step(rows);
     }
-    times.sort_unstable();
-    times[times.len() / 2]
+    let mut least = [Duration::MAX; N];
+    let begin = Instant::now();
+    let mut rounds = 0;
+    while rounds < ROUNDS || begin.elapsed() < TIME {
+        for (rows, least) in kinds.iter().zip(&mut least) {
+            *least = step(rows).min(*least);
+        }
+        rounds += 1;
+    }
+    least
 }

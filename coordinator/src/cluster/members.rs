@@ -8,7 +8,8 @@ use proto::plan::{KvType, StagePlan, WorkerModel, WorkerRecord};
 
 use super::types::{Action, Options};
 use super::{PROBE_PATIENCE, backoff};
-use crate::planner::{Stage, WorkerSpec};
+use crate::planner::{STEP_ROWS, Stage, WorkerSpec};
+use crate::scheduler::{Line, StepCost};
 use crate::tick::Tick;
 
 /// A worker evicted so often ...
@@ -313,6 +314,33 @@ impl Members {
         };
         let specs = self.by_id.values().filter(fits).filter_map(spec).collect();
         (NumericsClass::form(model, kv_type, revision, answer), specs)
+    }
+
+    /// What a step costs the slowest of `stages`, by what their workers measured.
+    pub(super) fn step_cost(&self, stages: &[StagePlan], model: ModelId) -> StepCost {
+        let mut cost = StepCost::default();
+        let (mut slowest, mut slowest_prompt) = (0, 0);
+        for (index, stage) in stages.iter().enumerate() {
+            let member = self.by_id.get(&stage.worker);
+            let Some(served) = member.and_then(|member| serves(&member.record, model)) else {
+                continue;
+            };
+            let layers = u64::from(stage.layers.end.saturating_sub(stage.layers.start));
+            let (one, many) = (served.layer_ns, served.layer_16_ns);
+            let (one, many) = (layers.saturating_mul(one), layers.saturating_mul(many));
+            if many > slowest_prompt {
+                slowest_prompt = many;
+                cost.prompt = Line::through(one, many, STEP_ROWS);
+            }
+            let is_last = index + 1 == stages.len();
+            let head = if is_last { (served.head_ns, served.head_16_ns) } else { (0, 0) };
+            let (one, many) = (one.saturating_add(head.0), many.saturating_add(head.1));
+            if many > slowest {
+                slowest = many;
+                cost.decode = Line::through(one, many, STEP_ROWS);
+            }
+        }
+        cost
     }
 
     /// The kernels that most workers with the model share; of equal numbers the newest revision.

@@ -91,6 +91,7 @@ impl Cluster {
                 first_incarnation: plan.stages[0].incarnation,
                 stages: plan.stages.len() as u32,
                 kv_blocks: plan.kv_blocks,
+                cost: self.members.step_cost(&plan.stages, self.options.model),
             },
             plan: plan.clone(),
             class: placed.class,

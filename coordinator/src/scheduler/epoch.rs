@@ -8,7 +8,7 @@ use proto::ids::{BlockId, Generation, SequenceId, StepId};
 use proto::step::{Output, Row, Step, StepHeader};
 
 use super::blocks::BlockPool;
-use super::in_flight_limit;
+use super::microbatch::in_flight_limit;
 use super::types::PipelineShape;
 use crate::tick::Tick;
 
@@ -41,6 +41,8 @@ pub(super) struct Active {
 pub(super) struct SentStep {
     pub(super) sent: Tick,
     pub(super) rows: Vec<SentRow>,
+    /// Some of its rows go on with answers, each by one token.
+    decodes: bool,
 }
 
 /// What the result of a row must match.
@@ -86,8 +88,19 @@ impl Active {
         open < u64::from(in_flight_limit(self.shape.stages))
     }
 
-    /// Makes a step of `rows` and remembers what its result must match.
-    pub(super) fn send(&mut self, rows: Vec<Row>, now: Tick, deadline_remaining: Duration) -> Step {
+    /// Steps on their way that go on with answers.
+    pub(super) fn decoding_steps(&self) -> usize {
+        self.in_flight.values().filter(|step| step.decodes).count()
+    }
+
+    /// Makes a step of `rows`, the first `decode_rows` of which go on with answers, and remembers what its result must match.
+    pub(super) fn send(
+        &mut self,
+        rows: Vec<Row>,
+        decode_rows: usize,
+        now: Tick,
+        deadline_remaining: Duration,
+    ) -> Step {
         let header = StepHeader {
             pipeline: self.shape.pipeline,
             epoch: self.shape.epoch,
@@ -102,7 +115,8 @@ impl Active {
             self.blocks.pin(&row.blocks);
         }
         let sent = rows.iter().map(SentRow::of).collect();
-        self.in_flight.insert(header.step, SentStep { sent: now, rows: sent });
+        self.in_flight
+            .insert(header.step, SentStep { sent: now, rows: sent, decodes: decode_rows > 0 });
         let ended = self.ended.len().min(ENDED_PER_STEP);
         Step {
             header,

@@ -102,6 +102,11 @@ impl Sequence {
         }
     }
 
+    /// Tokens that have to be computed before one is drawn.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.feed_end()
+    }
+
     /// Tokens that are known and not sent.
     pub(super) fn unsent(&self) -> usize {
         self.feed_end() - self.sent

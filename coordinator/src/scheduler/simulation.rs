@@ -106,7 +106,7 @@ struct World {
 }
 
 impl World {
-    fn new(stages: u32, kv_blocks: u32) -> Self {
+    fn new(stages: u32, kv_blocks: u32, cost: StepCost) -> Self {
         let shape = PipelineShape {
             pipeline: PipelineId(1),
             epoch: Epoch(1),
@@ -114,6 +114,7 @@ impl World {
             first_incarnation: Incarnation([1; 16]),
             stages,
             kv_blocks,
+            cost,
         };
         let mut scheduler = Scheduler::new(LIMITS);
         scheduler.set_pipeline(shape, Running::Keep, Tick::ZERO);
@@ -179,7 +180,7 @@ impl World {
 
         let running = self.scheduler.stats().running;
         let decode = step.rows.iter().filter(|row| self.is_decode(row)).count() as u32;
-        assert!(decode <= running.div_ceil(limit), "{decode} of {running} clump");
+        assert!(decode <= running.div_ceil(self.shape.stages), "{decode} of {running} clump");
         for row in &step.rows {
             assert_eq!(step.rows.iter().filter(|other| other.sequence == row.sequence).count(), 1);
             assert!(!step.ended_sequences.contains(&row.sequence));
@@ -409,9 +410,12 @@ proptest! {
     #[test]
     fn every_answer_is_that_of_a_solo_run(
         stages in 1u32..6, kv_blocks in 4u32..30, order: usize,
+        step_ns in 0u64..100_000_000, row_ns in 0u64..20_000_000,
         ops in proptest::collection::vec(arb_op(), 1..120),
     ) {
-        let mut world = World::new(stages, kv_blocks);
+        let line = Line { step_ns, row_ns };
+        let cost = StepCost { decode: line, prompt: line };
+        let mut world = World::new(stages, kv_blocks, cost);
         for op in ops {
             world.now = world.now + Duration::from_millis(3);
             match op {

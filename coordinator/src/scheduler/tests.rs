@@ -15,6 +15,7 @@ fn shape(stages: u32, kv_blocks: u32) -> PipelineShape {
         first_incarnation: Incarnation([7; 16]),
         stages,
         kv_blocks,
+        cost: StepCost::default(),
     }
 }
 
@@ -131,6 +132,34 @@ fn decode_rows_spread_over_the_steps_in_flight_and_leave_room_for_prefill() {
     }
     scheduler.submit(request(100, 5), Tick::ZERO).unwrap();
     assert_eq!(tokens(&send(&mut scheduler)), [1, 1, 1, 1], "three decode, one of prefill");
+}
+
+#[test]
+fn sequences_that_are_ready_apart_join_the_steps_that_are_on_their_way() {
+    let line = Line { step_ns: 25_000_000, row_ns: 25_000_000 };
+    let cost = StepCost { decode: line, prompt: line };
+    let shape = PipelineShape { cost, ..shape(2, 1000) };
+    let mut scheduler = Scheduler::new(Limits::default());
+    scheduler.set_pipeline(shape, Running::Keep, Tick::ZERO);
+    for prompt in [16, 17, 18, 19] {
+        for _ in 0..2 {
+            scheduler.submit(request(prompt, 50), Tick::ZERO).unwrap();
+        }
+    }
+    // Chunks of 16: as many steps as prompts and more, so that all become ready one by one.
+    let mut flying = VecDeque::new();
+    let mut decoding = Vec::new();
+    for _ in 0..40 {
+        while let Some(scheduled) = scheduler.next_step(Tick::ZERO) {
+            flying.push_back(scheduled.step);
+        }
+        assert!(flying.len() <= in_flight_limit(2) as usize);
+        let step = flying.pop_front().expect("there is always work");
+        decoding.push(step.rows.len());
+        scheduler.complete(result(&step, 1), Tick::ZERO);
+    }
+    assert_eq!(decoding[decoding.len() - 8..], [4; 8], "two steps of four rows: {decoding:?}");
+    assert_eq!(flying.len(), 1, "the other one of the two");
 }
 
 #[test]

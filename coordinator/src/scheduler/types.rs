@@ -6,6 +6,7 @@ use proto::generate::{FinishReason, Timings};
 use proto::ids::{Epoch, Incarnation, PipelineId, SequenceId, StepId, Term};
 use proto::step::{RowStatus, Sampled, SamplingParameters, Step};
 
+use super::microbatch::StepCost;
 use crate::tick::Tick;
 
 /// What the scheduler may hold and send.
@@ -56,6 +57,8 @@ pub struct PipelineShape {
     pub stages: u32,
     /// Block ids are `0..kv_blocks`.
     pub kv_blocks: u32,
+    /// Of its slowest stage.
+    pub cost: StepCost,
 }
 
 /// Whose turn it is when not all can be served.
