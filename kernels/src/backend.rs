@@ -15,6 +15,7 @@ use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
     Quantised,
 };
+use crate::workspace::Workspace;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::{avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
@@ -79,6 +80,14 @@ macro_rules! dispatch {
     };
 }
 
+/// Panics if the shapes of a ternary product disagree.
+fn check_ternary(w: TernaryMatrix<'_>, tiles: &Range<usize>, x: Quantised<'_>, y: &Columns<'_>) {
+    assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
+    assert_eq!(y.rows(), x.rows(), "one row of output per row of activations");
+    assert_eq!(y.cols().len(), w.tile_rows(tiles.clone()).len(), "one column per weight row");
+    debug_assert!(x.is_consistent(w.cols()), "padding is zero and sums are those of the rows");
+}
+
 impl Backend {
     /// Its name in logs, flags and records: `scalar`, `avx2`, `neon`, `neon-dotprod`.
     pub fn name(self) -> &'static str {
@@ -131,11 +140,42 @@ impl Backend {
         x: Quantised<'_>,
         y: Columns<'_>,
     ) {
-        assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
-        assert_eq!(y.rows(), x.rows(), "one row of output per row of activations");
-        assert_eq!(y.cols().len(), w.tile_rows(tiles.clone()).len(), "one column per weight row");
-        debug_assert!(x.is_consistent(w.cols()), "padding is zero and sums are those of the rows");
+        check_ternary(w, &tiles, x, &y);
         dispatch!(self, fused, ternary(w, tiles, x, y));
+    }
+
+    /// How many of `n` rows of activations a call of [`Self::ternary_many`] best takes, if not all:
+    /// [`Workspace::PANEL`], and then with a thousand rows of weights, which share what is prepared
+    /// for the panel.
+    pub fn panel(self, n: usize) -> Option<usize> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(token) => token.panel(n),
+            _ => None,
+        }
+    }
+
+    /// What [`Self::ternary`] gives, with memory to be faster where [`Self::panel`] says so.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree.
+    pub fn ternary_many(
+        self,
+        w: TernaryMatrix<'_>,
+        tiles: Range<usize>,
+        x: Quantised<'_>,
+        y: Columns<'_>,
+        workspace: &mut Workspace,
+    ) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(token) => {
+                check_ternary(w, &tiles, x, &y);
+                token.ternary_many(w, tiles, x, y, workspace);
+            }
+            _ => self.ternary(w, tiles, x, y),
+        }
     }
 
     /// `y[i][r]` = row r of `w` · `x[i]` by the 16-lane rule, for the rows r of `rows`. `x` is

@@ -41,6 +41,7 @@ mod screen;
 mod ternary_columns;
 mod ternary_matrix;
 mod views;
+mod workspace;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -60,6 +61,7 @@ pub use views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
     Quantised,
 };
+pub use workspace::Workspace;
 
 /// Revision of the numerics of `docs/numerics.md`. It changes when any result may change by a
 /// bit, and is part of the numerics class: stages of different revisions never share a pipeline.

@@ -11,6 +11,7 @@ use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
 };
+use crate::workspace::Workspace;
 
 /// Computes answers with the backend it is given.
 type Check = fn(Backend, &mut Inputs, &mut Answers);
@@ -20,6 +21,7 @@ type Check = fn(Backend, &mut Inputs, &mut Answers);
 const CHECKS: &[(&str, Check)] = &[
     ("quantisation", quantise),
     ("ternary products", ternary),
+    ("ternary products of many rows", ternary_many),
     ("products that skip zeros", sparse),
     ("the head", head),
     ("the screen of the head", screen),
@@ -162,6 +164,44 @@ fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
             backend.ternary(w, 0..w.tiles(), x, Columns::new(y, ROWS, 0..ROWS));
             answers.floats(y);
         }
+    }
+}
+
+/// A panel and a short one, extremes among them, by more rows than pay for what is prepared for one.
+fn ternary_many(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
+    const ROWS: usize = 102;
+    const COLS: usize = 140;
+    const STRIDE: usize = padded_cols(COLS);
+    const N: usize = Workspace::PANEL + 26;
+
+    let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
+    let mut q = vec![0; N * STRIDE];
+    for (i, row) in q.chunks_mut(STRIDE).enumerate() {
+        match i {
+            1 => row[..COLS].fill(-128),
+            2 => row[..COLS].fill(127),
+            _ => row[..COLS].fill_with(|| inputs.bits() as i8),
+        }
+    }
+    let sum: Vec<i32> =
+        q.chunks(STRIDE).map(|row| row.iter().map(|q| i32::from(*q)).sum()).collect();
+    let scale: Vec<f32> = (0..N).map(|_| 9.0 + inputs.float()).collect();
+    let x = Quantised::new(&q, STRIDE, &scale, &sum);
+    let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
+    let mut workspace = Workspace::new();
+    for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
+        let mut packed = Vec::new();
+        for rows in rows.chunks(TernaryMatrix::TILE_ROWS) {
+            let mut tile = vec![0; TernaryMatrix::tile_bytes(COLS)];
+            pack_tile(arrangement, rows, COLS, &mut tile);
+            packed.extend(tile);
+        }
+        let w = TernaryMatrix::new(&packed, arrangement, ROWS, COLS, 0.37);
+        let w = w.expect("packed for this shape");
+        let mut y = vec![0.0; N * ROWS];
+        let columns = Columns::new(&mut y, ROWS, 0..ROWS);
+        backend.ternary_many(w, 0..w.tiles(), x, columns, &mut workspace);
+        answers.floats(&y);
     }
 }
 

@@ -44,6 +44,16 @@ impl<'a> Quantised<'a> {
         self.scale.len()
     }
 
+    /// Rows `rows` of them.
+    ///
+    /// # Panics
+    ///
+    /// If there are no such rows.
+    pub fn part(self, rows: Range<usize>) -> Self {
+        let q = &self.q[rows.start * self.stride..rows.end * self.stride];
+        Self { q, stride: self.stride, scale: &self.scale[rows.clone()], sum: &self.sum[rows] }
+    }
+
     /// Whether a matrix of `cols` columns can be applied to these rows.
     pub(crate) fn fits(self, cols: usize) -> bool {
         self.stride >= padded_cols(cols)
@@ -126,6 +136,20 @@ impl<'a> Columns<'a> {
     /// Which columns of the whole matrix these are.
     pub fn cols(&self) -> Range<usize> {
         self.cols.clone()
+    }
+
+    /// The same columns of rows `rows`.
+    ///
+    /// # Panics
+    ///
+    /// If there are no such rows.
+    pub fn part(&mut self, rows: Range<usize>) -> Columns<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.n, "rows {rows:?} of {}", self.n);
+        // SAFETY: the rows are within the matrix.
+        let start = unsafe { self.start.add(rows.start * self.m) };
+        // SAFETY: `start` points to the rows' floats, of which these columns are ours alone; the
+        // borrow of `self` keeps it from handing them out meanwhile.
+        unsafe { Columns::from_raw(start, rows.len(), self.m, self.cols.clone()) }
     }
 
     /// These columns of row `i`.

@@ -6,7 +6,8 @@ use std::str::FromStr;
 use std::sync::Mutex;
 
 use kernels::{
-    Arrangement, Backend, Columns, FloatKind, FloatMatrix, Quantised, TernaryMatrix, padded_cols,
+    Arrangement, Backend, Columns, FloatKind, FloatMatrix, Quantised, TernaryMatrix, Workspace,
+    padded_cols,
 };
 use serde::Serialize;
 
@@ -230,6 +231,12 @@ fn packed_bytes(shape: Shape) -> usize {
     TernaryMatrix::packed_bytes(m, k).expect("a shape of 2B4T can be packed")
 }
 
+/// What a thread needs for itself.
+struct Own {
+    y: Vec<f32>,
+    workspace: Workspace,
+}
+
 /// One product to measure.
 #[derive(Clone, Copy)]
 struct Case {
@@ -248,8 +255,9 @@ impl Case {
             Shape::Head => {
                 let w = FloatMatrix::new(FloatKind::Bf16, aligned(&pool.head, m * k), m, k)
                     .expect("the pool was made for this shape");
-                let times = self.times(m, 1, |_, part, y| {
-                    backend.head(w, part.clone(), &x, Columns::new(y, part.len(), 0..part.len()));
+                let times = self.times(m, 1, |_, part, own| {
+                    let y = Columns::new(&mut own.y, part.len(), 0..part.len());
+                    backend.head(w, part, &x, y);
                 });
                 (times, 2 * m * k)
             }
@@ -296,37 +304,37 @@ impl Case {
             .filter_map(|bytes| TernaryMatrix::new(bytes, Arrangement::Tiles, m, k, 0.01).ok())
             .collect();
         let tiles = matrices.first().map_or(0, |w| w.tiles());
-        self.times(tiles, matrices.len(), |copy, part, y| {
+        self.times(tiles, matrices.len(), |copy, part, own| {
             let (w, x) = (matrices[copy], Quantised::new(q, stride, &scale, &sum));
             let m = w.tile_rows(part.clone()).len();
-            let y = Columns::new(&mut y[..self.rows * m], m, 0..m);
-            self.backend.ternary(w, part, x, y);
+            let y = Columns::new(&mut own.y[..self.rows * m], m, 0..m);
+            self.backend.ternary_many(w, part, x, y, &mut own.workspace);
         })
     }
 
     /// Seconds of one product, several times: `work` does the parts of `copies` matrices in turn,
-    /// into an output of its thread's own.
+    /// with what its thread has of its own.
     fn times(
         self,
         parts: usize,
         copies: usize,
-        work: impl Fn(usize, std::ops::Range<usize>, &mut [f32]) + Sync,
+        work: impl Fn(usize, std::ops::Range<usize>, &mut Own) + Sync,
     ) -> Vec<f64> {
         let (m, _) = self.shape.size();
         let part = |index: usize| parts * index / self.threads..parts * (index + 1) / self.threads;
-        let outputs: Vec<Mutex<Vec<f32>>> = (0..self.threads)
+        let owns: Vec<Mutex<Own>> = (0..self.threads)
             .map(|index| {
                 // Tiles have several rows each.
                 let rows = part(index).len() * m.div_ceil(parts.max(1));
-                Mutex::new(vec![0.0; rows * self.rows])
+                Mutex::new(Own { y: vec![0.0; rows * self.rows], workspace: Workspace::new() })
             })
             .collect();
         let run = |count: usize| {
             let time = team::times(self.threads, 1, |index| {
                 // Each thread has its own; the lock is taken once for many products.
-                let Ok(mut y) = outputs[index].lock() else { return };
+                let Ok(mut own) = owns[index].lock() else { return };
                 for product in 0..count {
-                    work(product % copies, part(index), black_box(&mut y));
+                    work(product % copies, part(index), black_box(&mut own));
                 }
             });
             time[0] / count as f64

@@ -3,7 +3,8 @@
 use super::layout::{ARRANGEMENTS, pack};
 use super::{LENGTHS, Random, check, scalar};
 use crate::{
-    Backend, Columns, FloatKind, FloatMatrix, NotFinite, Quantised, TernaryMatrix, padded_cols,
+    Backend, Columns, FloatKind, FloatMatrix, NotFinite, Quantised, TernaryMatrix, Workspace,
+    padded_cols,
 };
 
 /// A row's codes, s and sum; looks at the padding.
@@ -81,6 +82,7 @@ fn check_ternary(trits: &[i8], cols: usize, q_rows: &[Vec<i8>], random: &mut Ran
             want[i * m + row] = products.sum::<i64>() as f32 * (0.37 / scale[i]);
         }
     }
+    let mut workspace = Workspace::new();
     for arrangement in ARRANGEMENTS {
         let bytes = pack(arrangement, trits, cols);
         let w = TernaryMatrix::new(&bytes, arrangement, m, cols, 0.37).unwrap();
@@ -89,12 +91,17 @@ fn check_ternary(trits: &[i8], cols: usize, q_rows: &[Vec<i8>], random: &mut Ran
             let mut got = vec![f32::NAN; n * m];
             backend.ternary(w, 0..w.tiles(), x, Columns::new(&mut got, m, 0..m));
             check(backend, &what, &got, &want);
+            let mut got = vec![f32::NAN; n * m];
+            let y = Columns::new(&mut got, m, 0..m);
+            backend.ternary_many(w, 0..w.tiles(), x, y, &mut workspace);
+            check(backend, &format!("{what}, many"), &got, &want);
             // In two parts, as two threads do it.
             let middle = random.below(w.tiles() + 1);
             let mut got = vec![f32::NAN; n * m];
             for tiles in [0..middle, middle..w.tiles()] {
                 let columns = w.tile_rows(tiles.clone());
-                backend.ternary(w, tiles, x, Columns::new(&mut got, m, columns));
+                let y = Columns::new(&mut got, m, columns);
+                backend.ternary_many(w, tiles, x, y, &mut workspace);
             }
             check(backend, &format!("{what}, cut at {middle}"), &got, &want);
         }
@@ -146,22 +153,52 @@ fn ternary_products_do_not_overflow() {
     }
 }
 
+/// Every number of tokens of a panel, its remainders and those after it; rows that are not whole
+/// vectors, more than a workspace holds, and short of what pays; sums at their greatest.
+#[test]
+fn ternary_products_of_many_rows_are_exact() {
+    let mut random = Random(31);
+    for (m, cols, tokens) in [
+        (97, 129, 8..=41),
+        (95, 300, 40..=40),
+        (131, 640, 63..=65),
+        (2_053, 260, 16..=17),
+        (4_100, 128, 33..=33),
+    ] {
+        let trits = random_trits(&mut random, m * cols);
+        for n in tokens {
+            let q: Vec<_> = (0..n).map(|_| random_codes(&mut random, cols)).collect();
+            check_ternary(&trits, cols, &q, &mut random);
+        }
+    }
+    for trit in [-1, 1] {
+        let trits = vec![trit; 100 * 1_030];
+        let q: Vec<_> = (0..20).map(|i| vec![[127, -128, -127][i % 3]; 1_030]).collect();
+        check_ternary(&trits, 1_030, &q, &mut random);
+    }
+}
+
 #[test]
 fn corrupt_codes_give_the_same_sums_everywhere() {
     let mut random = Random(6);
-    let (m, cols) = (4, 8_192);
+    let (m, cols) = (100, 8_192);
     let bytes = vec![0xff; TernaryMatrix::packed_bytes(m, cols).unwrap()];
+    let mut workspace = Workspace::new();
     for (arrangement, value) in ARRANGEMENTS.into_iter().flat_map(|a| [(a, 127i8), (a, -128)]) {
         let w = TernaryMatrix::new(&bytes, arrangement, m, cols, 1.0).unwrap();
-        let q = vec![value; 2 * cols];
-        let sum = [i32::from(value) * cols as i32; 2];
-        for n in [1, 2] {
-            let x = Quantised::new(&q[..n * cols], cols, &[1.0; 2][..n], &sum[..n]);
+        let q = vec![value; 20 * cols];
+        let sum = [i32::from(value) * cols as i32; 20];
+        for n in [1, 2, 20] {
+            let x = Quantised::new(&q[..n * cols], cols, &[1.0; 20][..n], &sum[..n]);
             let want = vec![(2 * i32::from(value) * cols as i32) as f32; n * m];
             for backend in Backend::available() {
                 let mut got = random.floats(n * m);
-                backend.ternary(w, 0..1, x, Columns::new(&mut got, m, 0..m));
+                backend.ternary(w, 0..w.tiles(), x, Columns::new(&mut got, m, 0..m));
                 check(backend, "code 3", &got, &want);
+                let mut got = random.floats(n * m);
+                let y = Columns::new(&mut got, m, 0..m);
+                backend.ternary_many(w, 0..w.tiles(), x, y, &mut workspace);
+                check(backend, "code 3, many", &got, &want);
             }
         }
     }

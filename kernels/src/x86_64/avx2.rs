@@ -1,4 +1,4 @@
-//! AVX2 with FMA and F16C: the token that proves them, the one way into each kernel, and the loads
+//! AVX2 with FMA, F16C and BMI1: the token that proves them, the one way into each kernel, and the loads
 //! and stores. What the kernels do is in the modules below.
 #![expect(unsafe_code, reason = "calls behind the detected token, vector loads and stores")]
 
@@ -7,6 +7,7 @@ mod attention;
 mod elementwise;
 mod functions;
 mod head;
+mod lookup;
 mod probe;
 mod quantise;
 pub(super) mod reduce;
@@ -23,8 +24,9 @@ use crate::screen::{ScreenInput, ScreenMatrix};
 use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{AttentionState, Columns, KvBlock, KvBlockMut, Quantised};
+use crate::workspace::Workspace;
 
-/// Proof that this CPU has AVX2, FMA and F16C: only [`Avx2::detect`] makes one.
+/// Proof that this CPU has AVX2, FMA, F16C and BMI1: only [`Avx2::detect`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2(());
 
@@ -33,9 +35,14 @@ impl Avx2 {
     ///
     /// The instruction set that this CPU or its operating system lacks.
     pub(crate) fn detect() -> Result<Self, &'static str> {
-        // The same features as in every `target_feature` of this folder.
-        require!("avx2", "fma", "f16c");
+        // Those of every `target_feature` of this folder; BMI1 came with the same CPUs.
+        require!("avx2", "fma", "f16c", "bmi1");
         Ok(Self(()))
+    }
+
+    /// [`Backend::panel`](crate::Backend::panel).
+    pub(crate) fn panel(self, n: usize) -> Option<usize> {
+        (n >= lookup::LEAST_TOKENS).then_some(Workspace::PANEL)
     }
 }
 
@@ -44,7 +51,7 @@ macro_rules! entries {
     ($($module:ident :: $name:ident ( $($argument:ident : $type:ty),* ) $(-> $result:ty)?;)*) => {
         impl Avx2 {
             $(pub(crate) fn $name(self, $($argument: $type),*) $(-> $result)? {
-                // SAFETY: `self` exists, so AVX2, FMA and F16C were detected on this CPU.
+                // SAFETY: `self` exists, so AVX2, FMA, F16C and BMI1 were detected on this CPU.
                 unsafe { $module::$name($($argument),*) }
             })*
         }
@@ -54,6 +61,7 @@ macro_rules! entries {
 entries! {
     quantise::quantise(x: &[f32], q: &mut [i8]) -> Result<(f32, i32), NotFinite>;
     ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
+    lookup::ternary_many(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>, workspace: &mut Workspace);
     sparse::ternary_rows(w: TernaryMatrix<'_>, rows: &[u32], x: Quantised<'_>, y: &mut [f32]);
     sparse::ternary_columns(w: TernaryColumns<'_>, chunks: Range<usize>, columns: &[u32], x: Quantised<'_>, y: &mut [f32]);
     sparse::positive(x: &[f32], first: u32, out: &mut [u32]) -> usize;
@@ -135,6 +143,36 @@ fn store_i8(y: &mut [i8; 32], value: __m256i) {
 #[inline]
 pub(super) fn store_i32x4(value: __m128i) -> [i32; 4] {
     let mut y = [0; 4];
+    // SAFETY: the array covers exactly the 16 bytes written; `storeu` needs no alignment.
+    unsafe { _mm_storeu_si128(y.as_mut_ptr().cast(), value) }
+    y
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_i8x16(x: &[i8; 16]) -> __m128i {
+    // SAFETY: the reference covers exactly the 16 bytes read; `loadu` needs no alignment.
+    unsafe { _mm_loadu_si128(x.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_i16(x: &[i16; 16]) -> __m256i {
+    // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store_i16(y: &mut [i16; 16], value: __m256i) {
+    // SAFETY: the reference covers exactly the 32 bytes written; `storeu` needs no alignment.
+    unsafe { _mm256_storeu_si256(y.as_mut_ptr().cast(), value) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store_u64x2(value: __m128i) -> [u64; 2] {
+    let mut y = [0; 2];
     // SAFETY: the array covers exactly the 16 bytes written; `storeu` needs no alignment.
     unsafe { _mm_storeu_si128(y.as_mut_ptr().cast(), value) }
     y

@@ -3,7 +3,8 @@
 use std::slice;
 
 use kernels::{
-    ATTENTION_STATE_HEADER, Quantised, ScreenQuery, TernaryMatrix, padded_cols, screen_cols,
+    ATTENTION_STATE_HEADER, Quantised, ScreenQuery, TernaryMatrix, Workspace, padded_cols,
+    screen_cols,
 };
 use model::ModelConfig;
 
@@ -151,6 +152,7 @@ impl Widths {
         };
         let widest = hidden.max(ffn).max(heads * head_dim);
         let attention = group_rows(group) * (head_dim + 2 * state + 1);
+        let attention = attention + Workspace::BYTES.div_ceil(size_of::<f32>());
         let a_thread =
             2 * widest + hidden + ffn + 2 * chunk_floats(config) + head_dim + attention + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
@@ -386,6 +388,8 @@ pub(super) struct Local {
     pub(super) states: Vec<f32>,
     /// `[rows][2 + d]`: the current segment.
     pub(super) segments: Vec<f32>,
+    /// Of products for many tokens.
+    pub(super) workspace: Workspace,
     /// On the last stage.
     pub(super) sampler: Option<sampler::Scratch>,
     /// As the sampler.
@@ -416,6 +420,7 @@ impl Local {
             filled: vec![0; rows],
             states: vec![0.0; rows * state],
             segments: vec![0.0; rows * state],
+            workspace: Workspace::new(),
             sampler: model.is_last().then(|| sampler::Scratch::new(shape.vocab as usize)),
             screen: model.is_last().then(head::Scratch::new),
             record: Record::default(),

@@ -13,7 +13,7 @@ use super::barrier::Poisoned;
 use super::buffers::Local;
 use super::profile::Part;
 use super::shared::{Member, Pieces};
-use super::step::{LEAST_ROWS, Step, tiles_of};
+use super::step::{Step, tiles_of};
 
 /// Rows of up are skipped when at most so many of eight gates of a chunk are open. Picked rows come
 /// from memory at about half the rate of rows in order: at half of them the two are even.
@@ -51,19 +51,21 @@ impl Step<'_> {
     /// while they are in a cache, what is to enter down.
     fn gate_and_up(&self, member: &Member<'_>, local: &mut Local, weights: &LayerWeights<'_>) {
         let planes = &self.planes;
-        let Local { own, gate, up, places, normed, record, .. } = local;
+        let Local { own, gate, up, places, normed, workspace, record, .. } = local;
         let x = self.input(member, own, &planes.hidden_codes);
         let may_skip = self.may_skip_up(weights.up, x, own.scale());
-        let (n, tile) = (x.rows(), TernaryMatrix::TILE_ROWS);
+        let tile = TernaryMatrix::TILE_ROWS;
         // There is room for a tile of every token.
-        let most = gate.len() / n / tile * tile;
-        let pieces = Pieces { granule: tile, least: LEAST_ROWS.min(most), most };
-        while let Some((rows, mut gated)) = planes.gated.pieces(member, n, pieces) {
-            let (len, tiles) = (rows.len(), tiles_of(&rows));
+        let (height, pieces) = self.cut(member, planes.gated.width(), gate.len());
+        let bands = || planes.gated.bands(member, x.rows(), height, pieces);
+        while let Some((tokens, rows, mut gated)) = bands() {
+            let (n, len, tiles) = (tokens.len(), rows.len(), tiles_of(&rows));
+            let x = x.part(tokens);
             let (gate, up) = (&mut gate[..n * len], &mut up[..n * len]);
             let tile_bytes = TernaryMatrix::tile_bytes(weights.gate.cols());
             record.profile.weight_bytes += (tiles.len() * tile_bytes) as u64;
-            self.backend.ternary(weights.gate, tiles.clone(), x, Columns::new(gate, len, 0..len));
+            let y = Columns::new(gate, len, 0..len);
+            self.backend.ternary_many(weights.gate, tiles.clone(), x, y, workspace);
             let open = match may_skip {
                 true => self.backend.positive(gate, rows.start as u32, &mut places[..len]),
                 false => len,
@@ -78,7 +80,8 @@ impl Step<'_> {
                 record.profile.weight_bytes += (open * tile_bytes / tile) as u64;
             } else {
                 record.profile.weight_bytes += (tiles.len() * tile_bytes) as u64;
-                self.backend.ternary(weights.up, tiles, x, Columns::new(up, len, 0..len));
+                let y = Columns::new(up, len, 0..len);
+                self.backend.ternary_many(weights.up, tiles, x, y, workspace);
             }
             let of_tokens = gate.chunks_exact(len).zip(up.chunks_exact(len));
             for (token, (gate, up)) in of_tokens.enumerate() {

@@ -10,7 +10,8 @@
 //! 2. **References end with their phase.** Every reference borrows the `Member` it came from, and
 //!    `next_phase` needs the member whole: the compiler ends them before the barrier.
 //! 3. **One use of a buffer a phase.** Each buffer has an atomic word, `(phase, use)`: the first to
-//!    come in a phase sets the use, the others must agree with it or panic.
+//!    come in a phase sets the use, the others must agree with it or panic. The height of the bands
+//!    that columns are cut in is a part of it.
 //! 4. **Parts are handed out once.** Rows: each has an atomic with the phase in which it was last
 //!    given away; giving it away twice panics. Columns: they come from an atomic counter, so each
 //!    range is new.
@@ -30,13 +31,24 @@ use kernels::Columns;
 
 use super::barrier::{Barrier, Poisoned};
 
-/// The use of a buffer in a phase. The kinds share no phase with one another.
+/// The use of a buffer in a phase. They share no phase with one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
 enum Use {
-    Read = 1,
-    WriteRows = 2,
-    WriteColumns = 3,
+    Read,
+    WriteRows,
+    /// In bands of so many rows, at least one.
+    WriteColumns(u32),
+}
+
+impl Use {
+    /// Unlike that of every other use, and not 0.
+    fn number(self) -> u32 {
+        match self {
+            Self::Read => u32::MAX,
+            Self::WriteRows => u32::MAX - 1,
+            Self::WriteColumns(height) => height,
+        }
+    }
 }
 
 /// The threads of one step.
@@ -163,6 +175,21 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
+    /// Pieces of the same size, as few as give every thread the same work: of about `about` columns
+    /// or, where there are too few, of more or less. There are `bands` bands of `width` columns.
+    pub(super) fn even(
+        granule: usize,
+        about: usize,
+        width: usize,
+        bands: usize,
+        threads: usize,
+    ) -> Self {
+        let total = width * bands;
+        let count = (total / about / threads).max(1) * threads;
+        let size = total.div_ceil(count).next_multiple_of(granule);
+        Self { granule, least: size, most: size }
+    }
+
     /// Pieces of any size of multiples of `granule`, not below `least`.
     pub(super) fn at_least(granule: usize, least: usize) -> Self {
         Self { granule, least, most: usize::MAX / granule * granule }
@@ -265,7 +292,7 @@ impl<T> Shared<'_, T> {
     /// Settles or confirms the use of this buffer in the member's phase (rules 3 and 5).
     fn enter(&self, member: &Member<'_>, purpose: Use) {
         assert_eq!(self.team, member.team.number, "a buffer of another team");
-        let wanted = u64::from(member.phase) << 32 | u64::from(purpose as u32);
+        let wanted = u64::from(member.phase) << 32 | u64::from(purpose.number());
         let mut seen = self.purpose.load(SeqCst);
         while seen != wanted {
             let is_new_phase = seen >> 32 != u64::from(member.phase);
@@ -321,17 +348,44 @@ impl Shared<'_, f32> {
         rows: usize,
         pieces: Pieces,
     ) -> Option<(Range<usize>, Columns<'m>)> {
-        assert!(rows <= self.rows, "{rows} rows of {}", self.rows);
+        self.bands(member, rows, rows, pieces).map(|(_, range, columns)| (range, columns))
+    }
+
+    /// The next piece of the first `rows` rows in bands of `height` rows, of which the last may be
+    /// lower, one band after another: the rows of the band, which columns, and these columns of these
+    /// rows to write in this phase; `None` when everything is given away.
+    ///
+    /// # Panics
+    ///
+    /// If the buffer has another use in this phase, such as with bands of another height.
+    pub(super) fn bands<'m>(
+        &'m self,
+        member: &'m Member<'_>,
+        rows: usize,
+        height: usize,
+        pieces: Pieces,
+    ) -> Option<(Range<usize>, Range<usize>, Columns<'m>)> {
+        assert!(0 < height && height <= rows && rows <= self.rows, "{rows} rows of {}", self.rows);
         assert!(0 < pieces.granule && pieces.granule <= pieces.least, "{pieces:?}");
         assert!(pieces.least <= pieces.most, "{pieces:?}");
-        self.enter(member, Use::WriteColumns);
-        let count = |remaining| pieces.count(remaining, member.threads());
-        let range = take(&self.columns, member.phase, self.width, count)?;
-        // SAFETY: the loan covers at least `rows` rows of `width` values; `range` lies inside a row and
-        // was given to nobody else in this phase (rule 4), in which only columns are handed out (rule 3).
-        let columns =
-            unsafe { Columns::from_raw(self.values.as_ptr(), rows, self.width, range.clone()) };
-        Some((range, columns))
+        let purpose = u32::try_from(height).ok().filter(|height| *height < u32::MAX - 1);
+        self.enter(member, Use::WriteColumns(purpose.expect("a step has fewer rows")));
+        let total = rows.div_ceil(height).checked_mul(self.width).expect("no more than the values");
+        let count = |remaining: usize| {
+            // Not beyond the end of a band.
+            let in_band = (remaining - 1) % self.width + 1;
+            pieces.count(remaining, member.threads()).min(in_band)
+        };
+        let places = take(&self.columns, member.phase, total, count)?;
+        let band = places.start / self.width;
+        let range = places.start % self.width..places.end - band * self.width;
+        let band = band * height..rows.min((band + 1) * height);
+        let start = self.values.as_ptr().wrapping_add(band.start * self.width);
+        // SAFETY: the loan covers at least `rows` rows of `width` values, of which `band` is some;
+        // `range` lies inside a row, and these places were given to nobody else in this phase (rule 4),
+        // in which only columns of bands of this height are handed out (rule 3).
+        let columns = unsafe { Columns::from_raw(start, band.len(), self.width, range.clone()) };
+        Some((band, range, columns))
     }
 }
 
@@ -390,6 +444,44 @@ mod tests {
     }
 
     #[test]
+    fn bands_reach_every_value_once() {
+        let pool = pool(4);
+        let team = Team::new(&pool);
+        let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
+        let shared = buffer.lend(&team, ROWS, WIDTH);
+        run(&pool, team, |member| {
+            let pieces = Pieces::even(4, 20, WIDTH, ROWS.div_ceil(16), 4);
+            while let Some((rows, range, mut columns)) = shared.bands(member, ROWS, 16, pieces) {
+                assert_eq!((rows.len(), range.len()), (columns.rows(), columns.cols().len()));
+                for row in 0..rows.len() {
+                    let values = columns.row(row).iter_mut().zip(range.clone());
+                    let of_row = ((rows.start + row) * WIDTH) as f32;
+                    values.for_each(|(value, column)| *value += of_row + column as f32);
+                }
+            }
+            member.next_phase()?;
+            let values = shared.read(member).iter().enumerate();
+            assert!(values.into_iter().all(|(place, value)| *value == place as f32));
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn even_pieces_leave_no_thread_without() {
+        let size = |width, bands, threads| {
+            let pieces = Pieces::even(4, 1024, width, bands, threads);
+            assert_eq!(pieces.least, pieces.most);
+            pieces.least
+        };
+        assert_eq!(size(2560, 2, 2), 1280);
+        assert_eq!(size(6912, 2, 2), 1152);
+        assert_eq!(size(640, 2, 2), 640);
+        assert_eq!(size(640, 1, 2), 320);
+        assert_eq!(size(2560, 2, 16), 320);
+        assert_eq!(size(3, 1, 16), 4);
+    }
+
+    #[test]
     fn pieces_shrink_towards_the_end() {
         let pieces = Pieces { granule: 4, least: 8, most: 100 };
         let mut sizes = Vec::new();
@@ -429,6 +521,12 @@ mod tests {
         assert!(panics(|member, shared| {
             shared.row(member, member.index());
             shared.columns(member, ROWS, 1);
+            Ok(())
+        }));
+        assert!(panics(|member, shared| {
+            let pieces = Pieces::at_least(1, 1);
+            shared.bands(member, ROWS, 5, pieces);
+            shared.bands(member, ROWS, 6, pieces);
             Ok(())
         }));
     }

@@ -43,7 +43,11 @@ const PARTS_PER_THREAD: usize = 12;
 
 /// Rows of a matrix that a thread takes at least: a microsecond's work for one token, so that threads
 /// finish together, and enough that taking them costs nothing.
-pub(super) const LEAST_ROWS: usize = 16;
+const LEAST_ROWS: usize = 16;
+
+/// Rows of a matrix that a thread takes at a time for a panel of tokens: so many that what is prepared
+/// for a panel costs a tenth of the time.
+const PANEL_ROWS: usize = 1024;
 
 /// What all threads of a step see.
 pub(super) struct Step<'a> {
@@ -290,15 +294,31 @@ impl Step<'_> {
         out: &Shared<'_, f32>,
     ) {
         assert_eq!(weights.rows(), out.width(), "a product is as wide as its matrix is high");
-        let Local { own, record, .. } = local;
+        let Local { own, workspace, record, .. } = local;
         let x = self.input(member, own, codes);
-        let pieces = Pieces::at_least(TernaryMatrix::TILE_ROWS, LEAST_ROWS);
-        while let Some((rows, y)) = out.pieces(member, out.rows(), pieces) {
+        let (height, pieces) = self.cut(member, out.width(), usize::MAX);
+        while let Some((tokens, rows, y)) = out.bands(member, x.rows(), height, pieces) {
             let tiles = tiles_of(&rows);
             let bytes = tiles.len() * TernaryMatrix::tile_bytes(weights.cols());
             record.profile.weight_bytes += bytes as u64;
-            self.backend.ternary(weights, tiles, x, y);
+            self.backend.ternary_many(weights, tiles, x.part(tokens), y, workspace);
         }
+    }
+
+    /// How a product with `width` rows of weights is shared: by how many tokens at a time, and in
+    /// pieces of at most `most` values for these tokens.
+    pub(super) fn cut(&self, member: &Member<'_>, width: usize, most: usize) -> (usize, Pieces) {
+        let (n, granule) = (self.batch.tokens().len(), TernaryMatrix::TILE_ROWS);
+        let height = self.backend.panel(n).unwrap_or(n).min(n);
+        let most = (most / height / granule * granule).max(granule);
+        let pieces = match self.backend.panel(n) {
+            Some(_) => {
+                let bands = n.div_ceil(height);
+                Pieces::even(granule, PANEL_ROWS, width, bands, member.threads())
+            }
+            None => Pieces::at_least(granule, LEAST_ROWS),
+        };
+        (height, Pieces { least: pieces.least.min(most), most: pieces.most.min(most), ..pieces })
     }
 
     /// Whether every thread does the work between products for itself, as it does in a step of one

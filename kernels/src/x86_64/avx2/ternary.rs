@@ -63,7 +63,7 @@ type Totals = [i32; TILE_ROWS];
 type TileBlock = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 
 /// The blocks of four rows, wherever the arrangement has them.
-trait Tile<'a>: Copy {
+pub(super) trait Tile<'a>: Copy {
     /// Of tile `tile`.
     fn new(w: TernaryMatrix<'a>, tile: usize) -> Self;
     /// Blocks `blocks` of them.
@@ -76,7 +76,7 @@ trait Tile<'a>: Copy {
 
 /// A tile of [`Arrangement::Tiles`].
 #[derive(Clone, Copy)]
-struct Woven<'a>(&'a [TileBlock]);
+pub(super) struct Woven<'a>(&'a [TileBlock]);
 
 impl<'a> Tile<'a> for Woven<'a> {
     #[inline]
@@ -102,7 +102,7 @@ impl<'a> Tile<'a> for Woven<'a> {
 
 /// Four rows of [`Arrangement::Rows`], equally long.
 #[derive(Clone, Copy)]
-struct Plain<'a>([&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS]);
+pub(super) struct Plain<'a>([&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS]);
 
 impl<'a> Tile<'a> for Plain<'a> {
     #[inline]

@@ -1,0 +1,88 @@
+//! The memory of an operation that cannot keep what it makes in registers or on a stack.
+
+use std::fmt;
+
+/// Rows of weights that an operation takes at a time: enough that what they share costs little, few
+/// enough that what each needs stays in a second-level cache of half a MiB.
+pub(crate) const WORKSPACE_ROWS: usize = 2048;
+/// Tokens of a panel: two registers of 16-bit lanes.
+pub(crate) const PANEL_TOKENS: usize = 32;
+/// Sums of 16 bits for each column of a block and each token.
+pub(crate) const PANEL_LEN: usize = 128 * PANEL_TOKENS;
+/// Sums of 16 bits in the tables of eight groups of four columns, and as many bytes more as an offset
+/// of 16 bits can lead on.
+pub(crate) const TABLES_LEN: usize = 8 * 81 * PANEL_TOKENS + (1 << 15);
+/// Where in their tables the entries of eight groups begin, 16 bits each.
+pub(crate) type Offsets = [u64; 2];
+/// Offsets of a block's 32 groups for every row.
+pub(crate) const OFFSETS_LEN: usize = 4 * WORKSPACE_ROWS;
+/// Sums for every row and token.
+pub(crate) const SUMS_LEN: usize = WORKSPACE_ROWS * PANEL_TOKENS;
+
+/// Working memory for [`Backend::ternary_many`](crate::Backend::ternary_many): one for each thread,
+/// made once. Nothing in it outlives a call.
+pub struct Workspace {
+    /// `[column of a block][token]`
+    pub(crate) activations: Lines<i16>,
+    /// `[group][value][token]`
+    pub(crate) tables: Lines<i16>,
+    /// `[pass][row]`
+    pub(crate) offsets: Lines<Offsets>,
+    /// `[row][token]`, of a block
+    pub(crate) sums: Lines<i16>,
+    /// `[row][token]`, of all blocks
+    pub(crate) totals: Lines<i32>,
+}
+
+impl Workspace {
+    /// Rows of activations that are done together where that pays: a panel.
+    pub const PANEL: usize = PANEL_TOKENS;
+
+    /// Bytes that a workspace takes.
+    pub const BYTES: usize =
+        2 * (PANEL_LEN + TABLES_LEN + SUMS_LEN) + 16 * OFFSETS_LEN + 4 * SUMS_LEN;
+
+    /// Allocates [`Self::BYTES`] and up to five cache lines more.
+    pub fn new() -> Self {
+        Self {
+            activations: Lines::new(PANEL_LEN),
+            tables: Lines::new(TABLES_LEN),
+            offsets: Lines::new(OFFSETS_LEN),
+            sums: Lines::new(SUMS_LEN),
+            totals: Lines::new(SUMS_LEN),
+        }
+    }
+}
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workspace").finish_non_exhaustive()
+    }
+}
+
+/// Numbers from the beginning of a cache line on: no vector of them crosses one.
+pub(crate) struct Lines<T> {
+    values: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Copy + Default> Lines<T> {
+    fn new(len: usize) -> Self {
+        let spare = 64 / size_of::<T>();
+        let values = vec![T::default(); len + spare];
+        let start = values.as_ptr().align_offset(64).min(spare);
+        Self { values, start, len }
+    }
+
+    /// All of them.
+    pub(crate) fn get(&mut self) -> &mut [T] {
+        &mut self.values[self.start..][..self.len]
+    }
+}
