@@ -19,10 +19,19 @@ pub struct ModelCosts {
     pub embedding_bytes: u64,
     /// Final norm and head: held by the last stage.
     pub head_bytes: u64,
-    /// Embedding and head are the same bytes: one stage that holds both holds them once.
+    /// Embedding and head are the same bytes: one stage that holds both holds them once, and the
+    /// first of several stages draws for half of the steps: see [`Self::first_draws`].
     pub tied_head: bool,
     /// K and V of one block of 32 tokens in one layer.
     pub kv_block_layer_bytes: u64,
+}
+
+impl ModelCosts {
+    /// Whether in a pipeline of `stages` stages the first draws for half of the steps. It holds the
+    /// embedding, which is the head's matrix, in any case.
+    pub fn first_draws(&self, stages: usize) -> bool {
+        self.tied_head && stages > 1
+    }
 }
 
 /// A worker as the planner sees it. Times are those of a step of [`STEP_ROWS`] rows.

@@ -10,15 +10,17 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use bytes::Bytes;
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{Epoch, SequenceId, StepId};
-use proto::step::{Row, RowResult, RowStatus, RowValue, Sampled, StepResult};
+use proto::step::{RowResult, RowStatus, RowValue, Sampled, StepResult};
 
 use crate::tick::Tick;
 
 mod blocks;
 mod epoch;
 mod microbatch;
+mod picking;
 mod sequence;
 #[cfg(test)]
 mod simulation;
@@ -29,16 +31,11 @@ mod types;
 use blocks::BlockPool;
 use epoch::{Active, SentRow, Wants};
 pub use microbatch::{Line, StepCost, in_flight_limit};
-use microbatch::{chunk_tokens, decode_steps};
 use sequence::{Scoring, Sequence};
 pub use types::{
     Class, Emission, EmissionEvent, Finish, Limits, PipelineShape, QueueStats, Rejected, Request,
     Running, ScheduledStep, SequenceError,
 };
-
-/// The part of a step's tokens (one in so many) that decode rows leave to prefill when there is
-/// any, so that many running answers never keep a new one from starting.
-const PREFILL_SHARE: usize = 4;
 
 /// All requests of one pipeline.
 #[derive(Debug)]
@@ -54,6 +51,8 @@ pub struct Scheduler {
     prefilling: VecDeque<SequenceId>,
     /// Has one known token that was not sent, the one that went longest without a row first.
     decode_ready: VecDeque<SequenceId>,
+    /// Has the residual stream from which the first stage will draw its next token.
+    draw_ready: VecDeque<SequenceId>,
     held: bool,
     closed: bool,
     totals: Totals,
@@ -79,6 +78,7 @@ impl Scheduler {
             waiting: BTreeMap::new(),
             prefilling: VecDeque::new(),
             decode_ready: VecDeque::new(),
+            draw_ready: VecDeque::new(),
             held: false,
             closed: false,
             totals: Totals::default(),
@@ -145,82 +145,21 @@ impl Scheduler {
             return None;
         }
         self.admit(now);
-        let (rows, decode_rows) = self.pick_rows();
+        let deadline = self.limits.step_deadline;
+        let (rows, states) = self.pick_draws();
+        if !rows.is_empty() {
+            let step = self.active.as_mut()?.send(rows, states, true, now, deadline);
+            return Some(ScheduledStep { step, deadline: now + deadline });
+        }
+        let (mut rows, decode_rows) = self.pick_rows();
         if rows.is_empty() {
             return None;
         }
-        let active = self.active.as_mut()?;
-        let step = active.send(rows, decode_rows, now, self.limits.step_deadline);
-        Some(ScheduledStep { step, deadline: now + self.limits.step_deadline })
-    }
-
-    /// Gives KV to those who wait, in their order. The first of the queue blocks the others when
-    /// it does not fit: a long request is never overtaken for ever by short ones.
-    fn admit(&mut self, now: Tick) {
-        let Some(active) = &mut self.active else { return };
-        let mut running =
-            self.sequences.len() - self.waiting.values().map(VecDeque::len).sum::<usize>();
-        for queue in self.waiting.values_mut() {
-            while let Some(&id) = queue.front() {
-                if self.held || running >= self.limits.running_requests as usize {
-                    return;
-                }
-                let sequence = self.sequences.get_mut(&id).expect("who waits is known");
-                let Some(blocks) = active.blocks.take(sequence.blocks_needed()) else { return };
-                sequence.admit(blocks, now);
-                queue.pop_front();
-                self.prefilling.push_back(id);
-                running += 1;
-            }
-        }
-    }
-
-    /// Decode rows first, and how many they are; then prefill chunks in the order of admission.
-    fn pick_rows(&mut self) -> (Vec<Row>, usize) {
-        let Some(active) = &self.active else { return (Vec::new(), 0) };
-        let mut budget = self.limits.step_tokens as usize;
-        let is_prefilling = !self.prefilling.is_empty();
-        // Not "everyone who is ready": sequences would clump into one step, and all stages but
-        // one would wait for it.
         let decoding = self.running_count() - self.prefilling.len();
-        let steps = decode_steps(&active.shape, decoding, budget);
-        if !is_prefilling && active.decoding_steps() >= steps {
-            // Who is ready joins those of the next step that comes back.
-            return (Vec::new(), 0);
-        }
-        let reserved = if is_prefilling { (budget / PREFILL_SHARE).max(1) } else { 0 };
-        let share = decoding.div_ceil(steps);
-        let decode_rows = share.min(budget - reserved).min(self.decode_ready.len());
-
-        let mut rows = Vec::new();
-        for id in self.decode_ready.drain(..decode_rows) {
-            let sequence = self.sequences.get_mut(&id).expect("who is ready is known");
-            rows.push(sequence.next_row(id, 1));
-        }
-        let prompts = self.prefilling.iter().map(|id| self.sequences[id].prompt_tokens());
-        let chunk = chunk_tokens(&active.shape, prompts.sum(), self.limits.step_tokens as usize);
-        budget = chunk.min(budget - rows.len());
-        let mut done = 0;
-        for &id in &self.prefilling {
-            if budget == 0 {
-                break;
-            }
-            let sequence = self.sequences.get_mut(&id).expect("who prefills is known");
-            let row = sequence.next_row(id, budget);
-            budget -= row.tokens.len();
-            rows.push(row);
-            if sequence.unsent() > 0 {
-                // Ends before the budget only where scoring ends: its next chunk is another row,
-                // and a step has one row of a sequence.
-                continue;
-            }
-            done += 1;
-        }
-        if done > 0 {
-            let sequences = &self.sequences;
-            self.prefilling.retain(|id| sequences[id].unsent() > 0);
-        }
-        (rows, decode_rows)
+        let active = self.active.as_mut()?;
+        active.share_draws(&mut rows, decoding);
+        let step = active.send(rows, Bytes::new(), decode_rows > 0, now, deadline);
+        Some(ScheduledStep { step, deadline: now + self.limits.step_deadline })
     }
 
     /// Takes a step's result. Results of unknown steps, of steps known already and of other
@@ -283,7 +222,8 @@ impl Scheduler {
         }
         let sequence = self.sequences.get_mut(&sent.sequence).expect("the row is current");
         let prompt_len = sequence.log.prompt().len() as u32;
-        let of_prompt = (sent.position + sent.token_count).min(prompt_len);
+        let of_prompt = if sent.is_draw { 0 } else { prompt_len };
+        let of_prompt = (sent.position + sent.token_count).min(of_prompt);
         self.totals.prompt_tokens += u64::from(of_prompt.saturating_sub(sent.position));
         match (sent.wants, row.value) {
             (Wants::Nothing, _) => Ok(()),
@@ -292,6 +232,11 @@ impl Scheduler {
             {
                 sequence.add_scores(sent.position, &scores);
                 self.tell_scores(sent.sequence, now, emissions);
+                Ok(())
+            }
+            (Wants::State, RowValue::State(state)) => {
+                sequence.state = Some(state);
+                self.draw_ready.push_back(sent.sequence);
                 Ok(())
             }
             (Wants::Token, RowValue::Sampled(sampled)) => {
@@ -366,6 +311,7 @@ impl Scheduler {
         }
         self.prefilling.retain(|&other| other != id);
         self.decode_ready.retain(|&other| other != id);
+        self.draw_ready.retain(|&other| other != id);
         if let Some(active) = &mut self.active {
             active.blocks.give_back(&sequence.blocks);
             if sequence.sent > 0 {
@@ -423,6 +369,7 @@ impl Scheduler {
         let mut emissions = Vec::new();
         self.prefilling.clear();
         self.decode_ready.clear();
+        self.draw_ready.clear();
         // From the last, so that the first comes first in its queue.
         for id in ran.into_iter().rev() {
             match &running {

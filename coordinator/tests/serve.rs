@@ -76,13 +76,16 @@ impl Toy {
             let last = row.tokens[row.tokens.len() - 1];
             let position = row.position + row.tokens.len() as u32 - 1;
             let value = match &row.output {
-                Output::None | Output::Logits => RowValue::None,
+                Output::None | Output::Logits | Output::Drawn(_) => RowValue::None,
+                Output::State => RowValue::State(position.to_le_bytes().to_vec().into()),
                 Output::Score(targets) => RowValue::Scores(vec![-1.5; targets.len()]),
-                Output::Sample(parameters) => RowValue::Sampled(Sampled {
-                    token: next_token(last, position),
-                    logprob: parameters.top_logprobs.map(|_| -0.5),
-                    top: Vec::new(),
-                }),
+                Output::Sample(parameters) | Output::Draw(parameters) => {
+                    RowValue::Sampled(Sampled {
+                        token: next_token(last, position),
+                        logprob: parameters.top_logprobs.map(|_| -0.5),
+                        top: Vec::new(),
+                    })
+                }
             };
             RowResult {
                 sequence: row.sequence,

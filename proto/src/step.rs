@@ -19,8 +19,26 @@ pub struct Step {
     pub ended_sequences: Vec<SequenceId>,
     /// What earlier stages took.
     pub stage_times: Vec<StageTime>,
-    /// f32 little endian, `[tokens of the step][hidden]`; empty before the first stage.
+    /// f32 little endian, `[tokens of the step][hidden]`; empty before the first stage, except of
+    /// rows to draw from ([`Output::Draw`]), and empty behind it once they are drawn.
     pub activations: Bytes,
+}
+
+impl Step {
+    /// Whether tokens are drawn from residual streams that it brings, and nothing else is done.
+    pub fn is_draw(&self) -> bool {
+        let is_draw = |row: &Row| matches!(row.output, Output::Draw(_));
+        !self.rows.is_empty() && self.rows.iter().all(is_draw)
+    }
+
+    /// Whether nothing is left to do: every row was drawn, or refused, by an earlier stage.
+    pub fn is_drawn(&self) -> bool {
+        let is_over = |row: &Row| {
+            let is_drawn = matches!(row.output, Output::Drawn(_));
+            is_drawn || (row.status != RowStatus::Ok && matches!(row.output, Output::Draw(_)))
+        };
+        !self.rows.is_empty() && self.rows.iter().all(is_over)
+    }
 }
 
 /// What every data message carries.
@@ -80,6 +98,13 @@ pub enum Output {
     Score(Vec<u32>),
     /// All logits after every token.
     Logits,
+    /// The residual stream after the last token: the first stage will draw from it.
+    State,
+    /// One token from the residual stream after the row's only token, which comes with the step.
+    /// Nothing of the row is computed but norm, head and draw; its KV is filled already.
+    Draw(Box<SamplingParameters>),
+    /// What an earlier stage drew: passed on.
+    Drawn(Box<Sampled>),
 }
 
 /// How a row went.
@@ -205,6 +230,8 @@ pub enum RowValue {
     Scores(Vec<f32>),
     /// f32 little endian, `[tokens][vocab]`.
     Logits(Bytes),
+    /// f32 little endian, `[hidden]`.
+    State(Bytes),
 }
 
 /// A drawn token.
@@ -286,4 +313,6 @@ pub struct Prepare {
     pub max_step_tokens: u32,
     /// The most steps sent and not acknowledged.
     pub max_in_flight: u32,
+    /// It holds norm and head too, though it is not the last stage: for [`Output::Draw`].
+    pub draws: bool,
 }

@@ -35,10 +35,11 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 use std::{io, mem};
 
+use bytes::Bytes;
 use kernels::Backend;
 use model::{ModelConfig, StoreError};
 use proto::plan::KvType;
-use proto::step::{Row, RowStatus, RowValue};
+use proto::step::{Output, Row, RowStatus, RowValue};
 
 use crate::topology::Seats;
 
@@ -182,6 +183,15 @@ pub enum EngineError {
     },
 }
 
+/// What a step computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    /// Its layers, and on the last stage norm, head and sampler.
+    Layers,
+    /// Norm, head and sampler alone.
+    Draw,
+}
+
 /// What one step gave.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepOutput {
@@ -237,7 +247,7 @@ impl Engine {
         }
         let cache = KvCache::new(model.config(), model.layer_count(), &config)?;
         let buffers = Buffers::new(&model, &config)?;
-        let wanted_max = if model.is_last() { config.max_step_tokens as usize } else { 0 };
+        let wanted_max = if model.has_head() { config.max_step_tokens as usize } else { 0 };
         let results = Buffer::new(PositionResult::Nothing, wanted_max, 1);
         let seats = placement::seats(&config);
         let local = |thread| Mutex::new(Local::new(&model, &config, seats.node(thread)));
@@ -266,7 +276,18 @@ impl Engine {
     /// If `input` has another length: the caller checks sizes first. After a panic in a kernel the
     /// engine can be used again, but what the step's blocks hold is unknown.
     pub fn forward(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
-        self.step(rows, input, None)
+        self.step(rows, input, Work::Layers, None)
+    }
+
+    /// Draws from residual streams: norm, head and sampler of [`Output::Draw`] rows, where norm and
+    /// head are. `input` is `[tokens of the step][hidden]`, what [`Output::State`] gave for each. The
+    /// tokens are those that the last stage would have drawn.
+    ///
+    /// # Panics
+    ///
+    /// If `input` has another length.
+    pub fn draw(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
+        self.step(rows, input, Work::Draw, None)
     }
 
     /// [`Self::forward`], and what it spent its time on as told by `clock`.
@@ -280,7 +301,7 @@ impl Engine {
         input: &[f32],
         clock: &dyn Clock,
     ) -> (StepOutput, StepProfile) {
-        let output = self.step(rows, input, Some(clock));
+        let output = self.step(rows, input, Work::Layers, Some(clock));
         let mut profile = StepProfile::default();
         for local in &mut self.locals {
             let local = local.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -289,30 +310,63 @@ impl Engine {
         (output, profile)
     }
 
-    fn step(&mut self, rows: &[Row], input: &[f32], clock: Option<&dyn Clock>) -> StepOutput {
+    fn step(
+        &mut self,
+        rows: &[Row],
+        input: &[f32],
+        work: Work,
+        clock: Option<&dyn Clock>,
+    ) -> StepOutput {
         let batch = Batch::new(rows, self.model().config(), &self.config);
-        let input_len =
-            if self.model().is_first() { 0 } else { batch.place_count() * self.hidden() };
+        let brings_none = work == Work::Layers && self.model().is_first();
+        let input_len = if brings_none { 0 } else { batch.place_count() * self.hidden() };
         assert_eq!(input.len(), input_len, "activations must match the tokens of the step");
         if !batch.tokens().is_empty() {
-            self.compute(&batch, input, clock);
+            self.compute(&batch, input, work, clock);
         }
-        let activations = if self.is_last() { Vec::new() } else { self.activations(&batch) };
+        let goes_on = work == Work::Layers && !self.is_last();
+        let activations = if goes_on { self.activations(&batch) } else { Vec::new() };
+        let states = if goes_on { Vec::new() } else { self.states(&batch) };
         let results = self.results.values_mut().iter_mut().take(batch.wanted().len());
         let results = results.map(|result| mem::replace(result, PositionResult::Nothing));
-        StepOutput { activations, rows: batch.finish(results) }
+        let mut rows = batch.finish(results);
+        for (row, state) in states {
+            if rows[row].status == RowStatus::Ok {
+                rows[row].value = RowValue::State(state);
+            }
+        }
+        StepOutput { activations, rows }
+    }
+
+    /// The residual streams that rows want back, by row.
+    fn states(&self, batch: &Batch<'_>) -> Vec<(usize, Bytes)> {
+        let hidden = self.hidden();
+        let lasts = (0..batch.tokens().len()).filter(|&token| {
+            let row = batch.row_of(token);
+            let is_last = batch.tokens().get(token + 1).map(|next| next.row)
+                != Some(batch.tokens()[token].row);
+            row.output == Output::State && is_last
+        });
+        let state = |token: usize| {
+            let values = &self.buffers.residual()[token * hidden..][..hidden];
+            (batch.tokens()[token].row, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        };
+        lasts.map(state).collect()
     }
 
     /// Enters the pool once, for the whole step.
-    fn compute(&mut self, batch: &Batch<'_>, input: &[f32], clock: Option<&dyn Clock>) {
+    fn compute(&mut self, batch: &Batch<'_>, input: &[f32], work: Work, clock: Option<&dyn Clock>) {
         let begin_ns = clock.map(|clock| clock.now_ns());
         let team = shared::Team::new(&self.pool);
-        let wanted = if self.model().is_last() { batch.wanted().len() } else { 0 };
+        let ends = self.model().has_head() && (work == Work::Draw || self.model().is_last());
+        let wanted = if ends { batch.wanted().len() } else { 0 };
         let step = step::Step {
             backend: self.config.backend,
             model: &self.models[0],
             models: &self.models,
             batch,
+            work,
+            ends,
             input,
             cache: self.cache.lend(&team),
             planes: self.buffers.lend(&team, batch.tokens().len()),
@@ -362,7 +416,7 @@ impl Engine {
 
     /// Bytes that it writes beside KV: see [`working_bytes`].
     pub fn working_bytes(&self) -> u64 {
-        working_bytes(self.model().config(), self.is_last(), &self.config)
+        working_bytes(self.model().config(), self.model().has_head(), &self.config)
     }
 
     fn model(&self) -> &StageModel {
@@ -372,6 +426,11 @@ impl Engine {
     /// Whether the model's first layer is here, and so the embedding.
     pub fn is_first(&self) -> bool {
         self.model().is_first()
+    }
+
+    /// Whether norm and head are here, to draw with: see [`Self::draw`].
+    pub fn has_head(&self) -> bool {
+        self.model().has_head()
     }
 
     /// Whether the model's last layer is here, and so norm, head and sampler.
@@ -416,7 +475,7 @@ pub fn kv_bytes(config: &ModelConfig, layers: u32, kv_type: KvType, blocks: u32)
 }
 
 /// Bytes of the working memory of an engine, all threads together: what a step writes beside KV.
-/// The last stage (`is_last`) needs some for logits and the sampler.
-pub fn working_bytes(model: &ModelConfig, is_last: bool, config: &EngineConfig) -> u64 {
-    buffers::working_bytes(model, is_last, config)
+/// Where the head is (`has_head`), some is for logits and the sampler.
+pub fn working_bytes(model: &ModelConfig, has_head: bool, config: &EngineConfig) -> u64 {
+    buffers::working_bytes(model, has_head, config)
 }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use proto::limits;
-use proto::step::{RowValue, Step};
+use proto::step::{Output, RowStatus, RowValue, Step};
 
 use crate::engine::Engine;
 use crate::session::{RowLimits, Sessions};
@@ -46,10 +46,11 @@ impl Executor {
     /// Runs one step. The sizes of `step` were checked: at most `max_step_tokens`, activations
     /// exactly for its tokens.
     pub(crate) fn execute(&mut self, mut step: Step, expired: bool) -> Executed {
+        if step.is_draw() {
+            return self.draw(step, expired);
+        }
         let admitted = self.sessions.admit(&mut step.rows, expired);
-        self.input.clear();
-        let (words, _) = step.activations.as_chunks();
-        self.input.extend(words.iter().map(|&word| f32::from_le_bytes(word)));
+        self.take_input(&step);
         let output = self.engine.forward(&step.rows, &self.input);
         let mut values = Vec::with_capacity(step.rows.len());
         for (row, outcome) in step.rows.iter_mut().zip(output.rows) {
@@ -60,6 +61,41 @@ impl Executor {
         self.sessions.commit(&mut step.rows, admitted, &step.ended_sequences);
         step.activations = little_endian(&output.activations);
         Executed { step, values, filled_blocks: self.sessions.filled_blocks() }
+    }
+
+    /// Draws from the residual streams that the step brings. It has no part in what blocks hold: a
+    /// row is a function of what comes with it.
+    fn draw(&mut self, mut step: Step, expired: bool) -> Executed {
+        let mut refuse = |status: RowStatus, detail: &str| {
+            for row in step.rows.iter_mut().filter(|row| row.status == RowStatus::Ok) {
+                row.status = status;
+                row.detail = detail.into();
+            }
+        };
+        if expired {
+            refuse(RowStatus::Expired, "the deadline of its step had passed");
+        } else if !self.engine.has_head() {
+            refuse(RowStatus::Invalid, "this stage has no head to draw with");
+        }
+        self.take_input(&step);
+        let output = self.engine.draw(&step.rows, &self.input);
+        let mut values = Vec::with_capacity(step.rows.len());
+        for (row, outcome) in step.rows.iter_mut().zip(output.rows) {
+            row.status = outcome.status;
+            row.detail = outcome.detail;
+            if let RowValue::Sampled(sampled) = &outcome.value {
+                row.output = Output::Drawn(Box::new(sampled.clone()));
+            }
+            values.push(outcome.value);
+        }
+        step.activations = Bytes::new();
+        Executed { step, values, filled_blocks: self.sessions.filled_blocks() }
+    }
+
+    fn take_input(&mut self, step: &Step) {
+        self.input.clear();
+        let (words, _) = step.activations.as_chunks();
+        self.input.extend(words.iter().map(|&word| f32::from_le_bytes(word)));
     }
 }
 

@@ -82,6 +82,7 @@ struct HoldingShape {
     kv_type: KvType,
     kv_blocks: u32,
     max_step_tokens: u32,
+    draws: bool,
 }
 
 /// A stage and its tasks, which end with it.
@@ -211,6 +212,7 @@ impl Service {
             kv_type: request.kv_type,
             kv_blocks: request.kv_blocks,
             max_step_tokens: request.max_step_tokens,
+            draws: request.draws,
         })
     }
 
@@ -233,9 +235,12 @@ impl Service {
         let build = move || {
             let layer_count = shape.layers.end - shape.layers.start;
             let kv_bytes = kv_bytes(store.config(), layer_count, shape.kv_type, shape.kv_blocks);
-            let model = StageModel::open(&store, shape.layers.clone())?;
+            let model = match shape.draws {
+                true => StageModel::open_to_draw(&store, shape.layers.clone())?,
+                false => StageModel::open(&store, shape.layers.clone())?,
+            };
             let weight_bytes = model.weight_bytes().saturating_mul(weight_copies(&config));
-            let working_bytes = working_bytes(store.config(), model.is_last(), &config);
+            let working_bytes = working_bytes(store.config(), model.has_head(), &config);
             let needed_bytes = weight_bytes.saturating_add(kv_bytes).saturating_add(working_bytes);
             if needed_bytes > available_bytes {
                 return Err(ServiceError::Memory { needed_bytes, available_bytes });

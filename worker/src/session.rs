@@ -219,6 +219,9 @@ fn check_contract(row: &Row, limits: RowLimits) -> Result<(), Refusal> {
     {
         return Err(Refusal::invalid(format!("block {} is named twice", segment.block)));
     }
+    if matches!(row.output, Output::Draw(_) | Output::Drawn(_)) {
+        return Err(Refusal::invalid("rows that are drawn from make steps of their own"));
+    }
     if let Output::Score(targets) = &row.output {
         if targets.len() != count {
             return Err(Refusal::invalid(format!("{} targets for {count} tokens", targets.len())));

@@ -14,7 +14,10 @@ use std::time::{Duration, Instant};
 
 use proto::ids::StepId;
 use proto::plan::StagePlan;
-use proto::step::{Prepare, RowResult, Step, StepHeader, StepReply, StepResult, StepVerdict};
+use proto::step::{
+    Output as RowOutput, Prepare, Row, RowResult, RowValue, Step, StepHeader, StepReply,
+    StepResult, StepVerdict,
+};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, field};
@@ -176,6 +179,12 @@ impl Stage {
                 "{} steps are in flight, as many as agreed",
                 self.prepare.max_in_flight
             )),
+            Arrival::New if self.is_over(&step) => {
+                let output = self.output(step, None, now + deadline_remaining);
+                outlet.ledger.keep(number, output);
+                self.queued.notify_one();
+                accepted
+            }
             Arrival::New => {
                 let spans = self.spans(&step);
                 let job = Job {
@@ -212,7 +221,8 @@ impl Stage {
                 self.prepare.max_step_tokens
             ));
         }
-        let width = if self.prepare.stage == 0 { 0 } else { self.hidden };
+        let brings_none = if self.prepare.stage == 0 { !step.is_draw() } else { step.is_drawn() };
+        let width = if brings_none { 0 } else { self.hidden };
         let expected_bytes = tokens * width * size_of::<f32>();
         if step.activations.len() != expected_bytes {
             return Err(format!(
@@ -221,6 +231,12 @@ impl Stage {
             ));
         }
         Ok(())
+    }
+
+    /// Whether an earlier stage did all there is to do: the step passes by the engine, which may be
+    /// in the middle of another.
+    fn is_over(&self, step: &Step) -> bool {
+        self.prepare.stage > 0 && step.is_drawn()
     }
 
     /// One span for every traced row, from its arrival until its outcome is handed on.
@@ -329,6 +345,20 @@ impl Stage {
         sender_is_there && (recently || lock(&self.outlet).ledger.is_busy())
     }
 
+    /// What a step gives to whoever comes next. `values` are those of this stage's engine; without
+    /// them its rows were drawn before.
+    fn output(&self, step: Step, values: Option<Vec<RowValue>>, deadline: Instant) -> Output {
+        if !self.is_last() {
+            return Output::Step { step: Arc::new(step), deadline };
+        }
+        let drawn = |row: &Row| match &row.output {
+            RowOutput::Drawn(sampled) => RowValue::Sampled((**sampled).clone()),
+            _ => RowValue::None,
+        };
+        let values = values.unwrap_or_else(|| step.rows.iter().map(drawn).collect());
+        Output::Result(Arc::new(result_of(step, values)))
+    }
+
     /// Keeps what a step gave and queues it.
     fn finish(&self, outcome: Outcome) {
         let Outcome { executed, deadline, spans, compute, wait } = outcome;
@@ -341,11 +371,7 @@ impl Stage {
         self.metrics.step(compute, wait, &step.rows, executed.filled_blocks);
         step.stage_times.push(proto::step::StageTime { stage: self.prepare.stage, compute, wait });
         let number = step.header.step;
-        let output = if self.is_last() {
-            Output::Result(Arc::new(result_of(step, executed.values)))
-        } else {
-            Output::Step { step: Arc::new(step), deadline }
-        };
+        let output = self.output(step, Some(executed.values), deadline);
         lock(&self.outlet).ledger.keep(number, output);
         self.queued.notify_one();
     }
@@ -359,7 +385,7 @@ async fn finish_all(stage: Arc<Stage>, mut outcomes: mpsc::Receiver<Outcome>) {
 }
 
 /// Exactly one for every step, with a status for every row.
-fn result_of(step: Step, values: Vec<proto::step::RowValue>) -> StepResult {
+fn result_of(step: Step, values: Vec<RowValue>) -> StepResult {
     let rows = step.rows.into_iter().zip(values).map(|(row, value)| RowResult {
         sequence: row.sequence,
         generation: row.generation,

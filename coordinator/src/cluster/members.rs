@@ -317,7 +317,13 @@ impl Members {
     }
 
     /// What a step costs the slowest of `stages`, by what their workers measured.
-    pub(super) fn step_cost(&self, stages: &[StagePlan], model: ModelId) -> StepCost {
+    /// The head's time is halved where `first_draws`.
+    pub(super) fn step_cost(
+        &self,
+        stages: &[StagePlan],
+        model: ModelId,
+        first_draws: bool,
+    ) -> StepCost {
         let mut cost = StepCost::default();
         let (mut slowest, mut slowest_prompt) = (0, 0);
         for (index, stage) in stages.iter().enumerate() {
@@ -333,8 +339,13 @@ impl Members {
                 cost.prompt = Line::through(one, many, STEP_ROWS);
             }
             let is_last = index + 1 == stages.len();
-            let head = if is_last { (served.head_ns, served.head_16_ns) } else { (0, 0) };
-            let (one, many) = (one.saturating_add(head.0), many.saturating_add(head.1));
+            let halves = match (first_draws, index == 0 || is_last) {
+                (true, true) => 1,
+                (false, _) if is_last => 2,
+                _ => 0,
+            };
+            let (head, head_many) = (served.head_ns / 2 * halves, served.head_16_ns / 2 * halves);
+            let (one, many) = (one.saturating_add(head), many.saturating_add(head_many));
             if many > slowest {
                 slowest = many;
                 cost.decode = Line::through(one, many, STEP_ROWS);

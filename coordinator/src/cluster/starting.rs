@@ -34,6 +34,7 @@ impl Cluster {
             kv_blocks: placed.plan.kv_blocks,
             max_step_tokens: self.options.max_step_tokens,
             max_in_flight: in_flight_limit(placed.plan.stages.len() as u32),
+            draws: stage == 0 && self.options.costs.first_draws(placed.plan.stages.len()),
         })
     }
 
@@ -83,6 +84,7 @@ impl Cluster {
             return;
         };
         let plan = &placed.plan;
+        let first_draws = self.options.costs.first_draws(plan.stages.len());
         actions.push(Action::Serve {
             shape: PipelineShape {
                 pipeline: plan.id,
@@ -91,7 +93,8 @@ impl Cluster {
                 first_incarnation: plan.stages[0].incarnation,
                 stages: plan.stages.len() as u32,
                 kv_blocks: plan.kv_blocks,
-                cost: self.members.step_cost(&plan.stages, self.options.model),
+                first_draws,
+                cost: self.members.step_cost(&plan.stages, self.options.model, first_draws),
             },
             plan: plan.clone(),
             class: placed.class,

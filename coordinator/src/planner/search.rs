@@ -145,7 +145,7 @@ impl<'a> Search<'a> {
     /// Layers that a worker can take in this place if its stage may take `bound` ns and must hold
     /// `blocks` KV blocks.
     fn share(&self, worker: &WorkerSpec, place: Place, bound: u64, blocks: u32) -> u64 {
-        let head_ns = if place.last { worker.head_ns } else { 0 };
+        let head_ns = self.head_ns(worker, place);
         let Some(bytes) = worker.memory_bytes.checked_sub(self.fixed_bytes(place)) else {
             return 0;
         };
@@ -157,15 +157,27 @@ impl<'a> Search<'a> {
 
     fn fixed_bytes(&self, place: Place) -> u64 {
         let embedding = if place.first { self.model.embedding_bytes } else { 0 };
-        let head = if place.last { self.model.head_bytes } else { 0 };
+        let has_head = place.last || (place.first && self.model.tied_head);
+        let head = if has_head { self.model.head_bytes } else { 0 };
         match self.model.tied_head {
             true => embedding.max(head),
             false => embedding.saturating_add(head),
         }
     }
 
+    /// What norm and head take of a step's time in this place, in the mean of many steps.
+    fn head_ns(&self, worker: &WorkerSpec, place: Place) -> u64 {
+        match (place.first, place.last) {
+            (true, true) => worker.head_ns,
+            (true, false) if self.model.tied_head => worker.head_ns / 2,
+            (false, true) if self.model.tied_head => worker.head_ns.div_ceil(2),
+            (false, true) => worker.head_ns,
+            _ => 0,
+        }
+    }
+
     fn time(&self, worker: &WorkerSpec, place: Place, layers: u64) -> u64 {
-        let head_ns = if place.last { worker.head_ns } else { 0 };
+        let head_ns = self.head_ns(worker, place);
         worker.layer_ns.max(1).saturating_mul(layers).saturating_add(head_ns)
     }
 
@@ -272,7 +284,12 @@ impl<'a> Search<'a> {
             slow.worker,
             slow.layers.start,
             slow.layers.end,
-            if i + 1 == count { " and the head" } else { "" },
+            match place(i, count) {
+                Place { last: true, first } if first || !self.model.tied_head => " and the head",
+                Place { first: false, last: false } => "",
+                Place { first: true, .. } if !self.model.tied_head => "",
+                _ => " and half of the head",
+            },
             bottleneck_ns as f64 / 1e6,
             u64::from(kv_blocks) * u64::from(proto::BLOCK_TOKENS),
         );

@@ -24,8 +24,9 @@ fn options(stages: Option<u32>) -> Options {
 }
 
 fn fixed_bytes(model: &ModelCosts, first: bool, last: bool) -> u64 {
+    let has_head = last || (first && model.tied_head);
     let (embedding, head) =
-        (model.embedding_bytes * u64::from(first), model.head_bytes * u64::from(last));
+        (model.embedding_bytes * u64::from(first), model.head_bytes * u64::from(has_head));
     if model.tied_head { embedding.max(head) } else { embedding + head }
 }
 
@@ -40,7 +41,12 @@ fn judge(model: &ModelCosts, options: &Options, cut: &[(&WorkerSpec, u32)]) -> O
         let room = w.memory_bytes.checked_sub(weights)?;
         let blocks = room / (u64::from(layers) * model.kv_block_layer_bytes);
         kv_blocks = kv_blocks.min(blocks.try_into().unwrap_or(u32::MAX));
-        slowest = slowest.max(u64::from(layers) * w.layer_ns + w.head_ns * u64::from(last));
+        let head_ns = match (first != last && model.tied_head, last) {
+            (true, true) => w.head_ns.div_ceil(2),
+            (true, false) => w.head_ns / 2,
+            (false, last) => w.head_ns * u64::from(last),
+        };
+        slowest = slowest.max(u64::from(layers) * w.layer_ns + head_ns);
     }
     (kv_blocks >= options.min_kv_blocks.max(1)).then_some((slowest, kv_blocks))
 }
@@ -218,6 +224,16 @@ fn the_head_counts_as_layers() {
     assert_eq!(found.bottleneck_ns, 120);
     assert_eq!(layers.last(), Some(&(24..30)), "{layers:?}");
     check(&model(30), &workers, &options(Some(3)), &found);
+}
+
+#[test]
+fn a_tied_head_is_shared_by_the_first_and_the_last() {
+    let workers = ["a", "b", "c"].map(|id| worker(id, 10_000, 10, 60));
+    let tied = ModelCosts { tied_head: true, ..model(30) };
+    let found = plan(&tied, &workers, &options(Some(3))).unwrap();
+    let layers: Vec<_> = found.stages.iter().map(|s| s.layers.clone()).collect();
+    assert_eq!((found.bottleneck_ns, layers), (120, vec![0..9, 9..21, 21..30]));
+    check(&tied, &workers, &options(Some(3)), &found);
 }
 
 #[test]

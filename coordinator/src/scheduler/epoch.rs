@@ -35,6 +35,8 @@ pub(super) struct Active {
     pub(super) ended: VecDeque<SequenceId>,
     /// How long the last steps took, newest last.
     pace: VecDeque<Duration>,
+    /// Rows that the first stage draws for, and rows that the last does.
+    draws: (u64, u64),
 }
 
 #[derive(Debug)]
@@ -53,6 +55,8 @@ pub(super) struct SentRow {
     pub(super) position: u32,
     pub(super) token_count: u32,
     pub(super) wants: Wants,
+    /// Its token was computed by an earlier row.
+    pub(super) is_draw: bool,
     /// Named by the row.
     pub(super) blocks: Vec<BlockId>,
 }
@@ -62,6 +66,8 @@ pub(super) enum Wants {
     Nothing,
     Scores,
     Token,
+    /// The residual stream, to draw from.
+    State,
 }
 
 impl Active {
@@ -73,6 +79,7 @@ impl Active {
             next_step: StepId(1),
             ended: VecDeque::new(),
             pace: VecDeque::new(),
+            draws: (0, 0),
         }
     }
 
@@ -93,11 +100,12 @@ impl Active {
         self.in_flight.values().filter(|step| step.decodes).count()
     }
 
-    /// Makes a step of `rows`, the first `decode_rows` of which go on with answers, and remembers what its result must match.
+    /// Makes a step of `rows`, with which answers go on if it `decodes`, and remembers what its result must match.
     pub(super) fn send(
         &mut self,
         rows: Vec<Row>,
-        decode_rows: usize,
+        activations: Bytes,
+        decodes: bool,
         now: Tick,
         deadline_remaining: Duration,
     ) -> Step {
@@ -114,17 +122,32 @@ impl Active {
         for row in &rows {
             self.blocks.pin(&row.blocks);
         }
-        let sent = rows.iter().map(SentRow::of).collect();
-        self.in_flight
-            .insert(header.step, SentStep { sent: now, rows: sent, decodes: decode_rows > 0 });
-        let ended = self.ended.len().min(ENDED_PER_STEP);
+        let sent: Vec<_> = rows.iter().map(SentRow::of).collect();
+        let is_draw = sent.iter().any(|row| row.is_draw);
+        self.in_flight.insert(header.step, SentStep { sent: now, rows: sent, decodes });
+        // Later stages take no notice of a step that the first has drawn.
+        let ended = if is_draw { 0 } else { self.ended.len().min(ENDED_PER_STEP) };
         Step {
             header,
             rows,
             ended_sequences: self.ended.drain(..ended).collect(),
             stage_times: Vec::new(),
-            activations: Bytes::new(),
+            activations,
         }
+    }
+
+    /// Lets the first stage draw for the rows of a step that sample, if it is its turn: half of the
+    /// rows are its own. One step alone waits for nobody, and is drawn where it ends.
+    pub(super) fn share_draws(&mut self, rows: &mut [Row], decoding: usize) {
+        let samples = |row: &&mut Row| matches!(row.output, Output::Sample(_));
+        let count = rows.iter_mut().filter(samples).count();
+        let (first, last) = &mut self.draws;
+        if !self.shape.first_draws || count == 0 || count >= decoding || *first >= *last {
+            *last += count as u64;
+            return;
+        }
+        *first += count as u64;
+        rows.iter_mut().filter(samples).for_each(|row| row.output = Output::State);
     }
 
     /// The step is on its way no more.
@@ -156,10 +179,12 @@ impl SentRow {
             position: row.position,
             token_count: row.tokens.len() as u32,
             wants: match row.output {
-                Output::None | Output::Logits => Wants::Nothing,
+                Output::None | Output::Logits | Output::Drawn(_) => Wants::Nothing,
                 Output::Score(_) => Wants::Scores,
-                Output::Sample(_) => Wants::Token,
+                Output::Sample(_) | Output::Draw(_) => Wants::Token,
+                Output::State => Wants::State,
             },
+            is_draw: matches!(row.output, Output::Draw(_)),
             blocks: row.blocks.clone(),
         }
     }

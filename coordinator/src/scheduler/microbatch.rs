@@ -107,6 +107,7 @@ mod tests {
             first_incarnation: Incarnation([1; 16]),
             stages,
             kv_blocks: 100,
+            first_draws: false,
             cost,
         }
     }

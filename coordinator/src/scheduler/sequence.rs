@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use bytes::Bytes;
 use proto::BLOCK_TOKENS;
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{BlockId, SequenceId};
@@ -24,6 +25,8 @@ pub(super) struct Sequence {
     pub(super) scoring: Scoring,
     /// Came before the last of the prompt's scores; goes out after them.
     pub(super) held_back: Option<Sampled>,
+    /// The residual stream after the last token sent, to draw the next from.
+    pub(super) state: Option<Bytes>,
     /// Of the prompt; counted once, here, because the prompt does not change.
     prompt_counts: Vec<(u32, u32)>,
     submitted: Tick,
@@ -57,6 +60,7 @@ impl Sequence {
             blocks: Vec::new(),
             scoring: Scoring::Done,
             held_back: None,
+            state: None,
             submitted: now,
             waiting_since: now,
             admitted: None,
@@ -88,6 +92,7 @@ impl Sequence {
         self.sent = 0;
         self.blocks.clear();
         self.held_back = None;
+        self.state = None;
         self.waiting_since = now;
         if self.scoring != Scoring::Done {
             self.scoring = self.nothing_scored();
@@ -131,6 +136,13 @@ impl Sequence {
         };
         self.sent = end;
         self.row(id, begin..end, output)
+    }
+
+    /// The row to draw from the state after its last token, and that state; once.
+    pub(super) fn draw_row(&mut self, id: SequenceId) -> Option<(Row, Bytes)> {
+        let state = self.state.take()?;
+        let output = Output::Draw(Box::new(self.sampling()));
+        Some((self.row(id, self.sent.saturating_sub(1)..self.sent, output), state))
     }
 
     fn row(&self, id: SequenceId, positions: Range<usize>, output: Output) -> Row {

@@ -106,7 +106,7 @@ struct World {
 }
 
 impl World {
-    fn new(stages: u32, kv_blocks: u32, cost: StepCost) -> Self {
+    fn new(stages: u32, kv_blocks: u32, first_draws: bool, cost: StepCost) -> Self {
         let shape = PipelineShape {
             pipeline: PipelineId(1),
             epoch: Epoch(1),
@@ -114,6 +114,7 @@ impl World {
             first_incarnation: Incarnation([1; 16]),
             stages,
             kv_blocks,
+            first_draws,
             cost,
         };
         let mut scheduler = Scheduler::new(LIMITS);
@@ -157,7 +158,9 @@ impl World {
         while let Some(scheduled) = self.scheduler.next_step(self.now) {
             let step = scheduled.step;
             self.check_step(&step);
-            let rows = step.rows.iter().map(|row| self.execute(row)).collect();
+            let mut states = step.activations.chunks(size_of::<PrefixHash>());
+            let rows = step.rows.iter().map(|row| self.execute(row, &mut states)).collect();
+            assert_eq!(states.next(), None, "a state for every row that is drawn from");
             let result = StepResult {
                 epoch: step.header.epoch,
                 step: step.header.step,
@@ -179,7 +182,11 @@ impl World {
         assert!(tokens > 0 && tokens <= LIMITS.step_tokens as usize);
 
         let running = self.scheduler.stats().running;
-        let decode = step.rows.iter().filter(|row| self.is_decode(row)).count() as u32;
+        let is_draw = |row: &&Row| matches!(row.output, Output::Draw(_));
+        let draws = step.rows.iter().filter(is_draw).count();
+        assert!(draws == 0 || draws == step.rows.len() && step.ended_sequences.is_empty());
+        let decodes = |row: &&Row| self.is_decode(row) && !is_draw(row);
+        let decode = step.rows.iter().filter(decodes).count() as u32;
         assert!(decode <= running.div_ceil(self.shape.stages), "{decode} of {running} clump");
         for row in &step.rows {
             assert_eq!(step.rows.iter().filter(|other| other.sequence == row.sequence).count(), 1);
@@ -191,7 +198,7 @@ impl World {
                     assert_eq!(shared, None, "{} and {}", row.sequence, other.sequence);
                 } else if other.position != row.position {
                     assert!(other.position < row.position, "sent in order");
-                    let samples = matches!(other.output, Output::Sample(_));
+                    let samples = !matches!(other.output, Output::None | Output::Score(_));
                     assert!(!samples, "a sequence has at most one sampling row on its way");
                 }
             }
@@ -205,7 +212,30 @@ impl World {
     }
 
     /// What the stages would do: check the prefix against the KV, write, answer.
-    fn execute(&mut self, row: &Row) -> RowResult {
+    fn execute<'s>(&mut self, row: &Row, states: &mut impl Iterator<Item = &'s [u8]>) -> RowResult {
+        let value = match &row.output {
+            Output::Draw(sampling) => {
+                assert!(self.shape.first_draws);
+                let state = states.next().expect("what to draw from");
+                assert_eq!(state, row.prefix_hash_after.0, "of the same tokens");
+                let token = sample(row.prefix_hash_after, sampling);
+                RowValue::Sampled(Sampled { token, logprob: None, top: Vec::new() })
+            }
+            _ => self.compute(row),
+        };
+        RowResult {
+            sequence: row.sequence,
+            generation: row.generation,
+            position: row.position,
+            token_count: row.tokens.len() as u32,
+            status: RowStatus::Ok,
+            detail: String::new(),
+            value,
+        }
+    }
+
+    /// Of a row that goes through all layers.
+    fn compute(&mut self, row: &Row) -> RowValue {
         let mut hash = PrefixHash::EMPTY;
         for position in 0..row.position {
             let slot = (row.blocks[(position / BLOCK_TOKENS) as usize], position % BLOCK_TOKENS);
@@ -224,7 +254,7 @@ impl World {
         }
         assert_eq!(hash, row.prefix_hash_after);
         assert_eq!(row.blocks.len() as u32, (row.position + row.tokens.len() as u32).div_ceil(32));
-        let value = match &row.output {
+        match &row.output {
             Output::None => RowValue::None,
             Output::Score(_) => RowValue::Scores(scores),
             Output::Sample(sampling) => RowValue::Sampled(Sampled {
@@ -232,16 +262,8 @@ impl World {
                 logprob: None,
                 top: Vec::new(),
             }),
-            Output::Logits => panic!("never asked for"),
-        };
-        RowResult {
-            sequence: row.sequence,
-            generation: row.generation,
-            position: row.position,
-            token_count: row.tokens.len() as u32,
-            status: RowStatus::Ok,
-            detail: String::new(),
-            value,
+            Output::State => RowValue::State(hash.0.to_vec().into()),
+            Output::Draw(_) | Output::Drawn(_) | Output::Logits => panic!("never asked for"),
         }
     }
 
@@ -311,7 +333,8 @@ impl World {
         // What is still open is fenced: its results come late and count for nothing.
         self.delivered.extend(std::mem::take(&mut self.open).into_values().map(|(_, r)| r));
         self.kv.clear();
-        self.shape = PipelineShape { epoch: Epoch(self.epoch), stages, ..self.shape };
+        let first_draws = stages.is_multiple_of(2);
+        self.shape = PipelineShape { epoch: Epoch(self.epoch), stages, first_draws, ..self.shape };
         let running = match keep {
             true => Running::Keep,
             false => Running::Fail("a stage died".to_owned()),
@@ -410,12 +433,12 @@ proptest! {
     #[test]
     fn every_answer_is_that_of_a_solo_run(
         stages in 1u32..6, kv_blocks in 4u32..30, order: usize,
-        step_ns in 0u64..100_000_000, row_ns in 0u64..20_000_000,
+        first_draws: bool, step_ns in 0u64..100_000_000, row_ns in 0u64..20_000_000,
         ops in proptest::collection::vec(arb_op(), 1..120),
     ) {
         let line = Line { step_ns, row_ns };
         let cost = StepCost { decode: line, prompt: line };
-        let mut world = World::new(stages, kv_blocks, cost);
+        let mut world = World::new(stages, kv_blocks, first_draws && stages > 1, cost);
         for op in ops {
             world.now = world.now + Duration::from_millis(3);
             match op {

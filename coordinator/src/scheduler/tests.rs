@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use proto::ids::{Incarnation, PipelineId, Term};
-use proto::step::{Output, SamplingParameters, Step, TokenLogprob};
+use proto::step::{Output, Row, SamplingParameters, Step, TokenLogprob};
 
 use super::*;
 
@@ -15,6 +15,7 @@ fn shape(stages: u32, kv_blocks: u32) -> PipelineShape {
         first_incarnation: Incarnation([7; 16]),
         stages,
         kv_blocks,
+        first_draws: false,
         cost: StepCost::default(),
     }
 }
@@ -56,7 +57,9 @@ fn result(step: &Step, token: u32) -> StepResult {
                 top: vec![TokenLogprob { token, logprob: -0.5 }],
             }),
             Output::Score(targets) => RowValue::Scores(vec![-1.0; targets.len()]),
-            Output::None | Output::Logits => RowValue::None,
+            Output::Draw(_) => RowValue::Sampled(Sampled { token, logprob: None, top: Vec::new() }),
+            Output::State => RowValue::State(vec![token as u8; 4].into()),
+            Output::None | Output::Logits | Output::Drawn(_) => RowValue::None,
         },
     };
     StepResult {
@@ -160,6 +163,50 @@ fn sequences_that_are_ready_apart_join_the_steps_that_are_on_their_way() {
     }
     assert_eq!(decoding[decoding.len() - 8..], [4; 8], "two steps of four rows: {decoding:?}");
     assert_eq!(flying.len(), 1, "the other one of the two");
+}
+
+#[test]
+fn the_first_stage_draws_for_every_other_step() {
+    let line = Line { step_ns: 25_000_000, row_ns: 25_000_000 };
+    let cost = StepCost { decode: line, prompt: line };
+    let mut scheduler = Scheduler::new(Limits::default());
+    let shape = PipelineShape { first_draws: true, cost, ..shape(2, 100) };
+    scheduler.set_pipeline(shape, Running::Keep, Tick::ZERO);
+    let alone = scheduler.submit(request(3, 3), Tick::ZERO).unwrap();
+    for _ in 0..3 {
+        let step = send(&mut scheduler);
+        assert!(matches!(step.rows[0].output, Output::Sample(_)), "one waits for nobody");
+        scheduler.complete(result(&step, 1), Tick::ZERO);
+    }
+    assert_eq!(scheduler.finish(alone, Tick::ZERO), None);
+    for _ in 0..4 {
+        scheduler.submit(request(8, 50), Tick::ZERO).unwrap();
+    }
+    let mut flying = VecDeque::new();
+    let (mut by_last, mut by_first) = (0, 0);
+    for _ in 0..60 {
+        while let Some(scheduled) = scheduler.next_step(Tick::ZERO) {
+            flying.push_back(scheduled.step);
+        }
+        let step: Step = flying.pop_front().expect("there is always work");
+        for row in &step.rows {
+            match row.output {
+                Output::Sample(_) => by_last += 1,
+                Output::Draw(_) => by_first += 1,
+                _ => {}
+            }
+        }
+        if step.is_draw() {
+            assert_eq!(step.activations.len(), 4 * step.rows.len());
+            assert_eq!(tokens(&step), vec![1; step.rows.len()]);
+        } else {
+            assert!(step.activations.is_empty());
+        }
+        let emissions = scheduler.complete(result(&step, 9), Tick::ZERO);
+        let failed = |e: &&Emission| matches!(e.event, EmissionEvent::Failed(_));
+        assert_eq!(emissions.iter().find(failed), None);
+    }
+    assert!(by_first > 20 && i32::abs_diff(by_first, by_last) <= 8, "{by_first} and {by_last}");
 }
 
 #[test]

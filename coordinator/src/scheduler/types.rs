@@ -57,6 +57,8 @@ pub struct PipelineShape {
     pub stages: u32,
     /// Block ids are `0..kv_blocks`.
     pub kv_blocks: u32,
+    /// The first of several stages has the head too, and draws for about half of the rows.
+    pub first_draws: bool,
     /// Of its slowest stage.
     pub cost: StepCost,
 }

@@ -112,8 +112,19 @@ pub fn decode_step(message: pb::StepMessage) -> Result<Step, WireError> {
 }
 
 fn encode_row(row: &Row) -> pb::Row {
+    let mut drawn = None;
     let (output, sampling, score_targets) = match &row.output {
         Output::None => (pb::Output::None, None, Vec::new()),
+        Output::State => (pb::Output::State, None, Vec::new()),
+        Output::Draw(sampling) => (pb::Output::Draw, Some(encode_sampling(sampling)), Vec::new()),
+        Output::Drawn(sampled) => {
+            drawn = Some(pb::Drawn {
+                token: sampled.token,
+                logprob: sampled.logprob,
+                top_logprobs: encode_top(&sampled.top),
+            });
+            (pb::Output::Drawn, None, Vec::new())
+        }
         Output::Sample(sampling) => {
             (pb::Output::Sample, Some(encode_sampling(sampling)), Vec::new())
         }
@@ -134,7 +145,19 @@ fn encode_row(row: &Row) -> pb::Row {
         status: encode_status(row.status).into(),
         detail: row.detail.clone(),
         traceparent: row.traceparent.clone(),
+        drawn,
     }
+}
+
+fn encode_top(top: &[TokenLogprob]) -> Vec<pb::TokenLogprob> {
+    let one = |top: &TokenLogprob| pb::TokenLogprob { token: top.token, logprob: top.logprob };
+    top.iter().map(one).collect()
+}
+
+fn decode_top(top: Vec<pb::TokenLogprob>) -> Result<Vec<TokenLogprob>, WireError> {
+    bounded("top_logprobs", top.len(), limits::TOP_LOGPROBS as usize)?;
+    let one = |top: pb::TokenLogprob| TokenLogprob { token: top.token, logprob: top.logprob };
+    Ok(top.into_iter().map(one).collect())
 }
 
 fn decode_row(row: pb::Row) -> Result<Row, WireError> {
@@ -149,6 +172,17 @@ fn decode_row(row: pb::Row) -> Result<Row, WireError> {
         }
         pb::Output::Score => Output::Score(row.score_targets),
         pb::Output::Logits => Output::Logits,
+        pb::Output::State => Output::State,
+        pb::Output::Draw => {
+            let sampling = row.sampling.ok_or(WireError::Missing { field: "sampling" })?;
+            Output::Draw(Box::new(decode_sampling(sampling)?))
+        }
+        pb::Output::Drawn => {
+            let drawn = row.drawn.ok_or(WireError::Missing { field: "drawn" })?;
+            let (token, logprob) = (drawn.token, drawn.logprob);
+            let top = decode_top(drawn.top_logprobs)?;
+            Output::Drawn(Box::new(Sampled { token, logprob, top }))
+        }
     };
     // An enum value of a later version reads as the first one; here that would change a meaning.
     known("output", row.output, pb::Output::try_from(row.output).is_ok())?;
@@ -331,14 +365,11 @@ fn encode_row_result(row: &RowResult) -> pb::RowResult {
         RowValue::Sampled(sampled) => {
             encoded.token = Some(sampled.token);
             encoded.logprob = sampled.logprob;
-            encoded.top_logprobs = sampled
-                .top
-                .iter()
-                .map(|top| pb::TokenLogprob { token: top.token, logprob: top.logprob })
-                .collect();
+            encoded.top_logprobs = encode_top(&sampled.top);
         }
         RowValue::Scores(scores) => encoded.scores = scores.clone(),
         RowValue::Logits(logits) => encoded.logits = logits.clone(),
+        RowValue::State(state) => encoded.state = state.clone(),
     }
     encoded
 }
@@ -361,23 +392,17 @@ pub fn decode_result(result: pb::StepResult) -> Result<StepResult, WireError> {
 
 fn decode_row_result(row: pb::RowResult) -> Result<RowResult, WireError> {
     bounded("scores", row.scores.len(), limits::STEP_TOKENS)?;
-    bounded("top_logprobs", row.top_logprobs.len(), limits::TOP_LOGPROBS as usize)?;
     known("status", row.status, pb::RowStatus::try_from(row.status).is_ok())?;
     let status = decode_status(row.status());
+    let top = decode_top(row.top_logprobs)?;
     let value = if let Some(token) = row.token {
-        RowValue::Sampled(Sampled {
-            token,
-            logprob: row.logprob,
-            top: row
-                .top_logprobs
-                .into_iter()
-                .map(|top| TokenLogprob { token: top.token, logprob: top.logprob })
-                .collect(),
-        })
+        RowValue::Sampled(Sampled { token, logprob: row.logprob, top })
     } else if !row.scores.is_empty() {
         RowValue::Scores(row.scores)
     } else if !row.logits.is_empty() {
         RowValue::Logits(row.logits)
+    } else if !row.state.is_empty() {
+        RowValue::State(row.state)
     } else {
         RowValue::None
     };
@@ -407,6 +432,7 @@ pub fn encode_prepare(prepare: &Prepare) -> pb::PrepareRequest {
         kv_blocks: prepare.kv_blocks,
         max_step_tokens: prepare.max_step_tokens,
         max_in_flight: prepare.max_in_flight,
+        draws: prepare.draws,
     }
 }
 
@@ -475,5 +501,6 @@ pub fn decode_prepare(request: pb::PrepareRequest) -> Result<Prepare, WireError>
         kv_blocks: at_least_one("kv_blocks", request.kv_blocks)?,
         max_step_tokens: at_least_one("max_step_tokens", request.max_step_tokens)?,
         max_in_flight: at_least_one("max_in_flight", request.max_in_flight)?,
+        draws: request.draws,
     })
 }

@@ -291,6 +291,7 @@ fn a_preparation_survives_the_wire_and_gaps_are_refused() {
         kv_blocks: 4,
         max_step_tokens: 5,
         max_in_flight: 6,
+        draws: true,
     };
     let good = prepare(vec![stage(0..2), stage(2..3)], 1);
     assert_eq!(decode_prepare(encode_prepare(&good)).unwrap(), good);

@@ -118,7 +118,7 @@ struct Widths {
 }
 
 impl Widths {
-    fn new(shape: &ModelConfig, is_last: bool, config: &EngineConfig) -> Self {
+    fn new(shape: &ModelConfig, has_head: bool, config: &EngineConfig) -> Self {
         let segments = (shape.context as usize).div_ceil(SEGMENT_TOKENS);
         Self {
             hidden: shape.hidden as usize,
@@ -131,7 +131,7 @@ impl Widths {
             partial_states: UNITS_PER_THREAD
                 .saturating_mul(config.threads)
                 .saturating_mul(segments),
-            head_positions: match is_last {
+            head_positions: match has_head {
                 true => HEAD_POSITIONS.min(config.max_step_tokens as usize),
                 false => 0,
             },
@@ -164,8 +164,8 @@ impl Widths {
 }
 
 /// See [`super::working_bytes`].
-pub(super) fn working_bytes(shape: &ModelConfig, is_last: bool, config: &EngineConfig) -> u64 {
-    Widths::new(shape, is_last, config).bytes(config)
+pub(super) fn working_bytes(shape: &ModelConfig, has_head: bool, config: &EngineConfig) -> u64 {
+    Widths::new(shape, has_head, config).bytes(config)
 }
 
 impl Buffers {
@@ -175,7 +175,7 @@ impl Buffers {
     ///
     /// [`EngineError::Memory`].
     pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Result<Self, EngineError> {
-        let widths = Widths::new(model.config(), model.is_last(), config);
+        let widths = Widths::new(model.config(), model.has_head(), config);
         check_memory("the working memory of a step", widths.bytes(config))?;
         let n = config.max_step_tokens as usize;
         let Widths { hidden, heads, group, head_dim, kv, ffn, vocab, .. } = widths;
@@ -421,8 +421,8 @@ impl Local {
             states: vec![0.0; rows * state],
             segments: vec![0.0; rows * state],
             workspace: Workspace::new(),
-            sampler: model.is_last().then(|| sampler::Scratch::new(shape.vocab as usize)),
-            screen: model.is_last().then(head::Scratch::new),
+            sampler: model.has_head().then(|| sampler::Scratch::new(shape.vocab as usize)),
+            screen: model.has_head().then(head::Scratch::new),
             record: Record::default(),
         }
     }

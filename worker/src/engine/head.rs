@@ -162,8 +162,8 @@ fn evaluate(
     scratch: &mut sampler::Scratch,
 ) -> Result<PositionResult, sampler::NotFinite> {
     Ok(match output {
-        Output::None => PositionResult::Nothing,
-        Output::Sample(parameters) => {
+        Output::None | Output::State | Output::Drawn(_) => PositionResult::Nothing,
+        Output::Sample(parameters) | Output::Draw(parameters) => {
             // The token that is drawn stands one after the token it follows.
             let sampled = sampler::sample(backend, logits, parameters, position + 1, scratch)?;
             PositionResult::Sampled(sampled)

@@ -185,8 +185,8 @@ fn failure(status: RowStatus, detail: &str) -> RowOutcome {
 fn wanted(row: &Row) -> Range<usize> {
     let len = row.tokens.len();
     match row.output {
-        Output::None => len..len,
-        Output::Sample(_) => len - 1..len,
+        Output::None | Output::State | Output::Drawn(_) => len..len,
+        Output::Sample(_) | Output::Draw(_) => len - 1..len,
         Output::Score(_) | Output::Logits => 0..len,
     }
 }
@@ -238,8 +238,11 @@ fn check(row: &Row, model: &ModelConfig, config: &EngineConfig) -> Result<(), St
         return Err(format!("block {block} is not below the {} there are", config.kv_blocks));
     }
     match &row.output {
-        Output::None | Output::Logits => Ok(()),
+        Output::None | Output::Logits | Output::State => Ok(()),
         Output::Sample(parameters) => sampler::check(parameters, vocab),
+        Output::Draw(_) if len != 1 => Err(format!("one token is drawn from, not {len}")),
+        Output::Draw(parameters) => sampler::check(parameters, vocab),
+        Output::Drawn(_) => Err("the row was drawn already".into()),
         Output::Score(targets) if targets.len() != len => {
             Err(format!("the row has {len} tokens and {} targets", targets.len()))
         }

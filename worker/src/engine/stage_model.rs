@@ -10,7 +10,8 @@ use model::{
 
 use super::EngineError;
 
-/// Contiguous layers of a model; the first stage also has the embedding, the last norm and head.
+/// Contiguous layers of a model; the first stage also has the embedding, the last norm and head. The
+/// first may have those too, to draw for the last.
 pub struct StageModel {
     config: ModelConfig,
     layers: Range<u32>,
@@ -29,29 +30,43 @@ impl StageModel {
     /// [`EngineError::Layers`] if the range is empty or not the model's, [`EngineError::Store`] if
     /// a shard cannot be used.
     pub fn open(store: &Store, layers: Range<u32>) -> Result<Self, EngineError> {
+        let has_head = layers.end == store.config().layers;
+        Self::open_with(store, layers, has_head)
+    }
+
+    /// [`Self::open`] for a stage that is not the last and has norm and head all the same: to draw
+    /// from residual streams that come back to it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_to_draw(store: &Store, layers: Range<u32>) -> Result<Self, EngineError> {
+        Self::open_with(store, layers, true)
+    }
+
+    fn open_with(store: &Store, layers: Range<u32>, has_head: bool) -> Result<Self, EngineError> {
         let config = store.config().clone();
         if layers.is_empty() || layers.end > config.layers {
             return Err(EngineError::Layers { layers, model_layers: config.layers });
         }
         let is_first = layers.start == 0;
-        let is_last = layers.end == config.layers;
         let shards = layers.clone().map(|layer| store.layer(layer)).collect::<Result<_, _>>()?;
         let embedding = is_first.then(|| store.embedding()).transpose()?;
-        let end = match is_last {
+        let end = match has_head {
             true => Some((store.final_norm()?, head_of(store, embedding.as_ref())?)),
             false => None,
         };
-        let screen = if is_last { store.screen()? } else { None };
+        let screen = if has_head { store.screen()? } else { None };
         let mut weight_bytes =
             store.layer_bytes().saturating_mul(u64::from(layers.end - layers.start));
         if is_first {
             weight_bytes += store.embedding_bytes();
         }
         // A tied head is the embedding's matrix, in memory once.
-        if is_last && !(is_first && config.tied_head) {
+        if has_head && !(is_first && config.tied_head) {
             weight_bytes += store.head_bytes();
         }
-        if is_last {
+        if has_head {
             weight_bytes += store.screen_bytes();
         }
         Ok(Self { config, layers, shards, embedding, end, screen, weight_bytes })
@@ -114,8 +129,13 @@ impl StageModel {
         self.embedding.is_some()
     }
 
-    /// Whether norm and head are here.
+    /// Whether the model's last layer is here, and so norm and head.
     pub fn is_last(&self) -> bool {
+        self.layers.end == self.config.layers
+    }
+
+    /// Whether norm and head are here.
+    pub fn has_head(&self) -> bool {
         self.end.is_some()
     }
 
@@ -134,12 +154,12 @@ impl StageModel {
         self.embedding.as_ref().map(EmbeddingShard::matrix)
     }
 
-    /// Weight of the final norm, and the head, on the last stage.
+    /// Weight of the final norm, and the head, where they are here.
     pub(super) fn end(&self) -> Option<(&[f32], FloatMatrix<'_>)> {
         self.end.as_ref().map(|(norm, head)| (norm.weight(), head.matrix()))
     }
 
-    /// The screen of the head, on the last stage, if the model has one.
+    /// The screen of the head, where that is here and the model has one.
     pub(super) fn screen(&self) -> Option<ScreenMatrix<'_>> {
         self.screen.as_ref().map(ScreenShard::matrix)
     }

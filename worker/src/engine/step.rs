@@ -36,7 +36,7 @@ use super::head::{PositionResult, Thresholds};
 use super::profile::{Clock, Part};
 use super::rows::Batch;
 use super::shared::{Member, Pieces, Queue, Shared};
-use super::{Shortcuts, StageModel};
+use super::{Shortcuts, StageModel, Work};
 
 /// Parts of a phase for each thread: so that one that was held up leaves work to the others.
 const PARTS_PER_THREAD: usize = 12;
@@ -56,6 +56,9 @@ pub(super) struct Step<'a> {
     /// The same for every memory node; `model` is one of them.
     pub(super) models: &'a [StageModel],
     pub(super) batch: &'a Batch<'a>,
+    pub(super) work: Work,
+    /// Norm, head and sampler have their turn.
+    pub(super) ends: bool,
     /// `[tokens of the step][hidden]`, by place; empty on the first stage.
     pub(super) input: &'a [f32],
     pub(super) cache: SharedCache<'a>,
@@ -76,6 +79,12 @@ impl Step<'_> {
     ///
     /// [`Poisoned`] if another thread panicked.
     pub(super) fn walk(&self, member: &mut Member<'_>, local: &mut Local) -> Result<(), Poisoned> {
+        if self.work == Work::Draw {
+            self.each_token(member, |token| {
+                self.take_input(token, self.planes.residual.row(member, token));
+            });
+            return self.end(member, local);
+        }
         self.enter(member, local);
         if self.is_single() {
             self.lap(local, Part::Norms);
@@ -94,8 +103,13 @@ impl Step<'_> {
             }
             self.add(member, token, x, &self.planes.product);
         });
+        self.end(member, local)
+    }
+
+    /// Norm, head and sampler, where they have their turn.
+    fn end(&self, member: &mut Member<'_>, local: &mut Local) -> Result<(), Poisoned> {
         self.lap(local, Part::Norms);
-        if let Some((norm, head)) = model.end() {
+        if let Some((norm, head)) = self.models[local.node].end().filter(|_| self.ends) {
             self.meet(member, local, Part::Norms)?;
             self.head(member, local, norm, head)?;
         }
@@ -154,8 +168,14 @@ impl Step<'_> {
         let token = self.batch.tokens()[index];
         match self.model.embedding() {
             Some(embedding) => embedding.widen_row(token.id as usize, x),
-            None => x.copy_from_slice(&self.input[token.place * x.len()..][..x.len()]),
+            None => self.take_input(index, x),
         }
+    }
+
+    /// The residual stream of a token as the step brings it.
+    fn take_input(&self, index: usize, x: &mut [f32]) {
+        let place = self.batch.tokens()[index].place;
+        x.copy_from_slice(&self.input[place * x.len()..][..x.len()]);
     }
 
     /// The first half of a layer, up to the product of o.

@@ -211,6 +211,7 @@ pub(super) fn prepare(stages: &[StagePlan], stage: u32, epoch: u64) -> Prepare {
         kv_blocks: 16,
         max_step_tokens: 64,
         max_in_flight: 4,
+        draws: false,
     }
 }
 

@@ -73,10 +73,16 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
+        Self::start_with(false).await
+    }
+
+    /// The first stage draws too, if it is to.
+    async fn start_with(draws: bool) -> Self {
         let mut first = Worker::start("a").await;
         let mut second = Worker::start("b").await;
         let stages = [first.plan(0..1), second.plan(1..4)];
-        let prepares = [prepare(&stages, 0, 5), prepare(&stages, 1, 5)];
+        let first_prepare = Prepare { draws, ..prepare(&stages, 0, 5) };
+        let prepares = [first_prepare, prepare(&stages, 1, 5)];
         first.prepare(&prepares[0]).await.unwrap();
         second.prepare(&prepares[1]).await.unwrap();
         first.activate(&prepares[0]).await.unwrap();
@@ -109,6 +115,79 @@ async fn two_workers_give_what_one_engine_gives() {
         assert_eq!(stages, [0, 1]);
     }
     assert_eq!(pair.first.describe().await.steps, 4);
+}
+
+#[tokio::test]
+async fn the_first_stage_draws_what_the_last_one_would() {
+    let all_layers = 0..4;
+    let whole = expected(std::slice::from_ref(&all_layers));
+    let mut pair = Pair::start_with(true).await;
+    let mut number = 0;
+    for (rows, expected) in script().into_iter().zip(&whole) {
+        let mut states = rows.clone();
+        let samples = |row: &Row| matches!(row.output, Output::Sample(_));
+        for row in states.iter_mut().filter(|row| samples(row)) {
+            row.output = Output::State;
+        }
+        number += 1;
+        let mut first = step(&pair.prepares[0], number, states);
+        first.header.acked_step = StepId(number - 1);
+        pair.steps.give(&first).await;
+        let found = values(&pair.results.next().await);
+        let mut draws = Vec::new();
+        let mut wanted = Vec::new();
+        let mut activations = Vec::new();
+        for ((row, value), expected) in rows.into_iter().zip(found).zip(expected) {
+            let (Output::Sample(parameters), RowValue::State(state)) = (&row.output, &value) else {
+                assert_eq!(&value, expected);
+                continue;
+            };
+            activations.extend_from_slice(state);
+            wanted.push(expected.clone());
+            let (at, output) = (row.tokens.len() - 1, Output::Draw(parameters.clone()));
+            let position = row.position + at as u32;
+            draws.push(Row { position, tokens: row.tokens[at..].to_vec(), output, ..row });
+        }
+        if draws.is_empty() {
+            continue;
+        }
+        // What a draw takes to be the sequence's blocks and hashes is not looked at.
+        number += 1;
+        let mut draw = step(&pair.prepares[0], number, draws);
+        draw.header.acked_step = StepId(number - 1);
+        draw.activations = activations.into();
+        pair.steps.give(&draw).await;
+        let result = pair.results.next().await;
+        assert_eq!(values(&result), wanted, "step {number}");
+        let stages: Vec<u32> = result.stage_times.iter().map(|time| time.stage).collect();
+        assert_eq!(stages, [0], "it passes by the second stage's engine");
+    }
+    assert!(number > 6, "some were drawn");
+
+    // Rows to draw from have no place among others, and a state too short no place at all.
+    let mixed = vec![row(2, 0, 1, Output::None), row(3, 0, 1, Output::Draw(Box::default()))];
+    let mut mixed = step(&pair.prepares[0], number + 1, mixed);
+    mixed.header.acked_step = StepId(number);
+    pair.steps.give(&mixed).await;
+    let result = pair.results.next().await;
+    assert_eq!((result.rows[0].status, result.rows[1].status), (RowStatus::Ok, RowStatus::Invalid));
+    let mut short =
+        step(&pair.prepares[0], number + 2, vec![row(3, 0, 1, Output::Draw(Box::default()))]);
+    short.activations = vec![0; 4].into();
+    assert_eq!(pair.steps.ask(&short).await.verdict, StepVerdict::Corrupt);
+}
+
+#[tokio::test]
+async fn a_stage_without_a_head_draws_nothing() {
+    let mut pair = Pair::start().await;
+    let mut draw = step(&pair.prepares[0], 1, vec![row(3, 0, 1, Output::Draw(Box::default()))]);
+    draw.activations = vec![0; 4 * engine(0..1).hidden()].into();
+    pair.steps.give(&draw).await;
+    let result = pair.results.next().await;
+    assert_eq!(
+        (result.rows[0].status, &result.rows[0].value),
+        (RowStatus::Invalid, &RowValue::None)
+    );
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "everything here is a test or helps one")]
 
 mod bundled;
+mod draws;
 mod exact;
 mod failures;
 mod fixtures;

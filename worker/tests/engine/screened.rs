@@ -9,7 +9,7 @@ use worker::engine::{Clock, Engine, EngineConfig, Shortcuts};
 use crate::pipeline::{Sequence, engine, open, plain};
 
 /// Many groups of 64, the last one not whole.
-const VOCAB: u32 = 5_003;
+pub(crate) const VOCAB: u32 = 5_003;
 
 fn wide_vocabulary(family: SynthFamily) -> (tempfile::TempDir, Store) {
     let shape =
@@ -29,7 +29,7 @@ fn engine_that(store: &Store, screens: bool, backend: Backend, threads: usize) -
 }
 
 /// Every way to ask for a token that a few logits decide, and some that need all of them.
-fn asked() -> Vec<SamplingParameters> {
+pub(crate) fn asked() -> Vec<SamplingParameters> {
     let greedy = SamplingParameters::default();
     let warm = SamplingParameters { temperature: 0.8, ..greedy.clone() };
     let counts = |count| (0..VOCAB).step_by(7).map(|token| (token, count)).collect::<Vec<_>>();

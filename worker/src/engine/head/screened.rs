@@ -48,7 +48,7 @@ pub(super) struct Need {
 impl Need {
     /// What an output needs; `None` if it is the whole distribution.
     pub(super) fn of(backend: Backend, output: &Output, vocab: usize) -> Option<Self> {
-        let Output::Sample(parameters) = output else { return None };
+        let (Output::Sample(parameters) | Output::Draw(parameters)) = output else { return None };
         let SamplingParameters { temperature, top_k, top_p, min_p, top_logprobs, .. } =
             **parameters;
         if top_logprobs.is_some() {
@@ -272,7 +272,8 @@ impl Step<'_> {
             for (i, (wanted, tracker)) in positions.iter().zip(&mut scratch.trackers).enumerate() {
                 let logits = y.row(positions.first + i);
                 logits[start - rows.start..end - rows.start].fill(f32::NEG_INFINITY);
-                let Output::Sample(parameters) = &self.batch.row_of(wanted.token).output else {
+                let output = &self.batch.row_of(wanted.token).output;
+                let (Output::Sample(parameters) | Output::Draw(parameters)) = output else {
                     continue;
                 };
                 let mut mask = kept[i];
