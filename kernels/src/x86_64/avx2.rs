@@ -180,6 +180,15 @@ fn store_u64x2(value: __m128i) -> [u64; 2] {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
+pub(super) fn store_x4(value: __m128) -> [f32; 4] {
+    let mut y = [0.0; 4];
+    // SAFETY: the array covers exactly the 16 bytes written; `storeu` needs no alignment.
+    unsafe { _mm_storeu_ps(y.as_mut_ptr(), value) }
+    y
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
 fn load_i32x8(x: &[i32; WIDTH]) -> __m256i {
     // SAFETY: the reference covers exactly the 32 bytes read; `loadu` needs no alignment.
     unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }

@@ -22,7 +22,7 @@ use std::arch::x86_64::*;
 use std::array;
 use std::ops::Range;
 
-use super::{load_i8, load_u8, prefetch, store_i32x4, store_u8};
+use super::{load_i8, load_u8, prefetch, store_i32x4, store_u8, store_x4};
 use crate::ternary_matrix::{Arrangement, BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 
@@ -30,6 +30,8 @@ use crate::views::{Columns, Quantised};
 const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
 /// Blocks gathered in i16 before they are widened.
 const STRIP_BLOCKS: usize = 8;
+/// Blocks of four times the codes that are gathered in i16.
+const SCALED_BLOCKS: usize = 5;
 /// Rows of activations that share what is unpacked in registers.
 const FEW_ROWS: usize = 4;
 /// From so many rows of activations on, unpacking to memory pays.
@@ -156,6 +158,9 @@ fn all_tiles<'a, T: Tile<'a>>(
         }
         return;
     }
+    if n == 1 {
+        return single_row::<T>(w, tiles, x, y.row(0));
+    }
     for (position, at) in tiles.enumerate() {
         let tile = T::new(w, at);
         // The bytes of a tile are contiguous in either arrangement.
@@ -163,12 +168,9 @@ fn all_tiles<'a, T: Tile<'a>>(
         let mut first = 0;
         while first < n {
             let row = |i| activations(w, x, first + i);
-            let mut put = |i, totals| finish(w, x, first + i, totals, &mut y, position);
+            let put = |i, totals| finish(w, x, first + i, totals, &mut y, position);
             first += match n - first {
-                1 => {
-                    put(0, one_row(tile, ahead, row(0)));
-                    1
-                }
+                1 => put_all([store_i32x4(one_row(tile, ahead, row(0)))], put),
                 2 => put_all(few_rows(tile, ahead, [row(0), row(1)]), put),
                 // Five are three and two: one alone would unpack for itself.
                 3 | 5 => put_all(few_rows(tile, ahead, [row(0), row(1), row(2)]), put),
@@ -201,50 +203,114 @@ fn activations<'a>(w: TernaryMatrix<'_>, x: Quantised<'a>, i: usize) -> &'a [Act
     &blocks[..w.cols().div_ceil(BLOCK_COLS)]
 }
 
-/// One tile by one row of activations. Planes 1 and 3 are used where they lie, as four times their
-/// codes, and have sums of their own: that saves two of three shifts. A pair of them is within
-/// ±2048 (±3072 for code 3), so they are widened after [`SCALED_BLOCKS`] blocks: 5 * 2 pairs.
+/// All tiles by one row of activations: in turn one of the first half and one of the second. Two
+/// places in memory are read at once so that the end of a page of one, where the CPU's own prefetchers
+/// stop, passes while those of the other run.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn one_row<'a>(tile: impl Tile<'a>, ahead: *const u8, x: &[Activations]) -> Totals {
-    const SCALED_BLOCKS: usize = 5;
-    let (low, scaled) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
-    let ones = _mm256_set1_epi16(1);
-    let mut totals = [_mm256_setzero_si256(); TILE_ROWS];
-    let mut scaled_totals = [_mm256_setzero_si256(); TILE_ROWS];
-    let x = &x[..tile.len()];
-    for (strip, x) in x.chunks(SCALED_BLOCKS).enumerate() {
-        let first = strip * SCALED_BLOCKS;
-        let tile = tile.part(first..first + x.len());
-        let mut sums = [_mm256_setzero_si256(); TILE_ROWS];
-        let mut scaled_sums = [_mm256_setzero_si256(); TILE_ROWS];
-        for at in 0..tile.len() {
-            prefetch_block(ahead, first + at);
-            let (block, x) = (tile.block(at), &x[at]);
-            let x = x.each_ref().map(|x| load_i8(x));
-            for row in 0..TILE_ROWS {
-                let packed = load_u8(block[row]);
-                let shifted = _mm256_srli_epi16::<4>(packed);
-                let a = _mm256_maddubs_epi16(_mm256_and_si256(packed, low), x[0]);
-                let b = _mm256_maddubs_epi16(_mm256_and_si256(packed, scaled), x[1]);
-                let c = _mm256_maddubs_epi16(_mm256_and_si256(shifted, low), x[2]);
-                let d = _mm256_maddubs_epi16(_mm256_and_si256(shifted, scaled), x[3]);
-                sums[row] = _mm256_add_epi16(sums[row], _mm256_add_epi16(a, c));
-                scaled_sums[row] = _mm256_add_epi16(scaled_sums[row], _mm256_add_epi16(b, d));
+fn single_row<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
+    tiles: Range<usize>,
+    x: Quantised<'_>,
+    y: &mut [f32],
+) {
+    let blocks = activations(w, x, 0);
+    let (sum, scale) = (_mm_set1_epi32(x.sum(0)), _mm_set1_ps(w.scale() / x.scale(0)));
+    let half = tiles.len().div_ceil(2);
+    let (first, second) = y.split_at_mut(y.len().min(half * TILE_ROWS));
+    let mut halves = [first, second].map(|y| y.chunks_mut(TILE_ROWS));
+    for at in 0..half {
+        for (side, y) in halves.iter_mut().enumerate() {
+            let Some(y) = y.next() else { continue };
+            let at = tiles.start + side * half + at;
+            // The bytes of a tile are contiguous in either arrangement.
+            let ahead = w.tile(at).as_ptr_range().end;
+            let totals = one_row(T::new(w, at), ahead, blocks);
+            let values = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(totals, sum)), scale);
+            let values = store_x4(values);
+            // The last tile may have fewer rows than totals.
+            match y.first_chunk_mut::<TILE_ROWS>() {
+                Some(y) => *y = values,
+                None => y.copy_from_slice(&values[..y.len()]),
             }
         }
-        for row in 0..TILE_ROWS {
-            let wide = _mm256_madd_epi16(sums[row], ones);
-            totals[row] = _mm256_add_epi32(totals[row], wide);
-            let wide = _mm256_madd_epi16(scaled_sums[row], ones);
-            scaled_totals[row] = _mm256_add_epi32(scaled_totals[row], wide);
+    }
+}
+
+/// One tile by one row of activations. Planes 1 and 3 are used where they lie, as four times their
+/// codes, and have sums of their own: that saves two of three shifts.
+///
+/// A block adds two pairs to either sum: within ±1024 (±1536 for code 3), and four times that for
+/// the scaled ones. Those are divided, exactly, and join the others every [`SCALED_BLOCKS`] blocks,
+/// within ±20,480 (±30,720); after twice as many blocks the sums, which are within the same bounds,
+/// are widened.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn one_row<'a, T: Tile<'a>>(tile: T, ahead: *const u8, x: &[Activations]) -> __m128i {
+    let mut totals = [_mm256_setzero_si256(); TILE_ROWS];
+    assert_eq!(x.len(), tile.len(), "a row of activations has as many blocks as one of weights");
+    let mut first = 0;
+    for strip in x.chunks(2 * SCALED_BLOCKS) {
+        let mut sums = [_mm256_setzero_si256(); TILE_ROWS];
+        let (halves, rest) = strip.as_chunks::<SCALED_BLOCKS>();
+        for x in halves {
+            add_blocks(tile.part(first..first + SCALED_BLOCKS), ahead, first, x, &mut sums);
+            first += SCALED_BLOCKS;
+        }
+        for x in rest.as_chunks::<1>().0 {
+            add_blocks(tile.part(first..first + 1), ahead, first, x, &mut sums);
+            first += 1;
+        }
+        for (total, sum) in totals.iter_mut().zip(sums) {
+            *total = _mm256_add_epi32(*total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
         }
     }
-    // Every lane of the scaled totals is a multiple of four.
-    for (total, scaled) in totals.iter_mut().zip(scaled_totals) {
-        *total = _mm256_add_epi32(*total, _mm256_srai_epi32::<2>(scaled));
+    across(totals)
+}
+
+/// Adds the products of `N` blocks, at most [`SCALED_BLOCKS`], from the `first` of the tile on.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn add_blocks<'a, T: Tile<'a>, const N: usize>(
+    tile: T,
+    ahead: *const u8,
+    first: usize,
+    x: &[Activations; N],
+    sums: &mut Sums,
+) {
+    let (low, scaled) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
+    let mut scaled_sums = [_mm256_setzero_si256(); TILE_ROWS];
+    for (at, x) in x.iter().enumerate() {
+        prefetch_block(ahead, first + at);
+        let block = tile.block(at);
+        let mut x = x;
+        for row in 0..TILE_ROWS {
+            // Each row loads the activations as operands of its products: to keep them would take
+            // four registers more than there are.
+            x = anew(x);
+            let packed = load_u8(block[row]);
+            let shifted = _mm256_srli_epi16::<4>(packed);
+            let a = _mm256_maddubs_epi16(_mm256_and_si256(packed, low), load_i8(&x[0]));
+            let b = _mm256_maddubs_epi16(_mm256_and_si256(packed, scaled), load_i8(&x[1]));
+            let c = _mm256_maddubs_epi16(_mm256_and_si256(shifted, low), load_i8(&x[2]));
+            let d = _mm256_maddubs_epi16(_mm256_and_si256(shifted, scaled), load_i8(&x[3]));
+            sums[row] = _mm256_add_epi16(sums[row], _mm256_add_epi16(a, c));
+            scaled_sums[row] = _mm256_add_epi16(scaled_sums[row], _mm256_add_epi16(b, d));
+        }
     }
-    store_i32x4(across(totals))
+    for (sum, scaled) in sums.iter_mut().zip(scaled_sums) {
+        *sum = _mm256_add_epi16(*sum, _mm256_srai_epi16::<2>(scaled));
+    }
+}
+
+/// The same place, of which the compiler does not know what was loaded from there.
+#[expect(clippy::pointers_in_nomem_asm_block, reason = "nothing is read: there is no instruction")]
+#[inline]
+fn anew<T>(place: &T) -> &T {
+    let mut place: *const T = place;
+    // SAFETY: no instruction at all. Not `pure`: then two of them could become one.
+    unsafe { asm!("/* {0} */", inout(reg) place, options(nomem, nostack, preserves_flags)) }
+    // SAFETY: still the pointer of a reference that lives as long as the one returned.
+    unsafe { &*place }
 }
 
 /// One tile by a few rows of activations.
