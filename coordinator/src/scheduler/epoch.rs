@@ -35,8 +35,8 @@ pub(super) struct Active {
     pub(super) ended: VecDeque<SequenceId>,
     /// How long the last steps took, newest last.
     pace: VecDeque<Duration>,
-    /// Rows that the first stage draws for, and rows that the last does.
-    draws: (u64, u64),
+    /// For how many rows more than the last stage the first has drawn.
+    draws_ahead: i64,
 }
 
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl Active {
             next_step: StepId(1),
             ended: VecDeque::new(),
             pace: VecDeque::new(),
-            draws: (0, 0),
+            draws_ahead: 0,
         }
     }
 
@@ -141,13 +141,15 @@ impl Active {
     pub(super) fn share_draws(&mut self, rows: &mut [Row], decoding: usize) {
         let samples = |row: &&mut Row| matches!(row.output, Output::Sample(_));
         let count = rows.iter_mut().filter(samples).count();
-        let (first, last) = &mut self.draws;
-        if !self.shape.first_draws || count == 0 || count >= decoding || *first >= *last {
-            *last += count as u64;
+        if !self.shape.first_draws || count == 0 || count >= decoding {
             return;
         }
-        *first += count as u64;
-        rows.iter_mut().filter(samples).for_each(|row| row.output = Output::State);
+        if self.draws_ahead < 0 {
+            self.draws_ahead += count as i64;
+            rows.iter_mut().filter(samples).for_each(|row| row.output = Output::State);
+        } else {
+            self.draws_ahead -= count as i64;
+        }
     }
 
     /// The step is on its way no more.

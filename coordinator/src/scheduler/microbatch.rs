@@ -69,9 +69,9 @@ pub(super) fn decode_steps(shape: &PipelineShape, decoding: usize, step_tokens: 
     (fewest..=limit).rev().min_by_key(|&steps| round_ns(steps)).unwrap_or(limit) as usize
 }
 
-/// A chunk is a multiple of so many tokens, and at least as many: smaller ones do not fill the
-/// kernels' tiles.
-const CHUNK_UNIT: usize = 16;
+/// A chunk is a multiple of so many tokens, and at least as many: the kernels take tokens by panels of
+/// so many, and those beside full panels cost up to half as much again.
+const CHUNK_UNIT: usize = 32;
 
 /// Tokens of the chunks that prompts of `prompt_tokens` in all are cut into, at most `step_tokens`.
 ///
@@ -147,10 +147,7 @@ mod tests {
         let cost = both(5 * MS, 10 * MS);
         let chunk = |stages, prompt| chunk_tokens(&shape(stages, cost), prompt, 64);
         assert_eq!(chunk(1, 512), 64, "one stage waits for nobody");
-        assert_eq!(
-            [chunk(2, 16), chunk(2, 512), chunk(2, 1000), chunk(2, 100_000)],
-            [16, 16, 32, 64]
-        );
+        assert_eq!([chunk(2, 16), chunk(2, 512), chunk(2, 4096)], [32, 32, 64]);
         assert_eq!(chunk(8, 4096), 32);
         assert_eq!(chunk_tokens(&shape(2, cost), 100, 8), 8, "never more than a step");
     }

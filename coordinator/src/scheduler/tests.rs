@@ -149,7 +149,7 @@ fn sequences_that_are_ready_apart_join_the_steps_that_are_on_their_way() {
             scheduler.submit(request(prompt, 50), Tick::ZERO).unwrap();
         }
     }
-    // Chunks of 16: as many steps as prompts and more, so that all become ready one by one.
+    // Prompts come back as their chunks do: not all become ready at once.
     let mut flying = VecDeque::new();
     let mut decoding = Vec::new();
     for _ in 0..40 {
