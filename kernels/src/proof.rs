@@ -172,7 +172,7 @@ fn ternary_many(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 102;
     const COLS: usize = 140;
     const STRIDE: usize = padded_cols(COLS);
-    const N: usize = Workspace::PANEL + 26;
+    const N: usize = Workspace::PANEL + 30;
 
     let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
     let mut q = vec![0; N * STRIDE];

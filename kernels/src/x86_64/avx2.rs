@@ -6,6 +6,7 @@ mod attend;
 mod attention;
 mod elementwise;
 mod functions;
+mod group;
 mod head;
 mod lookup;
 mod probe;
@@ -176,6 +177,13 @@ fn store_u64x2(value: __m128i) -> [u64; 2] {
     // SAFETY: the array covers exactly the 16 bytes written; `storeu` needs no alignment.
     unsafe { _mm_storeu_si128(y.as_mut_ptr().cast(), value) }
     y
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn load_i32x4(x: &[i32; 4]) -> __m128i {
+    // SAFETY: the reference covers exactly the 16 bytes read; `loadu` needs no alignment.
+    unsafe { _mm_loadu_si128(x.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

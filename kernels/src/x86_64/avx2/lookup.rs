@@ -38,7 +38,7 @@ use crate::views::{Columns, Quantised};
 use crate::workspace::{Offsets, PANEL_TOKENS, TABLES_LEN, WORKSPACE_ROWS, Workspace};
 
 /// Rows of activations from which on a panel pays.
-pub(super) const LEAST_TOKENS: usize = 25;
+pub(super) const LEAST_TOKENS: usize = 29;
 /// Rows of weights that pay for the tables.
 const LEAST_ROWS: usize = 96;
 /// 16-bit lanes of a register.

@@ -6,9 +6,7 @@
 //! * one: memory is the limit. A tile is unpacked in registers and read ahead of its use.
 //! * few: likewise, and each unpacked register serves up to [`FEW_ROWS`] rows. What is more than
 //!   that goes over the tile again while it is in the first-level cache.
-//! * many: arithmetic is the limit. A strip of a tile is unpacked once to one code a byte and
-//!   multiplied by pairs of rows, a register tile of four by two; the strip's activations stay in
-//!   the first-level cache while a batch of tiles passes.
+//! * some: arithmetic is the limit, see `group.rs`. (For panels of many, see `lookup.rs`.)
 //!
 //! **Why nothing overflows.** `maddubs` adds two products of a code and an activation into an i16:
 //! with codes 0 to 2 and activations -128 to 127 a pair is within ±512 (±768 for the invalid code
@@ -22,7 +20,8 @@ use std::arch::x86_64::*;
 use std::array;
 use std::ops::Range;
 
-use super::{load_i8, load_u8, prefetch, store_i32x4, store_u8, store_x4};
+use super::group::some_rows;
+use super::{load_i8, load_u8, prefetch, store_i32x4, store_x4};
 use crate::ternary_matrix::{Arrangement, BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 
@@ -34,28 +33,13 @@ const STRIP_BLOCKS: usize = 8;
 const SCALED_BLOCKS: usize = 5;
 /// Rows of activations that share what is unpacked in registers.
 const FEW_ROWS: usize = 4;
-/// From so many rows of activations on, unpacking to memory pays.
-const MANY_ROWS: usize = 9;
-/// Rows of activations that share what is unpacked to memory. A strip of them takes 16 kB, which
-/// leaves room for the codes and the sums in a first-level cache of 32 kB.
-const GROUP_ROWS: usize = 16;
-/// Tiles that pass before the next strip: 64 rows of weights. Their sums take 4 kB.
-const BATCH_TILES: usize = 16;
+/// From so many rows of activations on, putting them side by side pays.
+const SOME_ROWS: usize = 6;
 /// How far ahead of its reading a tile is asked for; without it one thread waits for memory.
 const PREFETCH_BYTES: usize = 4096;
 
 /// The activations of a block of columns, by planes.
 type Activations = [[i8; ROW_BLOCK_BYTES]; PLANES];
-/// The codes of a block, one to a byte: `[plane][row][column]`.
-type Codes = [[[u8; ROW_BLOCK_BYTES]; TILE_ROWS]; PLANES];
-/// The activations of a block of columns for two rows: `[plane][row][column]`.
-type PairBlock = [[[i8; ROW_BLOCK_BYTES]; 2]; PLANES];
-/// A strip of the activations of a group, in pairs of rows; aligned as [`Strip`] is.
-#[repr(align(64))]
-struct Pairs([[PairBlock; STRIP_BLOCKS]; GROUP_ROWS / 2]);
-/// The codes of a strip, aligned so that no load of them crosses a cache line.
-#[repr(align(64))]
-struct Strip([Codes; STRIP_BLOCKS]);
 /// A running sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
 /// The sums of one row of activations: of codes, so with the sum of the activations in them.
@@ -74,6 +58,8 @@ pub(super) trait Tile<'a>: Copy {
     fn len(self) -> usize;
     /// Block `at` of each row.
     fn block(self, at: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS];
+    /// Block `at` of row `row`.
+    fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES];
 }
 
 /// A tile of [`Arrangement::Tiles`].
@@ -99,6 +85,11 @@ impl<'a> Tile<'a> for Woven<'a> {
     #[inline]
     fn block(self, at: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS] {
         self.0[at].each_ref()
+    }
+
+    #[inline]
+    fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES] {
+        &self.0[at][row]
     }
 }
 
@@ -130,6 +121,11 @@ impl<'a> Tile<'a> for Plain<'a> {
         let [a, b, c, d] = self.0;
         [&a[at], &b[at], &c[at], &d[at]]
     }
+
+    #[inline]
+    fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES] {
+        &self.0[row][at]
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -149,14 +145,8 @@ fn all_tiles<'a, T: Tile<'a>>(
     mut y: Columns<'_>,
 ) {
     let n = x.rows();
-    if n >= MANY_ROWS {
-        // Groups of nearly the same size: a small last one would read all weights for few rows.
-        let groups = n.div_ceil(GROUP_ROWS);
-        for group in 0..groups {
-            let rows = group * n / groups..(group + 1) * n / groups;
-            many_rows::<T>(w, tiles.clone(), x, rows, &mut y);
-        }
-        return;
+    if n >= SOME_ROWS {
+        return some_rows::<T>(w, tiles, x, &mut y);
     }
     if n == 1 {
         return single_row::<T>(w, tiles, x, y.row(0));
@@ -370,75 +360,6 @@ fn two_of_four<'a, T: Tile<'a>, const N: usize, const R: usize>(
     }
 }
 
-/// All tiles by the rows `rows` of activations, at most [`GROUP_ROWS`].
-#[target_feature(enable = "avx2,fma,f16c")]
-fn many_rows<'a, T: Tile<'a>>(
-    w: TernaryMatrix<'a>,
-    tiles: Range<usize>,
-    x: Quantised<'_>,
-    rows: Range<usize>,
-    y: &mut Columns<'_>,
-) {
-    let mut codes = Strip([[[[0; ROW_BLOCK_BYTES]; TILE_ROWS]; PLANES]; STRIP_BLOCKS]);
-    let mut pairs = Pairs([[[[[0; ROW_BLOCK_BYTES]; 2]; PLANES]; STRIP_BLOCKS]; GROUP_ROWS / 2]);
-    let mut totals = [[[0; TILE_ROWS]; GROUP_ROWS]; BATCH_TILES];
-    let pair_count = rows.len().div_ceil(2);
-    let all_blocks = w.cols().div_ceil(BLOCK_COLS);
-    let tile_bytes = TernaryMatrix::tile_bytes(w.cols());
-    let strips = all_blocks.div_ceil(STRIP_BLOCKS);
-    for batch in tiles.clone().step_by(BATCH_TILES) {
-        let batch = batch..tiles.end.min(batch + BATCH_TILES);
-        totals.as_flattened_mut().fill([0; TILE_ROWS]);
-        for strip in 0..strips {
-            // Strips of nearly the same length.
-            let strip = strip * all_blocks / strips..(strip + 1) * all_blocks / strips;
-            for (i, row) in rows.clone().enumerate() {
-                let x = &activations(w, x, row)[strip.clone()];
-                interleave(x, &mut pairs.0[i / 2], i % 2);
-            }
-            let codes = &mut codes.0[..strip.len()];
-            for (tile, totals) in batch.clone().zip(&mut totals) {
-                unpack_strip(T::new(w, tile).part(strip.clone()), codes, tile_bytes);
-                let totals = totals.as_chunks_mut::<2>().0;
-                for (pair, totals) in pairs.0.iter().zip(totals).take(pair_count) {
-                    multiply(codes, pair, totals);
-                }
-            }
-        }
-        for (tile, totals) in batch.zip(&totals) {
-            for (i, totals) in rows.clone().zip(totals) {
-                finish(w, x, i, *totals, y, tile - tiles.start);
-            }
-        }
-    }
-}
-
-/// Copies a row's part of a strip beside that of the other row of its pair: one stream to read, and
-/// no two rows that fall on the same lines of the cache.
-fn interleave(x: &[Activations], pair: &mut [PairBlock], side: usize) {
-    for (x, pair) in x.iter().zip(pair) {
-        for (x, pair) in x.iter().zip(pair) {
-            pair[side] = *x;
-        }
-    }
-}
-
-/// Unpacks a part of a tile to one code a byte. Asks for the same part of the next tile.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn unpack_strip<'a>(tile: impl Tile<'a>, codes: &mut [Codes], tile_bytes: usize) {
-    let codes = &mut codes[..tile.len()];
-    for at in 0..tile.len() {
-        let codes = &mut codes[at];
-        for (row, packed) in tile.block(at).into_iter().enumerate() {
-            prefetch(packed, tile_bytes);
-            for (codes, plane) in codes.iter_mut().zip(unpack(load_u8(packed))) {
-                store_u8(&mut codes[row], plane);
-            }
-        }
-    }
-}
-
 /// The four planes of 32 packed bytes. Shifts are of 16 bits: the mask takes away what crosses from
 /// the upper byte.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -453,33 +374,11 @@ fn unpack(packed: __m256i) -> [__m256i; PLANES] {
     ]
 }
 
-/// Multiplies the codes of a strip by two rows of activations: a register tile of four by two.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn multiply(codes: &[Codes], pair: &[PairBlock], totals: &mut [Totals; 2]) {
-    let mut sums = [[_mm256_setzero_si256(); TILE_ROWS]; 2];
-    for (codes, pair) in codes.as_flattened().iter().zip(pair.as_flattened()) {
-        let codes = codes.each_ref().map(|codes| load_u8(codes));
-        for (x, sums) in pair.iter().zip(&mut sums) {
-            let x = load_i8(x);
-            for (sum, codes) in sums.iter_mut().zip(codes) {
-                *sum = in_order(_mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes, x)));
-            }
-        }
-    }
-    for (totals, sums) in totals.iter_mut().zip(sums) {
-        let wide = sums.map(|sum| _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
-        for (total, sum) in totals.iter_mut().zip(store_i32x4(across(wide))) {
-            *total += sum;
-        }
-    }
-}
-
 /// The same value, which the compiler knows nothing about: otherwise it unrolls the loop around the
 /// sums, reorders the additions of several rounds, and needs more registers than there are.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn in_order(mut sum: __m256i) -> __m256i {
+pub(super) fn in_order(mut sum: __m256i) -> __m256i {
     // SAFETY: no instruction at all.
     unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) }
     sum
@@ -488,7 +387,7 @@ fn in_order(mut sum: __m256i) -> __m256i {
 /// The sum of the lanes of each.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn across([a, b, c, d]: Sums) -> __m128i {
+pub(super) fn across([a, b, c, d]: Sums) -> __m128i {
     let halves = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
     _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves))
 }

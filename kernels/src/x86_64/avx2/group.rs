@@ -1,0 +1,220 @@
+//! Ternary products for some rows of activations, where arithmetic is the limit and not yet so many
+//! that sums are looked up: a row of weights is unpacked in registers, a plane at a time, and
+//! multiplied by up to eight rows of activations, which lie side by side in the first-level cache and
+//! are operands of the products.
+//!
+//! Strips of blocks outside, a batch of tiles inside: the activations of a strip are copied into their
+//! order once for the whole batch.
+//!
+//! **Why nothing overflows.** As in `ternary.rs`: a pair is within ±512 (±768 for the invalid code 3),
+//! a lane gathers one for 32 columns, and a strip has 32.
+
+use std::arch::x86_64::*;
+use std::array;
+use std::ops::Range;
+
+use super::ternary::{Tile, across, in_order};
+use super::{load_i8, load_i32x4, load_u8, prefetch, store_i32x4, store_x4};
+use crate::ternary_matrix::{BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
+use crate::views::{Columns, Quantised};
+
+/// Bit planes: the columns of a block in vectors of 32.
+const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
+/// Blocks of a strip, gathered in i16.
+const STRIP_BLOCKS: usize = 8;
+/// Rows of activations with a sum in a register each.
+const GROUP_ROWS: usize = 8;
+/// Rows of activations that go over the weights together. A strip of them takes 24 kB.
+const ROWS_MAX: usize = 3 * GROUP_ROWS;
+/// Tiles that pass before the next strip: 64 rows of weights, 6 kB of sums.
+const BATCH_TILES: usize = 16;
+
+/// The activations of a plane.
+type Vector = [i8; ROW_BLOCK_BYTES];
+/// A strip of the activations: of each group `[block][plane][row]`. No load of it crosses a cache line.
+#[repr(align(64))]
+struct Strip([Vector; STRIP_BLOCKS * PLANES * ROWS_MAX]);
+/// The sums of one row of weights: of codes, so with the sum of the activations in them.
+type Totals = [[i32; 4]; ROWS_MAX / 4];
+
+/// All tiles by any number of rows.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn some_rows<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
+    tiles: Range<usize>,
+    x: Quantised<'_>,
+    y: &mut Columns<'_>,
+) {
+    let n = x.rows();
+    // Rounds of nearly the same size: a small last one would read all weights for few rows.
+    let rounds = n.div_ceil(ROWS_MAX);
+    for round in 0..rounds {
+        let rows = round * n / rounds..(round + 1) * n / rounds;
+        round_of::<T>(w, tiles.clone(), x, rows, y);
+    }
+}
+
+/// All tiles by the rows `rows` of activations, at most [`ROWS_MAX`].
+#[target_feature(enable = "avx2,fma,f16c")]
+fn round_of<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
+    tiles: Range<usize>,
+    x: Quantised<'_>,
+    rows: Range<usize>,
+    y: &mut Columns<'_>,
+) {
+    let mut activations = Strip([[0; ROW_BLOCK_BYTES]; STRIP_BLOCKS * PLANES * ROWS_MAX]);
+    let mut totals = [[[0; 4]; ROWS_MAX / 4]; BATCH_TILES * TILE_ROWS];
+    let all_blocks = w.cols().div_ceil(BLOCK_COLS);
+    let strips = all_blocks.div_ceil(STRIP_BLOCKS);
+    let count = rows.len().div_ceil(GROUP_ROWS);
+    let bound = |at: usize| at * rows.len() / count;
+    let groups: [_; ROWS_MAX / GROUP_ROWS] = array::from_fn(|at| bound(at)..bound(at + 1));
+    let groups = &groups[..count];
+    for batch in tiles.clone().step_by(BATCH_TILES) {
+        let batch = batch..tiles.end.min(batch + BATCH_TILES);
+        totals.as_flattened_mut().fill([0; 4]);
+        for strip in 0..strips {
+            // Strips of nearly the same length.
+            let blocks = |strip| strip * all_blocks / strips..(strip + 1) * all_blocks / strips;
+            let (strip, next) = (blocks(strip), blocks((strip + 1) % strips));
+            let mut places = &mut activations.0[..];
+            for group in groups {
+                places = interleave(x, rows.start, group.clone(), strip.clone(), places);
+            }
+            for (tile, totals) in batch.clone().zip(totals.as_chunks_mut::<TILE_ROWS>().0) {
+                let weights = T::new(w, tile).part(strip.clone());
+                // What comes next in this order: the same strip of the next tile, or the next strip.
+                let ahead = match tile + 1 < batch.end {
+                    true => T::new(w, tile + 1).part(strip.clone()),
+                    false => T::new(w, batch.start).part(next.clone()),
+                };
+                for at in 0..ahead.len() {
+                    ahead.block(at).into_iter().for_each(|row| prefetch(row, 0));
+                }
+                let mut places = &activations.0[..];
+                for group in groups {
+                    let (own, rest) = places.split_at(strip.len() * PLANES * group.len());
+                    places = rest;
+                    match group.len() {
+                        1 => tile_by::<T, 1>(weights, own, group.start, totals),
+                        2 => tile_by::<T, 2>(weights, own, group.start, totals),
+                        3 => tile_by::<T, 3>(weights, own, group.start, totals),
+                        4 => tile_by::<T, 4>(weights, own, group.start, totals),
+                        5 => tile_by::<T, 5>(weights, own, group.start, totals),
+                        6 => tile_by::<T, 6>(weights, own, group.start, totals),
+                        7 => tile_by::<T, 7>(weights, own, group.start, totals),
+                        _ => tile_by::<T, GROUP_ROWS>(weights, own, group.start, totals),
+                    }
+                }
+            }
+        }
+        for (tile, totals) in batch.zip(totals.as_chunks::<TILE_ROWS>().0) {
+            finish(w, x, rows.clone(), totals, y, tile - tiles.start);
+        }
+    }
+}
+
+/// Copies a strip of some rows of activations, counted from `first`, plane by plane, to the front of
+/// `places`; returns the rest.
+fn interleave<'p>(
+    x: Quantised<'_>,
+    first: usize,
+    rows: Range<usize>,
+    blocks: Range<usize>,
+    places: &'p mut [Vector],
+) -> &'p mut [Vector] {
+    let n = rows.len();
+    let (places, rest) = places.split_at_mut(blocks.len() * PLANES * n);
+    for (i, row) in rows.enumerate() {
+        let vectors = x.row(first + row).as_chunks().0;
+        let vectors = &vectors[blocks.start * PLANES..blocks.end * PLANES];
+        for (place, vector) in places[i..].iter_mut().step_by(n).zip(vectors) {
+            *place = *vector;
+        }
+    }
+    rest
+}
+
+/// Adds a strip of a tile by `N` rows of activations to totals `first` and on of each of its rows.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn tile_by<'a, T: Tile<'a>, const N: usize>(
+    tile: T,
+    x: &[Vector],
+    first: usize,
+    totals: &mut [Totals; TILE_ROWS],
+) {
+    let x: &[[[Vector; N]; PLANES]] = x.as_chunks().0.as_chunks().0;
+    assert_eq!(x.len(), tile.len(), "so that nothing is checked in the loop");
+    for (row, totals) in totals.iter_mut().enumerate() {
+        let mut sums = [_mm256_setzero_si256(); N];
+        for (at, x) in x.iter().enumerate() {
+            let mut packed = load_u8(tile.row_block(row, at));
+            for (plane, x) in x.iter().enumerate() {
+                if plane > 0 {
+                    packed = _mm256_srli_epi16::<2>(packed);
+                }
+                let codes = _mm256_and_si256(packed, _mm256_set1_epi8(0b11));
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    let products = _mm256_maddubs_epi16(codes, load_i8(x));
+                    *sum = in_order(_mm256_add_epi16(*sum, products));
+                }
+            }
+        }
+        let totals = &mut totals.as_flattened_mut()[first..first + N];
+        let zero = _mm256_setzero_si256();
+        for (totals, sums) in totals.chunks_mut(4).zip(sums.chunks(4)) {
+            let wide = |i: usize| {
+                let sum = sums.get(i).copied().unwrap_or(zero);
+                _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+            };
+            let more = store_i32x4(across([wide(0), wide(1), wide(2), wide(3)]));
+            for (total, more) in totals.iter_mut().zip(more) {
+                *total += more;
+            }
+        }
+    }
+}
+
+/// Writes the outputs of one tile, the `position`th of the range, for rows `rows` of the activations.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn finish(
+    w: TernaryMatrix<'_>,
+    x: Quantised<'_>,
+    rows: Range<usize>,
+    totals: &[Totals; TILE_ROWS],
+    y: &mut Columns<'_>,
+    position: usize,
+) {
+    for (four, first) in rows.clone().step_by(4).enumerate() {
+        let of_row = totals.each_ref().map(|totals| load_i32x4(&totals[four]));
+        let of_token = transpose(of_row);
+        for (i, totals) in (first..rows.end).zip(of_token) {
+            let scale = _mm_set1_ps(w.scale() / x.scale(i));
+            let exact = _mm_sub_epi32(totals, _mm_set1_epi32(x.sum(i)));
+            let values = store_x4(_mm_mul_ps(_mm_cvtepi32_ps(exact), scale));
+            let y = &mut y.row(i)[position * TILE_ROWS..];
+            // The last tile may have fewer rows than totals.
+            match y.first_chunk_mut::<TILE_ROWS>() {
+                Some(y) => *y = values,
+                None => y.copy_from_slice(&values[..y.len()]),
+            }
+        }
+    }
+}
+
+/// Exchanges rows and columns of 4 by 4.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn transpose([a, b, c, d]: [__m128i; 4]) -> [__m128i; 4] {
+    let (low, high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+    let (low_two, high_two) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+    [
+        _mm_unpacklo_epi64(low, low_two),
+        _mm_unpackhi_epi64(low, low_two),
+        _mm_unpacklo_epi64(high, high_two),
+        _mm_unpackhi_epi64(high, high_two),
+    ]
+}
