@@ -4,8 +4,7 @@
 //! Three ways, by the number of rows of activations:
 //!
 //! * one: memory is the limit. A tile is unpacked in registers and read ahead of its use.
-//! * few: likewise, and each unpacked register serves up to [`FEW_ROWS`] rows. What is more than
-//!   that goes over the tile again while it is in the first-level cache.
+//! * few: likewise, and each unpacked register serves up to four rows.
 //! * some: arithmetic is the limit, see `group.rs`. (For panels of many, see `lookup.rs`.)
 //!
 //! **Why nothing overflows.** `maddubs` adds two products of a code and an activation into an i16:
@@ -31,8 +30,6 @@ const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
 const STRIP_BLOCKS: usize = 8;
 /// Blocks of four times the codes that are gathered in i16.
 const SCALED_BLOCKS: usize = 5;
-/// Rows of activations that share what is unpacked in registers.
-const FEW_ROWS: usize = 4;
 /// From so many rows of activations on, putting them side by side pays.
 const SOME_ROWS: usize = 6;
 /// How far ahead of its reading a tile is asked for; without it one thread waits for memory.
@@ -155,28 +152,26 @@ fn all_tiles<'a, T: Tile<'a>>(
         let tile = T::new(w, at);
         // The bytes of a tile are contiguous in either arrangement.
         let ahead = w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES);
-        let mut first = 0;
-        while first < n {
-            let row = |i| activations(w, x, first + i);
-            let put = |i, totals| finish(w, x, first + i, totals, &mut y, position);
-            first += match n - first {
-                1 => put_all([store_i32x4(one_row(tile, ahead, row(0)))], put),
-                2 => put_all(few_rows(tile, ahead, [row(0), row(1)]), put),
-                // Five are three and two: one alone would unpack for itself.
-                3 | 5 => put_all(few_rows(tile, ahead, [row(0), row(1), row(2)]), put),
-                _ => put_all(few_rows::<T, FEW_ROWS>(tile, ahead, array::from_fn(row)), put),
-            };
+        let row = |i| activations(w, x, i);
+        let mut put = |first: usize, all: &[Totals]| {
+            for (i, totals) in all.iter().enumerate() {
+                finish(w, x, first + i, *totals, &mut y, position);
+            }
+        };
+        match n {
+            2 => put(0, &few_rows::<T, 2>(tile, ahead, array::from_fn(row))),
+            4 => put(0, &few_rows::<T, 4>(tile, ahead, array::from_fn(row))),
+            // Five are three and two: the tile is in the first-level cache for the second part.
+            3 | 5 => {
+                put(0, &few_rows::<T, 3>(tile, ahead, array::from_fn(row)));
+                if n == 5 {
+                    put(3, &few_rows::<T, 2>(tile, ahead, array::from_fn(|i| row(3 + i))));
+                }
+            }
+            // None; one and more than five are done above.
+            _ => {}
         }
     }
-}
-
-/// Hands out the totals of `N` rows; returns how many.
-#[inline]
-fn put_all<const N: usize>(all: [Totals; N], mut put: impl FnMut(usize, Totals)) -> usize {
-    for (i, totals) in all.into_iter().enumerate() {
-        put(i, totals);
-    }
-    N
 }
 
 /// Asks for block `block` after the place `ahead`.
