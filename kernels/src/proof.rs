@@ -120,47 +120,70 @@ fn quantise(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     row(&x);
 }
 
+/// Random codes of some rows of activations; the second and the third are of the extremes, of which no
+/// sum may saturate or wrap.
+struct Codes {
+    q: Vec<i8>,
+    stride: usize,
+    scale: Vec<f32>,
+    sum: Vec<i32>,
+}
+
+impl Codes {
+    fn new(inputs: &mut Inputs, n: usize, cols: usize) -> Self {
+        let stride = padded_cols(cols);
+        let mut q = vec![0; n * stride];
+        for (i, row) in q.chunks_mut(stride).enumerate() {
+            match i {
+                1 => row[..cols].fill(-128),
+                2 => row[..cols].fill(127),
+                _ => row[..cols].fill_with(|| inputs.bits() as i8),
+            }
+        }
+        let sum = q.chunks(stride).map(|row| row.iter().map(|q| i32::from(*q)).sum()).collect();
+        let scale = (0..n).map(|_| 9.0 + inputs.float()).collect();
+        Self { q, stride, scale, sum }
+    }
+
+    fn view(&self) -> Quantised<'_> {
+        Quantised::new(&self.q, self.stride, &self.scale, &self.sum)
+    }
+}
+
+/// A whole matrix of such rows, each of `cols` trits.
+fn pack_rows(arrangement: Arrangement, rows: &[&[i8]], cols: usize) -> Vec<u8> {
+    let mut packed =
+        vec![0; rows.len().div_ceil(TernaryMatrix::TILE_ROWS) * TernaryMatrix::tile_bytes(cols)];
+    let tiles = packed.chunks_mut(TernaryMatrix::tile_bytes(cols));
+    for (tile, rows) in tiles.zip(rows.chunks(TernaryMatrix::TILE_ROWS)) {
+        pack_tile(arrangement, rows, cols, tile);
+    }
+    packed
+}
+
 /// A matrix packed from random trits: more columns than any kernel gathers at once, tiles whole and
 /// short.
 fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 6;
     const COLS: usize = 2_200;
-    const STRIDE: usize = padded_cols(COLS);
     /// Every register tile and its remainders; a second group.
     const N: [usize; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 35];
     const MOST: usize = 35;
 
     let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
-    // Rows of the extremes, of which no sum may saturate or wrap.
-    let mut q = vec![0; MOST * STRIDE];
-    for (i, row) in q.chunks_mut(STRIDE).enumerate() {
-        match i {
-            1 => row[..COLS].fill(-128),
-            2 => row[..COLS].fill(127),
-            _ => row[..COLS].fill_with(|| inputs.bits() as i8),
-        }
-    }
-    let sum: Vec<i32> =
-        q.chunks(STRIDE).map(|row| row.iter().map(|q| i32::from(*q)).sum()).collect();
-    let scale: Vec<f32> = (0..MOST).map(|_| 9.0 + inputs.float()).collect();
-
-    let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
+    let codes = Codes::new(inputs, MOST, COLS);
     let ones = [1; COLS];
+    let mut rows: Vec<&[i8]> = trits.chunks(COLS).collect();
+    rows[4] = &ones;
     for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
-        let mut packed = Vec::new();
-        for rows in [&rows[..4], &[&ones, rows[5]]] {
-            let mut tile = vec![0; TernaryMatrix::tile_bytes(COLS)];
-            pack_tile(arrangement, rows, COLS, &mut tile);
-            packed.extend(tile);
-        }
+        let packed = pack_rows(arrangement, &rows, COLS);
         let w = TernaryMatrix::new(&packed, arrangement, ROWS, COLS, 0.37);
         let w = w.expect("packed for this shape");
         // The extremes alone, too: one row has a kernel of its own.
         for rows in N.map(|n| 0..n).into_iter().chain([1..2, 2..3]) {
-            let codes = &q[rows.start * STRIDE..rows.end * STRIDE];
-            let x = Quantised::new(codes, STRIDE, &scale[rows.clone()], &sum[rows.clone()]);
             let mut y = [0.0; MOST * ROWS];
             let y = &mut y[..rows.len() * ROWS];
+            let x = codes.view().part(rows);
             backend.ternary(w, 0..w.tiles(), x, Columns::new(y, ROWS, 0..ROWS));
             answers.floats(y);
         }
@@ -171,36 +194,19 @@ fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
 fn ternary_many(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 102;
     const COLS: usize = 140;
-    const STRIDE: usize = padded_cols(COLS);
     const N: usize = Workspace::PANEL + 30;
 
     let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
-    let mut q = vec![0; N * STRIDE];
-    for (i, row) in q.chunks_mut(STRIDE).enumerate() {
-        match i {
-            1 => row[..COLS].fill(-128),
-            2 => row[..COLS].fill(127),
-            _ => row[..COLS].fill_with(|| inputs.bits() as i8),
-        }
-    }
-    let sum: Vec<i32> =
-        q.chunks(STRIDE).map(|row| row.iter().map(|q| i32::from(*q)).sum()).collect();
-    let scale: Vec<f32> = (0..N).map(|_| 9.0 + inputs.float()).collect();
-    let x = Quantised::new(&q, STRIDE, &scale, &sum);
+    let codes = Codes::new(inputs, N, COLS);
     let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
     let mut workspace = Workspace::new();
     for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
-        let mut packed = Vec::new();
-        for rows in rows.chunks(TernaryMatrix::TILE_ROWS) {
-            let mut tile = vec![0; TernaryMatrix::tile_bytes(COLS)];
-            pack_tile(arrangement, rows, COLS, &mut tile);
-            packed.extend(tile);
-        }
+        let packed = pack_rows(arrangement, &rows, COLS);
         let w = TernaryMatrix::new(&packed, arrangement, ROWS, COLS, 0.37);
         let w = w.expect("packed for this shape");
         let mut y = vec![0.0; N * ROWS];
         let columns = Columns::new(&mut y, ROWS, 0..ROWS);
-        backend.ternary_many(w, 0..w.tiles(), x, columns, &mut workspace);
+        backend.ternary_many(w, 0..w.tiles(), codes.view(), columns, &mut workspace);
         answers.floats(&y);
     }
 }
@@ -214,14 +220,9 @@ fn sparse(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
 
     let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
     let mut columns = ColumnPacker::new(ROWS, COLS).expect("a shape that can be");
-    let mut packed = Vec::new();
     let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
     rows.iter().enumerate().for_each(|(row, trits)| columns.row(row, trits));
-    for rows in rows.chunks(TernaryMatrix::TILE_ROWS) {
-        let mut tile = vec![0; TernaryMatrix::tile_bytes(COLS)];
-        pack_tile(Arrangement::Rows, rows, COLS, &mut tile);
-        packed.extend(tile);
-    }
+    let packed = pack_rows(Arrangement::Rows, &rows, COLS);
     let columns = columns.finish();
     let by_columns = TernaryColumns::new(&columns, ROWS, COLS, 0.37).expect("packed for it");
     let by_rows = TernaryMatrix::new(&packed, Arrangement::Rows, ROWS, COLS, 0.37);
