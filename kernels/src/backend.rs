@@ -148,9 +148,9 @@ impl Backend {
     /// [`Workspace::PANEL`], and then with a thousand rows of weights, which share what is prepared
     /// for the panel.
     pub fn panel(self, n: usize) -> Option<usize> {
-        match self.0 {
+        match (self.0, n) {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2(token) => token.panel(n),
+            (Kind::Avx2(token), n) => token.panel(n),
             _ => None,
         }
     }
@@ -168,9 +168,9 @@ impl Backend {
         y: Columns<'_>,
         workspace: &mut Workspace,
     ) {
-        match self.0 {
+        match (self.0, workspace) {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2(token) => {
+            (Kind::Avx2(token), workspace) => {
                 check_ternary(w, &tiles, x, &y);
                 token.ternary_many(w, tiles, x, y, workspace);
             }

@@ -1,4 +1,8 @@
 //! The memory of an operation that cannot keep what it makes in registers or on a stack.
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "no backend of other CPUs looks sums up")
+)]
 
 use std::fmt;
 
@@ -7,7 +11,7 @@ use std::fmt;
 pub(crate) const WORKSPACE_ROWS: usize = 2048;
 /// Tokens of a panel: two registers of 16-bit lanes.
 pub(crate) const PANEL_TOKENS: usize = 32;
-/// Sums of 16 bits for each column of a block and each token.
+/// Activations, 16 bits each, of a block of columns and every token of a panel.
 pub(crate) const PANEL_LEN: usize = 128 * PANEL_TOKENS;
 /// Sums of 16 bits in the tables of eight groups of four columns, and as many bytes more as an offset
 /// of 16 bits can lead on.
