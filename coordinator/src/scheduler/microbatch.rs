@@ -36,11 +36,13 @@ impl Line {
 }
 
 /// From one stage's engine to the next one's, or through the coordinator to the first: decoding,
-/// two wake-ups and the loopback or a local network.
+/// two wake-ups and the loopback or a local network. Assumed, not measured: steps take tens of
+/// milliseconds.
 const HOP_NS: u64 = 300_000;
 
 /// What noise in the stages' times costs a pipeline of two stages with as many steps in flight, in
-/// per mille: it grows with the stages and shrinks with every step more.
+/// per mille: it grows with the stages and shrinks with every step more. Assumed, between the shares
+/// that [`in_flight_limit`] names.
 const NOISE_PER_MILLE: u64 = 30;
 
 /// Steps that keep a pipeline of `stages` stages busy: ceil(1.5 × stages) + 1. With as many as

@@ -39,7 +39,8 @@ use crate::workspace::{Offsets, PANEL_TOKENS, TABLES_LEN, WORKSPACE_ROWS, Worksp
 
 /// Rows of activations from which on a panel pays.
 pub(super) const LEAST_TOKENS: usize = 29;
-/// Rows of weights that pay for the tables.
+/// Rows of weights that pay for the tables, by count: to build one takes as many stores as some 90
+/// rows take additions.
 const LEAST_ROWS: usize = 96;
 /// 16-bit lanes of a register.
 const LANES: usize = 16;
