@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::etcd::Etcd;
-use crate::process::{self, Process, free_port, wait_for};
+use crate::process::{self, Process, wait_for};
 
 /// How long a cluster may take until it serves: two lease times and a margin for a busy machine.
 const READY: Duration = Duration::from_secs(60);
@@ -23,6 +23,9 @@ pub struct Cluster {
     http: String,
     environment: Vec<(String, String)>,
 }
+
+/// The system chooses a port that is free, and the program says which.
+const ANY_PORT: &str = "127.0.0.1:0";
 
 /// The name under which all of them meet.
 const NAME: &str = "test";
@@ -51,14 +54,14 @@ impl Cluster {
         let environment: Vec<(String, String)> =
             environment.iter().map(|&(key, value)| (key.into(), value.into())).collect();
         let etcd = Etcd::start();
-        let (grpc, http) = (address(), address());
         let model = store.to_str().expect("test paths are text");
         let arguments = format!(
-            "coordinator --etcd {} --cluster {NAME} --model {model} --grpc {grpc} --http {http} \
-             --stages {stages}",
+            "coordinator --etcd {} --cluster {NAME} --model {model} --grpc {ANY_PORT} \
+             --http {ANY_PORT} --stages {stages}",
             etcd.url()
         );
-        let coordinator = launch("coordinator", &arguments, &environment);
+        let mut coordinator = launch("coordinator", &arguments, &environment);
+        let (grpc, http) = listening(&mut coordinator);
         let mut cluster =
             Self { workers: Vec::new(), coordinator, etcd, store, grpc, http, environment };
         for index in 0..workers {
@@ -77,9 +80,9 @@ impl Cluster {
     pub fn start_worker(&self, id: &str) -> Process {
         let store = self.store.to_str().expect("test paths are text");
         let arguments = format!(
-            "worker --etcd {} --cluster {NAME} --id {id} --listen {} --threads 1 --store {store}",
+            "worker --etcd {} --cluster {NAME} --id {id} --listen {ANY_PORT} --threads 1 \
+             --store {store}",
             self.etcd.url(),
-            address()
         );
         launch(id, &arguments, &self.environment)
     }
@@ -171,6 +174,14 @@ fn launch(name: &str, arguments: &str, environment: &[(String, String)]) -> Proc
     })
 }
 
-fn address() -> String {
-    format!("127.0.0.1:{}", free_port())
+/// Addresses of gRPC and HTTP, from the line that says them.
+fn listening(coordinator: &mut Process) -> (String, String) {
+    coordinator.wait_for_log("listening: gRPC", READY);
+    let line = wait_for("the end of a line", READY, || {
+        let log = coordinator.log();
+        let (_, rest) = log.split_once("listening: gRPC ")?;
+        rest.split_once('\n').map(|(line, _)| line.to_owned())
+    });
+    let (grpc, http) = line.split_once(", HTTP ").expect("both addresses in one line");
+    (grpc.into(), http.into())
 }

@@ -1,18 +1,19 @@
 //! A real etcd of one member, for one test.
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::process::{Process, free_port, wait_for};
+use crate::process::{Process, free_ports, own_address, wait_for};
 
 /// A running etcd. Killed, and its data removed, when dropped.
 pub struct Etcd {
     process: Process,
     url: String,
-    port: u16,
-    peer_port: u16,
+    client: SocketAddr,
+    peer: SocketAddr,
     data: TempDir,
 }
 
@@ -23,10 +24,12 @@ impl Etcd {
     ///
     /// If there is no `etcd` on the path (Debian: `etcd-server`), or it does not answer.
     pub fn start() -> Self {
-        let (port, peer_port) = (free_port(), free_port());
+        let address = own_address();
+        let (client, peer) = free_ports(address);
+        let (client, peer) = ((address, client).into(), (address, peer).into());
         let data = TempDir::new().expect("a temporary folder can be made");
-        let process = launch(port, peer_port, &data);
-        let etcd = Self { process, url: format!("http://127.0.0.1:{port}"), port, peer_port, data };
+        let process = launch(client, peer, &data);
+        let etcd = Self { process, url: format!("http://{client}"), client, peer, data };
         etcd.wait_until_healthy();
         etcd
     }
@@ -43,22 +46,21 @@ impl Etcd {
 
     /// Starts it again on the same data and ports after [`Self::kill`].
     pub fn restart(&mut self) {
-        self.process = launch(self.port, self.peer_port, &self.data);
+        self.process = launch(self.client, self.peer, &self.data);
         self.wait_until_healthy();
     }
 
     fn wait_until_healthy(&self) {
         wait_for("etcd to answer", Duration::from_secs(20), || {
-            let answer = crate::http::get(&format!("127.0.0.1:{}", self.port), "/health").ok()?;
+            let answer = crate::http::get(&self.client.to_string(), "/health").ok()?;
             answer.body.contains("true").then_some(())
         });
     }
 }
 
-fn launch(port: u16, peer_port: u16, data: &TempDir) -> Process {
+fn launch(client: SocketAddr, peer: SocketAddr, data: &TempDir) -> Process {
     let mut command = Command::new("etcd");
-    let (client, peer) =
-        (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer_port}"));
+    let (client, peer) = (format!("http://{client}"), format!("http://{peer}"));
     command.args(["--name", "test", "--unsafe-no-fsync", "--log-level", "error"]);
     command.arg("--data-dir").arg(data.path());
     command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);

@@ -1,9 +1,10 @@
 //! Programs under test: started, watched, and ended by their process id.
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,14 +28,35 @@ pub fn tercet() -> PathBuf {
     program
 }
 
-/// A port that was free a moment ago.
+/// An address of the loopback network that nothing else in this test run was given.
+///
+/// Sockets that a program opens by itself get ports of 127.0.0.1, so a port of this address that is
+/// free stays so until the caller's program takes it.
 ///
 /// # Panics
 ///
-/// If the machine has none left.
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
+/// If this process has asked for more than 250.
+pub fn own_address() -> Ipv4Addr {
+    static GIVEN: AtomicU8 = AtomicU8::new(0);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let count = GIVEN.fetch_add(1, Ordering::Relaxed);
+    assert!(count < 250, "a test process has at most 250 addresses");
+    Ipv4Addr::new(127, high, low, count + 2)
+}
+
+/// Two free ports of `address`.
+///
+/// # Panics
+///
+/// If it has none left.
+pub fn free_ports(address: Ipv4Addr) -> (u16, u16) {
+    let bind = || TcpListener::bind((address, 0)).expect("loopback has a free port");
+    let port = |listener: &TcpListener| {
+        listener.local_addr().expect("a bound socket has an address").port()
+    };
+    // Both at once, so that they differ.
+    let (first, second) = (bind(), bind());
+    (port(&first), port(&second))
 }
 
 /// Waits until `probe` gives a value.

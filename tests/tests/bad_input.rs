@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 use tests::model::{bundled_store, fixture};
-use tests::process::{Process, free_port, run, run_with};
+use tests::process::{Process, own_address, run, run_with};
 
 /// Done, failed, wrong usage, wrong configuration (design.md, section 10).
 const FAILED: i32 = 1;
@@ -76,7 +76,7 @@ fn more_stages_than_layers_is_wrong_usage() {
 
 #[test]
 fn nobody_there_is_said_with_the_address() {
-    let nobody = format!("127.0.0.1:{}", free_port());
+    let nobody = format!("{}:1", own_address());
     check(&run(&["generate", "--endpoint", &nobody, "x"]), FAILED, &[&nobody]);
     check(&run(&["status", "--endpoint", &nobody]), FAILED, &[&nobody]);
 

@@ -3,13 +3,11 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use etcd_client::Client;
 use tempfile::TempDir;
-
-/// Somebody may take a free port before etcd does: then it is tried again with others.
-const START_TRIES: u32 = 5;
 
 /// Looks whether etcd is up, at this interval and so many times.
 const READY_POLL: Duration = Duration::from_millis(50);
@@ -18,34 +16,30 @@ const READY_POLLS: u32 = 400;
 pub(crate) struct Server {
     child: Child,
     data: TempDir,
-    client_port: u16,
-    peer_port: u16,
+    client: SocketAddr,
+    peer: SocketAddr,
 }
 
 impl Server {
     pub(crate) async fn start() -> Self {
-        for _ in 0..START_TRIES {
-            let (client_port, peer_port) = free_ports();
-            let data = tempfile::tempdir().unwrap();
-            let child = spawn(&data, client_port, peer_port);
-            let mut server = Self { child, data, client_port, peer_port };
-            if server.is_ready().await {
-                return server;
-            }
-        }
-        panic!("etcd did not start {START_TRIES} times in a row");
+        let (client, peer) = free_addresses();
+        let data = tempfile::tempdir().unwrap();
+        let child = spawn(&data, client, peer);
+        let mut server = Self { child, data, client, peer };
+        assert!(server.is_ready().await, "etcd starts");
+        server
     }
 
     /// Kills it and starts it again on the same data and ports.
     pub(crate) async fn restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = spawn(&self.data, self.client_port, self.peer_port);
+        self.child = spawn(&self.data, self.client, self.peer);
         assert!(self.is_ready().await, "etcd starts again on its own data");
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
-        (Ipv4Addr::LOCALHOST, self.client_port).into()
+        self.client
     }
 
     /// The bare client, for what membership has no words for.
@@ -77,15 +71,20 @@ impl Drop for Server {
     }
 }
 
-fn free_ports() -> (u16, u16) {
-    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+/// Two ports of a loopback address that nothing else in this test run was given: sockets that a
+/// program opens by itself get ports of 127.0.0.1, so these stay free until etcd takes them.
+fn free_addresses() -> (SocketAddr, SocketAddr) {
+    static GIVEN: AtomicU8 = AtomicU8::new(0);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let count = GIVEN.fetch_add(1, Ordering::Relaxed);
+    assert!(count < 250, "a test process has at most 250 addresses");
+    let bind = || TcpListener::bind((Ipv4Addr::new(127, high, low, count + 2), 0)).unwrap();
     let (client, peer) = (bind(), bind());
-    (client.local_addr().unwrap().port(), peer.local_addr().unwrap().port())
+    (client.local_addr().unwrap(), peer.local_addr().unwrap())
 }
 
-fn spawn(data: &TempDir, client_port: u16, peer_port: u16) -> Child {
-    let client = format!("http://127.0.0.1:{client_port}");
-    let peer = format!("http://127.0.0.1:{peer_port}");
+fn spawn(data: &TempDir, client: SocketAddr, peer: SocketAddr) -> Child {
+    let (client, peer) = (format!("http://{client}"), format!("http://{peer}"));
     let child = Command::new("etcd")
         .arg("--data-dir")
         .arg(data.path())
