@@ -278,8 +278,8 @@ fn head(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
 /// Which rows are kept, with thresholds among the logits, and single rows.
 fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 64;
-    const COLS: usize = 1_100;
-    const POSITIONS: usize = 3;
+    const COLS: usize = 1_400;
+    const POSITIONS: usize = 9;
     let mut bits: Vec<u16> =
         (0..ROWS * COLS).map(|_| (inputs.float().to_bits() >> 16) as u16).collect();
     // Rows and activations of the greatest codes, of which no sum may saturate or wrap.
@@ -300,9 +300,9 @@ fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     let rows = x.chunks(COLS).zip(codes.chunks_mut(stride));
     let queries: Vec<_> =
         rows.map(|(x, codes)| ScreenQuery::new(x, codes).expect("finite")).collect();
-    for (from, to) in [(0, 1), (1, 2), (2, 3), (0, 3)] {
+    for (from, to) in [(0, 1), (1, 2), (2, 3), (0, 3), (0, POSITIONS)] {
         let input = ScreenInput::new(&codes[from * stride..to * stride], &queries[from..to], COLS);
-        for threshold in [-500.0, -10.0, 0.0, 3.0, 10.0, 3_299.0] {
+        for threshold in [-500.0, -10.0, 0.0, 3.0, 10.0, 4_199.0] {
             let mut kept = [0; POSITIONS];
             let thresholds = [threshold; POSITIONS];
             let n = to - from;

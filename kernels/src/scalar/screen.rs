@@ -2,7 +2,7 @@
 
 use crate::float_matrix::FloatMatrix;
 use crate::scalar::fused::head;
-use crate::screen::{ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
+use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
 use crate::views::Columns;
 
 pub(crate) fn screen(
@@ -12,13 +12,15 @@ pub(crate) fn screen(
     thresholds: &[f32],
     kept: &mut [u64],
 ) -> usize {
-    let both = |high_tile: &[u8], low_tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| {
-        let mut low_sums = [[0; TILE_ROWS]];
-        for (x, sums) in x.chunks(1).zip(sums.chunks_mut(1)) {
-            products::<4>(high_tile, x, sums);
-            products::<2>(low_tile, x, &mut low_sums);
-            for (sum, low) in sums[0].iter_mut().zip(low_sums[0]) {
-                *sum = 4 * *sum + low;
+    let both = |tiles: usize, x: &[&[i8]], sums: &mut [[i32; GROUP_ROWS]]| {
+        let (mut high, mut low) = ([[0; TILE_ROWS]], [[0; TILE_ROWS]]);
+        for (x, sums) in x.chunks(1).zip(sums) {
+            for (tile, sums) in (0..tiles).zip(sums.as_chunks_mut::<TILE_ROWS>().0) {
+                products::<4>(w.high(group, tile), x, &mut high);
+                products::<2>(w.low(group, tile), x, &mut low);
+                for (sum, (high, low)) in sums.iter_mut().zip(high[0].iter().zip(low[0])) {
+                    *sum += 4 * high + low;
+                }
             }
         }
     };

@@ -200,18 +200,28 @@ impl Form<'_> {
         }
         keep.iter().enumerate().fold(0, |mask, (row, keep)| mask | u64::from(*keep) << row)
     }
+
+    /// Whether a logit of 0 would be settled in half of the rows: where it would not, of four rows
+    /// hardly ever all are. A guess, on which only the order of reading hangs.
+    #[inline(always)]
+    fn may_settle(self, query: &ScreenQuery, threshold: f32) -> bool {
+        let most = f64::from(threshold) / query.of_error;
+        let is_small = |error: &[u8; 4]| f64::from(f32::from_le_bytes(*error)) < most;
+        let count = self.errors.iter().map(|error| usize::from(is_small(error))).sum::<usize>();
+        count >= GROUP_ROWS / 2
+    }
 }
 
-/// Up to so many positions are judged one after the other: the group comes from memory for the first
-/// and from the second-level cache for the others, and nothing is unpacked to memory.
+/// Up to so many positions may be judged one after the other, by the high plane first: the group comes
+/// from memory for the first and from the second-level cache for the others.
 const APART: usize = 3;
 
 /// Judges the rows of a group for every position: `kept` gets the rows whose logit may reach the
 /// position's threshold. Returns the bytes that were read.
 ///
-/// `high`, `low` and `both` give the sums of a tile's codes (the upper four bits, the lower two, all
-/// six) by the vectors. Up to [`APART`] positions read the low plane only of tiles that the high plane
-/// did not settle; more read all.
+/// `high` and `low` give the sums of a tile's upper four bits and lower two by up to two vectors, `both`
+/// adds those of all six bits of the first so many tiles of the group by any number. The low plane is read by
+/// itself, and only where it must be, if the high plane has a chance to settle much for few positions.
 #[expect(clippy::too_many_arguments, reason = "three of them are what a backend brings along")]
 #[inline(always)]
 pub(crate) fn judge<'a>(
@@ -222,7 +232,7 @@ pub(crate) fn judge<'a>(
     kept: &mut [u64],
     high: impl Fn(&'a [u8], &[&[i8]], &mut [[i32; TILE_ROWS]]),
     low: impl Fn(&'a [u8], &[&[i8]], &mut [[i32; TILE_ROWS]]),
-    both: impl Fn(&'a [u8], &'a [u8], &[&[i8]], &mut [[i32; TILE_ROWS]]),
+    both: impl Fn(usize, &[&[i8]], &mut [[i32; GROUP_ROWS]]),
 ) -> usize {
     let [steps, errors_of_four, errors_of_six, norms] = w.numbers(group);
     let four = Form { unit: 4.0, centre: 30.0, steps, errors: errors_of_four, norms };
@@ -230,7 +240,8 @@ pub(crate) fn judge<'a>(
     let valid = w.valid(group);
     let tiles = (valid.count_ones() as usize).div_ceil(TILE_ROWS);
     let group_bytes = tiles * w.high_tile_bytes();
-    if x.positions() <= APART {
+    let may_settle = |(query, threshold): (&_, &f32)| four.may_settle(query, *threshold);
+    if x.positions() <= APART && x.queries.iter().zip(thresholds).all(may_settle) {
         let mut low_tiles = 0;
         for (position, query) in x.queries.iter().enumerate() {
             let mut vectors: [&[i8]; PLANES] = [&[]; PLANES];
@@ -272,13 +283,7 @@ pub(crate) fn judge<'a>(
     let all = (0..x.positions()).flat_map(|position| x.vectors(position));
     let count = vectors.iter_mut().zip(all).map(|(vector, x)| *vector = x).count();
     let mut sums = [[0; GROUP_ROWS]; VECTORS_MAX];
-    let mut of_tile = [[0; TILE_ROWS]; VECTORS_MAX];
-    for tile in 0..tiles {
-        both(w.high(group, tile), w.low(group, tile), &vectors[..count], &mut of_tile);
-        for (sums, of_tile) in sums[..count].iter_mut().zip(&of_tile) {
-            sums.as_chunks_mut::<TILE_ROWS>().0[tile] = *of_tile;
-        }
-    }
+    both(tiles, &vectors[..count], &mut sums[..count]);
     let mut sums = &sums[..count];
     for ((query, threshold), kept) in x.queries.iter().zip(thresholds).zip(kept) {
         let (own, rest) = sums.split_at(query.planes);

@@ -9,9 +9,10 @@
 use std::arch::x86_64::*;
 
 use super::head::one_row;
-use super::{load_i8, load_u8, prefetch, store_i32x4, store_u8};
+use super::ternary::in_order;
+use super::{load_i8, load_u8, prefetch, store_i32x4};
 use crate::float_matrix::FloatMatrix;
-use crate::screen::{ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
+use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
 
 /// How far ahead of its reading a plane is asked for.
 const PREFETCH_BYTES: usize = 4096;
@@ -21,18 +22,22 @@ const ROWS_AHEAD: usize = 3;
 const LINE: usize = 64;
 /// Blocks of the high plane gathered in i16.
 const HIGH_STRIP: usize = 4;
-/// Blocks of the low plane gathered in i16, or unpacked together.
+/// Blocks of the low plane gathered in i16.
 const LOW_STRIP: usize = 8;
-/// Vectors of 32 columns in a strip that is unpacked.
-const STRIP_VECTORS: usize = 4 * LOW_STRIP;
+
+/// Vectors that a tile of six bits is multiplied by at once: as many sums in registers.
+const TOGETHER: usize = 8;
+
+/// Activations of a block of 128 columns.
+type Columns = [[i8; ROW_BYTES]; 4];
+/// Activations of a strip, `[block][vector]`: up to 20 kB, and no load of them crosses a cache line.
+#[repr(align(64))]
+struct Strip<const V: usize, const BLOCKS: usize>([[Columns; V]; BLOCKS]);
 
 /// One block of a tile: `[row][byte]`.
 type Block = [[u8; ROW_BYTES]; TILE_ROWS];
 /// A sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
-/// The codes of a strip, one to a byte, aligned so that no load of them crosses a cache line.
-#[repr(align(64))]
-struct Strip([Block; STRIP_VECTORS]);
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn screen(
@@ -52,8 +57,19 @@ pub(super) fn screen(
         [one, two, ..] => low_tile(tile, [one, two], sums),
         [] => {}
     };
-    let both = |high: &[u8], low: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| {
-        both_planes(high, low, x, sums);
+    let both = |tiles: usize, x: &[&[i8]], sums: &mut [[i32; GROUP_ROWS]]| {
+        for (x, sums) in x.chunks(TOGETHER).zip(sums.chunks_mut(TOGETHER)) {
+            match x.len() {
+                1 => both_planes::<1, 20>(w, group, tiles, x, sums),
+                2 => both_planes::<2, 20>(w, group, tiles, x, sums),
+                3 => both_planes::<3, 20>(w, group, tiles, x, sums),
+                4 => both_planes::<4, 20>(w, group, tiles, x, sums),
+                5 => both_planes::<5, 10>(w, group, tiles, x, sums),
+                6 => both_planes::<6, 10>(w, group, tiles, x, sums),
+                7 => both_planes::<7, 10>(w, group, tiles, x, sums),
+                _ => both_planes::<TOGETHER, 10>(w, group, tiles, x, sums),
+            }
+        }
     };
     judge(w, group, x, thresholds, kept, high, low, both)
 }
@@ -145,85 +161,108 @@ fn low_codes(packed: __m256i) -> [__m256i; 4] {
     ]
 }
 
-/// A tile of both planes by any number of vectors: codes of six bits are put together once for all.
+/// Adds to `sums` the tiles of both planes by `V` vectors, which are copied so that they lie side by side in the first-level cache and are
+/// operands of the products; codes of six bits are put together in registers.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn both_planes(high: &[u8], low: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]) {
-    let mut unpacked = Strip([[[0; ROW_BYTES]; TILE_ROWS]; STRIP_VECTORS]);
-    let (high, low) = (blocks(high).as_chunks::<2>().0, blocks(low));
-    sums[..x.len()].fill([0; TILE_ROWS]);
-    for (strip, low) in low.chunks(LOW_STRIP).enumerate() {
-        let high = &high[strip * LOW_STRIP..][..low.len()];
-        let codes = &mut unpacked.0[..4 * low.len()];
-        for ((codes, high), low) in codes.as_chunks_mut::<4>().0.iter_mut().zip(high).zip(low) {
-            put_together(high, low, codes);
+fn both_planes<const V: usize, const BLOCKS: usize>(
+    w: ScreenMatrix<'_>,
+    group: usize,
+    tiles: usize,
+    x: &[&[i8]],
+    sums: &mut [[i32; GROUP_ROWS]],
+) {
+    let mut strip = Strip([[[[0; ROW_BYTES]; 4]; V]; BLOCKS]);
+    let all_blocks = w.high_tile_bytes() / size_of::<[Block; 2]>();
+    for first in (0..all_blocks).step_by(BLOCKS) {
+        let count = BLOCKS.min(all_blocks - first);
+        for (v, x) in x.iter().enumerate() {
+            let x: &[Columns] = x.as_chunks().0.as_chunks().0;
+            for (place, x) in strip.0.iter_mut().zip(&x[first..first + count]) {
+                place[v] = *x;
+            }
         }
-        let vectors =
-            |at: usize| &x[at].as_chunks::<ROW_BYTES>().0[strip * STRIP_VECTORS..][..codes.len()];
-        let mut at = 0;
-        while at < x.len() {
-            at += match x.len() - at {
-                1 => multiply(codes, [vectors(at)], &mut sums[at..]),
-                _ => multiply(codes, [vectors(at), vectors(at + 1)], &mut sums[at..]),
+        for tile in 0..tiles {
+            let high = &blocks(w.high(group, tile)).as_chunks().0[first..][..count];
+            let low = &blocks(w.low(group, tile))[first..][..count];
+            // What comes next: of the next tile, the next strip, or the next group if there is any.
+            let next = if tile + 1 < tiles {
+                (group, tile + 1, first)
+            } else if first + count < all_blocks {
+                (group, 0, first + count)
+            } else {
+                (w.rows().div_ceil(GROUP_ROWS).min(group + 2) - 1, 0, 0)
             };
-        }
-    }
-}
-
-/// The six bits of 128 columns of a tile.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn put_together(high: &[Block; 2], low: &Block, codes: &mut [Block; 4]) {
-    let upper = _mm256_set1_epi8(0x3c);
-    for row in 0..TILE_ROWS {
-        prefetch(&high[0][row], PREFETCH_BYTES);
-        prefetch(&low[row], PREFETCH_BYTES / 2);
-        let [one, two] = [load_u8(&high[0][row]), load_u8(&high[1][row])];
-        let upper_bits = [
-            _mm256_and_si256(_mm256_slli_epi16::<2>(one), upper),
-            _mm256_and_si256(_mm256_srli_epi16::<2>(one), upper),
-            _mm256_and_si256(_mm256_slli_epi16::<2>(two), upper),
-            _mm256_and_si256(_mm256_srli_epi16::<2>(two), upper),
-        ];
-        let lower_bits = low_codes(load_u8(&low[row]));
-        for ((codes, upper), lower) in codes.iter_mut().zip(upper_bits).zip(lower_bits) {
-            store_u8(&mut codes[row], _mm256_or_si256(upper, lower));
-        }
-    }
-}
-
-/// Adds the products of a strip by `N` vectors; returns `N`.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn multiply<const N: usize>(
-    codes: &[Block],
-    x: [&[[i8; ROW_BYTES]]; N],
-    sums: &mut [[i32; TILE_ROWS]],
-) -> usize {
-    let ones = _mm256_set1_epi16(1);
-    let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; N];
-    let (codes, _) = codes.as_chunks::<2>();
-    let x = x.map(|x| &x.as_chunks::<2>().0[..codes.len()]);
-    for (at, [first, second]) in codes.iter().enumerate() {
-        let x = x.map(|x| [load_i8(&x[at][0]), load_i8(&x[at][1])]);
-        for row in 0..TILE_ROWS {
-            let (first, second) = (load_u8(&first[row]), load_u8(&second[row]));
-            for i in 0..N {
-                let products = _mm256_add_epi16(
-                    _mm256_maddubs_epi16(first, x[i][0]),
-                    _mm256_maddubs_epi16(second, x[i][1]),
-                );
-                let wide = _mm256_madd_epi16(products, ones);
-                totals[i][row] = _mm256_add_epi32(totals[i][row], wide);
+            let (high_ahead, low_ahead) = (w.high(next.0, next.1), w.low(next.0, next.1));
+            let high_ahead = &high_ahead[next.2 * size_of::<[Block; 2]>()..];
+            let low_ahead = &low_ahead[next.2 * size_of::<Block>()..];
+            let ahead = [high_ahead.as_ptr(), low_ahead.as_ptr()];
+            // Few vectors wait for memory, which likes to be read in order; many need registers.
+            let totals = match V {
+                1 | 2 => tile_by::<V, 4>(high, low, ahead, &strip.0[..count]),
+                3 => tile_by::<V, 2>(high, low, ahead, &strip.0[..count]),
+                _ => tile_by::<V, 1>(high, low, ahead, &strip.0[..count]),
+            };
+            for (sums, totals) in sums.iter_mut().zip(totals) {
+                let sums = &mut sums.as_chunks_mut::<TILE_ROWS>().0[tile];
+                sums.iter_mut().zip(across(totals)).for_each(|(sum, more)| *sum += more);
             }
         }
     }
-    for (sums, totals) in sums.iter_mut().zip(totals) {
-        for (sum, more) in sums.iter_mut().zip(across(totals)) {
-            *sum += more;
+}
+
+/// The sums of a strip of a tile by `V` vectors, for `R` rows at a time. Asks for the bytes at `ahead`,
+/// of the high plane and of the low one.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn tile_by<const V: usize, const R: usize>(
+    high: &[[Block; 2]],
+    low: &[Block],
+    ahead: [*const u8; 2],
+    x: &[[Columns; V]],
+) -> [Sums; V] {
+    let mut sums = [[_mm256_setzero_si256(); TILE_ROWS]; V];
+    for first in (0..TILE_ROWS).step_by(R) {
+        let mut totals = [[_mm256_setzero_si256(); R]; V];
+        for (at, ((high, low), x)) in high.iter().zip(low).zip(x).enumerate() {
+            for row in 0..R {
+                let packed = |block: &Block| load_u8(&block[first + row]);
+                // A row's part of what comes next: two blocks of two lines, and one of two.
+                prefetch(ahead[0], (4 * at + first + row) * LINE);
+                if first + row < 2 {
+                    prefetch(ahead[1], (2 * at + first + row) * LINE);
+                }
+                let lower = low_codes(packed(low));
+                for (pair, high) in high.iter().enumerate() {
+                    let upper = high_codes(packed(high));
+                    let one = _mm256_or_si256(upper[0], lower[2 * pair]);
+                    let two = _mm256_or_si256(upper[1], lower[2 * pair + 1]);
+                    for (totals, x) in totals.iter_mut().zip(x) {
+                        let products = _mm256_add_epi16(
+                            _mm256_maddubs_epi16(one, load_i8(&x[2 * pair])),
+                            _mm256_maddubs_epi16(two, load_i8(&x[2 * pair + 1])),
+                        );
+                        let wide = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+                        totals[row] = in_order(_mm256_add_epi32(totals[row], wide));
+                    }
+                }
+            }
+        }
+        for (sums, totals) in sums.iter_mut().zip(totals) {
+            sums[first..first + R].copy_from_slice(&totals);
         }
     }
-    N
+    sums
+}
+
+/// The upper bits of the two codes in each byte of the high plane, in their place.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn high_codes(packed: __m256i) -> [__m256i; 2] {
+    let upper = _mm256_set1_epi8(0x3c);
+    [
+        _mm256_and_si256(_mm256_slli_epi16::<2>(packed), upper),
+        _mm256_and_si256(_mm256_srli_epi16::<2>(packed), upper),
+    ]
 }
 
 /// Adds i16 sums to i32 totals.
