@@ -26,8 +26,8 @@ const STRIP_BLOCKS: usize = 8;
 const GROUP_ROWS: usize = 8;
 /// Rows of activations that go over the weights together. A strip of them takes 24 kB.
 const ROWS_MAX: usize = 3 * GROUP_ROWS;
-/// Tiles that pass before the next strip: 64 rows of weights, 6 kB of sums.
-const BATCH_TILES: usize = 16;
+/// Tiles that pass before the next strip: 256 rows of weights, 24 kB of sums.
+const BATCH_TILES: usize = 64;
 
 /// The activations of a plane.
 type Vector = [i8; ROW_BLOCK_BYTES];
