@@ -4,15 +4,14 @@
 //! Three ways, by the number of rows of activations:
 //!
 //! * one: memory is the limit. A tile is unpacked in registers and read ahead of its use.
-//! * few: likewise, and each unpacked register serves up to four rows.
+//! * few: likewise, and each unpacked register serves up to five rows.
 //! * some: arithmetic is the limit, see `group.rs`. (For panels of many, see `lookup.rs`.)
 //!
 //! **Why nothing overflows.** `maddubs` adds two products of a code and an activation into an i16:
 //! with codes 0 to 2 and activations -128 to 127 a pair is within ±512 (±768 for the invalid code
-//! 3), so its saturation is never met. An i16 lane gathers one pair per 32 columns, and is widened
-//! to i32 after at most [`STRIP_BLOCKS`] blocks of 128 columns: 8 * 4 pairs, within ±16,384
-//! (±24,576 for code 3), below 32,768. An i32 holds any sum, because a matrix has at most 2^22
-//! columns (`ternary_matrix.rs`).
+//! 3), so its saturation is never met. `one_row` says what an i16 lane gathers of them before it is
+//! widened to i32. An i32 holds any sum, because a matrix has at most 2^22 columns
+//! (`ternary_matrix.rs`).
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -20,18 +19,14 @@ use std::array;
 use std::ops::Range;
 
 use super::group::some_rows;
-use super::{load_i8, load_u8, prefetch, store_i32x4, store_x4};
+use super::{load_i8, load_u8, prefetch, store_x4};
 use crate::ternary_matrix::{Arrangement, BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 
 /// Bit planes: the columns of a block in vectors of 32.
 const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
-/// Blocks gathered in i16 before they are widened.
-const STRIP_BLOCKS: usize = 8;
 /// Blocks of four times the codes that are gathered in i16.
 const SCALED_BLOCKS: usize = 5;
-/// From so many rows of activations on, putting them side by side pays.
-const SOME_ROWS: usize = 6;
 /// How far ahead of its reading a tile is asked for; without it one thread waits for memory.
 const PREFETCH_BYTES: usize = 4096;
 
@@ -39,8 +34,6 @@ const PREFETCH_BYTES: usize = 4096;
 type Activations = [[i8; ROW_BLOCK_BYTES]; PLANES];
 /// A running sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
-/// The sums of one row of activations: of codes, so with the sum of the activations in them.
-type Totals = [i32; TILE_ROWS];
 
 /// One block of a tile: `[row][byte]`.
 type TileBlock = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
@@ -141,36 +134,14 @@ fn all_tiles<'a, T: Tile<'a>>(
     x: Quantised<'_>,
     mut y: Columns<'_>,
 ) {
-    let n = x.rows();
-    if n >= SOME_ROWS {
-        return some_rows::<T>(w, tiles, x, &mut y);
-    }
-    if n == 1 {
-        return single_row::<T>(w, tiles, x, y.row(0));
-    }
-    for (position, at) in tiles.enumerate() {
-        let tile = T::new(w, at);
-        // The bytes of a tile are contiguous in either arrangement.
-        let ahead = w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES);
-        let row = |i| activations(w, x, i);
-        let mut put = |first: usize, all: &[Totals]| {
-            for (i, totals) in all.iter().enumerate() {
-                finish(w, x, first + i, *totals, &mut y, position);
-            }
-        };
-        match n {
-            2 => put(0, &few_rows::<T, 2>(tile, ahead, array::from_fn(row))),
-            4 => put(0, &few_rows::<T, 4>(tile, ahead, array::from_fn(row))),
-            // Five are three and two: the tile is in the first-level cache for the second part.
-            3 | 5 => {
-                put(0, &few_rows::<T, 3>(tile, ahead, array::from_fn(row)));
-                if n == 5 {
-                    put(3, &few_rows::<T, 2>(tile, ahead, array::from_fn(|i| row(3 + i))));
-                }
-            }
-            // None; one and more than five are done above.
-            _ => {}
-        }
+    match x.rows() {
+        0 => {}
+        1 => single_row::<T>(w, tiles, x, y.row(0)),
+        2 => few_rows::<T, 2>(w, tiles, x, &mut y),
+        3 => few_rows::<T, 3>(w, tiles, x, &mut y),
+        4 => few_rows::<T, 4>(w, tiles, x, &mut y),
+        5 => few_rows::<T, 5>(w, tiles, x, &mut y),
+        _ => some_rows::<T>(w, tiles, x, &mut y),
     }
 }
 
@@ -199,7 +170,7 @@ fn single_row<'a, T: Tile<'a>>(
     y: &mut [f32],
 ) {
     let blocks = activations(w, x, 0);
-    let (sum, scale) = (_mm_set1_epi32(x.sum(0)), _mm_set1_ps(w.scale() / x.scale(0)));
+    let output = Output::new(w, x, 0);
     let half = tiles.len().div_ceil(2);
     let (first, second) = y.split_at_mut(y.len().min(half * TILE_ROWS));
     let mut halves = [first, second].map(|y| y.chunks_mut(TILE_ROWS));
@@ -210,13 +181,33 @@ fn single_row<'a, T: Tile<'a>>(
             // The bytes of a tile are contiguous in either arrangement.
             let ahead = w.tile(at).as_ptr_range().end;
             let totals = one_row(T::new(w, at), ahead, blocks);
-            let values = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(totals, sum)), scale);
-            let values = store_x4(values);
-            // The last tile may have fewer rows than totals.
-            match y.first_chunk_mut::<TILE_ROWS>() {
-                Some(y) => *y = values,
-                None => y.copy_from_slice(&values[..y.len()]),
-            }
+            output.put(totals, y);
+        }
+    }
+}
+
+/// What makes outputs of the sums of a row of activations.
+#[derive(Clone, Copy)]
+struct Output {
+    /// Of the activations.
+    sum: i32,
+    scale: f32,
+}
+
+impl Output {
+    fn new(w: TernaryMatrix<'_>, x: Quantised<'_>, i: usize) -> Self {
+        Self { sum: x.sum(i), scale: w.scale() / x.scale(i) }
+    }
+
+    /// Writes the outputs of a tile, of which the last may have fewer rows than totals.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn put(self, totals: __m128i, y: &mut [f32]) {
+        let exact = _mm_sub_epi32(totals, _mm_set1_epi32(self.sum));
+        let values = store_x4(_mm_mul_ps(_mm_cvtepi32_ps(exact), _mm_set1_ps(self.scale)));
+        match y.first_chunk_mut::<TILE_ROWS>() {
+            Some(y) => *y = values,
+            None => y.copy_from_slice(&values[..y.len()]),
         }
     }
 }
@@ -298,75 +289,107 @@ fn anew<T>(place: &T) -> &T {
     unsafe { &*place }
 }
 
-/// One tile by a few rows of activations.
+/// All tiles by a few rows of activations.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn few_rows<'a, T: Tile<'a>, const N: usize>(
+    w: TernaryMatrix<'a>,
+    tiles: Range<usize>,
+    x: Quantised<'_>,
+    y: &mut Columns<'_>,
+) {
+    let blocks: [_; N] = array::from_fn(|i| activations(w, x, i));
+    let outputs: [_; N] = array::from_fn(|i| Output::new(w, x, i));
+    for (position, at) in tiles.enumerate() {
+        // The bytes of a tile are contiguous in either arrangement.
+        let ahead = w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES);
+        let totals = tile_by(T::new(w, at), ahead, blocks);
+        for (i, (totals, output)) in totals.into_iter().zip(outputs).enumerate() {
+            output.put(totals, &mut y.row(i)[position * TILE_ROWS..]);
+        }
+    }
+}
+
+/// One tile by `N` rows of activations, one row of weights after the other: each register of masked
+/// weights serves all of them, and the activations are operands of the products. Otherwise as
+/// [`one_row`], whose bounds hold here.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn few_rows<'a, T: Tile<'a>, const N: usize>(
+fn tile_by<'a, T: Tile<'a>, const N: usize>(
     tile: T,
     ahead: *const u8,
     x: [&[Activations]; N],
-) -> [Totals; N] {
+) -> [__m128i; N] {
     let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; N];
-    for start in (0..tile.len()).step_by(STRIP_BLOCKS) {
-        let strip = start..tile.len().min(start + STRIP_BLOCKS);
+    for first in (0..tile.len()).step_by(2 * SCALED_BLOCKS) {
+        let strip = first..tile.len().min(first + 2 * SCALED_BLOCKS);
         for at in strip.clone() {
             prefetch_block(ahead, at);
         }
-        let mut part = x;
-        for x in &mut part {
+        let part = tile.part(strip.clone());
+        let mut x = x;
+        for x in &mut x {
             *x = &x[strip.clone()];
         }
-        two_of_four::<T, N, 0>(tile.part(strip.clone()), part, &mut totals);
-        two_of_four::<T, N, 2>(tile.part(strip), part, &mut totals);
+        for row in 0..TILE_ROWS {
+            let mut sums = [_mm256_setzero_si256(); N];
+            for half in [0..strip.len().min(SCALED_BLOCKS), SCALED_BLOCKS..strip.len()] {
+                if half.start < half.end {
+                    let mut x = x;
+                    for x in &mut x {
+                        *x = &x[half.clone()];
+                    }
+                    add_row::<T, N>(part.part(half), row, x, &mut sums);
+                }
+            }
+            for (totals, sum) in totals.iter_mut().zip(sums) {
+                let wide = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+                totals[row] = _mm256_add_epi32(totals[row], wide);
+            }
+        }
     }
-    totals.map(|totals| store_i32x4(across(totals)))
+    let mut sums = [_mm_setzero_si128(); N];
+    for (sum, totals) in sums.iter_mut().zip(totals) {
+        *sum = across(totals);
+    }
+    sums
 }
 
-/// Rows `R` and `R + 1` of a strip of a tile.
+/// Adds the products of row `row` of at most [`SCALED_BLOCKS`] blocks.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn two_of_four<'a, T: Tile<'a>, const N: usize, const R: usize>(
+fn add_row<'a, T: Tile<'a>, const N: usize>(
     tile: T,
+    row: usize,
     x: [&[Activations]; N],
-    totals: &mut [Sums; N],
+    sums: &mut [__m256i; N],
 ) {
+    let (low, scaled) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
     let len = tile.len();
     for x in x {
         assert_eq!(x.len(), len, "so that nothing is checked in the loop");
     }
-    let mut sums = [[_mm256_setzero_si256(); 2]; N];
+    let mut own = *sums;
+    let mut scaled_sums = [_mm256_setzero_si256(); N];
     for at in 0..len {
-        let block = tile.block(at);
-        let (a, b) = (unpack(load_u8(block[R])), unpack(load_u8(block[R + 1])));
-        for plane in 0..PLANES {
-            for i in 0..N {
-                let x = load_i8(&x[i][at][plane]);
-                let products = _mm256_maddubs_epi16(a[plane], x);
-                sums[i][0] = in_order(_mm256_add_epi16(sums[i][0], products));
-                let products = _mm256_maddubs_epi16(b[plane], x);
-                sums[i][1] = in_order(_mm256_add_epi16(sums[i][1], products));
+        let packed = load_u8(tile.row_block(row, at));
+        let shifted = _mm256_srli_epi16::<4>(packed);
+        let masked = [
+            _mm256_and_si256(packed, low),
+            _mm256_and_si256(packed, scaled),
+            _mm256_and_si256(shifted, low),
+            _mm256_and_si256(shifted, scaled),
+        ];
+        for (plane, masked) in masked.into_iter().enumerate() {
+            let sums = if plane % 2 == 0 { &mut own } else { &mut scaled_sums };
+            for (sum, x) in sums.iter_mut().zip(x) {
+                let products = _mm256_maddubs_epi16(masked, load_i8(&x[at][plane]));
+                *sum = in_order(_mm256_add_epi16(*sum, products));
             }
         }
     }
-    for (totals, [a, b]) in totals.iter_mut().zip(sums) {
-        let ones = _mm256_set1_epi16(1);
-        totals[R] = _mm256_add_epi32(totals[R], _mm256_madd_epi16(a, ones));
-        totals[R + 1] = _mm256_add_epi32(totals[R + 1], _mm256_madd_epi16(b, ones));
+    for ((sum, own), scaled) in sums.iter_mut().zip(own).zip(scaled_sums) {
+        *sum = _mm256_add_epi16(own, _mm256_srai_epi16::<2>(scaled));
     }
-}
-
-/// The four planes of 32 packed bytes. Shifts are of 16 bits: the mask takes away what crosses from
-/// the upper byte.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn unpack(packed: __m256i) -> [__m256i; PLANES] {
-    let low = _mm256_set1_epi8(0b11);
-    [
-        _mm256_and_si256(packed, low),
-        _mm256_and_si256(_mm256_srli_epi16::<2>(packed), low),
-        _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low),
-        _mm256_and_si256(_mm256_srli_epi16::<6>(packed), low),
-    ]
 }
 
 /// The same value, which the compiler knows nothing about: otherwise it unrolls the loop around the
@@ -385,21 +408,4 @@ pub(super) fn in_order(mut sum: __m256i) -> __m256i {
 pub(super) fn across([a, b, c, d]: Sums) -> __m128i {
     let halves = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
     _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves))
-}
-
-/// Writes the outputs of one tile, the `position`th of the range, for row `i` of the activations.
-#[inline]
-fn finish(
-    w: TernaryMatrix<'_>,
-    x: Quantised<'_>,
-    i: usize,
-    totals: Totals,
-    y: &mut Columns<'_>,
-    position: usize,
-) {
-    let scale = w.scale() / x.scale(i);
-    // The last tile may have fewer rows than totals.
-    for (y, total) in y.row(i)[position * TILE_ROWS..].iter_mut().zip(totals) {
-        *y = (total - x.sum(i)) as f32 * scale;
-    }
 }
