@@ -255,10 +255,10 @@ impl Backend {
         dispatch!(self, sparse, ternary_rows(w, rows, x, y));
     }
 
-    /// `y[r] = (Σ_j trit[r][j] q[j]) as f32 * (scale / s)` over the columns j of `columns`, for the
-    /// rows r of `chunks` and the one row of `x`: the product of [`Backend::ternary`] if every column
-    /// whose activation is not zero is listed. `y` are the rows of [`TernaryColumns::chunk_rows`].
-    /// Fast for ascending columns and several chunks at a time.
+    /// Adds `Σ_j (trit[r][j] + 1) q[j]` over the columns j of `columns`, with the one row of `x`, to
+    /// `sums[r]` for every row r of `w`, padding included: exact, so columns may be added in any order
+    /// and to several rows of sums, see [`Self::end_columns`]. Fast for ascending columns and many at
+    /// a time.
     ///
     /// # Panics
     ///
@@ -266,17 +266,40 @@ impl Backend {
     pub fn ternary_columns(
         self,
         w: TernaryColumns<'_>,
-        chunks: Range<usize>,
         columns: &[u32],
+        x: Quantised<'_>,
+        sums: &mut [i32],
+    ) {
+        assert_eq!(x.rows(), 1, "columns are skipped for one row of activations");
+        assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
+        assert_eq!(sums.len(), w.padded_rows(), "one sum per row");
+        let known = |column: &u32| (*column as usize) < w.cols();
+        assert!(columns.iter().all(known), "columns of {}", w.cols());
+        dispatch!(self, sparse, ternary_columns(w, columns, x, sums));
+    }
+
+    /// `y[r]` = what [`Backend::ternary`] gives for the rows r of `rows` and the one row of `x`, if
+    /// every column whose activation is not zero was added once to one of the rows of sums
+    /// `[n][TernaryColumns::padded_rows]`, which were zero before. No sum leaves i32: in all within
+    /// 2^22 columns (`ternary_matrix.rs`) times 3 · 128 even for the invalid code 3.
+    ///
+    /// # Panics
+    ///
+    /// If the shapes disagree.
+    pub fn end_columns(
+        self,
+        w: TernaryColumns<'_>,
+        sums: &[i32],
+        rows: Range<usize>,
         x: Quantised<'_>,
         y: &mut [f32],
     ) {
         assert_eq!(x.rows(), 1, "columns are skipped for one row of activations");
-        assert!(x.fits(w.cols()), "activations are narrower than {} columns", w.cols());
-        assert_eq!(y.len(), w.chunk_rows(chunks.clone()).len(), "one output per row of the chunks");
-        let known = |column: &u32| (*column as usize) < w.cols();
-        assert!(columns.iter().all(known), "columns of {}", w.cols());
-        dispatch!(self, sparse, ternary_columns(w, chunks, columns, x, y));
+        assert!(rows.start <= rows.end && rows.end <= w.rows(), "rows {rows:?} of {}", w.rows());
+        let is_whole = !sums.is_empty() && sums.len().is_multiple_of(w.padded_rows());
+        assert!(is_whole, "rows of one sum per row");
+        assert_eq!(y.len(), rows.len(), "one output per row");
+        scalar::sparse::end_columns(w, sums, rows, x, y);
     }
 
     /// Writes the places of the elements above 0, counted from `first`, to the front of `out`,

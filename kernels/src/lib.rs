@@ -55,7 +55,7 @@ pub use known_answer::known_answer;
 pub use screen::{
     SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols,
 };
-pub use ternary_columns::{ColumnPacker, TernaryColumns};
+pub use ternary_columns::{ColumnPacker, TernaryColumns, padded_rows};
 pub use ternary_matrix::{Arrangement, LayoutError, TernaryMatrix, pack_tile, padded_cols};
 pub use views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,

@@ -6,7 +6,7 @@ use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
 use crate::known_answer::Inputs;
 use crate::screen::{ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols};
-use crate::ternary_columns::{ColumnPacker, TernaryColumns};
+use crate::ternary_columns::{ColumnPacker, TernaryColumns, padded_rows};
 use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
@@ -247,8 +247,9 @@ fn sparse(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
         let x = Quantised::new(&q, STRIDE, &scale, &sum);
         let count = backend.nonzero(&q[..COLS], &mut places);
         answers.0.extend_from_slice(&places[..count]);
-        backend.ternary_columns(by_columns, 0..2, &places[..count], x, &mut y);
-        answers.floats(&y);
+        let mut sums = [0; padded_rows(ROWS)];
+        backend.ternary_columns(by_columns, &places[..count], x, &mut sums);
+        answers.0.extend(sums.map(|sum| sum as u32));
         let count = backend.positive(&gate, 0, &mut places);
         answers.0.extend_from_slice(&places[..count]);
         backend.ternary_rows(by_rows, &places[..count], x, &mut y[..count]);

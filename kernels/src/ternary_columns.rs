@@ -2,7 +2,7 @@
 //! checked, packed and unpacked. Products are elsewhere.
 //!
 //! Columns follow one another, each contiguous, in *chunks* of 256 rows: a cache line. Threads share
-//! a product by chunks.
+//! a product by columns.
 //!
 //! ```text
 //! matrix  = column 0 | column 1 | …
@@ -16,8 +16,6 @@
 //!
 //! Rows past the last hold zero trits (code 1, byte 0x55).
 
-use std::ops::Range;
-
 use crate::ternary_matrix::{LayoutError, MAX_COLS};
 
 /// Rows in a block: four bit planes of [`BLOCK_BYTES`].
@@ -26,7 +24,7 @@ pub(crate) const BLOCK_ROWS: usize = 4 * BLOCK_BYTES;
 pub(crate) const BLOCK_BYTES: usize = 32;
 /// Blocks in a chunk.
 pub(crate) const CHUNK_BLOCKS: usize = 2;
-/// Rows in a chunk, which is a cache line: a smaller part would be fetched by two threads.
+/// Rows in a chunk, which is a cache line.
 pub(crate) const CHUNK_ROWS: usize = CHUNK_BLOCKS * BLOCK_ROWS;
 
 /// A ternary matrix by columns and its scale: a view that is cheap to copy and whose sizes are
@@ -44,8 +42,6 @@ pub struct TernaryColumns<'a> {
 impl<'a> TernaryColumns<'a> {
     /// Name of this layout in a shard's metadata.
     pub const LAYOUT: &'static str = "ternary-2bit-column256";
-    /// Rows in a chunk.
-    pub const CHUNK_ROWS: usize = CHUNK_ROWS;
 
     /// Looks at `bytes` as a matrix of `rows` x `cols`. Takes constant time: codes are not looked
     /// at (see [`Self::check_codes`]); invalid ones give defined sums, never undefined behaviour.
@@ -84,24 +80,14 @@ impl<'a> TernaryColumns<'a> {
         self.scale
     }
 
-    /// Chunks, the last of which may have fewer rows.
-    pub fn chunks(self) -> usize {
-        self.rows.div_ceil(CHUNK_ROWS)
-    }
-
-    /// The rows that a range of chunks holds.
-    ///
-    /// # Panics
-    ///
-    /// If `chunks` is reversed or ends past the last chunk.
-    pub fn chunk_rows(self, chunks: Range<usize>) -> Range<usize> {
-        assert!(chunks.start <= chunks.end && chunks.end <= self.chunks(), "chunks {chunks:?}");
-        (chunks.start * CHUNK_ROWS).min(self.rows)..(chunks.end * CHUNK_ROWS).min(self.rows)
+    /// Rows with those that fill the last chunk: how many sums a product has.
+    pub fn padded_rows(self) -> usize {
+        padded_rows(self.rows)
     }
 
     /// Every block, `[columns][blocks of a column]`, and how many blocks a column has.
     pub(crate) fn blocks(self) -> (&'a [[u8; BLOCK_BYTES]], usize) {
-        (self.bytes.as_chunks().0, self.chunks() * CHUNK_BLOCKS)
+        (self.bytes.as_chunks().0, self.padded_rows() / BLOCK_ROWS)
     }
 
     /// Looks at every code.
@@ -117,7 +103,7 @@ impl<'a> TernaryColumns<'a> {
             if both & 0x55 == 0 && whole {
                 continue;
             }
-            for row in 0..self.chunks() * CHUNK_ROWS {
+            for row in 0..self.padded_rows() {
                 let (byte, shift) = place(row);
                 match bytes[byte] >> shift & 0b11 {
                     3 => return Err(LayoutError::Code { row, col }),
@@ -192,6 +178,11 @@ impl ColumnPacker {
     pub fn finish(self) -> Vec<u8> {
         self.bytes
     }
+}
+
+/// [`TernaryColumns::padded_rows`] of a matrix of `rows` rows.
+pub const fn padded_rows(rows: usize) -> usize {
+    rows.div_ceil(CHUNK_ROWS) * CHUNK_ROWS
 }
 
 /// Bytes of a column of `rows` rows.

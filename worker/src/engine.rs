@@ -372,6 +372,7 @@ impl Engine {
             planes: self.buffers.lend(&team, batch.tokens().len()),
             results: self.results.lend(&team, wanted, 1),
             queue: shared::Queue::default(),
+            columns: shared::Queue::default(),
             shortcuts: self.config.shortcuts,
             thresholds: head::Thresholds::default(),
             clock,

@@ -3,9 +3,12 @@
 
 use std::ops::Range;
 
-use crate::ternary_columns::{BLOCK_BYTES, CHUNK_BLOCKS, CHUNK_ROWS, TernaryColumns};
+use crate::ternary_columns::{BLOCK_BYTES, TernaryColumns};
 use crate::ternary_matrix::{ROW_BLOCK_BYTES, TernaryMatrix};
 use crate::views::Quantised;
+
+/// Rows whose sums are added up at a time.
+const PART: usize = 64;
 
 pub(crate) fn ternary_rows(w: TernaryMatrix<'_>, rows: &[u32], x: Quantised<'_>, y: &mut [f32]) {
     let scale = w.scale() / x.scale(0);
@@ -26,28 +29,44 @@ fn row_sum(w: TernaryMatrix<'_>, row: usize, q: &[i8]) -> i32 {
 
 pub(crate) fn ternary_columns(
     w: TernaryColumns<'_>,
-    chunks: Range<usize>,
     columns: &[u32],
+    x: Quantised<'_>,
+    sums: &mut [i32],
+) {
+    let (blocks, blocks_per_column) = w.blocks();
+    for &column in columns {
+        let q = i32::from(x.row(0)[column as usize]);
+        let bytes = blocks[column as usize * blocks_per_column..][..blocks_per_column].iter();
+        let planes = bytes.flat_map(|block| [0, 2, 4, 6].map(|shift| (block, shift)));
+        for (sums, (block, shift)) in sums.chunks_mut(BLOCK_BYTES).zip(planes) {
+            for (sum, byte) in sums.iter_mut().zip(block) {
+                *sum = sum.wrapping_add(i32::from(byte >> shift & 0b11) * q);
+            }
+        }
+    }
+}
+
+/// See [`Backend::end_columns`](crate::Backend::end_columns). Every backend's: integers, one
+/// conversion and one product, which a compiler makes vectors of.
+pub(crate) fn end_columns(
+    w: TernaryColumns<'_>,
+    sums: &[i32],
+    rows: Range<usize>,
     x: Quantised<'_>,
     y: &mut [f32],
 ) {
-    let (blocks, blocks_per_column) = w.blocks();
     let scale = w.scale() / x.scale(0);
-    for (chunk, y) in chunks.zip(y.chunks_mut(CHUNK_ROWS)) {
-        let mut sums = [0i32; CHUNK_ROWS];
-        for &column in columns {
-            let q = i32::from(x.row(0)[column as usize]);
-            let first = column as usize * blocks_per_column + chunk * CHUNK_BLOCKS;
-            let bytes = blocks[first..][..CHUNK_BLOCKS].iter();
-            let planes = bytes.flat_map(|block| [0, 2, 4, 6].map(|shift| (block, shift)));
-            for (sums, (block, shift)) in sums.chunks_mut(BLOCK_BYTES).zip(planes) {
-                for (sum, byte) in sums.iter_mut().zip(block) {
-                    *sum = sum.wrapping_add((i32::from(byte >> shift & 0b11) - 1) * q);
-                }
-            }
+    let (first, others) = sums.split_at(w.padded_rows());
+    for (part, y) in rows.step_by(PART).zip(y.chunks_mut(PART)) {
+        let mut totals = [0i32; PART];
+        let totals = &mut totals[..y.len()];
+        totals.copy_from_slice(&first[part..][..y.len()]);
+        for sums in others.chunks_exact(w.padded_rows()) {
+            let sums = &sums[part..][..y.len()];
+            totals.iter_mut().zip(sums).for_each(|(total, sum)| *total = total.wrapping_add(*sum));
         }
-        for (y, sum) in y.iter_mut().zip(sums) {
-            *y = sum as f32 * scale;
+        for (y, total) in y.iter_mut().zip(totals) {
+            *y = total.wrapping_sub(x.sum(0)) as f32 * scale;
         }
     }
 }

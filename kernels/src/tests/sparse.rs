@@ -7,7 +7,7 @@ use super::linear::{random_codes, random_trits};
 use super::{Random, SPECIAL, check, scalar};
 use crate::{
     Arrangement, Backend, ColumnPacker, Columns, LayoutError, Quantised, TernaryColumns,
-    TernaryMatrix, padded_cols,
+    TernaryMatrix, padded_cols, padded_rows,
 };
 
 /// Packs `trits`, `[rows][cols]`, by columns.
@@ -75,10 +75,8 @@ fn bad_columns_are_found() {
 fn chunks_cover_the_rows() {
     let bytes = pack_columns(&[0; 600], 1);
     let w = TernaryColumns::new(&bytes, 600, 1, 1.0).unwrap();
-    assert_eq!(w.chunks(), 3);
-    assert_eq!(w.chunk_rows(0..2), 0..512);
-    assert_eq!(w.chunk_rows(1..3), 256..600);
-    assert_eq!(w.chunk_rows(3..3), 600..600);
+    assert_eq!(w.padded_rows(), 768);
+    assert_eq!([1, 256, 257].map(padded_rows), [256, 256, 512]);
 }
 
 /// The non-zero places of `q`, found the slow way.
@@ -105,17 +103,22 @@ fn check_sparse(trits: &[i8], cols: usize, q: &[i8], random: &mut Random) {
     let of_rows: Vec<f32> = rows.iter().map(|row| want[*row as usize]).collect();
     for backend in Backend::available() {
         let what = format!("{} of {cols} columns by {m} rows", columns.len());
-        let mut got = vec![f32::NAN; m];
-        backend.ternary_columns(by_columns, 0..by_columns.chunks(), &columns, x, &mut got);
-        check(backend, &what, &got, &want);
-        let middle = random.below(by_columns.chunks() + 1);
-        for chunks in [0..middle, middle..by_columns.chunks()] {
-            let y = &mut got[by_columns.chunk_rows(chunks.clone())];
-            y.fill(f32::NAN);
-            backend.ternary_columns(by_columns, chunks, &columns, x, y);
+        for parts in 1..=3 {
+            let mut sums = vec![0; parts * by_columns.padded_rows()];
+            for (part, sums) in sums.chunks_mut(by_columns.padded_rows()).enumerate() {
+                let share = columns.len() * part / parts..columns.len() * (part + 1) / parts;
+                let (first, second) =
+                    columns[share.clone()].split_at(random.below(share.len() + 1));
+                backend.ternary_columns(by_columns, first, x, sums);
+                backend.ternary_columns(by_columns, second, x, sums);
+            }
+            let mut got = vec![f32::NAN; m];
+            let (upper, lower) = got.split_at_mut(random.below(m + 1));
+            let cut = upper.len();
+            backend.end_columns(by_columns, &sums, 0..cut, x, upper);
+            backend.end_columns(by_columns, &sums, cut..m, x, lower);
+            check(backend, &format!("{what}, {parts} parts, cut at {cut}"), &got, &want);
         }
-        check(backend, &format!("{what}, cut at {middle}"), &got, &want);
-
         for arrangement in ARRANGEMENTS {
             let bytes = pack(arrangement, trits, cols);
             let w = TernaryMatrix::new(&bytes, arrangement, m, cols, 0.37).unwrap();
@@ -179,8 +182,9 @@ fn corrupt_columns_give_the_same_sums_everywhere() {
         let sum = [i32::from(value) * cols as i32];
         let x = Quantised::new(&q, q.len(), &[1.0], &sum);
         for backend in Backend::available() {
-            let mut got = vec![f32::NAN; m];
-            backend.ternary_columns(w, 0..1, &columns, x, &mut got);
+            let (mut sums, mut got) = (vec![0; m], vec![f32::NAN; m]);
+            backend.ternary_columns(w, &columns, x, &mut sums);
+            backend.end_columns(w, &sums, 0..m, x, &mut got);
             check(backend, "code 3", &got, &vec![2.0 * sum[0] as f32; m]);
         }
     }

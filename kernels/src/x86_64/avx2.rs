@@ -64,7 +64,7 @@ entries! {
     ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
     lookup::ternary_many(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>, workspace: &mut Workspace);
     sparse::ternary_rows(w: TernaryMatrix<'_>, rows: &[u32], x: Quantised<'_>, y: &mut [f32]);
-    sparse::ternary_columns(w: TernaryColumns<'_>, chunks: Range<usize>, columns: &[u32], x: Quantised<'_>, y: &mut [f32]);
+    sparse::ternary_columns(w: TernaryColumns<'_>, columns: &[u32], x: Quantised<'_>, sums: &mut [i32]);
     sparse::positive(x: &[f32], first: u32, out: &mut [u32]) -> usize;
     sparse::nonzero(q: &[i8], out: &mut [u32]) -> usize;
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);

@@ -4,7 +4,7 @@ use std::slice;
 
 use kernels::{
     ATTENTION_STATE_HEADER, Quantised, ScreenQuery, TernaryMatrix, Workspace, padded_cols,
-    screen_cols,
+    padded_rows, screen_cols,
 };
 use model::ModelConfig;
 
@@ -57,6 +57,7 @@ pub(super) struct Buffers {
     hidden_codes: CodesBuffer,
     attended_codes: CodesBuffer,
     ffn_codes: CodesBuffer,
+    column_sums: Buffer<i32>,
     partial_states: Buffer<f32>,
     head_input: Buffer<f32>,
     logits: Buffer<f32>,
@@ -90,6 +91,8 @@ pub(super) struct Planes<'a> {
     pub(super) attended_codes: Codes<'a>,
     /// `[n][ffn]`: what enters down.
     pub(super) ffn_codes: Codes<'a>,
+    /// `[threads][hidden, padded]`: every thread's sums of some columns of down.
+    pub(super) column_sums: Shared<'a, i32>,
     /// `[units * segments][group * (2 + d)]`: attention of single segments.
     pub(super) partial_states: Shared<'a, f32>,
     /// `[HEAD_POSITIONS][hidden]`.
@@ -153,8 +156,14 @@ impl Widths {
         let widest = hidden.max(ffn).max(heads * head_dim);
         let attention = group_rows(group) * (head_dim + 2 * state + 1);
         let attention = attention + Workspace::BYTES.div_ceil(size_of::<f32>());
-        let a_thread =
-            2 * widest + hidden + ffn + 2 * chunk_floats(config) + head_dim + attention + sampler;
+        let a_thread = 2 * widest
+            + hidden
+            + padded_rows(hidden)
+            + ffn
+            + 2 * chunk_floats(config)
+            + head_dim
+            + attention
+            + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
             + partial_states as u128 * (group * state) as u128
             + head_positions as u128 * (hidden + screen_cols(hidden) + vocab) as u128
@@ -196,6 +205,7 @@ impl Buffers {
             hidden_codes: CodesBuffer::new(n, hidden),
             attended_codes: CodesBuffer::new(n, heads * head_dim),
             ffn_codes: CodesBuffer::new(n, ffn),
+            column_sums: Buffer::new(0, config.threads, padded_rows(hidden)),
             partial_states: Buffer::new(0.0, partial_states, group * state),
             head_input: Buffer::new(0.0, head_positions, hidden),
             logits: Buffer::new(0.0, head_positions, vocab),
@@ -220,6 +230,7 @@ impl Buffers {
             hidden_codes: self.hidden_codes.lend(team, n),
             attended_codes: self.attended_codes.lend(team, n),
             ffn_codes: self.ffn_codes.lend(team, n),
+            column_sums: self.column_sums.lend(team, team.threads(), padded_rows(w.hidden)),
             partial_states: self.partial_states.lend(
                 team,
                 w.partial_states,

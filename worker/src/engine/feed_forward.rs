@@ -19,9 +19,18 @@ use super::step::{Step, tiles_of};
 /// from memory at about half the rate of rows in order: at half of them the two are even.
 const OPEN_EIGHTHS_MAX: usize = 4;
 
-/// Columns of down are skipped when at most so many of eight inputs are not zero: they cost more
-/// instructions a weight than rows, and come in shorter runs. Even at 38 to 46 %.
-const NONZERO_EIGHTHS_MAX: usize = 3;
+/// Columns of down are skipped when at most so many of eight inputs are not zero: at half of them
+/// picked columns and all rows in order take the same time.
+const NONZERO_EIGHTHS_MAX: usize = 4;
+
+/// Columns of down that a thread takes at least: a microsecond's work, as [`Step::product`] has it.
+const LEAST_COLUMNS: usize = 32;
+
+/// Columns are taken in multiples of it: what the kernel takes at once.
+const COLUMNS_GRANULE: usize = 8;
+
+/// Rows of down whose sums are added up are taken in multiples of it: a cache line.
+const ROWS_GRANULE: usize = 16;
 
 impl Step<'_> {
     /// From the product of o to the product of down.
@@ -41,8 +50,9 @@ impl Step<'_> {
         self.meet(member, local, Part::Projections)?;
         self.sub_norm(member, local, &planes.gated, weights.ffn_sub_norm, &planes.ffn_codes)?;
         self.count_down_zeros(member, local);
-        if !self.down_columns(member, local, weights.down_columns) {
-            self.product(member, local, weights.down, &planes.ffn_codes, &planes.product);
+        match self.columns_wanted(local, weights.down_columns) {
+            Some(count) => self.down_columns(member, local, weights.down_columns, count)?,
+            None => self.product(member, local, weights.down, &planes.ffn_codes, &planes.product),
         }
         self.meet(member, local, Part::Projections)
     }
@@ -110,37 +120,50 @@ impl Step<'_> {
             && greatest.is_finite()
     }
 
-    /// The thread's share of down by columns, if the step has one token and enough of its inputs are
-    /// zero; false if it is to be computed by rows.
+    /// How many columns of down are not multiplied by zero, if the step has one token and they are so
+    /// few that reading only them pays; they are listed in every thread's own places.
+    fn columns_wanted(&self, local: &mut Local, down: TernaryColumns<'_>) -> Option<usize> {
+        if !(self.shortcuts.zeros && self.is_single()) {
+            return None;
+        }
+        let Local { own, places, .. } = local;
+        let codes = &own.row(self.planes.ffn_codes.stride())[..down.cols()];
+        let count = self.backend.nonzero(codes, &mut places[..codes.len()]);
+        (count * 8 <= codes.len() * NONZERO_EIGHTHS_MAX).then_some(count)
+    }
+
+    /// The product of down by the `count` columns that are listed: every thread adds some of them up
+    /// for all rows, whole columns being what memory gives fastest, and then the sums of all threads
+    /// for some of the rows.
+    ///
+    /// # Errors
+    ///
+    /// [`Poisoned`] if another thread panicked.
     fn down_columns(
         &self,
-        member: &Member<'_>,
+        member: &mut Member<'_>,
         local: &mut Local,
         down: TernaryColumns<'_>,
-    ) -> bool {
-        // A chunk is the least that a thread can take.
-        if !(self.shortcuts.zeros && self.is_single()) || down.chunks() < member.threads() {
-            return false;
-        }
+        count: usize,
+    ) -> Result<(), Poisoned> {
+        let planes = &self.planes;
+        let stride = planes.ffn_codes.stride();
         let Local { own, places, record, .. } = local;
-        let stride = self.planes.ffn_codes.stride();
-        let codes = &own.row(stride)[..down.cols()];
-        let count = self.backend.nonzero(codes, &mut places[..codes.len()]);
-        if count * 8 > codes.len() * NONZERO_EIGHTHS_MAX {
-            return false;
+        let x = own.read(stride);
+        let sums = planes.column_sums.row(member, member.index());
+        sums.fill(0);
+        let pieces = Pieces::at_least(COLUMNS_GRANULE, LEAST_COLUMNS);
+        while let Some(piece) = member.take_piece(&self.columns, pieces, count) {
+            record.profile.weight_bytes += (piece.len() * down.padded_rows() / 4) as u64;
+            self.backend.ternary_columns(down, &places[piece], x, sums);
         }
-        let (columns, x) = (&places[..count], own.read(stride));
-        // One piece for each thread: the chunks of a column lie side by side, and every call prepares
-        // the list of columns anew.
-        let share = down.chunks().div_ceil(member.threads()) * TernaryColumns::CHUNK_ROWS;
-        let pieces = Pieces { granule: TernaryColumns::CHUNK_ROWS, least: share, most: share };
-        while let Some((rows, mut y)) = self.planes.product.pieces(member, 1, pieces) {
-            let chunk_rows = TernaryColumns::CHUNK_ROWS;
-            let chunks = rows.start / chunk_rows..rows.end.div_ceil(chunk_rows);
-            record.profile.weight_bytes += (count * chunks.len() * chunk_rows / 4) as u64;
-            self.backend.ternary_columns(down, chunks, columns, x, y.row(0));
+        self.meet(member, local, Part::Projections)?;
+        let sums = planes.column_sums.read(member);
+        let pieces = Pieces::even(ROWS_GRANULE, down.rows(), down.rows(), 1, member.threads());
+        while let Some((rows, mut y)) = planes.product.pieces(member, 1, pieces) {
+            self.backend.end_columns(down, sums, rows, local.own.read(stride), y.row(0));
         }
-        true
+        Ok(())
     }
 
     /// Counts the zeros among down's inputs, if the step is profiled.

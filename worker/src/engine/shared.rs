@@ -66,6 +66,11 @@ impl Team {
         let threads = pool.current_num_threads();
         Self { number: TEAMS.fetch_add(1, SeqCst), threads, barrier: Barrier::new(threads) }
     }
+
+    /// How many threads it has.
+    pub(super) fn threads(&self) -> usize {
+        self.threads
+    }
 }
 
 /// Runs `work` on every thread of `pool` at once and waits for all of them.
@@ -131,6 +136,16 @@ impl Member<'_> {
     pub(super) fn take(&self, queue: &Queue, count: usize, total: usize) -> Option<Range<usize>> {
         assert!(count > 0, "taking nothing never ends");
         take(&queue.0, self.phase, total, |_| count)
+    }
+
+    /// As [`Self::take`], a piece at a time.
+    pub(super) fn take_piece(
+        &self,
+        queue: &Queue,
+        pieces: Pieces,
+        total: usize,
+    ) -> Option<Range<usize>> {
+        take(&queue.0, self.phase, total, |remaining| pieces.count(remaining, self.threads()))
     }
 }
 

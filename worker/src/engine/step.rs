@@ -1,7 +1,7 @@
 //! One step as every thread walks it: the order of a layer is that of `docs/numerics.md`.
 //!
 //! Threads share each phase's work by tokens, by tiles of weights, by heads or by segments, never
-//! inside a sum, and meet at a barrier before the next phase. Who does what does not matter.
+//! inside a sum of floats, and meet at a barrier before the next phase. Who does what does not matter.
 //!
 //! ```text
 //! tokens  embed or take over x, RoPE tables
@@ -15,14 +15,14 @@
 //! tokens  x += product; norm; quantise                       *
 //! chunks  gate, up, activation             ┐
 //! tokens  sub-norm; quantise               │ feed_forward.rs *
-//! tiles   down                             ┘
+//! tiles   down, or columns and then rows   ┘
 //! ── end ───────────────────────────────────────────
 //! tokens  x += product
 //!         head.rs, on the last stage
 //! ```
 //!
 //! In a step of one token every thread does the work marked * for itself, and so need not wait for
-//! it: six meetings a layer instead of ten.
+//! it: six meetings a layer instead of ten, and a seventh where down is computed by columns.
 
 use std::ops::Range;
 
@@ -66,6 +66,8 @@ pub(super) struct Step<'a> {
     /// `[wanted positions]`.
     pub(super) results: Shared<'a, PositionResult>,
     pub(super) queue: Queue,
+    /// Of columns of down: tokens are taken in the same phase.
+    pub(super) columns: Queue,
     pub(super) shortcuts: Shortcuts,
     pub(super) thresholds: Thresholds,
     /// If the step is profiled.

@@ -4,19 +4,19 @@
 //!
 //! **Columns.** A register holds 128 rows of one column. The bytes of two columns are interleaved,
 //! so that `maddubs` by their two activations gives an i16 per row: the unpacking is that of a dense
-//! product plus two instructions for two columns. [`BATCH`] columns are gathered in registers before
-//! the next 128 rows of the same columns are turned to.
+//! product plus two instructions for two columns. Whole columns, [`TOGETHER`] at a time, are added to
+//! i16 sums of all rows, which stay in the first-level cache.
 //!
 //! **Rows.** Four wanted rows share each load of activations, wherever they are.
 //!
 //! **Memory.** What is skipped lies between what is read, so the hardware cannot guess what comes
-//! next: every line is asked for, some work ahead.
+//! next: every line is asked for, some work ahead. Of columns no faster than they are used: the CPU
+//! forgets what it is asked for when too much is under way.
 //!
 //! **Why nothing overflows.** A pair of products is within ±512 (±768 for the invalid code 3), and
 //! an i16 gathers at most 32 pairs before it is widened: within ±24,576.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use super::{
     WIDTH, load, load_i8, load_i32x8, load_u8, prefetch, store_i32x4, store_i32x8, store_u32x8,
@@ -26,10 +26,15 @@ use crate::ternary_columns::{BLOCK_BYTES, BLOCK_ROWS, CHUNK_BLOCKS, TernaryColum
 use crate::ternary_matrix::{BLOCK_COLS, ROW_BLOCK_BYTES, TernaryMatrix};
 use crate::views::Quantised;
 
-/// Columns gathered in i16 before they are widened: 32 pairs. The lines of the next batch are asked
-/// for meanwhile.
+/// Columns that are added to the i16 sums at once, in pairs: so that those are loaded and stored
+/// rarely.
+const TOGETHER: usize = 8;
+const PAIRS: usize = TOGETHER / 2;
+/// Columns gathered in i16 before they are widened: 32 pairs.
 const BATCH: usize = 64;
-/// Blocks of a column whose sums are kept on the stack at a time: 2560 rows.
+/// How many columns ahead their lines are asked for: 10 kB of 2560 rows.
+const AHEAD_COLUMNS: usize = 16;
+/// Blocks of a column whose i16 sums are kept at a time: 2560 rows, 5 kB.
 const PASS_BLOCKS: usize = 10 * CHUNK_BLOCKS;
 /// Bit planes of a block.
 const PLANES: usize = 4;
@@ -40,94 +45,87 @@ const AHEAD_ROWS: usize = 2 * GROUP_ROWS;
 /// Blocks of a row gathered in i16 before they are widened: 8 * 4 pairs.
 const STRIP_BLOCKS: usize = 8;
 
-/// Some columns and their activations, ready for the loop over rows.
-#[derive(Clone, Copy)]
-struct Batch {
-    /// The first block of each column, in pairs.
-    starts: [[usize; 2]; BATCH / 2],
-    /// The activations of each pair, the first in the lower byte.
-    pairs: [i16; BATCH / 2],
-    /// How many pairs there are.
-    len: usize,
-}
-
-impl Batch {
-    /// The batch of `columns`, at most [`BATCH`]. An odd last one is paired with itself times 0.
-    fn new(columns: &[u32], q: &[i8], blocks_per_column: usize) -> Self {
-        let mut batch = Self { starts: [[0; 2]; BATCH / 2], pairs: [0; BATCH / 2], len: 0 };
-        for pair in columns.chunks(2) {
-            let column = [pair[0] as usize, pair[pair.len() - 1] as usize];
-            let second = if pair.len() == 2 { q[column[1]] } else { 0 };
-            batch.starts[batch.len] = column.map(|column| column * blocks_per_column);
-            batch.pairs[batch.len] = i16::from_le_bytes([q[column[0]] as u8, second as u8]);
-            batch.len += 1;
-        }
-        batch
-    }
-}
+/// The blocks of a column.
+type Column<'a> = &'a [[u8; BLOCK_BYTES]];
+/// The i16 sums of the 128 rows of a block: of each plane the lower and the upper halves of its 32
+/// rows, interleaved by eights, see [`widen`].
+type Gathered = [[__m256i; PLANES]; 2];
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn ternary_columns(
     w: TernaryColumns<'_>,
-    chunks: Range<usize>,
     columns: &[u32],
     x: Quantised<'_>,
-    y: &mut [f32],
+    sums: &mut [i32],
 ) {
     let (blocks, blocks_per_column) = w.blocks();
-    let scale = w.scale() / x.scale(0);
-    let all = chunks.start * CHUNK_BLOCKS..chunks.end * CHUNK_BLOCKS;
-    let passes = all.clone().step_by(PASS_BLOCKS);
-    for (first, y) in passes.zip(y.chunks_mut(PASS_BLOCKS * BLOCK_ROWS)) {
-        let pass = first..all.end.min(first + PASS_BLOCKS);
-        let mut sums = [[0; BLOCK_ROWS]; PASS_BLOCKS];
-        let mut of_activations = 0i32;
-        let mut batches =
-            columns.chunks(BATCH).map(|batch| Batch::new(batch, x.row(0), blocks_per_column));
-        let mut next = batches.next();
-        while let Some(batch) = next {
-            next = batches.next();
-            for q in batch.pairs.iter().flat_map(|pair| pair.to_le_bytes()) {
-                of_activations = of_activations.wrapping_add(i32::from(q as i8));
+    let sums = sums.as_chunks_mut::<BLOCK_ROWS>().0;
+    for (sums, first) in sums.chunks_mut(PASS_BLOCKS).zip((0..).step_by(PASS_BLOCKS)) {
+        let start = |place: usize| columns[place] as usize * blocks_per_column + first;
+        let last = columns.len().saturating_sub(1);
+        let mut gathered = [[[_mm256_setzero_si256(); PLANES]; 2]; PASS_BLOCKS];
+        let gathered = &mut gathered[..sums.len()];
+        for at in (0..columns.len()).step_by(TOGETHER) {
+            let mut some: [Column<'_>; TOGETHER] = [&[]; TOGETHER];
+            let mut ahead = [blocks.as_ptr(); TOGETHER];
+            for (i, (column, ahead)) in some.iter_mut().zip(&mut ahead).enumerate() {
+                *column = &blocks[start(last.min(at + i))..][..gathered.len()];
+                *ahead = blocks.as_ptr().wrapping_add(start(last.min(at + i + AHEAD_COLUMNS)));
             }
-            for (block, sums) in pass.clone().zip(&mut sums) {
-                add_batch(blocks, block, &batch, next.as_ref().unwrap_or(&batch), sums);
+            // Past the last column it is repeated times 0.
+            let q = |place: usize| columns.get(place).map_or(0, |j| x.row(0)[*j as usize] as u8);
+            let mut pairs = [_mm256_setzero_si256(); PAIRS];
+            for (pair, place) in pairs.iter_mut().zip((at..).step_by(2)) {
+                *pair = _mm256_set1_epi16(i16::from_le_bytes([q(place), q(place + 1)]));
             }
-        }
-        for (y, sum) in y.iter_mut().zip(sums.as_flattened()) {
-            *y = sum.wrapping_sub(of_activations) as f32 * scale;
+            add_columns(some, ahead, pairs, gathered);
+            let next = at + TOGETHER;
+            if next.is_multiple_of(BATCH) || next >= columns.len() {
+                for (gathered, sums) in gathered.iter_mut().zip(sums.iter_mut()) {
+                    let [low, high] = *gathered;
+                    for ((low, high), sums) in low.into_iter().zip(high).zip(sums.as_chunks_mut().0)
+                    {
+                        widen(low, high, sums);
+                    }
+                    *gathered = [[_mm256_setzero_si256(); PLANES]; 2];
+                }
+            }
         }
     }
 }
 
-/// Adds the products of a batch to the sums of the 128 rows of block `block`; asks for the lines of
-/// the next batch.
+/// Adds the products of `columns` by their activations `pairs` to the sums of every block; asks for
+/// the columns at `ahead`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add_batch(
-    blocks: &[[u8; BLOCK_BYTES]],
-    block: usize,
-    batch: &Batch,
-    next: &Batch,
-    sums: &mut [i32; BLOCK_ROWS],
+fn add_columns(
+    columns: [Column<'_>; TOGETHER],
+    ahead: [*const [u8; BLOCK_BYTES]; TOGETHER],
+    pairs: [__m256i; PAIRS],
+    gathered: &mut [Gathered],
 ) {
-    // The lower and upper halves of each plane's 32 rows, interleaved by eights: see `widen`.
-    let mut low = [_mm256_setzero_si256(); PLANES];
-    let mut high = [_mm256_setzero_si256(); PLANES];
-    let pairs = batch.starts.iter().zip(&batch.pairs).zip(&next.starts).take(batch.len);
-    for (([a, b], q), ahead) in pairs {
-        if block.is_multiple_of(CHUNK_BLOCKS) {
-            for start in ahead {
-                prefetch(blocks.as_ptr(), (start + block) * BLOCK_BYTES);
-            }
-        }
-        let (a, b) = (load_u8(&blocks[a + block]), load_u8(&blocks[b + block]));
-        let q = _mm256_set1_epi16(*q);
-        multiply(&mut low, _mm256_unpacklo_epi8(a, b), q);
-        multiply(&mut high, _mm256_unpackhi_epi8(a, b), q);
+    for column in columns {
+        assert_eq!(column.len(), gathered.len(), "so that nothing is checked in the loop");
     }
-    for ((low, high), sums) in low.into_iter().zip(high).zip(sums.as_chunks_mut().0) {
-        widen(low, high, sums);
+    for (block, [low, high]) in gathered.iter_mut().enumerate() {
+        // A line is two blocks: with each, half of the columns.
+        let (line, side) = (block / CHUNK_BLOCKS, block % CHUNK_BLOCKS);
+        for ahead in ahead.as_chunks::<2>().0 {
+            prefetch(ahead[side], line * CHUNK_BLOCKS * BLOCK_BYTES);
+        }
+        let columns = columns.as_chunks::<2>().0;
+        let mut sums = *low;
+        for ([a, b], q) in columns.iter().zip(pairs) {
+            let codes = _mm256_unpacklo_epi8(load_u8(&a[block]), load_u8(&b[block]));
+            multiply(&mut sums, codes, q);
+        }
+        *low = sums;
+        let mut sums = *high;
+        for ([a, b], q) in columns.iter().zip(pairs) {
+            let codes = _mm256_unpackhi_epi8(load_u8(&a[block]), load_u8(&b[block]));
+            multiply(&mut sums, codes, q);
+        }
+        *high = sums;
     }
 }
 
