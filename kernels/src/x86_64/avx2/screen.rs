@@ -161,8 +161,8 @@ fn low_codes(packed: __m256i) -> [__m256i; 4] {
     ]
 }
 
-/// Adds to `sums` the tiles of both planes by `V` vectors, which are copied so that they lie side by side in the first-level cache and are
-/// operands of the products; codes of six bits are put together in registers.
+/// Adds to `sums` the tiles of both planes by `V` vectors, which are copied side by side into the
+/// first-level cache and are operands of the products; codes of six bits are put together in registers.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn both_planes<const V: usize, const BLOCKS: usize>(
     w: ScreenMatrix<'_>,
