@@ -220,8 +220,9 @@ const APART: usize = 3;
 /// position's threshold. Returns the bytes that were read.
 ///
 /// `high` and `low` give the sums of a tile's upper four bits and lower two by up to two vectors, `both`
-/// adds those of all six bits of the first so many tiles of the group by any number. The low plane is read by
-/// itself, and only where it must be, if the high plane has a chance to settle much for few positions.
+/// adds those of all six bits, of the first so many tiles of the group by any number of vectors. The low
+/// plane is read by itself, and only where it must be, for few positions of which the high plane may
+/// settle much.
 #[expect(clippy::too_many_arguments, reason = "three of them are what a backend brings along")]
 #[inline(always)]
 pub(crate) fn judge<'a>(

@@ -24,13 +24,16 @@ const LINE: usize = 64;
 const HIGH_STRIP: usize = 4;
 /// Blocks of the low plane gathered in i16.
 const LOW_STRIP: usize = 8;
-
 /// Vectors that a tile of six bits is multiplied by at once: as many sums in registers.
 const TOGETHER: usize = 8;
+/// Blocks of 128 columns in a strip of up to four vectors: memory likes tiles of 2560 columns whole.
+const WHOLE_BLOCKS: usize = 20;
+/// In a strip of more, so that activations and weights fit the first-level cache together.
+const STRIP_BLOCKS: usize = 10;
 
 /// Activations of a block of 128 columns.
 type Columns = [[i8; ROW_BYTES]; 4];
-/// Activations of a strip, `[block][vector]`: up to 20 kB, and no load of them crosses a cache line.
+/// Activations of a strip, `[block][vector]`: up to 10 kB, and no load of them crosses a cache line.
 #[repr(align(64))]
 struct Strip<const V: usize, const BLOCKS: usize>([[Columns; V]; BLOCKS]);
 
@@ -60,14 +63,14 @@ pub(super) fn screen(
     let both = |tiles: usize, x: &[&[i8]], sums: &mut [[i32; GROUP_ROWS]]| {
         for (x, sums) in x.chunks(TOGETHER).zip(sums.chunks_mut(TOGETHER)) {
             match x.len() {
-                1 => both_planes::<1, 20>(w, group, tiles, x, sums),
-                2 => both_planes::<2, 20>(w, group, tiles, x, sums),
-                3 => both_planes::<3, 20>(w, group, tiles, x, sums),
-                4 => both_planes::<4, 20>(w, group, tiles, x, sums),
-                5 => both_planes::<5, 10>(w, group, tiles, x, sums),
-                6 => both_planes::<6, 10>(w, group, tiles, x, sums),
-                7 => both_planes::<7, 10>(w, group, tiles, x, sums),
-                _ => both_planes::<TOGETHER, 10>(w, group, tiles, x, sums),
+                1 => both_planes::<1, WHOLE_BLOCKS>(w, group, tiles, x, sums),
+                2 => both_planes::<2, WHOLE_BLOCKS>(w, group, tiles, x, sums),
+                3 => both_planes::<3, WHOLE_BLOCKS>(w, group, tiles, x, sums),
+                4 => both_planes::<4, WHOLE_BLOCKS>(w, group, tiles, x, sums),
+                5 => both_planes::<5, STRIP_BLOCKS>(w, group, tiles, x, sums),
+                6 => both_planes::<6, STRIP_BLOCKS>(w, group, tiles, x, sums),
+                7 => both_planes::<7, STRIP_BLOCKS>(w, group, tiles, x, sums),
+                _ => both_planes::<TOGETHER, STRIP_BLOCKS>(w, group, tiles, x, sums),
             }
         }
     };
