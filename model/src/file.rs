@@ -6,7 +6,12 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 
+#[cfg(target_os = "linux")]
+use memmap2::UncheckedAdvice;
 use memmap2::{Advice, Mmap, MmapMut};
+
+/// Bytes of a file that are resident beside their copy: a few huge pages.
+const COPIED_BYTES: usize = 16 << 20;
 
 /// A file mapped read-only, or a copy of one in private memory. An empty file is an empty map. Clones
 /// share the memory.
@@ -28,6 +33,8 @@ impl MappedFile {
         // after they are renamed into place, and whoever shortens a file under a reader is told by
         // the documentation of stores that the reader dies of SIGBUS.
         let map = unsafe { Mmap::map(&file)? };
+        // Before anything is read: what is read first decides on what pages the file is cached.
+        advise_huge_pages(|advice| map.advise(advice));
         Ok(Self { map: Some(Arc::new(map)) })
     }
 
@@ -37,7 +44,16 @@ impl MappedFile {
         let Some(from) = &self.map else { return Ok(Self { map: None }) };
         let mut map = MmapMut::map_anon(from.len())?;
         advise_huge_pages(|advice| map.advise(advice));
-        map.copy_from_slice(from);
+        for (at, piece) in map.chunks_mut(COPIED_BYTES).enumerate() {
+            let offset = at * COPIED_BYTES;
+            piece.copy_from_slice(&from[offset..][..piece.len()]);
+            #[cfg(target_os = "linux")]
+            // SAFETY: pages of a map of a file are read again from it when they are wanted. Where
+            // this is refused they stay resident, which is all it is to spare.
+            let _ = unsafe {
+                from.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, piece.len())
+            };
+        }
         Ok(Self { map: Some(Arc::new(map.make_read_only()?)) })
     }
 
@@ -50,13 +66,15 @@ impl MappedFile {
         self.map.as_ref().map(|map| &***map).unwrap_or_default()
     }
 
-    /// Tells the kernel that all bytes will be read again and again: it may begin to read the file
-    /// before anybody waits for it.
-    pub(crate) fn advise_weights(&self) {
-        if let Some(map) = &self.map {
-            // Advice is only that: a kernel that refuses it changes nothing.
+    /// Reads the file into memory, if it is not there, and maps all of it: bytes that will be read
+    /// again and again.
+    pub(crate) fn populate(&self) {
+        #[cfg(target_os = "linux")]
+        if let Some(map) = &self.map
+            && map.advise(Advice::PopulateRead).is_err()
+        {
+            // A kernel before 5.14; what it makes of this changes no byte.
             let _ = map.advise(Advice::WillNeed);
-            advise_huge_pages(|advice| map.advise(advice));
         }
     }
 
@@ -108,12 +126,16 @@ mod tests {
         let text = read_limited(&path, 4).unwrap_err().to_string();
         assert_eq!(text, "longer than the 4 bytes such a file may have");
         assert_eq!(MappedFile::open(&path).unwrap().bytes(), b"12345");
-        let copy = MappedFile::open(&path).unwrap().copied().unwrap();
+        let mapped = MappedFile::open(&path).unwrap();
+        mapped.populate();
+        let copy = mapped.copied().unwrap();
+        assert_eq!(mapped.bytes(), b"12345", "what was let go of is read again");
         std::fs::write(&path, b"").unwrap();
         assert_eq!(copy.bytes(), b"12345");
         let empty = MappedFile::open(&path).unwrap();
         assert_eq!(empty.bytes(), b"");
         assert_eq!(empty.copied().unwrap().bytes(), b"");
+        empty.populate();
         empty.lock().unwrap();
         assert_eq!(MappedFile::open(dir.path()).unwrap_err().to_string(), "not a regular file");
     }

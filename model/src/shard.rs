@@ -277,6 +277,11 @@ impl LayerShard {
         Ok(Self { shard: self.shard.copied()?, ..*self })
     }
 
+    /// Reads the weights into memory now, if they are not there: what computes shall not wait for a disk.
+    pub fn populate(&self) {
+        self.shard.file.populate();
+    }
+
     /// Keeps the weights in memory, whatever else wants it.
     ///
     /// # Errors
@@ -469,6 +474,11 @@ impl HeadShard {
         self.0.copied().map(Self)
     }
 
+    /// Reads the matrix into memory now, if it is not there: what computes shall not wait for a disk.
+    pub fn populate(&self) {
+        self.0.shard.file.populate();
+    }
+
     /// Keeps the matrix in memory, whatever else wants it.
     ///
     /// # Errors
@@ -558,6 +568,11 @@ impl ScreenShard {
     /// If there is not so much memory.
     pub fn copied(&self) -> io::Result<Self> {
         Ok(Self { shard: self.shard.copied()?, ..*self })
+    }
+
+    /// Reads the screen into memory now, if it is not there: what computes shall not wait for a disk.
+    pub fn populate(&self) {
+        self.shard.file.populate();
     }
 
     /// Keeps the screen in memory, whatever else wants it.

@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::manifest::{FileEntry, FileHash};
 
-/// Bytes gathered before they are hashed and written: long enough for BLAKE3 to be at full speed.
-const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes gathered before they are hashed and written: a huge page, and written where one may lie, so
+/// that file systems whose cache has huge pages keep them in such.
+const BUFFER_BYTES: usize = 2 << 20;
 /// Attempts at a name nobody else took; only a crowd of processes in one directory needs a second.
 const ATTEMPTS: u32 = 16;
 const LOCK_FILE: &str = "lock";
@@ -204,11 +205,15 @@ pub(crate) struct StagedFile {
 
 impl StagedFile {
     /// Appends bytes.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        if self.buffer.len() + bytes.len() > BUFFER_BYTES {
-            self.flush()?;
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<(), WriteError> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(BUFFER_BYTES - self.buffer.len()));
+            self.buffer.extend_from_slice(now);
+            if self.buffer.len() == BUFFER_BYTES {
+                self.flush()?;
+            }
+            bytes = later;
         }
-        self.buffer.extend_from_slice(bytes);
         Ok(())
     }
 
@@ -257,6 +262,26 @@ mod tests {
         staging.finish().unwrap();
         assert_eq!(fs::read(dest.join("a")).unwrap(), b"123");
         assert_eq!(names(dir.path()), ["model"]);
+    }
+
+    #[test]
+    fn pieces_of_any_length_make_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("model");
+        let staging = Staging::begin(&dest).unwrap();
+        let mut file = staging.create("a").unwrap();
+        let mut whole = Vec::new();
+        for bytes in [3, BUFFER_BYTES - 3, BUFFER_BYTES, 2 * BUFFER_BYTES + 1, 0, BUFFER_BYTES - 1]
+        {
+            let piece: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
+            file.write(&piece).unwrap();
+            whole.extend(piece);
+        }
+        let entry = file.finish().unwrap();
+        assert_eq!(entry.bytes, whole.len() as u64);
+        assert_eq!(entry.blake3, FileHash(blake3::hash(&whole).into()));
+        staging.finish().unwrap();
+        assert!(fs::read(dest.join("a")).unwrap() == whole);
     }
 
     #[test]

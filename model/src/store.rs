@@ -312,7 +312,6 @@ impl Store {
         let path = self.dir.join(name);
         let read_error = |source| StoreError::Read { path: path.clone(), source };
         let mapped = MappedFile::open(&path).map_err(read_error)?;
-        mapped.advise_weights();
         if let Some(file) = self.manifest.file(name) {
             self.check_size(path.clone(), file, mapped.bytes().len() as u64)?;
         }

@@ -123,6 +123,9 @@ pub enum BenchError {
     /// The system does not say how much memory was used.
     #[error("failed to read the peak of the resident memory")]
     Peak(#[source] std::io::Error),
+    /// The system does not say what pages this process's memory is on.
+    #[error("failed to read how much memory is on huge pages")]
+    HugePages(#[source] std::io::Error),
 }
 
 /// What was measured: what `tercet bench engine --json` prints.
@@ -176,6 +179,8 @@ pub struct Measured {
     pub shortcuts: ShortcutsUsed,
     /// The most memory that was resident while the engine ran.
     pub peak_rss_bytes: u64,
+    /// Memory on huge pages, weights among it: with small pages decoding is slower.
+    pub huge_page_bytes: u64,
     /// Bytes of the weights' files.
     pub weight_bytes: u64,
     /// Bytes of keys and values, if every block were used.
@@ -346,6 +351,7 @@ pub fn measure(
         .map(|&batch| runner.profiled(|runner| sequences.decode(runner, batch, steps)));
     let of_batches = of_batches.collect::<Result<Vec<_>, _>>()?;
     let peak_rss_bytes = machine::peak_rss_bytes().map_err(BenchError::Peak)?;
+    let huge_page_bytes = machine::huge_page_bytes().map_err(BenchError::HugePages)?;
     let (weight_bytes, kv_bytes) = (runner.engine().weight_bytes(), runner.engine().kv_bytes());
     drop(runner);
 
@@ -402,6 +408,7 @@ pub fn measure(
         limits,
         work,
         peak_rss_bytes,
+        huge_page_bytes,
         weight_bytes,
         kv_bytes,
     })

@@ -60,6 +60,18 @@ pub fn peak_rss_bytes() -> io::Result<u64> {
     peak_of(&text).ok_or_else(|| io::Error::other("/proc/self/status names no VmHWM"))
 }
 
+/// How much of this process's memory is on huge pages, in bytes.
+///
+/// # Errors
+///
+/// If the system does not say.
+pub fn huge_page_bytes() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/self/smaps_rollup")?;
+    let kinds = ["AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"];
+    let bytes = kinds.into_iter().filter_map(|kind| kibibytes(&text, kind));
+    Ok(bytes.fold(0, u64::saturating_add))
+}
+
 /// Makes the peak begin anew at what is resident now.
 ///
 /// # Errors
@@ -72,8 +84,12 @@ pub fn forget_peak() -> io::Result<()> {
 
 /// `VmHWM` in the text of `/proc/self/status`, in bytes.
 fn peak_of(text: &str) -> Option<u64> {
-    let kibibytes = field(text, "VmHWM")?.strip_suffix("kB")?.trim();
-    kibibytes.parse::<u64>().ok()?.checked_mul(1024)
+    kibibytes(text, "VmHWM")
+}
+
+/// The value of a line such as `VmHWM:  12 kB`, in bytes.
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    field(text, name)?.strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -67,6 +67,7 @@ fn an_engine_is_measured() {
     // Two layers of one key and one value of 32 f16 each; 5 tokens, and the middle of 3 more.
     assert_eq!(json["bytes_per_token"]["kv"], f64::from(2 * 2 * 32 * 2 * (5 + 2)));
     assert!(json["peak_rss_bytes"].as_u64().unwrap() > 1 << 20);
+    assert!(json["huge_page_bytes"].as_u64().unwrap() <= json["peak_rss_bytes"].as_u64().unwrap());
     assert_eq!(json["weight_bytes"].as_u64().unwrap(), measured.weight_bytes);
 }
 

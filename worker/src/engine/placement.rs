@@ -37,7 +37,10 @@ pub(super) fn place(
     seats: &Seats,
 ) -> Result<Vec<StageModel>, EngineError> {
     let models = match config.placement.weights {
-        WeightMemory::Map => vec![model],
+        WeightMemory::Map => {
+            model.populate();
+            vec![model]
+        }
         WeightMemory::Copy => {
             let nodes = seats.node_count();
             let bytes = model.weight_bytes().saturating_mul(nodes as u64);

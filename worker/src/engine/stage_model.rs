@@ -97,6 +97,14 @@ impl StageModel {
         })
     }
 
+    /// Reads the weights that every step reads into memory now, if they are not there. Of an embedding a
+    /// step reads some rows: it is left to be read when they are wanted.
+    pub(super) fn populate(&self) {
+        self.shards.iter().for_each(LayerShard::populate);
+        self.screen.iter().for_each(ScreenShard::populate);
+        self.end.iter().for_each(|(_, head)| head.populate());
+    }
+
     /// Keeps all weights in memory, whatever else wants it.
     ///
     /// # Errors
