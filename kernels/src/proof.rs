@@ -161,31 +161,29 @@ fn pack_rows(arrangement: Arrangement, rows: &[&[i8]], cols: usize) -> Vec<u8> {
     packed
 }
 
-/// A matrix packed from random trits: more columns than any kernel gathers at once, tiles whole and
-/// short.
+/// Matrices packed from random trits: more columns than any kernel gathers at once, tiles whole and
+/// short; and more than few rows of activations are kept together for.
 fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
-    const ROWS: usize = 6;
-    const COLS: usize = 2_200;
     /// Every register tile and its remainders; a second group.
     const N: [usize; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 35];
-    const MOST: usize = 35;
 
-    let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
-    let codes = Codes::new(inputs, MOST, COLS);
-    let ones = [1; COLS];
-    let mut rows: Vec<&[i8]> = trits.chunks(COLS).collect();
-    rows[4] = &ones;
-    for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
-        let packed = pack_rows(arrangement, &rows, COLS);
-        let w = TernaryMatrix::new(&packed, arrangement, ROWS, COLS, 0.37);
-        let w = w.expect("packed for this shape");
-        // The extremes alone, too: one row has a kernel of its own.
-        for rows in N.map(|n| 0..n).into_iter().chain([1..2, 2..3]) {
-            let mut y = [0.0; MOST * ROWS];
-            let y = &mut y[..rows.len() * ROWS];
-            let x = codes.view().part(rows);
-            backend.ternary(w, 0..w.tiles(), x, Columns::new(y, ROWS, 0..ROWS));
-            answers.floats(y);
+    for (rows, cols, counts) in [(6, 2_400, &N[..]), (3, 8_300, &N[..5])] {
+        let trits: Vec<i8> = (0..rows * cols).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
+        let codes = Codes::new(inputs, counts[counts.len() - 1], cols);
+        let ones = vec![1; cols];
+        let mut trits: Vec<&[i8]> = trits.chunks(cols).collect();
+        trits[rows - 2] = &ones;
+        for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
+            let packed = pack_rows(arrangement, &trits, cols);
+            let w = TernaryMatrix::new(&packed, arrangement, rows, cols, 0.37);
+            let w = w.expect("packed for this shape");
+            // The extremes alone, too: one row has a kernel of its own.
+            for tokens in counts.iter().map(|n| 0..*n).chain([1..2, 2..3]) {
+                let mut y = vec![0.0; tokens.len() * rows];
+                let x = codes.view().part(tokens);
+                backend.ternary(w, 0..w.tiles(), x, Columns::new(&mut y, rows, 0..rows));
+                answers.floats(&y);
+            }
         }
     }
 }

@@ -165,6 +165,21 @@ impl<'a> Columns<'a> {
         // the borrow of `self` keeps two rows from being out at once.
         unsafe { std::slice::from_raw_parts_mut(row, self.cols.len()) }
     }
+
+    /// These columns of rows `first` to `first + N`.
+    ///
+    /// # Panics
+    ///
+    /// If there are no such rows.
+    pub(crate) fn rows_mut<const N: usize>(&mut self, first: usize) -> [&mut [f32]; N] {
+        assert!(first + N <= self.n, "{N} rows from {first} of {}", self.n);
+        std::array::from_fn(|i| {
+            // SAFETY: the row is below n and its columns within m, so the place is in the matrix.
+            let row = unsafe { self.start.add((first + i) * self.m + self.cols.start) };
+            // SAFETY: as in `row`; rows are m apart and the columns at most m, so no two overlap.
+            unsafe { std::slice::from_raw_parts_mut(row, self.cols.len()) }
+        })
+    }
 }
 
 /// The keys and values of one KV head for the 32 tokens of a block, in the KV type.

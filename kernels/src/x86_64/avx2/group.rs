@@ -7,24 +7,24 @@
 //! order once for the whole batch.
 //!
 //! **Why nothing overflows.** As in `ternary.rs`: a pair is within ±512 (±768 for the invalid code 3),
-//! a lane gathers one for 32 columns, and a strip has 32.
+//! and of each plane of a strip, of which there are 40, a lane gathers one: within ±20,480 (±30,720).
 
 use std::arch::x86_64::*;
 use std::array;
 use std::ops::Range;
 
-use super::ternary::{Tile, across, in_order};
-use super::{load_i8, load_i32x4, load_u8, prefetch, store_i32x4, store_x4};
+use super::ternary::{Output, Side, Tile, UNROLLED, across, in_order};
+use super::{load_i8, load_i32x4, load_u8, prefetch, store_i32x4};
 use crate::ternary_matrix::{BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 
 /// Bit planes: the columns of a block in vectors of 32.
 const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
 /// Blocks of a strip, gathered in i16.
-const STRIP_BLOCKS: usize = 8;
+const STRIP_BLOCKS: usize = 10;
 /// Rows of activations with a sum in a register each.
 const GROUP_ROWS: usize = 8;
-/// Rows of activations that go over the weights together. A strip of them takes 24 kB.
+/// Rows of activations that go over the weights together. A strip of them takes 30 kB.
 const ROWS_MAX: usize = 3 * GROUP_ROWS;
 /// Tiles that pass before the next strip: 256 rows of weights, 24 kB of sums.
 const BATCH_TILES: usize = 64;
@@ -109,8 +109,15 @@ fn round_of<'a, T: Tile<'a>>(
                 }
             }
         }
-        for (tile, totals) in batch.zip(totals.as_chunks::<TILE_ROWS>().0) {
-            finish(w, x, rows.clone(), totals, y, tile - tiles.start);
+        let totals = &totals.as_chunks().0[..batch.len()];
+        let position = batch.start - tiles.start;
+        for (four, first) in rows.clone().step_by(4).enumerate() {
+            match rows.end - first {
+                1 => finish::<1>(w, x, first, totals, four, y, position),
+                2 => finish::<2>(w, x, first, totals, four, y, position),
+                3 => finish::<3>(w, x, first, totals, four, y, position),
+                _ => finish::<4>(w, x, first, totals, four, y, position),
+            }
         }
     }
 }
@@ -145,22 +152,27 @@ fn tile_by<'a, T: Tile<'a>, const N: usize>(
     first: usize,
     totals: &mut [Totals; TILE_ROWS],
 ) {
-    let x: &[[[Vector; N]; PLANES]] = x.as_chunks().0.as_chunks().0;
+    let x: &[Side<N>] = x.as_chunks().0.as_chunks().0;
     assert_eq!(x.len(), tile.len(), "so that nothing is checked in the loop");
+    let low = in_order(_mm256_set1_epi8(0b11));
+    let (fives, rest) = x.as_chunks::<UNROLLED>();
     for (row, totals) in totals.iter_mut().enumerate() {
         let mut sums = [_mm256_setzero_si256(); N];
-        for (at, x) in x.iter().enumerate() {
-            let mut packed = load_u8(tile.row_block(row, at));
-            for (plane, x) in x.iter().enumerate() {
-                if plane > 0 {
-                    packed = _mm256_srli_epi16::<2>(packed);
-                }
-                let codes = _mm256_and_si256(packed, _mm256_set1_epi8(0b11));
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    let products = _mm256_maddubs_epi16(codes, load_i8(x));
-                    *sum = in_order(_mm256_add_epi16(*sum, products));
-                }
-            }
+        let mut at = 0;
+        // Five calls and no loop: it would not be unrolled.
+        for [a, b, c, d, e] in fives {
+            let part = tile.part(at..at + UNROLLED);
+            assert_eq!(part.len(), UNROLLED, "so that nothing is checked here");
+            add_block(low, part.row_block(row, 0), a, &mut sums);
+            add_block(low, part.row_block(row, 1), b, &mut sums);
+            add_block(low, part.row_block(row, 2), c, &mut sums);
+            add_block(low, part.row_block(row, 3), d, &mut sums);
+            add_block(low, part.row_block(row, 4), e, &mut sums);
+            at += UNROLLED;
+        }
+        for x in rest {
+            add_block(low, tile.row_block(row, at), x, &mut sums);
+            at += 1;
         }
         let totals = &mut totals.as_flattened_mut()[first..first + N];
         let zero = _mm256_setzero_si256();
@@ -177,30 +189,47 @@ fn tile_by<'a, T: Tile<'a>, const N: usize>(
     }
 }
 
-/// Writes the outputs of one tile, the `position`th of the range, for rows `rows` of the activations.
+/// Adds the products of a block of a row of weights. `low` is the mask of a plane, in a register.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn finish(
+fn add_block<const N: usize>(
+    low: __m256i,
+    packed: &[u8; ROW_BLOCK_BYTES],
+    x: &Side<N>,
+    sums: &mut [__m256i; N],
+) {
+    let mut packed = load_u8(packed);
+    for (plane, x) in x.iter().enumerate() {
+        if plane > 0 {
+            packed = _mm256_srli_epi16::<2>(packed);
+        }
+        let codes = _mm256_and_si256(packed, low);
+        for (sum, x) in sums.iter_mut().zip(x) {
+            let products = _mm256_maddubs_epi16(codes, load_i8(x));
+            *sum = in_order(_mm256_add_epi16(*sum, products));
+        }
+    }
+}
+
+/// Writes the outputs of some tiles, from the `position`th of the range on, for rows `first` to
+/// `first + N` of the activations, the `four`th of the totals.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn finish<const N: usize>(
     w: TernaryMatrix<'_>,
     x: Quantised<'_>,
-    rows: Range<usize>,
-    totals: &[Totals; TILE_ROWS],
+    first: usize,
+    totals: &[[Totals; TILE_ROWS]],
+    four: usize,
     y: &mut Columns<'_>,
     position: usize,
 ) {
-    for (four, first) in rows.clone().step_by(4).enumerate() {
-        let of_row = totals.each_ref().map(|totals| load_i32x4(&totals[four]));
-        let of_token = transpose(of_row);
-        for (i, totals) in (first..rows.end).zip(of_token) {
-            let scale = _mm_set1_ps(w.scale() / x.scale(i));
-            let exact = _mm_sub_epi32(totals, _mm_set1_epi32(x.sum(i)));
-            let values = store_x4(_mm_mul_ps(_mm_cvtepi32_ps(exact), scale));
-            let y = &mut y.row(i)[position * TILE_ROWS..];
-            // The last tile may have fewer rows than totals.
-            match y.first_chunk_mut::<TILE_ROWS>() {
-                Some(y) => *y = values,
-                None => y.copy_from_slice(&values[..y.len()]),
-            }
+    let outputs: [_; N] = array::from_fn(|i| Output::new(w, x, first + i));
+    let mut places = y.rows_mut::<N>(first).map(|row| row[position * TILE_ROWS..].as_chunks_mut());
+    for (tile, totals) in totals.iter().enumerate() {
+        let of_token = transpose(totals.each_ref().map(|totals| load_i32x4(&totals[four])));
+        for ((totals, output), (whole, last)) in of_token.into_iter().zip(outputs).zip(&mut places)
+        {
+            output.put(totals, whole.get_mut(tile), last);
         }
     }
 }

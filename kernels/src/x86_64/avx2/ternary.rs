@@ -27,11 +27,21 @@ use crate::views::{Columns, Quantised};
 const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
 /// Blocks of four times the codes that are gathered in i16.
 const SCALED_BLOCKS: usize = 5;
+/// Blocks that pass without a loop where arithmetic is the limit: its counter would be a tenth of the work.
+pub(super) const UNROLLED: usize = SCALED_BLOCKS;
+/// Blocks of a row at most for [`few_rows`], which holds them in 40 kB for five rows.
+const FEW_BLOCKS_MAX: usize = 64;
 /// How far ahead of its reading a tile is asked for; without it one thread waits for memory.
 const PREFETCH_BYTES: usize = 4096;
 
 /// The activations of a block of columns, by planes.
 type Activations = [[i8; ROW_BLOCK_BYTES]; PLANES];
+/// A block of `N` rows of activations, side by side: `[plane][row]`.
+pub(super) type Side<const N: usize> = [[[i8; ROW_BLOCK_BYTES]; N]; PLANES];
+/// A few rows of activations in blocks. No load of it crosses a cache line, and two that follow one
+/// another are in different halves of one.
+#[repr(align(64))]
+struct Interleaved<const N: usize>([Side<N>; FEW_BLOCKS_MAX]);
 /// A running sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
 
@@ -134,13 +144,14 @@ fn all_tiles<'a, T: Tile<'a>>(
     x: Quantised<'_>,
     mut y: Columns<'_>,
 ) {
+    let few = w.cols() <= FEW_BLOCKS_MAX * BLOCK_COLS;
     match x.rows() {
         0 => {}
         1 => single_row::<T>(w, tiles, x, y.row(0)),
-        2 => few_rows::<T, 2>(w, tiles, x, &mut y),
-        3 => few_rows::<T, 3>(w, tiles, x, &mut y),
-        4 => few_rows::<T, 4>(w, tiles, x, &mut y),
-        5 => few_rows::<T, 5>(w, tiles, x, &mut y),
+        2 if few => few_rows::<T, 2>(w, tiles, x, &mut y),
+        3 if few => few_rows::<T, 3>(w, tiles, x, &mut y),
+        4 if few => few_rows::<T, 4>(w, tiles, x, &mut y),
+        5 if few => few_rows::<T, 5>(w, tiles, x, &mut y),
         _ => some_rows::<T>(w, tiles, x, &mut y),
     }
 }
@@ -172,42 +183,48 @@ fn single_row<'a, T: Tile<'a>>(
     let blocks = activations(w, x, 0);
     let output = Output::new(w, x, 0);
     let half = tiles.len().div_ceil(2);
-    let (first, second) = y.split_at_mut(y.len().min(half * TILE_ROWS));
-    let mut halves = [first, second].map(|y| y.chunks_mut(TILE_ROWS));
-    for at in 0..half {
-        for (side, y) in halves.iter_mut().enumerate() {
-            let Some(y) = y.next() else { continue };
-            let at = tiles.start + side * half + at;
-            // The bytes of a tile are contiguous in either arrangement.
-            let ahead = w.tile(at).as_ptr_range().end;
-            let totals = one_row(T::new(w, at), ahead, blocks);
-            output.put(totals, y);
+    let (whole, last) = y.as_chunks_mut();
+    for first in 0..half {
+        for place in [first, first + half] {
+            if place < tiles.len() {
+                let at = tiles.start + place;
+                // The bytes of a tile are contiguous in either arrangement.
+                let ahead = w.tile(at).as_ptr_range().end;
+                let totals = one_row(T::new(w, at), ahead, blocks);
+                output.put(totals, whole.get_mut(place), last);
+            }
         }
     }
 }
 
 /// What makes outputs of the sums of a row of activations.
 #[derive(Clone, Copy)]
-struct Output {
+pub(super) struct Output {
     /// Of the activations.
     sum: i32,
     scale: f32,
 }
 
 impl Output {
-    fn new(w: TernaryMatrix<'_>, x: Quantised<'_>, i: usize) -> Self {
+    pub(super) fn new(w: TernaryMatrix<'_>, x: Quantised<'_>, i: usize) -> Self {
         Self { sum: x.sum(i), scale: w.scale() / x.scale(i) }
     }
 
-    /// Writes the outputs of a tile, of which the last may have fewer rows than totals.
+    /// Writes the outputs of a tile: to `whole`, or those there are to `last`, for the last tile of a
+    /// matrix may have fewer rows than totals.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn put(self, totals: __m128i, y: &mut [f32]) {
+    pub(super) fn put(
+        self,
+        totals: __m128i,
+        whole: Option<&mut [f32; TILE_ROWS]>,
+        last: &mut [f32],
+    ) {
         let exact = _mm_sub_epi32(totals, _mm_set1_epi32(self.sum));
         let values = store_x4(_mm_mul_ps(_mm_cvtepi32_ps(exact), _mm_set1_ps(self.scale)));
-        match y.first_chunk_mut::<TILE_ROWS>() {
+        match whole {
             Some(y) => *y = values,
-            None => y.copy_from_slice(&values[..y.len()]),
+            None => last.copy_from_slice(&values[..last.len()]),
         }
     }
 }
@@ -297,98 +314,143 @@ fn few_rows<'a, T: Tile<'a>, const N: usize>(
     x: Quantised<'_>,
     y: &mut Columns<'_>,
 ) {
-    let blocks: [_; N] = array::from_fn(|i| activations(w, x, i));
+    let rows: [_; N] = array::from_fn(|i| activations(w, x, i));
+    let mut interleaved = Interleaved([[[[0; ROW_BLOCK_BYTES]; N]; PLANES]; FEW_BLOCKS_MAX]);
+    let interleaved = &mut interleaved.0[..rows[0].len()];
+    for (at, block) in interleaved.iter_mut().enumerate() {
+        for (plane, vectors) in block.iter_mut().enumerate() {
+            for (vector, row) in vectors.iter_mut().zip(rows) {
+                *vector = row[at][plane];
+            }
+        }
+    }
     let outputs: [_; N] = array::from_fn(|i| Output::new(w, x, i));
+    let mut y = y.rows_mut::<N>(0).map(<[f32]>::as_chunks_mut::<TILE_ROWS>);
     for (position, at) in tiles.enumerate() {
         // The bytes of a tile are contiguous in either arrangement.
         let ahead = w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES);
-        let totals = tile_by(T::new(w, at), ahead, blocks);
-        for (i, (totals, output)) in totals.into_iter().zip(outputs).enumerate() {
-            output.put(totals, &mut y.row(i)[position * TILE_ROWS..]);
+        let totals = tile_by(T::new(w, at), ahead, interleaved);
+        for ((totals, output), (whole, last)) in totals.into_iter().zip(outputs).zip(&mut y) {
+            output.put(totals, whole.get_mut(position), last);
         }
     }
 }
 
 /// One tile by `N` rows of activations, one row of weights after the other: each register of masked
-/// weights serves all of them, and the activations are operands of the products. Otherwise as
-/// [`one_row`], whose bounds hold here.
+/// weights serves all of them, and the activations are operands of the products. Planes as in
+/// [`one_row`]; sums are widened after [`SCALED_BLOCKS`] blocks, where its bounds hold.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn tile_by<'a, T: Tile<'a>, const N: usize>(
     tile: T,
     ahead: *const u8,
-    x: [&[Activations]; N],
+    x: &[Side<N>],
 ) -> [__m128i; N] {
-    let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; N];
-    for first in (0..tile.len()).step_by(2 * SCALED_BLOCKS) {
-        let strip = first..tile.len().min(first + 2 * SCALED_BLOCKS);
-        for at in strip.clone() {
+    assert_eq!(x.len(), tile.len(), "a row of activations has as many blocks as one of weights");
+    let masks = Masks::new();
+    let mut totals = [[_mm256_setzero_si256(); N]; TILE_ROWS];
+    let (fives, rest) = x.as_chunks::<SCALED_BLOCKS>();
+    let mut first = 0;
+    for five in fives {
+        let part = tile.part(first..first + SCALED_BLOCKS);
+        for at in first..first + SCALED_BLOCKS {
             prefetch_block(ahead, at);
         }
-        let part = tile.part(strip.clone());
-        let mut x = x;
-        for x in &mut x {
-            *x = &x[strip.clone()];
+        for (row, totals) in totals.iter_mut().enumerate() {
+            // Loaded for each row, as in `add_blocks`. Five calls and no loop: it would not be unrolled.
+            let [a, b, c, d, e] = anew(five);
+            let mut sums = RowSums::zero();
+            sums.add(masks, part.row_block(row, 0), a);
+            sums.add(masks, part.row_block(row, 1), b);
+            sums.add(masks, part.row_block(row, 2), c);
+            sums.add(masks, part.row_block(row, 3), d);
+            sums.add(masks, part.row_block(row, 4), e);
+            sums.widen(totals);
         }
-        for row in 0..TILE_ROWS {
-            let mut sums = [_mm256_setzero_si256(); N];
-            for half in [0..strip.len().min(SCALED_BLOCKS), SCALED_BLOCKS..strip.len()] {
-                if half.start < half.end {
-                    let mut x = x;
-                    for x in &mut x {
-                        *x = &x[half.clone()];
-                    }
-                    add_row::<T, N>(part.part(half), row, x, &mut sums);
-                }
+        first += SCALED_BLOCKS;
+    }
+    if !rest.is_empty() {
+        let part = tile.part(first..tile.len());
+        for at in first..tile.len() {
+            prefetch_block(ahead, at);
+        }
+        for (row, totals) in totals.iter_mut().enumerate() {
+            let mut sums = RowSums::zero();
+            for (at, x) in anew(&rest).iter().enumerate() {
+                sums.add(masks, part.row_block(row, at), x);
             }
-            for (totals, sum) in totals.iter_mut().zip(sums) {
-                let wide = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-                totals[row] = _mm256_add_epi32(totals[row], wide);
-            }
+            sums.widen(totals);
         }
     }
     let mut sums = [_mm_setzero_si128(); N];
-    for (sum, totals) in sums.iter_mut().zip(totals) {
-        *sum = across(totals);
+    for (i, sum) in sums.iter_mut().enumerate() {
+        *sum = across(totals.each_ref().map(|totals| totals[i]));
     }
     sums
 }
 
-/// Adds the products of row `row` of at most [`SCALED_BLOCKS`] blocks.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn add_row<'a, T: Tile<'a>, const N: usize>(
-    tile: T,
-    row: usize,
-    x: [&[Activations]; N],
-    sums: &mut [__m256i; N],
-) {
-    let (low, scaled) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
-    let len = tile.len();
-    for x in x {
-        assert_eq!(x.len(), len, "so that nothing is checked in the loop");
+/// The masks of planes 0 and 2, and of 1 and 3, which are used where they lie, as four times their codes.
+/// The compiler does not know their values: it would load them anew for each use, and loads are what
+/// the products need.
+#[derive(Clone, Copy)]
+struct Masks {
+    low: __m256i,
+    scaled: __m256i,
+}
+
+impl Masks {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn new() -> Self {
+        let (low, scaled) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
+        Self { low: in_order(low), scaled: in_order(scaled) }
     }
-    let mut own = *sums;
-    let mut scaled_sums = [_mm256_setzero_si256(); N];
-    for at in 0..len {
-        let packed = load_u8(tile.row_block(row, at));
+}
+
+/// What some blocks of a row of weights by `N` rows of activations come to, in i16: planes 0 and 2, and
+/// four times planes 1 and 3.
+#[derive(Clone, Copy)]
+struct RowSums<const N: usize> {
+    sums: [__m256i; N],
+    scaled: [__m256i; N],
+}
+
+impl<const N: usize> RowSums<N> {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn zero() -> Self {
+        Self { sums: [_mm256_setzero_si256(); N], scaled: [_mm256_setzero_si256(); N] }
+    }
+
+    /// Adds one block.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn add(&mut self, masks: Masks, packed: &[u8; ROW_BLOCK_BYTES], x: &Side<N>) {
+        let packed = load_u8(packed);
         let shifted = _mm256_srli_epi16::<4>(packed);
         let masked = [
-            _mm256_and_si256(packed, low),
-            _mm256_and_si256(packed, scaled),
-            _mm256_and_si256(shifted, low),
-            _mm256_and_si256(shifted, scaled),
+            _mm256_and_si256(packed, masks.low),
+            _mm256_and_si256(packed, masks.scaled),
+            _mm256_and_si256(shifted, masks.low),
+            _mm256_and_si256(shifted, masks.scaled),
         ];
-        for (plane, masked) in masked.into_iter().enumerate() {
-            let sums = if plane % 2 == 0 { &mut own } else { &mut scaled_sums };
+        for (plane, (masked, x)) in masked.into_iter().zip(x).enumerate() {
+            let sums = if plane % 2 == 0 { &mut self.sums } else { &mut self.scaled };
             for (sum, x) in sums.iter_mut().zip(x) {
-                let products = _mm256_maddubs_epi16(masked, load_i8(&x[at][plane]));
+                let products = _mm256_maddubs_epi16(masked, load_i8(x));
                 *sum = in_order(_mm256_add_epi16(*sum, products));
             }
         }
     }
-    for ((sum, own), scaled) in sums.iter_mut().zip(own).zip(scaled_sums) {
-        *sum = _mm256_add_epi16(own, _mm256_srai_epi16::<2>(scaled));
+
+    /// Adds them to totals in i32.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn widen(self, totals: &mut [__m256i; N]) {
+        for ((total, sum), scaled) in totals.iter_mut().zip(self.sums).zip(self.scaled) {
+            let sum = _mm256_add_epi16(sum, _mm256_srai_epi16::<2>(scaled));
+            *total = _mm256_add_epi32(*total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+        }
     }
 }
 
