@@ -73,6 +73,7 @@ fn round_of<'a, T: Tile<'a>>(
     let groups = &groups[..count];
     for batch in tiles.clone().step_by(BATCH_TILES) {
         let batch = batch..tiles.end.min(batch + BATCH_TILES);
+        let totals = &mut totals[..batch.len() * TILE_ROWS];
         totals.as_flattened_mut().fill([0; 4]);
         for strip in 0..strips {
             // Strips of nearly the same length.
@@ -109,7 +110,7 @@ fn round_of<'a, T: Tile<'a>>(
                 }
             }
         }
-        let totals = &totals.as_chunks().0[..batch.len()];
+        let totals = totals.as_chunks().0;
         let position = batch.start - tiles.start;
         for (four, first) in rows.clone().step_by(4).enumerate() {
             match rows.end - first {
@@ -161,13 +162,12 @@ fn tile_by<'a, T: Tile<'a>, const N: usize>(
         let mut at = 0;
         // Five calls and no loop: it would not be unrolled.
         for [a, b, c, d, e] in fives {
-            let part = tile.part(at..at + UNROLLED);
-            assert_eq!(part.len(), UNROLLED, "so that nothing is checked here");
-            add_block(low, part.row_block(row, 0), a, &mut sums);
-            add_block(low, part.row_block(row, 1), b, &mut sums);
-            add_block(low, part.row_block(row, 2), c, &mut sums);
-            add_block(low, part.row_block(row, 3), d, &mut sums);
-            add_block(low, part.row_block(row, 4), e, &mut sums);
+            let weights = tile.row_blocks(row, at);
+            add_block(low, weights[0], a, &mut sums);
+            add_block(low, weights[1], b, &mut sums);
+            add_block(low, weights[2], c, &mut sums);
+            add_block(low, weights[3], d, &mut sums);
+            add_block(low, weights[4], e, &mut sums);
             at += UNROLLED;
         }
         for x in rest {

@@ -60,6 +60,8 @@ pub(super) trait Tile<'a>: Copy {
     fn block(self, at: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; TILE_ROWS];
     /// Block `at` of row `row`.
     fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES];
+    /// Blocks of row `row`, from block `first` on.
+    fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED];
 }
 
 /// A tile of [`Arrangement::Tiles`].
@@ -90,6 +92,12 @@ impl<'a> Tile<'a> for Woven<'a> {
     #[inline]
     fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES] {
         &self.0[at][row]
+    }
+
+    #[inline]
+    fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED] {
+        let blocks: &[TileBlock; UNROLLED] = self.0[first..].first_chunk().expect("of the tile");
+        blocks.each_ref().map(|block| &block[row])
     }
 }
 
@@ -125,6 +133,12 @@ impl<'a> Tile<'a> for Plain<'a> {
     #[inline]
     fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES] {
         &self.0[row][at]
+    }
+
+    #[inline]
+    fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED] {
+        let blocks: &[_; UNROLLED] = self.0[row][first..].first_chunk().expect("of the tile");
+        blocks.each_ref()
     }
 }
 
@@ -352,19 +366,18 @@ fn tile_by<'a, T: Tile<'a>, const N: usize>(
     let (fives, rest) = x.as_chunks::<SCALED_BLOCKS>();
     let mut first = 0;
     for five in fives {
-        let part = tile.part(first..first + SCALED_BLOCKS);
         for at in first..first + SCALED_BLOCKS {
             prefetch_block(ahead, at);
         }
         for (row, totals) in totals.iter_mut().enumerate() {
             // Loaded for each row, as in `add_blocks`. Five calls and no loop: it would not be unrolled.
-            let [a, b, c, d, e] = anew(five);
+            let (weights, [a, b, c, d, e]) = (tile.row_blocks(row, first), anew(five));
             let mut sums = RowSums::zero();
-            sums.add(masks, part.row_block(row, 0), a);
-            sums.add(masks, part.row_block(row, 1), b);
-            sums.add(masks, part.row_block(row, 2), c);
-            sums.add(masks, part.row_block(row, 3), d);
-            sums.add(masks, part.row_block(row, 4), e);
+            sums.add(masks, weights[0], a);
+            sums.add(masks, weights[1], b);
+            sums.add(masks, weights[2], c);
+            sums.add(masks, weights[3], d);
+            sums.add(masks, weights[4], e);
             sums.widen(totals);
         }
         first += SCALED_BLOCKS;
