@@ -11,9 +11,13 @@
 
 use std::arch::x86_64::*;
 use std::array;
+use std::mem::{self, MaybeUninit};
 use std::ops::Range;
+use std::ptr;
 
-use super::ternary::{Output, Side, Tile, UNROLLED, across, in_order};
+use super::ternary::{
+    FEW_BLOCKS_MAX, FEW_ROWS_MAX, Output, Side, Tile, UNROLLED, across, in_order,
+};
 use super::{load_i8, load_i32x4, load_u8, prefetch, store_i32x4};
 use crate::ternary_matrix::{BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
@@ -26,14 +30,65 @@ const STRIP_BLOCKS: usize = 10;
 const GROUP_ROWS: usize = 8;
 /// Rows of activations that go over the weights together. A strip of them takes 30 kB.
 const ROWS_MAX: usize = 3 * GROUP_ROWS;
+/// Room for a strip of these, or for whole rows if they are few.
+const SIDE_BY_SIDE_VECTORS: usize = {
+    let (strip, few) = (STRIP_BLOCKS * ROWS_MAX, FEW_BLOCKS_MAX * FEW_ROWS_MAX);
+    (if strip > few { strip } else { few }) * PLANES
+};
 /// Tiles that pass before the next strip: 256 rows of weights, 24 kB of sums.
 const BATCH_TILES: usize = 64;
 
 /// The activations of a plane.
 type Vector = [i8; ROW_BLOCK_BYTES];
-/// A strip of the activations: of each group `[block][plane][row]`. No load of it crosses a cache line.
+/// Room for activations side by side, 40 kB: of each group of rows `[block][plane][row]`. No load of them
+/// crosses a cache line, and two that follow one another are in different halves of one.
 #[repr(align(64))]
-struct Strip([Vector; STRIP_BLOCKS * PLANES * ROWS_MAX]);
+pub(super) struct SideBySide([MaybeUninit<Vector>; SIDE_BY_SIDE_VECTORS]);
+
+impl SideBySide {
+    pub(super) const fn new() -> Self {
+        Self([MaybeUninit::uninit(); SIDE_BY_SIDE_VECTORS])
+    }
+
+    /// All of the room.
+    pub(super) fn places(&mut self) -> Places<'_> {
+        Places(&mut self.0)
+    }
+}
+
+/// What is left of the room.
+pub(super) struct Places<'p>(&'p mut [MaybeUninit<Vector>]);
+
+impl<'p> Places<'p> {
+    /// Copies blocks `blocks` of rows `rows` of the activations to the front of the room.
+    ///
+    /// # Panics
+    ///
+    /// If there is too little room.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    pub(super) fn copy(
+        &mut self,
+        x: Quantised<'_>,
+        rows: Range<usize>,
+        blocks: Range<usize>,
+    ) -> &'p [Vector] {
+        let n = rows.len();
+        let (own, rest) = mem::take(&mut self.0).split_at_mut(blocks.len() * PLANES * n);
+        self.0 = rest;
+        for (i, row) in rows.enumerate() {
+            let vectors = x.row(row).as_chunks().0;
+            let vectors = &vectors[blocks.start * PLANES..blocks.end * PLANES];
+            for (place, vector) in own[i..].iter_mut().step_by(n).zip(vectors) {
+                place.write(*vector);
+            }
+        }
+        // SAFETY: there are `n` times as many places as vectors of a row, and row `i` filled those at `i`
+        // and every `n` after it.
+        unsafe { &*(ptr::from_ref::<[MaybeUninit<Vector>]>(own) as *const [Vector]) }
+    }
+}
+
 /// The sums of one row of weights: of codes, so with the sum of the activations in them.
 type Totals = [[i32; 4]; ROWS_MAX / 4];
 
@@ -63,7 +118,7 @@ fn round_of<'a, T: Tile<'a>>(
     rows: Range<usize>,
     y: &mut Columns<'_>,
 ) {
-    let mut activations = Strip([[0; ROW_BLOCK_BYTES]; STRIP_BLOCKS * PLANES * ROWS_MAX]);
+    let mut activations = SideBySide::new();
     let mut totals = [[[0; 4]; ROWS_MAX / 4]; BATCH_TILES * TILE_ROWS];
     let all_blocks = w.cols().div_ceil(BLOCK_COLS);
     let strips = all_blocks.div_ceil(STRIP_BLOCKS);
@@ -79,9 +134,10 @@ fn round_of<'a, T: Tile<'a>>(
             // Strips of nearly the same length.
             let blocks = |strip| strip * all_blocks / strips..(strip + 1) * all_blocks / strips;
             let (strip, next) = (blocks(strip), blocks((strip + 1) % strips));
-            let mut places = &mut activations.0[..];
-            for group in groups {
-                places = interleave(x, rows.start, group.clone(), strip.clone(), places);
+            let (mut places, mut copied) = (activations.places(), [&[][..]; ROWS_MAX / GROUP_ROWS]);
+            for (copied, group) in copied.iter_mut().zip(groups) {
+                let rows = rows.start + group.start..rows.start + group.end;
+                *copied = places.copy(x, rows, strip.clone());
             }
             for (tile, totals) in batch.clone().zip(totals.as_chunks_mut::<TILE_ROWS>().0) {
                 let weights = T::new(w, tile).part(strip.clone());
@@ -93,10 +149,7 @@ fn round_of<'a, T: Tile<'a>>(
                 for at in 0..ahead.len() {
                     ahead.block(at).into_iter().for_each(|row| prefetch(row, 0));
                 }
-                let mut places = &activations.0[..];
-                for group in groups {
-                    let (own, rest) = places.split_at(strip.len() * PLANES * group.len());
-                    places = rest;
+                for (own, group) in copied.iter().zip(groups) {
                     match group.len() {
                         1 => tile_by::<T, 1>(weights, own, group.start, totals),
                         2 => tile_by::<T, 2>(weights, own, group.start, totals),
@@ -121,27 +174,6 @@ fn round_of<'a, T: Tile<'a>>(
             }
         }
     }
-}
-
-/// Copies a strip of some rows of activations, counted from `first`, plane by plane, to the front of
-/// `places`; returns the rest.
-fn interleave<'p>(
-    x: Quantised<'_>,
-    first: usize,
-    rows: Range<usize>,
-    blocks: Range<usize>,
-    places: &'p mut [Vector],
-) -> &'p mut [Vector] {
-    let n = rows.len();
-    let (places, rest) = places.split_at_mut(blocks.len() * PLANES * n);
-    for (i, row) in rows.enumerate() {
-        let vectors = x.row(first + row).as_chunks().0;
-        let vectors = &vectors[blocks.start * PLANES..blocks.end * PLANES];
-        for (place, vector) in places[i..].iter_mut().step_by(n).zip(vectors) {
-            *place = *vector;
-        }
-    }
-    rest
 }
 
 /// Adds a strip of a tile by `N` rows of activations to totals `first` and on of each of its rows.

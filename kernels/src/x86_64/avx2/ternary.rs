@@ -18,7 +18,7 @@ use std::arch::x86_64::*;
 use std::array;
 use std::ops::Range;
 
-use super::group::some_rows;
+use super::group::{SideBySide, some_rows};
 use super::{load_i8, load_u8, prefetch, store_x4};
 use crate::ternary_matrix::{Arrangement, BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
@@ -29,8 +29,10 @@ const PLANES: usize = BLOCK_COLS / ROW_BLOCK_BYTES;
 const SCALED_BLOCKS: usize = 5;
 /// Blocks that pass without a loop where arithmetic is the limit: its counter would be a tenth of the work.
 pub(super) const UNROLLED: usize = SCALED_BLOCKS;
-/// Blocks of a row at most for [`few_rows`], which holds them in 40 kB for five rows.
-const FEW_BLOCKS_MAX: usize = 64;
+/// Rows of activations at most for [`few_rows`].
+pub(super) const FEW_ROWS_MAX: usize = 5;
+/// Blocks of a row at most for [`few_rows`], which has all of them side by side.
+pub(super) const FEW_BLOCKS_MAX: usize = 64;
 /// How far ahead of its reading a tile is asked for; without it one thread waits for memory.
 const PREFETCH_BYTES: usize = 4096;
 
@@ -38,10 +40,6 @@ const PREFETCH_BYTES: usize = 4096;
 type Activations = [[i8; ROW_BLOCK_BYTES]; PLANES];
 /// A block of `N` rows of activations, side by side: `[plane][row]`.
 pub(super) type Side<const N: usize> = [[[i8; ROW_BLOCK_BYTES]; N]; PLANES];
-/// A few rows of activations in blocks. No load of it crosses a cache line, and two that follow one
-/// another are in different halves of one.
-#[repr(align(64))]
-struct Interleaved<const N: usize>([Side<N>; FEW_BLOCKS_MAX]);
 /// A running sum for each row of a tile.
 type Sums = [__m256i; TILE_ROWS];
 
@@ -328,22 +326,15 @@ fn few_rows<'a, T: Tile<'a>, const N: usize>(
     x: Quantised<'_>,
     y: &mut Columns<'_>,
 ) {
-    let rows: [_; N] = array::from_fn(|i| activations(w, x, i));
-    let mut interleaved = Interleaved([[[[0; ROW_BLOCK_BYTES]; N]; PLANES]; FEW_BLOCKS_MAX]);
-    let interleaved = &mut interleaved.0[..rows[0].len()];
-    for (at, block) in interleaved.iter_mut().enumerate() {
-        for (plane, vectors) in block.iter_mut().enumerate() {
-            for (vector, row) in vectors.iter_mut().zip(rows) {
-                *vector = row[at][plane];
-            }
-        }
-    }
+    let mut side_by_side = SideBySide::new();
+    let copied = side_by_side.places().copy(x, 0..N, 0..w.cols().div_ceil(BLOCK_COLS));
+    let blocks: &[Side<N>] = copied.as_chunks().0.as_chunks().0;
     let outputs: [_; N] = array::from_fn(|i| Output::new(w, x, i));
     let mut y = y.rows_mut::<N>(0).map(<[f32]>::as_chunks_mut::<TILE_ROWS>);
     for (position, at) in tiles.enumerate() {
         // The bytes of a tile are contiguous in either arrangement.
         let ahead = w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES);
-        let totals = tile_by(T::new(w, at), ahead, interleaved);
+        let totals = tile_by(T::new(w, at), ahead, blocks);
         for ((totals, output), (whole, last)) in totals.into_iter().zip(outputs).zip(&mut y) {
             output.put(totals, whole.get_mut(position), last);
         }
