@@ -126,6 +126,7 @@ fn high_tile<const V: usize>(tile: &[u8], x: [&[i8]; V], sums: &mut [[i32; TILE_
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn low_tile<const V: usize>(tile: &[u8], x: [&[i8]; V], sums: &mut [[i32; TILE_ROWS]]) {
+    let lower = Masks::new().lower;
     let x = x.map(|x| x.as_chunks::<ROW_BYTES>().0.as_chunks::<4>().0);
     let mut totals = [[_mm256_setzero_si256(); TILE_ROWS]; V];
     for (strip, blocks) in blocks(tile).chunks(LOW_STRIP).enumerate() {
@@ -135,7 +136,7 @@ fn low_tile<const V: usize>(tile: &[u8], x: [&[i8]; V], sums: &mut [[i32; TILE_R
             prefetch(block, PREFETCH_BYTES);
             prefetch(block, PREFETCH_BYTES + LINE);
             for (row, packed) in block.iter().enumerate() {
-                for (part, codes) in low_codes(load_u8(packed)).into_iter().enumerate() {
+                for (part, codes) in low_codes(load_u8(packed), lower).into_iter().enumerate() {
                     for v in 0..V {
                         let products = _mm256_maddubs_epi16(codes, load_i8(&x[v][at][part]));
                         strip_sums[v][row] = _mm256_add_epi16(strip_sums[v][row], products);
@@ -150,17 +151,33 @@ fn low_tile<const V: usize>(tile: &[u8], x: [&[i8]; V], sums: &mut [[i32; TILE_R
     put(totals, sums);
 }
 
+/// Where in a byte the two lower bits of a code are, and the four upper ones. The compiler does not know
+/// these values: it would make others of them and load each anew in every round.
+#[derive(Clone, Copy)]
+struct Masks {
+    lower: __m256i,
+    upper: __m256i,
+}
+
+impl Masks {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn new() -> Self {
+        let (lower, upper) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b11_1100));
+        Self { lower: in_order(lower), upper: in_order(upper) }
+    }
+}
+
 /// The four codes in each byte of the low plane. Shifts are of 16 bits: the mask takes away what
 /// crosses from the upper byte.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn low_codes(packed: __m256i) -> [__m256i; 4] {
-    let low_two = _mm256_set1_epi8(0b11);
+fn low_codes(packed: __m256i, lower: __m256i) -> [__m256i; 4] {
     [
-        _mm256_and_si256(packed, low_two),
-        _mm256_and_si256(_mm256_srli_epi16::<2>(packed), low_two),
-        _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low_two),
-        _mm256_and_si256(_mm256_srli_epi16::<6>(packed), low_two),
+        _mm256_and_si256(packed, lower),
+        _mm256_and_si256(_mm256_srli_epi16::<2>(packed), lower),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(packed), lower),
+        _mm256_and_si256(_mm256_srli_epi16::<6>(packed), lower),
     ]
 }
 
@@ -223,6 +240,8 @@ fn tile_by<const V: usize, const R: usize>(
     ahead: [*const u8; 2],
     x: &[[Columns; V]],
 ) -> [Sums; V] {
+    let masks = Masks::new();
+    let ones = in_order(_mm256_set1_epi16(1));
     let mut sums = [[_mm256_setzero_si256(); TILE_ROWS]; V];
     for first in (0..TILE_ROWS).step_by(R) {
         let mut totals = [[_mm256_setzero_si256(); R]; V];
@@ -234,9 +253,9 @@ fn tile_by<const V: usize, const R: usize>(
                 if first + row < 2 {
                     prefetch(ahead[1], (2 * at + first + row) * LINE);
                 }
-                let lower = low_codes(packed(low));
+                let lower = low_codes(packed(low), masks.lower);
                 for (pair, high) in high.iter().enumerate() {
-                    let upper = high_codes(packed(high));
+                    let upper = high_codes(packed(high), masks.upper);
                     let one = _mm256_or_si256(upper[0], lower[2 * pair]);
                     let two = _mm256_or_si256(upper[1], lower[2 * pair + 1]);
                     for (totals, x) in totals.iter_mut().zip(x) {
@@ -244,7 +263,7 @@ fn tile_by<const V: usize, const R: usize>(
                             _mm256_maddubs_epi16(one, load_i8(&x[2 * pair])),
                             _mm256_maddubs_epi16(two, load_i8(&x[2 * pair + 1])),
                         );
-                        let wide = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+                        let wide = _mm256_madd_epi16(products, ones);
                         totals[row] = in_order(_mm256_add_epi32(totals[row], wide));
                     }
                 }
@@ -260,8 +279,7 @@ fn tile_by<const V: usize, const R: usize>(
 /// The upper bits of the two codes in each byte of the high plane, in their place.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn high_codes(packed: __m256i) -> [__m256i; 2] {
-    let upper = _mm256_set1_epi8(0x3c);
+fn high_codes(packed: __m256i, upper: __m256i) -> [__m256i; 2] {
     [
         _mm256_and_si256(_mm256_slli_epi16::<2>(packed), upper),
         _mm256_and_si256(_mm256_srli_epi16::<2>(packed), upper),
