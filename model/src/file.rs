@@ -69,13 +69,13 @@ impl MappedFile {
     /// Reads the file into memory, if it is not there, and maps all of it: bytes that will be read
     /// again and again.
     pub(crate) fn populate(&self) {
+        let Some(map) = &self.map else { return };
         #[cfg(target_os = "linux")]
-        if let Some(map) = &self.map
-            && map.advise(Advice::PopulateRead).is_err()
-        {
-            // A kernel before 5.14; what it makes of this changes no byte.
-            let _ = map.advise(Advice::WillNeed);
+        if map.advise(Advice::PopulateRead).is_ok() {
+            return;
         }
+        // Linux before 5.14, or another system. Advice is only that.
+        let _ = map.advise(Advice::WillNeed);
     }
 
     /// Tells the kernel that the bytes will be read front to back soon.

@@ -154,7 +154,8 @@ fn table(measured: &Measured) -> String {
     );
     let _ = writeln!(
         text,
-        "peak memory {:.0} MB, {:.0} MB on huge pages; weights' files {:.0} MB, keys and values {:.0} MB",
+        "peak memory {:.0} MB, {:.0} MB on huge pages; weights' files {:.0} MB, keys and values \
+         {:.0} MB",
         measured.peak_rss_bytes as f64 / 1e6,
         measured.huge_page_bytes as f64 / 1e6,
         measured.weight_bytes as f64 / 1e6,
