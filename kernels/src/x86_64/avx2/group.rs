@@ -131,8 +131,9 @@ fn round_of<'a, T: Tile<'a>>(
         let totals = &mut totals[..batch.len() * TILE_ROWS];
         totals.as_flattened_mut().fill([0; 4]);
         for strip in 0..strips {
-            // Strips of nearly the same length.
-            let blocks = |strip| strip * all_blocks / strips..(strip + 1) * all_blocks / strips;
+            // All but the last are whole: their blocks pass without a loop.
+            let end = |strip| all_blocks.min((strip + 1) * STRIP_BLOCKS);
+            let blocks = |strip: usize| strip * STRIP_BLOCKS..end(strip);
             let (strip, next) = (blocks(strip), blocks((strip + 1) % strips));
             let (mut places, mut copied) = (activations.places(), [&[][..]; ROWS_MAX / GROUP_ROWS]);
             for (copied, group) in copied.iter_mut().zip(groups) {
