@@ -171,6 +171,7 @@ impl<'a> Columns<'a> {
     /// # Panics
     ///
     /// If there are no such rows.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn rows_mut<const N: usize>(&mut self, first: usize) -> [&mut [f32]; N] {
         assert!(first + N <= self.n, "{N} rows from {first} of {}", self.n);
         std::array::from_fn(|i| {
