@@ -176,12 +176,6 @@ fn prefetch_block(ahead: *const u8, block: usize) {
     prefetch(ahead, block * size_of::<TileBlock>() + 64);
 }
 
-/// Row `i` of the activations in blocks, as many as a row of weights has.
-fn activations<'a>(w: TernaryMatrix<'_>, x: Quantised<'a>, i: usize) -> &'a [Activations] {
-    let blocks = x.row(i).as_chunks::<ROW_BLOCK_BYTES>().0.as_chunks::<PLANES>().0;
-    &blocks[..w.cols().div_ceil(BLOCK_COLS)]
-}
-
 /// All tiles by one row of activations: in turn one of the first half and one of the second. Two
 /// places in memory are read at once so that the end of a page of one, where the CPU's own prefetchers
 /// stop, passes while those of the other run.
@@ -192,7 +186,8 @@ fn single_row<'a, T: Tile<'a>>(
     x: Quantised<'_>,
     y: &mut [f32],
 ) {
-    let blocks = activations(w, x, 0);
+    let blocks: &[Activations] = x.row(0).as_chunks().0.as_chunks().0;
+    let blocks = &blocks[..w.cols().div_ceil(BLOCK_COLS)];
     let output = Output::new(w, x, 0);
     let half = tiles.len().div_ceil(2);
     let (whole, last) = y.as_chunks_mut();
