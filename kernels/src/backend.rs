@@ -10,14 +10,16 @@ use crate::float_matrix::FloatMatrix;
 use crate::scalar;
 use crate::screen::{ScreenInput, ScreenMatrix};
 use crate::ternary_columns::TernaryColumns;
-use crate::ternary_matrix::TernaryMatrix;
+use crate::ternary_matrix::{TILE_ROWS, TernaryMatrix};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
     Quantised,
 };
 use crate::workspace::Workspace;
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::{avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
+use crate::workspace::{BAND_ROWS, PANEL_ROWS};
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::{amx::Amx, avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
 /// An implementation of the kernels that this machine can run; its existence is the proof. Cheap to
 /// copy: choose one at start-up and hand it down.
@@ -33,6 +35,8 @@ pub(crate) enum Kind {
     AvxVnni(AvxVnni),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
     #[cfg(target_arch = "aarch64")]
@@ -57,6 +61,19 @@ impl fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
+/// How a product is best cut into parts: see [`Backend::cut`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Rows of activations at a time, at most.
+    pub tokens: usize,
+    /// Rows of weights of every part but the last: a multiple of it, and of
+    /// [`TernaryMatrix::TILE_ROWS`].
+    pub rows: usize,
+    /// So many rows of weights at a time, if what they share is dear: about as many, and as even as
+    /// threads.
+    pub sized: Option<usize>,
+}
+
 /// Calls the function of the chosen implementation.
 macro_rules! dispatch {
     ($backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* )) => {
@@ -68,6 +85,8 @@ macro_rules! dispatch {
             Kind::AvxVnni(token) => token.$function($($argument),*),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx(token) => token.$function($($argument),*),
             #[cfg(target_arch = "aarch64")]
             Kind::Neon(token) => neon!(token, $($module)::+, $function($($argument),*)),
             #[cfg(target_arch = "aarch64")]
@@ -99,6 +118,8 @@ impl Backend {
             Kind::AvxVnni(_) => "avxvnni",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx(_) => "amx",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon(_) => "neon",
             #[cfg(target_arch = "aarch64")]
@@ -144,18 +165,23 @@ impl Backend {
         dispatch!(self, fused, ternary(w, tiles, x, y));
     }
 
-    /// How many of `n` rows of activations a call of [`Self::ternary_many`] best takes, if not all:
-    /// [`Workspace::PANEL`], and then with a thousand rows of weights, which share what is prepared
-    /// for the panel.
-    pub fn panel(self, n: usize) -> Option<usize> {
-        match (self.0, n) {
+    /// How a product with `n` rows of activations is best cut into calls of [`Self::ternary_many`].
+    pub fn cut(self, n: usize) -> Cut {
+        let all = Cut { tokens: n, rows: TILE_ROWS, sized: None };
+        match self.0 {
             #[cfg(target_arch = "x86_64")]
-            (Kind::Avx2(token), n) => token.panel(n),
-            _ => None,
+            Kind::Avx2(token) if token.looks_up(n) => {
+                Cut { tokens: Workspace::PANEL, sized: Some(PANEL_ROWS), ..all }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(token) if token.takes_bands(n) => Cut { rows: BAND_ROWS, ..all },
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx(token) if token.takes_bands(n) => Cut { rows: BAND_ROWS, ..all },
+            _ => all,
         }
     }
 
-    /// What [`Self::ternary`] gives, with memory to be faster where [`Self::panel`] says so.
+    /// What [`Self::ternary`] gives, with memory to be faster with many rows.
     ///
     /// # Panics
     ///
@@ -171,6 +197,16 @@ impl Backend {
         match (self.0, workspace) {
             #[cfg(target_arch = "x86_64")]
             (Kind::Avx2(token), workspace) => {
+                check_ternary(w, &tiles, x, &y);
+                token.ternary_many(w, tiles, x, y, workspace);
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Kind::Avx512(token), workspace) => {
+                check_ternary(w, &tiles, x, &y);
+                token.ternary_many(w, tiles, x, y, workspace);
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Kind::Amx(token), workspace) => {
                 check_ternary(w, &tiles, x, &y);
                 token.ternary_many(w, tiles, x, y, workspace);
             }

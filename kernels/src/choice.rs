@@ -8,14 +8,15 @@ use crate::aarch64::neon::{Neon, NeonDotprod};
 use crate::backend::{Backend, Kind};
 use crate::proof::Proof;
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::{avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
+use crate::x86_64::{amx::Amx, avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
 /// Every backend that there is, slowest first, and the architecture it needs (any, if it is empty).
-const ALL: [(&str, &str); 6] = [
+const ALL: [(&str, &str); 7] = [
     ("scalar", ""),
     ("avx2", "x86_64"),
     ("avxvnni", "x86_64"),
     ("avx512", "x86_64"),
+    ("amx", "x86_64"),
     ("neon", "aarch64"),
     ("neon-dotprod", "aarch64"),
 ];
@@ -132,6 +133,8 @@ fn candidates() -> Vec<Candidate> {
         "avxvnni" => AvxVnni::detect().map(Kind::AvxVnni),
         #[cfg(target_arch = "x86_64")]
         "avx512" => Avx512::detect().map(Kind::Avx512),
+        #[cfg(target_arch = "x86_64")]
+        "amx" => Amx::detect().map(Kind::Amx),
         #[cfg(target_arch = "aarch64")]
         "neon" => Neon::detect().map(Kind::Neon),
         #[cfg(target_arch = "aarch64")]

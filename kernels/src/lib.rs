@@ -48,7 +48,7 @@ mod x86_64;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, NotFinite};
+pub use backend::{Backend, Cut, NotFinite};
 pub use choice::{Choice, Refusal};
 pub use float_matrix::{FloatKind, FloatMatrix};
 pub use known_answer::known_answer;

@@ -54,6 +54,12 @@ impl<'a> Quantised<'a> {
         Self { q, stride: self.stride, scale: &self.scale[rows.clone()], sum: &self.sum[rows] }
     }
 
+    /// All codes, `[rows][stride]`, and the stride.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn codes(self) -> (&'a [i8], usize) {
+        (self.q, self.stride)
+    }
+
     /// Whether a matrix of `cols` columns can be applied to these rows.
     pub(crate) fn fits(self, cols: usize) -> bool {
         self.stride >= padded_cols(cols)

@@ -9,6 +9,9 @@ use std::fmt;
 /// Rows of weights that an operation takes at a time: enough that what they share costs little, few
 /// enough that what each needs stays in a second-level cache of half a MiB.
 pub(crate) const WORKSPACE_ROWS: usize = 2048;
+/// Rows of weights that are taken at a time for a panel of tokens: so many that what is prepared for a
+/// panel costs a tenth of the time.
+pub(crate) const PANEL_ROWS: usize = 1024;
 /// Tokens of a panel: two registers of 16-bit lanes.
 pub(crate) const PANEL_TOKENS: usize = 32;
 /// Activations, 16 bits each, of a block of columns and every token of a panel.
@@ -20,6 +23,13 @@ pub(crate) const TABLES_LEN: usize = 8 * 81 * PANEL_TOKENS + (1 << 15);
 pub(crate) type Offsets = [u64; 2];
 /// Offsets of a block's 32 groups for every row.
 pub(crate) const OFFSETS_LEN: usize = 4 * WORKSPACE_ROWS;
+/// Rows of weights that are unpacked together for many tokens: two registers with a row in each lane.
+pub(crate) const BAND_ROWS: usize = 32;
+/// Columns of a band that are unpacked before they are multiplied: a strip of 16 KiB, so that it and the
+/// activations of some tokens stay in the first-level cache.
+pub(crate) const BAND_COLS: usize = 512;
+/// Tokens whose sums of a band there is room for.
+pub(crate) const BAND_TOKENS: usize = SUMS_LEN / BAND_ROWS;
 /// Sums for every row and token.
 pub(crate) const SUMS_LEN: usize = WORKSPACE_ROWS * PANEL_TOKENS;
 
@@ -34,8 +44,10 @@ pub struct Workspace {
     pub(crate) offsets: Lines<Offsets>,
     /// `[row][token]`, of a block
     pub(crate) sums: Lines<i16>,
-    /// `[row][token]`, of all blocks
+    /// `[row][token]`, of all blocks; of a band `[token][row]`
     pub(crate) totals: Lines<i32>,
+    /// `[64 columns][row][column]` of a band, unpacked
+    pub(crate) codes: Lines<u8>,
 }
 
 impl Workspace {
@@ -43,10 +55,12 @@ impl Workspace {
     pub const PANEL: usize = PANEL_TOKENS;
 
     /// Bytes that a workspace takes.
-    pub const BYTES: usize =
-        2 * (PANEL_LEN + TABLES_LEN + SUMS_LEN) + 16 * OFFSETS_LEN + 4 * SUMS_LEN;
+    pub const BYTES: usize = 2 * (PANEL_LEN + TABLES_LEN + SUMS_LEN)
+        + 16 * OFFSETS_LEN
+        + 4 * SUMS_LEN
+        + BAND_ROWS * BAND_COLS;
 
-    /// Allocates [`Self::BYTES`] and up to five cache lines more.
+    /// Allocates [`Self::BYTES`] and up to six cache lines more.
     pub fn new() -> Self {
         Self {
             activations: Lines::new(PANEL_LEN),
@@ -54,6 +68,7 @@ impl Workspace {
             offsets: Lines::new(OFFSETS_LEN),
             sums: Lines::new(SUMS_LEN),
             totals: Lines::new(SUMS_LEN),
+            codes: Lines::new(BAND_ROWS * BAND_COLS),
         }
     }
 }

@@ -9,6 +9,7 @@ macro_rules! require {
     };
 }
 
+pub(crate) mod amx;
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod avxvnni;

@@ -14,7 +14,7 @@ mod quantise;
 pub(super) mod reduce;
 mod screen;
 mod sparse;
-mod ternary;
+pub(super) mod ternary;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -41,9 +41,9 @@ impl Avx2 {
         Ok(Self(()))
     }
 
-    /// [`Backend::panel`](crate::Backend::panel).
-    pub(crate) fn panel(self, n: usize) -> Option<usize> {
-        (n >= lookup::LEAST_TOKENS).then_some(Workspace::PANEL)
+    /// Whether sums are looked up for `n` rows of activations.
+    pub(crate) fn looks_up(self, n: usize) -> bool {
+        n >= lookup::LEAST_TOKENS
     }
 }
 

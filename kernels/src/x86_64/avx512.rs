@@ -2,7 +2,9 @@
 //! the loads. What has no kernel here is done by those of AVX2, which the token implies.
 #![expect(unsafe_code, reason = "calls behind the detected token, vector loads")]
 
+pub(super) mod band;
 mod head;
+mod many;
 mod reduce;
 mod ternary;
 
@@ -14,6 +16,7 @@ use crate::float_matrix::FloatMatrix;
 use crate::scalar::reduce::LANES;
 use crate::ternary_matrix::{ROW_BLOCK_BYTES, TernaryMatrix};
 use crate::views::{Columns, Quantised};
+use crate::workspace::Workspace;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI, and what [`Avx2`] proves: only
 /// [`Avx512::detect`] makes one.
@@ -29,6 +32,11 @@ impl Avx512 {
         // Those of every `target_feature` of this folder, and F, which they imply.
         require!("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni");
         Ok(Self(avx2))
+    }
+
+    /// Whether weights are unpacked in bands for `n` rows of activations.
+    pub(crate) fn takes_bands(self, n: usize) -> bool {
+        n > ternary::FEW_ROWS
     }
 }
 
@@ -54,6 +62,7 @@ macro_rules! entries {
 
 entries! {
     ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
+    many::ternary_many(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>, workspace: &mut Workspace);
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
     reduce::dot(a: &[f32], b: &[f32]) -> f32;
     reduce::sum(x: &[f32]) -> f32;

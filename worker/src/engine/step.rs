@@ -45,10 +45,6 @@ const PARTS_PER_THREAD: usize = 12;
 /// finish together, and enough that taking them costs nothing.
 const LEAST_ROWS: usize = 16;
 
-/// Rows of a matrix that a thread takes at a time for a panel of tokens: so many that what is prepared
-/// for a panel costs a tenth of the time.
-const PANEL_ROWS: usize = 1024;
-
 /// What all threads of a step see.
 pub(super) struct Step<'a> {
     pub(super) backend: Backend,
@@ -330,15 +326,15 @@ impl Step<'_> {
     /// How a product with `width` rows of weights is shared: by how many tokens at a time, and in
     /// pieces of at most `most` values for these tokens.
     pub(super) fn cut(&self, member: &Member<'_>, width: usize, most: usize) -> (usize, Pieces) {
-        let (n, granule) = (self.batch.tokens().len(), TernaryMatrix::TILE_ROWS);
-        let height = self.backend.panel(n).unwrap_or(n).min(n);
+        let n = self.batch.tokens().len();
+        let cut = self.backend.cut(n);
+        let height = cut.tokens.min(n);
+        // Of very many tokens there is room for fewer rows than are best.
+        let granule = if cut.rows <= most / height { cut.rows } else { TernaryMatrix::TILE_ROWS };
         let most = (most / height / granule * granule).max(granule);
-        let pieces = match self.backend.panel(n) {
-            Some(_) => {
-                let bands = n.div_ceil(height);
-                Pieces::even(granule, PANEL_ROWS, width, bands, member.threads())
-            }
-            None => Pieces::at_least(granule, LEAST_ROWS),
+        let pieces = match cut.sized {
+            Some(rows) => Pieces::even(granule, rows, width, n.div_ceil(height), member.threads()),
+            None => Pieces::at_least(granule, LEAST_ROWS.next_multiple_of(granule)),
         };
         (height, Pieces { least: pieces.least.min(most), most: pieces.most.min(most), ..pieces })
     }

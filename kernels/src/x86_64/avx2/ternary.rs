@@ -47,7 +47,7 @@ type Sums = [__m256i; TILE_ROWS];
 type TileBlock = [[u8; ROW_BLOCK_BYTES]; TILE_ROWS];
 
 /// The blocks of four rows, wherever the arrangement has them.
-pub(super) trait Tile<'a>: Copy {
+pub(in crate::x86_64) trait Tile<'a>: Copy {
     /// Of tile `tile`.
     fn new(w: TernaryMatrix<'a>, tile: usize) -> Self;
     /// Blocks `blocks` of them.
@@ -60,11 +60,13 @@ pub(super) trait Tile<'a>: Copy {
     fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES];
     /// Blocks of row `row`, from block `first` on.
     fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED];
+    /// Where the bytes of the tile begin: they are as many and lie together in either arrangement.
+    fn start(self) -> *const u8;
 }
 
 /// A tile of [`Arrangement::Tiles`].
 #[derive(Clone, Copy)]
-pub(super) struct Woven<'a>(&'a [TileBlock]);
+pub(in crate::x86_64) struct Woven<'a>(&'a [TileBlock]);
 
 impl<'a> Tile<'a> for Woven<'a> {
     #[inline]
@@ -97,11 +99,16 @@ impl<'a> Tile<'a> for Woven<'a> {
         let blocks: &[TileBlock; UNROLLED] = self.0[first..].first_chunk().expect("of the tile");
         blocks.each_ref().map(|block| &block[row])
     }
+
+    #[inline]
+    fn start(self) -> *const u8 {
+        self.0.as_ptr().cast()
+    }
 }
 
 /// Four rows of [`Arrangement::Rows`], equally long.
 #[derive(Clone, Copy)]
-pub(super) struct Plain<'a>([&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS]);
+pub(in crate::x86_64) struct Plain<'a>([&'a [[u8; ROW_BLOCK_BYTES]]; TILE_ROWS]);
 
 impl<'a> Tile<'a> for Plain<'a> {
     #[inline]
@@ -137,6 +144,11 @@ impl<'a> Tile<'a> for Plain<'a> {
     fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED] {
         let blocks: &[_; UNROLLED] = self.0[row][first..].first_chunk().expect("of the tile");
         blocks.each_ref()
+    }
+
+    #[inline]
+    fn start(self) -> *const u8 {
+        self.0[0].as_ptr().cast()
     }
 }
 

@@ -17,7 +17,7 @@ use crate::x86_64::vnni::{
 };
 
 /// Rows of activations in a register tile: with two pairs of weights, 16 sums of the 32 registers.
-const FEW_ROWS: usize = 8;
+pub(super) const FEW_ROWS: usize = 8;
 /// Registers for one plane of a block of a tile, two rows in each.
 const PAIRS: usize = TILE_ROWS / 2;
 

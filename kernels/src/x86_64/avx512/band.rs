@@ -1,0 +1,228 @@
+//! Weights unpacked for many rows of activations. Where one or a few rows leave each row of weights in
+//! a register of its own, whose lanes must be added up at the end, here a lane *is* a row of weights:
+//! a register holds the codes of four columns for sixteen rows, every lane is multiplied by the same
+//! four activations, and its sum is that of its row. Nothing is added across lanes, and outputs leave
+//! as vectors.
+//!
+//! ```text
+//! packed     rows of a tile, 32 bytes a block          16 rows: 4 tiles, pieces of 16 bytes
+//!   │ gather     lane l of vector i = row l of tile i           (16 bytes a lane)
+//!   │ transpose  four bytes of a row against those of the next  (within lanes)
+//!   │ unpack     four planes: shift, mask
+//!   ▼
+//! chunk      [half][four columns][row][column]         64 columns of 32 rows, 2 kB
+//! ```
+//!
+//! A half of a chunk is what `vpdpbusd` reads register by register (`many.rs`) and what an AMX tile
+//! takes whole (`amx.rs`). The lanes of a register are rows in the order of [`ROW_OF_LANE`].
+
+use std::arch::x86_64::*;
+use std::array;
+use std::ops::Range;
+
+use crate::ternary_matrix::{Arrangement, BLOCK_COLS, TILE_ROWS, TernaryMatrix};
+use crate::views::{Columns, Quantised};
+use crate::workspace::{BAND_COLS, BAND_ROWS, BAND_TOKENS, Workspace};
+use crate::x86_64::avx2::prefetch;
+use crate::x86_64::avx2::ternary::{Plain, Tile, Woven};
+
+use super::store_codes;
+
+/// Lanes of 32 bits in a register: rows of weights in half of a band.
+pub(in crate::x86_64) const LANES: usize = 16;
+/// Halves of a band.
+pub(in crate::x86_64) const HALVES: usize = BAND_ROWS / LANES;
+/// Columns of a chunk: a cache line of activations, and a row of an AMX tile of them.
+pub(in crate::x86_64) const CHUNK_COLS: usize = 64;
+/// Chunks of a block.
+const CHUNKS: usize = BLOCK_COLS / CHUNK_COLS;
+/// Groups of four columns in a chunk.
+pub(in crate::x86_64) const FOURS: usize = CHUNK_COLS / 4;
+/// Tiles that fill half of a band.
+const HALF_TILES: usize = LANES / TILE_ROWS;
+/// Bytes of a row that are transposed within a lane.
+const PIECE: usize = 16;
+
+/// The codes of [`CHUNK_COLS`] columns of a band, `[half][four columns][row][column]`.
+pub(in crate::x86_64) type Chunk = [[[u8; 64]; FOURS]; HALVES];
+/// The sums of a band for one row of activations, `[half][lane]`.
+pub(in crate::x86_64) type Sums = [[i32; LANES]; HALVES];
+
+/// The lane of each row of half a band: rows of a tile lie in four different quarters.
+const LANE_OF_ROW: [i32; LANES] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
+
+/// A strip of a band: all its rows, some columns.
+#[derive(Clone, Copy)]
+pub(in crate::x86_64) struct Strip<'a> {
+    /// The codes.
+    pub(in crate::x86_64) chunks: &'a [Chunk],
+    /// The column it begins with.
+    pub(in crate::x86_64) first_col: usize,
+    /// No strip of the band came before: sums are to be set, not added to.
+    pub(in crate::x86_64) is_first: bool,
+    /// No strip of the band comes after: sums must be there.
+    pub(in crate::x86_64) is_last: bool,
+}
+
+/// The product of the rows of `tiles` with all rows of `x`, band by band. `multiply` is given the strips
+/// of a band from left to right, to multiply with as many columns of all activations that it is given, and
+/// leaves the sums of each row of them when it is given the last.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(in crate::x86_64) fn by_bands(
+    w: TernaryMatrix<'_>,
+    tiles: Range<usize>,
+    x: Quantised<'_>,
+    y: &mut Columns<'_>,
+    workspace: &mut Workspace,
+    multiply: &mut impl FnMut(Strip<'_>, Quantised<'_>, &mut [Sums]),
+) {
+    match w.arrangement() {
+        Arrangement::Tiles => bands::<Woven<'_>>(w, tiles, x, y, workspace, multiply),
+        Arrangement::Rows => bands::<Plain<'_>>(w, tiles, x, y, workspace, multiply),
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn bands<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
+    tiles: Range<usize>,
+    x: Quantised<'_>,
+    y: &mut Columns<'_>,
+    workspace: &mut Workspace,
+    multiply: &mut impl FnMut(Strip<'_>, Quantised<'_>, &mut [Sums]),
+) {
+    let chunks: &mut [Chunk] =
+        workspace.codes.get().as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
+    let sums: &mut [Sums] = workspace.totals.get().as_chunks_mut().0.as_chunks_mut().0;
+    let blocks_a_strip = BAND_COLS / BLOCK_COLS;
+    for first_token in (0..x.rows()).step_by(BAND_TOKENS) {
+        let tokens = first_token..x.rows().min(first_token + BAND_TOKENS);
+        let (x, mut y) = (x.part(tokens.clone()), y.part(tokens.clone()));
+        let sums = &mut sums[..tokens.len()];
+        for band in tiles.clone().step_by(BAND_ROWS / TILE_ROWS) {
+            let last = tiles.end - 1;
+            let half = |half: usize| -> [T; HALF_TILES] {
+                // What lies past the last tile is multiplied like it and not written.
+                array::from_fn(|i| T::new(w, (band + half * HALF_TILES + i).min(last)))
+            };
+            let halves = [half(0), half(1)];
+            for first in (0..w.blocks()).step_by(blocks_a_strip) {
+                let blocks = first..w.blocks().min(first + blocks_a_strip);
+                let strip = &mut chunks[..blocks.len() * CHUNKS];
+                for (place, block) in strip.as_chunks_mut::<CHUNKS>().0.iter_mut().zip(blocks) {
+                    unpack(&halves[0], block, 0, place);
+                    unpack(&halves[1], block, 1, place);
+                }
+                let strip = Strip {
+                    chunks: strip,
+                    first_col: first * BLOCK_COLS,
+                    is_first: first == 0,
+                    is_last: first + blocks_a_strip >= w.blocks(),
+                };
+                multiply(strip, x, sums);
+            }
+            let column = (band - tiles.start) * TILE_ROWS;
+            for (token, sums) in sums.iter().enumerate() {
+                finish(w.scale(), x, token, sums, &mut y.row(token)[column..]);
+            }
+        }
+    }
+}
+
+/// Unpacks a block of half a band into its two chunks.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn unpack<'a, T: Tile<'a>>(
+    tiles: &[T; HALF_TILES],
+    block: usize,
+    half: usize,
+    chunks: &mut [Chunk; CHUNKS],
+) {
+    let [a, b, c, d] = tiles;
+    for tile in tiles {
+        // What the next band has in the same place.
+        let bytes = (BAND_ROWS / TILE_ROWS * tile.len() + block) * TILE_ROWS * 2 * PIECE;
+        prefetch(tile.start(), bytes);
+        prefetch(tile.start(), bytes + 64);
+    }
+    let rows = [a.block(block), b.block(block), c.block(block), d.block(block)];
+    let low_two = _mm512_set1_epi8(0b11);
+    for piece in 0..2 {
+        let mut lanes = [_mm512_setzero_si512(); HALF_TILES];
+        for (lanes, rows) in lanes.iter_mut().zip(&rows) {
+            *lanes = four_rows(rows, piece);
+        }
+        let [a, b, c, d] = lanes;
+        let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        let fours = [
+            _mm512_unpacklo_epi64(ab_low, cd_low),
+            _mm512_unpackhi_epi64(ab_low, cd_low),
+            _mm512_unpacklo_epi64(ab_high, cd_high),
+            _mm512_unpackhi_epi64(ab_high, cd_high),
+        ];
+        for (i, packed) in fours.into_iter().enumerate() {
+            // Four columns of the piece in each plane of 32 columns.
+            let place = 4 * piece + i;
+            let [first, second] = &mut *chunks;
+            let planes = [
+                packed,
+                _mm512_srli_epi16::<2>(packed),
+                _mm512_srli_epi16::<4>(packed),
+                _mm512_srli_epi16::<6>(packed),
+            ];
+            store_codes(&mut first[half][place], _mm512_and_si512(planes[0], low_two));
+            store_codes(&mut first[half][8 + place], _mm512_and_si512(planes[1], low_two));
+            store_codes(&mut second[half][place], _mm512_and_si512(planes[2], low_two));
+            store_codes(&mut second[half][8 + place], _mm512_and_si512(planes[3], low_two));
+        }
+    }
+}
+
+/// 16 bytes of each row of a tile, one row in each lane of 128 bits.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn four_rows(rows: &[&[u8; 2 * PIECE]; TILE_ROWS], piece: usize) -> __m512i {
+    let [a, b, c, d] = rows;
+    let lanes = _mm512_castsi128_si512(load_piece(a, piece));
+    let lanes = _mm512_inserti32x4::<1>(lanes, load_piece(b, piece));
+    let lanes = _mm512_inserti32x4::<2>(lanes, load_piece(c, piece));
+    _mm512_inserti32x4::<3>(lanes, load_piece(d, piece))
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_piece(row: &[u8; 2 * PIECE], piece: usize) -> __m128i {
+    let piece: &[u8; PIECE] = &row.as_chunks().0[piece];
+    // SAFETY: the reference covers exactly the 16 bytes read; `loadu` needs no alignment.
+    unsafe { _mm_loadu_si128(piece.as_ptr().cast()) }
+}
+
+/// Scales the sums of a band for row `token` of the activations and writes as many of them to `y` as
+/// it has room for: the last band may have fewer rows.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn finish(scale: f32, x: Quantised<'_>, token: usize, sums: &Sums, y: &mut [f32]) {
+    let order = load_i32(&LANE_OF_ROW);
+    let (sum, scale) = (_mm512_set1_epi32(x.sum(token)), _mm512_set1_ps(scale / x.scale(token)));
+    for (sums, y) in sums.iter().zip(y.chunks_mut(LANES)) {
+        let totals = _mm512_permutexvar_epi32(order, load_i32(sums));
+        let products = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(totals, sum)), scale);
+        match y.first_chunk_mut() {
+            Some(whole) => super::store(whole, products),
+            None => {
+                let mut all = [0.0; LANES];
+                super::store(&mut all, products);
+                y.copy_from_slice(&all[..y.len()]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+pub(in crate::x86_64) fn load_i32(x: &[i32; LANES]) -> __m512i {
+    // SAFETY: the reference covers exactly the 64 bytes read; `loadu` needs no alignment.
+    unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+}
