@@ -15,9 +15,9 @@ use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlock, KvBlockMut,
     Quantised,
 };
-use crate::workspace::Workspace;
 #[cfg(target_arch = "x86_64")]
-use crate::workspace::{BAND_ROWS, PANEL_ROWS};
+use crate::workspace::PANEL_ROWS;
+use crate::workspace::Workspace;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::{amx::Amx, avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
@@ -174,9 +174,9 @@ impl Backend {
                 Cut { tokens: Workspace::PANEL, sized: Some(PANEL_ROWS), ..all }
             }
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512(token) if token.takes_bands(n) => Cut { rows: BAND_ROWS, ..all },
+            Kind::Avx512(token) => Cut { rows: token.band_rows(n).unwrap_or(TILE_ROWS), ..all },
             #[cfg(target_arch = "x86_64")]
-            Kind::Amx(token) if token.takes_bands(n) => Cut { rows: BAND_ROWS, ..all },
+            Kind::Amx(token) => Cut { rows: token.band_rows(n).unwrap_or(TILE_ROWS), ..all },
             _ => all,
         }
     }

@@ -23,13 +23,9 @@ pub(crate) const TABLES_LEN: usize = 8 * 81 * PANEL_TOKENS + (1 << 15);
 pub(crate) type Offsets = [u64; 2];
 /// Offsets of a block's 32 groups for every row.
 pub(crate) const OFFSETS_LEN: usize = 4 * WORKSPACE_ROWS;
-/// Rows of weights that are unpacked together for many tokens: two registers with a row in each lane.
-pub(crate) const BAND_ROWS: usize = 32;
-/// Columns of a band that are unpacked before they are multiplied: a strip of 16 KiB, so that it and the
+/// Bytes of codes that are unpacked before they are multiplied: a strip of some rows, so that it and the
 /// activations of some tokens stay in the first-level cache.
-pub(crate) const BAND_COLS: usize = 512;
-/// Tokens whose sums of a band there is room for.
-pub(crate) const BAND_TOKENS: usize = SUMS_LEN / BAND_ROWS;
+pub(crate) const CODES_LEN: usize = 16 << 10;
 /// Sums for every row and token.
 pub(crate) const SUMS_LEN: usize = WORKSPACE_ROWS * PANEL_TOKENS;
 
@@ -55,10 +51,8 @@ impl Workspace {
     pub const PANEL: usize = PANEL_TOKENS;
 
     /// Bytes that a workspace takes.
-    pub const BYTES: usize = 2 * (PANEL_LEN + TABLES_LEN + SUMS_LEN)
-        + 16 * OFFSETS_LEN
-        + 4 * SUMS_LEN
-        + BAND_ROWS * BAND_COLS;
+    pub const BYTES: usize =
+        2 * (PANEL_LEN + TABLES_LEN + SUMS_LEN) + 16 * OFFSETS_LEN + 4 * SUMS_LEN + CODES_LEN;
 
     /// Allocates [`Self::BYTES`] and up to six cache lines more.
     pub fn new() -> Self {
@@ -68,7 +62,7 @@ impl Workspace {
             offsets: Lines::new(OFFSETS_LEN),
             sums: Lines::new(SUMS_LEN),
             totals: Lines::new(SUMS_LEN),
-            codes: Lines::new(BAND_ROWS * BAND_COLS),
+            codes: Lines::new(CODES_LEN),
         }
     }
 }

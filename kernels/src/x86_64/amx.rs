@@ -37,9 +37,9 @@ impl Amx {
         Ok(Self(avx512))
     }
 
-    /// Whether weights are unpacked in bands for `n` rows of activations.
-    pub(crate) fn takes_bands(self, n: usize) -> bool {
-        n >= ternary::LEAST_TOKENS
+    /// Rows of weights that are unpacked together for `n` rows of activations.
+    pub(crate) fn band_rows(self, n: usize) -> Option<usize> {
+        (n >= ternary::LEAST_TOKENS).then_some(ternary::BAND_ROWS)
     }
 
     pub(crate) fn ternary_many(
@@ -50,7 +50,7 @@ impl Amx {
         y: Columns<'_>,
         workspace: &mut Workspace,
     ) {
-        if !self.takes_bands(x.rows()) {
+        if self.band_rows(x.rows()).is_none() {
             return self.0.ternary_many(w, tiles, x, y, workspace);
         }
         // SAFETY: `self` exists, so AMX and AVX-512 F, BW, DQ, VL and VNNI were detected, and this

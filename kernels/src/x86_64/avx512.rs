@@ -6,6 +6,7 @@ pub(super) mod band;
 mod head;
 mod many;
 mod reduce;
+mod screen;
 mod ternary;
 
 use std::arch::x86_64::*;
@@ -14,6 +15,7 @@ use std::ops::{Deref, Range};
 use super::avx2::Avx2;
 use crate::float_matrix::FloatMatrix;
 use crate::scalar::reduce::LANES;
+use crate::screen::{ScreenInput, ScreenMatrix};
 use crate::ternary_matrix::{ROW_BLOCK_BYTES, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 use crate::workspace::Workspace;
@@ -34,9 +36,9 @@ impl Avx512 {
         Ok(Self(avx2))
     }
 
-    /// Whether weights are unpacked in bands for `n` rows of activations.
-    pub(crate) fn takes_bands(self, n: usize) -> bool {
-        n > ternary::FEW_ROWS
+    /// Rows of weights that are unpacked together for `n` rows of activations.
+    pub(crate) fn band_rows(self, n: usize) -> Option<usize> {
+        (n >= many::LEAST_TOKENS).then_some(many::BAND_ROWS)
     }
 }
 
@@ -64,6 +66,9 @@ entries! {
     ternary::ternary(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>);
     many::ternary_many(w: TernaryMatrix<'_>, tiles: Range<usize>, x: Quantised<'_>, y: Columns<'_>, workspace: &mut Workspace);
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
+    screen::screen(
+        w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[f32], kept: &mut [u64]
+    ) -> usize;
     reduce::dot(a: &[f32], b: &[f32]) -> f32;
     reduce::sum(x: &[f32]) -> f32;
     reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
@@ -137,4 +142,15 @@ fn load_codes(x: &[u8; 64]) -> __m512i {
 fn store_codes(y: &mut [u8; 64], value: __m512i) {
     // SAFETY: the reference covers exactly the 64 bytes written; `storeu` needs no alignment.
     unsafe { _mm512_storeu_si512(y.as_mut_ptr().cast(), value) }
+}
+
+/// The sum of the lanes of each half, each half being a row of a tile of four.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn across(sums: [__m512i; 2]) -> __m128i {
+    let [first, second] = sums;
+    let (a, b) = (_mm512_castsi512_si256(first), _mm512_extracti64x4_epi64::<1>(first));
+    let (c, d) = (_mm512_castsi512_si256(second), _mm512_extracti64x4_epi64::<1>(second));
+    let halves = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves))
 }

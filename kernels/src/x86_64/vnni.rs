@@ -25,6 +25,12 @@ pub(super) type Activations = [[i8; ROW_BLOCK_BYTES]; PLANES];
 /// The sums of codes times activations, one for each row of a tile.
 pub(super) type Totals = [i32; TILE_ROWS];
 
+/// The first `blocks` blocks of row `i` of the activations.
+#[inline]
+pub(super) fn blocks_of(x: Quantised<'_>, i: usize, blocks: usize) -> &[Activations] {
+    &x.row(i).as_chunks::<ROW_BLOCK_BYTES>().0.as_chunks::<PLANES>().0[..blocks]
+}
+
 /// Rows `first..first + N` of the activations, in blocks.
 #[inline]
 pub(super) fn rows_of<const N: usize>(x: Quantised<'_>, first: usize) -> [&[Activations]; N] {

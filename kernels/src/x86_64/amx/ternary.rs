@@ -4,15 +4,17 @@
 
 use std::ops::Range;
 
-use super::tiles::{TOKENS, Tiles};
+use super::tiles::{GROUPS, TOKENS, Tiles};
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{Columns, Quantised};
 use crate::workspace::Workspace;
-use crate::x86_64::avx512::band::by_bands;
+use crate::x86_64::avx512::band::{LANES, by_bands};
 use crate::x86_64::vnni::groups;
 
 /// Rows of activations from which on tiles pay.
-pub(super) const LEAST_TOKENS: usize = 4;
+pub(super) const LEAST_TOKENS: usize = 6;
+/// Rows of weights that are unpacked together.
+pub(super) const BAND_ROWS: usize = GROUPS * LANES;
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn ternary_many(

@@ -10,16 +10,18 @@
 
 use std::arch::asm;
 
-use crate::x86_64::avx512::band::{CHUNK_COLS, Chunk, HALVES, LANES, Sums};
+use crate::x86_64::avx512::band::{CHUNK_COLS, Chunk, FOURS, LANES, Sums};
 
 /// Rows of activations in a tile.
 pub(super) const TILE_TOKENS: usize = 16;
 /// Rows of activations in two tiles, the most that [`Tiles`] multiplies at once.
 pub(super) const TOKENS: usize = 2 * TILE_TOKENS;
+/// Groups of 16 rows of weights that [`Tiles`] multiplies at once.
+pub(super) const GROUPS: usize = 2;
 /// Bytes of a row of a tile.
 const ROW_BYTES: usize = 64;
 /// Bytes from one row of activations' sums to the next.
-const SUMS_STRIDE: usize = size_of::<Sums>();
+const SUMS_STRIDE: usize = size_of::<Sums<GROUPS>>();
 
 /// Whether this process may use tiles, after asking for it.
 pub(super) fn permitted() -> bool {
@@ -83,7 +85,7 @@ impl Tiles {
             rows: [0; 16],
         };
         config.row_bytes[..8].fill(ROW_BYTES as u16);
-        let all = CHUNK_COLS as u8 / 4;
+        let all = FOURS as u8;
         config.rows[..8].copy_from_slice(&[upper, upper, lower, lower, upper, lower, all, all]);
         // SAFETY: palette 1 has eight tiles of at most 16 rows of 64 bytes, which these are; by the
         // caller's word the CPU has the instruction.
@@ -113,7 +115,7 @@ impl Tiles {
     /// # Panics
     ///
     /// If `x` does not hold as many columns of every row as the strip has.
-    pub(super) fn multiply(&mut self, strip: &[Chunk], x: &[i8], stride: usize) {
+    pub(super) fn multiply(&mut self, strip: &[Chunk<GROUPS>], x: &[i8], stride: usize) {
         let Some(last) = strip.len().checked_sub(1) else { return };
         let needed = (self.tokens - 1) * stride + strip.len() * CHUNK_COLS;
         assert!(x.len() >= needed, "{} activations of {needed}", x.len());
@@ -178,9 +180,9 @@ impl Tiles {
     /// # Panics
     ///
     /// If there are not as many as the tiles are shaped for.
-    pub(super) fn load(&mut self, sums: &[Sums]) {
+    pub(super) fn load(&mut self, sums: &[Sums<GROUPS>]) {
         assert_eq!(sums.len(), self.tokens, "one row of sums per row of activations");
-        const { assert!(HALVES == 2 && size_of::<[i32; LANES]>() == ROW_BYTES) };
+        const { assert!(GROUPS == 2 && size_of::<[i32; LANES]>() == ROW_BYTES) };
         let upper = sums.as_ptr().cast::<u8>();
         // SAFETY: `self` exists, so tiles can be used. Rows of 64 bytes are read at two places of each
         // of the first rows of `sums`, at most 16.
@@ -213,7 +215,7 @@ impl Tiles {
     /// # Panics
     ///
     /// If there are not as many as the tiles are shaped for.
-    pub(super) fn store(&self, sums: &mut [Sums]) {
+    pub(super) fn store(&self, sums: &mut [Sums<GROUPS>]) {
         assert_eq!(sums.len(), self.tokens, "one row of sums per row of activations");
         let upper = sums.as_mut_ptr().cast::<u8>();
         // SAFETY: `self` exists, so tiles can be used. Rows of 64 bytes are written at two places of

@@ -60,6 +60,8 @@ pub(in crate::x86_64) trait Tile<'a>: Copy {
     fn row_block(self, row: usize, at: usize) -> &'a [u8; ROW_BLOCK_BYTES];
     /// Blocks of row `row`, from block `first` on.
     fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED];
+    /// All rows of block `at`, if they lie together: rows 0 and 1, rows 2 and 3.
+    fn lines(self, at: usize) -> Option<&'a [[u8; 64]; 2]>;
     /// Where the bytes of the tile begin: they are as many and lie together in either arrangement.
     fn start(self) -> *const u8;
 }
@@ -98,6 +100,11 @@ impl<'a> Tile<'a> for Woven<'a> {
     fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED] {
         let blocks: &[TileBlock; UNROLLED] = self.0[first..].first_chunk().expect("of the tile");
         blocks.each_ref().map(|block| &block[row])
+    }
+
+    #[inline]
+    fn lines(self, at: usize) -> Option<&'a [[u8; 64]; 2]> {
+        self.0[at].as_flattened().as_chunks().0.first_chunk()
     }
 
     #[inline]
@@ -144,6 +151,11 @@ impl<'a> Tile<'a> for Plain<'a> {
     fn row_blocks(self, row: usize, first: usize) -> [&'a [u8; ROW_BLOCK_BYTES]; UNROLLED] {
         let blocks: &[_; UNROLLED] = self.0[row][first..].first_chunk().expect("of the tile");
         blocks.each_ref()
+    }
+
+    #[inline]
+    fn lines(self, _: usize) -> Option<&'a [[u8; 64]; 2]> {
+        None
     }
 
     #[inline]
@@ -218,14 +230,14 @@ fn single_row<'a, T: Tile<'a>>(
 
 /// What makes outputs of the sums of a row of activations.
 #[derive(Clone, Copy)]
-pub(super) struct Output {
+pub(in crate::x86_64) struct Output {
     /// Of the activations.
     sum: i32,
     scale: f32,
 }
 
 impl Output {
-    pub(super) fn new(w: TernaryMatrix<'_>, x: Quantised<'_>, i: usize) -> Self {
+    pub(in crate::x86_64) fn new(w: TernaryMatrix<'_>, x: Quantised<'_>, i: usize) -> Self {
         Self { sum: x.sum(i), scale: w.scale() / x.scale(i) }
     }
 
@@ -233,7 +245,7 @@ impl Output {
     /// matrix may have fewer rows than totals.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    pub(super) fn put(
+    pub(in crate::x86_64) fn put(
         self,
         totals: __m128i,
         whole: Option<&mut [f32; TILE_ROWS]>,

@@ -10,11 +10,11 @@
 //!   │ transpose  four bytes of a row against those of the next  (within lanes)
 //!   │ unpack     four planes: shift, mask
 //!   ▼
-//! chunk      [half][four columns][row][column]         64 columns of 32 rows, 2 kB
+//! chunk      [group][four columns][row][column]        64 columns of some groups of 16 rows
 //! ```
 //!
-//! A half of a chunk is what `vpdpbusd` reads register by register (`many.rs`) and what an AMX tile
-//! takes whole (`amx.rs`). The lanes of a register are rows in the order of [`ROW_OF_LANE`].
+//! The codes of a group in a chunk, 1 kB, are what `vpdpbusd` reads register by register (`many.rs`) and what an AMX tile
+//! takes whole (`amx.rs`). The lanes of a register are rows in the order of [`LANE_OF_ROW`].
 
 use std::arch::x86_64::*;
 use std::array;
@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use crate::ternary_matrix::{Arrangement, BLOCK_COLS, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
-use crate::workspace::{BAND_COLS, BAND_ROWS, BAND_TOKENS, Workspace};
+use crate::workspace::Workspace;
 use crate::x86_64::avx2::prefetch;
 use crate::x86_64::avx2::ternary::{Plain, Tile, Woven};
 
@@ -30,32 +30,31 @@ use super::store_codes;
 
 /// Lanes of 32 bits in a register: rows of weights in half of a band.
 pub(in crate::x86_64) const LANES: usize = 16;
-/// Halves of a band.
-pub(in crate::x86_64) const HALVES: usize = BAND_ROWS / LANES;
 /// Columns of a chunk: a cache line of activations, and a row of an AMX tile of them.
 pub(in crate::x86_64) const CHUNK_COLS: usize = 64;
 /// Chunks of a block.
 const CHUNKS: usize = BLOCK_COLS / CHUNK_COLS;
 /// Groups of four columns in a chunk.
 pub(in crate::x86_64) const FOURS: usize = CHUNK_COLS / 4;
-/// Tiles that fill half of a band.
-const HALF_TILES: usize = LANES / TILE_ROWS;
+/// Tiles whose rows fill a register.
+const GROUP_TILES: usize = LANES / TILE_ROWS;
 /// Bytes of a row that are transposed within a lane.
 const PIECE: usize = 16;
 
-/// The codes of [`CHUNK_COLS`] columns of a band, `[half][four columns][row][column]`.
-pub(in crate::x86_64) type Chunk = [[[u8; 64]; FOURS]; HALVES];
-/// The sums of a band for one row of activations, `[half][lane]`.
-pub(in crate::x86_64) type Sums = [[i32; LANES]; HALVES];
+/// The codes of [`CHUNK_COLS`] columns of a band of `G` groups of 16 rows,
+/// `[group][four columns][row][column]`.
+pub(in crate::x86_64) type Chunk<const G: usize> = [[[u8; 64]; FOURS]; G];
+/// The sums of a band for one row of activations, `[group][lane]`.
+pub(in crate::x86_64) type Sums<const G: usize> = [[i32; LANES]; G];
 
-/// The lane of each row of half a band: rows of a tile lie in four different quarters.
+/// The lane of each row of a group: rows of a tile lie in four different quarters.
 const LANE_OF_ROW: [i32; LANES] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
 /// A strip of a band: all its rows, some columns.
 #[derive(Clone, Copy)]
-pub(in crate::x86_64) struct Strip<'a> {
+pub(in crate::x86_64) struct Strip<'a, const G: usize> {
     /// The codes.
-    pub(in crate::x86_64) chunks: &'a [Chunk],
+    pub(in crate::x86_64) chunks: &'a [Chunk<G>],
     /// The column it begins with.
     pub(in crate::x86_64) first_col: usize,
     /// No strip of the band came before: sums are to be set, not added to.
@@ -68,51 +67,53 @@ pub(in crate::x86_64) struct Strip<'a> {
 /// of a band from left to right, to multiply with as many columns of all activations that it is given, and
 /// leaves the sums of each row of them when it is given the last.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(in crate::x86_64) fn by_bands(
+pub(in crate::x86_64) fn by_bands<const G: usize>(
     w: TernaryMatrix<'_>,
     tiles: Range<usize>,
     x: Quantised<'_>,
     y: &mut Columns<'_>,
     workspace: &mut Workspace,
-    multiply: &mut impl FnMut(Strip<'_>, Quantised<'_>, &mut [Sums]),
+    multiply: &mut impl FnMut(Strip<'_, G>, Quantised<'_>, &mut [Sums<G>]),
 ) {
     match w.arrangement() {
-        Arrangement::Tiles => bands::<Woven<'_>>(w, tiles, x, y, workspace, multiply),
-        Arrangement::Rows => bands::<Plain<'_>>(w, tiles, x, y, workspace, multiply),
+        Arrangement::Tiles => bands::<Woven<'_>, G>(w, tiles, x, y, workspace, multiply),
+        Arrangement::Rows => bands::<Plain<'_>, G>(w, tiles, x, y, workspace, multiply),
     }
 }
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
-fn bands<'a, T: Tile<'a>>(
+fn bands<'a, T: Tile<'a>, const G: usize>(
     w: TernaryMatrix<'a>,
     tiles: Range<usize>,
     x: Quantised<'_>,
     y: &mut Columns<'_>,
     workspace: &mut Workspace,
-    multiply: &mut impl FnMut(Strip<'_>, Quantised<'_>, &mut [Sums]),
+    multiply: &mut impl FnMut(Strip<'_, G>, Quantised<'_>, &mut [Sums<G>]),
 ) {
-    let chunks: &mut [Chunk] =
+    let chunks: &mut [Chunk<G>] =
         workspace.codes.get().as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
-    let sums: &mut [Sums] = workspace.totals.get().as_chunks_mut().0.as_chunks_mut().0;
-    let blocks_a_strip = BAND_COLS / BLOCK_COLS;
-    for first_token in (0..x.rows()).step_by(BAND_TOKENS) {
-        let tokens = first_token..x.rows().min(first_token + BAND_TOKENS);
+    let sums: &mut [Sums<G>] = workspace.totals.get().as_chunks_mut().0.as_chunks_mut().0;
+    let blocks_a_strip = chunks.len() / CHUNKS;
+    let band_tokens = sums.len();
+    let band_tiles = G * GROUP_TILES;
+    for first_token in (0..x.rows()).step_by(band_tokens) {
+        let tokens = first_token..x.rows().min(first_token + band_tokens);
         let (x, mut y) = (x.part(tokens.clone()), y.part(tokens.clone()));
         let sums = &mut sums[..tokens.len()];
-        for band in tiles.clone().step_by(BAND_ROWS / TILE_ROWS) {
+        for band in tiles.clone().step_by(band_tiles) {
             let last = tiles.end - 1;
-            let half = |half: usize| -> [T; HALF_TILES] {
-                // What lies past the last tile is multiplied like it and not written.
-                array::from_fn(|i| T::new(w, (band + half * HALF_TILES + i).min(last)))
-            };
-            let halves = [half(0), half(1)];
+            // What lies past the last tile is multiplied like it and not written.
+            let tile = |i: usize| T::new(w, (band + i).min(last));
+            let groups: [[T; GROUP_TILES]; G] =
+                array::from_fn(|group| array::from_fn(|i| tile(group * GROUP_TILES + i)));
             for first in (0..w.blocks()).step_by(blocks_a_strip) {
                 let blocks = first..w.blocks().min(first + blocks_a_strip);
                 let strip = &mut chunks[..blocks.len() * CHUNKS];
                 for (place, block) in strip.as_chunks_mut::<CHUNKS>().0.iter_mut().zip(blocks) {
-                    unpack(&halves[0], block, 0, place);
-                    unpack(&halves[1], block, 1, place);
+                    for (group, tiles) in groups.iter().enumerate() {
+                        unpack(tiles, block, band_tiles, group, place);
+                    }
                 }
                 let strip = Strip {
                     chunks: strip,
@@ -130,26 +131,26 @@ fn bands<'a, T: Tile<'a>>(
     }
 }
 
-/// Unpacks a block of half a band into its two chunks.
+/// Unpacks a block of a group into its two chunks, and asks for the same place of the next band.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
-fn unpack<'a, T: Tile<'a>>(
-    tiles: &[T; HALF_TILES],
+fn unpack<'a, T: Tile<'a>, const G: usize>(
+    tiles: &[T; GROUP_TILES],
     block: usize,
-    half: usize,
-    chunks: &mut [Chunk; CHUNKS],
+    band_tiles: usize,
+    group: usize,
+    chunks: &mut [Chunk<G>; CHUNKS],
 ) {
     let [a, b, c, d] = tiles;
     for tile in tiles {
-        // What the next band has in the same place.
-        let bytes = (BAND_ROWS / TILE_ROWS * tile.len() + block) * TILE_ROWS * 2 * PIECE;
+        let bytes = (band_tiles * tile.len() + block) * TILE_ROWS * 2 * PIECE;
         prefetch(tile.start(), bytes);
         prefetch(tile.start(), bytes + 64);
     }
     let rows = [a.block(block), b.block(block), c.block(block), d.block(block)];
     let low_two = _mm512_set1_epi8(0b11);
     for piece in 0..2 {
-        let mut lanes = [_mm512_setzero_si512(); HALF_TILES];
+        let mut lanes = [_mm512_setzero_si512(); GROUP_TILES];
         for (lanes, rows) in lanes.iter_mut().zip(&rows) {
             *lanes = four_rows(rows, piece);
         }
@@ -172,10 +173,10 @@ fn unpack<'a, T: Tile<'a>>(
                 _mm512_srli_epi16::<4>(packed),
                 _mm512_srli_epi16::<6>(packed),
             ];
-            store_codes(&mut first[half][place], _mm512_and_si512(planes[0], low_two));
-            store_codes(&mut first[half][8 + place], _mm512_and_si512(planes[1], low_two));
-            store_codes(&mut second[half][place], _mm512_and_si512(planes[2], low_two));
-            store_codes(&mut second[half][8 + place], _mm512_and_si512(planes[3], low_two));
+            store_codes(&mut first[group][place], _mm512_and_si512(planes[0], low_two));
+            store_codes(&mut first[group][8 + place], _mm512_and_si512(planes[1], low_two));
+            store_codes(&mut second[group][place], _mm512_and_si512(planes[2], low_two));
+            store_codes(&mut second[group][8 + place], _mm512_and_si512(planes[3], low_two));
         }
     }
 }
@@ -203,7 +204,13 @@ fn load_piece(row: &[u8; 2 * PIECE], piece: usize) -> __m128i {
 /// it has room for: the last band may have fewer rows.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
-fn finish(scale: f32, x: Quantised<'_>, token: usize, sums: &Sums, y: &mut [f32]) {
+fn finish<const G: usize>(
+    scale: f32,
+    x: Quantised<'_>,
+    token: usize,
+    sums: &Sums<G>,
+    y: &mut [f32],
+) {
     let order = load_i32(&LANE_OF_ROW);
     let (sum, scale) = (_mm512_set1_epi32(x.sum(token)), _mm512_set1_ps(scale / x.scale(token)));
     for (sums, y) in sums.iter().zip(y.chunks_mut(LANES)) {

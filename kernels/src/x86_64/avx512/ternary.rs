@@ -1,33 +1,34 @@
-//! Ternary products by `vpdpbusd`. A register holds two rows of weights, 32 columns of each; the
-//! activations of these columns are in both halves of another.
+//! Ternary products of one to eight rows of activations by `vpdpbusd`. A register holds two rows of
+//! weights, 32 columns of each; the activations of these columns are in both halves of another. Weights
+//! are unpacked in registers, and every row of activations shares what was unpacked: memory is the limit,
+//! or near it. More rows are done by `many.rs`.
 //!
-//! Up to [`FEW_ROWS`] rows of activations share what is unpacked in registers, and a tile is read
-//! once, ahead of its use: memory is the limit. For more rows arithmetic is: strips of a tile are
-//! unpacked once to one code a byte.
+//! Up to [`IN_PLACE`] rows use planes 1 and 3 where they lie in the bytes, as four times their codes, with
+//! sums of their own: an exact quarter of those joins the others in the end. That saves two of three shifts
+//! and costs a sum for each row, for which there are registers.
 
 use std::arch::x86_64::*;
+use std::array;
 use std::ops::Range;
 
-use super::{load_codes, load_i8_twice, store_codes};
-use crate::ternary_matrix::{TILE_ROWS, TernaryMatrix};
+use super::{across, load_codes, load_i8_twice};
+use crate::ternary_matrix::{Arrangement, BLOCK_COLS, ROW_BLOCK_BYTES, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
-use crate::x86_64::avx2::{load_u8, prefetch, store_i32x4};
-use crate::x86_64::vnni::{
-    Activations, GROUP_ROWS, PLANES, STRIP_BLOCKS, Tile, Totals, finish, groups, rows_of,
-};
+use crate::x86_64::avx2::ternary::{Output, Plain, Tile, Woven};
+use crate::x86_64::avx2::{load_u8, prefetch};
+use crate::x86_64::vnni::{Activations, PLANES, PREFETCH_BYTES, blocks_of, groups};
 
 /// Rows of activations in a register tile: with two pairs of weights, 16 sums of the 32 registers.
-pub(super) const FEW_ROWS: usize = 8;
+const FEW_ROWS: usize = 8;
+/// Rows of activations, at most, that have two sums for each pair of rows of weights.
+const IN_PLACE: usize = 6;
+/// Tiles that pass for one group of rows of activations before the next, when there are several: 80 kB of
+/// 2560 columns, a part of a second-level cache.
+const BATCH_TILES: usize = 128;
 /// Registers for one plane of a block of a tile, two rows in each.
 const PAIRS: usize = TILE_ROWS / 2;
-
-/// The codes of a block in registers, one to a byte.
-type Codes = [[__m512i; PAIRS]; PLANES];
-/// Running sums for the rows of a tile, those of a pair in the halves of a register.
+/// A register for each pair of rows of a tile, one in each half.
 type Sums = [__m512i; PAIRS];
-/// The codes of a strip in memory, aligned so that no load crosses a cache line.
-#[repr(align(64))]
-struct Strip([[[u8; 64]; PLANES * PAIRS]; STRIP_BLOCKS]);
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn ternary(
@@ -36,144 +37,142 @@ pub(super) fn ternary(
     x: Quantised<'_>,
     mut y: Columns<'_>,
 ) {
-    let n = x.rows();
-    if n > FEW_ROWS {
-        for rows in groups(n, GROUP_ROWS) {
-            many_rows(w, tiles.clone(), x, rows, &mut y);
-        }
-        return;
-    }
-    for (position, tile) in tiles.enumerate() {
-        let tile = Tile::new(w, tile);
-        let codes = |block: usize| unpack(&tile, block);
-        let mut sums = [[_mm512_setzero_si512(); PAIRS]; FEW_ROWS];
-        let sums = &mut sums[..n];
-        by_rows(0..tile.blocks(), &codes, x, 0, sums);
-        for (i, sums) in sums.iter().enumerate() {
-            finish(w, x, i, across(*sums), &mut y, position);
-        }
+    match w.arrangement() {
+        Arrangement::Tiles => all_tiles::<Woven<'_>>(w, tiles, x, &mut y),
+        Arrangement::Rows => all_tiles::<Plain<'_>>(w, tiles, x, &mut y),
     }
 }
 
-/// All tiles by the rows `rows` of activations, at most [`GROUP_ROWS`].
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn many_rows(
-    w: TernaryMatrix<'_>,
+#[inline]
+fn all_tiles<'a, T: Tile<'a>>(
+    w: TernaryMatrix<'a>,
     tiles: Range<usize>,
     x: Quantised<'_>,
-    rows: Range<usize>,
     y: &mut Columns<'_>,
 ) {
-    let mut strip = Strip([[[0; 64]; PLANES * PAIRS]; STRIP_BLOCKS]);
-    for (position, tile) in tiles.enumerate() {
-        let tile = Tile::new(w, tile);
-        let mut sums = [[_mm512_setzero_si512(); PAIRS]; GROUP_ROWS];
-        let sums = &mut sums[..rows.len()];
-        for blocks in groups(tile.blocks(), STRIP_BLOCKS) {
-            for (block, place) in blocks.clone().zip(&mut strip.0) {
-                let codes = unpack(&tile, block);
-                for (place, codes) in place.iter_mut().zip(codes.as_flattened()) {
-                    store_codes(place, *codes);
+    if x.rows() == 1 {
+        return few_rows::<T, 1>(w, tiles, 0, x, y);
+    }
+    let first = tiles.start;
+    let step = if x.rows() > FEW_ROWS { BATCH_TILES } else { tiles.len().max(1) };
+    for start in tiles.clone().step_by(step) {
+        let batch = start..tiles.end.min(start + step);
+        for rows in groups(x.rows(), FEW_ROWS) {
+            let (x, y) = (x.part(rows.clone()), &mut y.part(rows.clone()));
+            let part = batch.clone();
+            match rows.len() {
+                1 => few_rows::<T, 1>(w, part, start - first, x, y),
+                2 => few_rows::<T, 2>(w, part, start - first, x, y),
+                3 => few_rows::<T, 3>(w, part, start - first, x, y),
+                4 => few_rows::<T, 4>(w, part, start - first, x, y),
+                5 => few_rows::<T, 5>(w, part, start - first, x, y),
+                6 => few_rows::<T, 6>(w, part, start - first, x, y),
+                // Seven have the form of eight, for which the compiler finds registers.
+                _ => few_rows::<T, FEW_ROWS>(w, part, start - first, x, y),
+            }
+        }
+    }
+}
+
+/// The tiles by up to `N` rows of activations, the first of them being the `first_tile`th of the output.
+/// With one row two places in memory are read in turn, as
+/// AVX2's `single_row` does and for its reason.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn few_rows<'a, T: Tile<'a>, const N: usize>(
+    w: TernaryMatrix<'a>,
+    tiles: Range<usize>,
+    first_tile: usize,
+    x: Quantised<'_>,
+    y: &mut Columns<'_>,
+) {
+    let last = x.rows() - 1;
+    let row = |i: usize| blocks_of(x, i.min(last), w.cols().div_ceil(BLOCK_COLS));
+    let blocks: [&[Activations]; N] = array::from_fn(row);
+    let outputs: [_; N] = array::from_fn(|i| Output::new(w, x, i.min(last)));
+    let places = if N == 1 { 2 } else { 1 };
+    let part = tiles.len().div_ceil(places);
+    for first in 0..part {
+        for position in (first..tiles.len()).step_by(part).take(places) {
+            let at = tiles.start + position;
+            // The bytes of a tile are contiguous in either arrangement.
+            let ahead = match places {
+                1 => w.tile(at).as_ptr().wrapping_byte_add(PREFETCH_BYTES),
+                _ => w.tile(at).as_ptr_range().end,
+            };
+            let totals = tile_by::<T, N>(T::new(w, at), ahead, &blocks);
+            for (i, (totals, output)) in totals.into_iter().zip(outputs).enumerate().take(last + 1)
+            {
+                let y = &mut y.row(i)[(first_tile + position) * TILE_ROWS..];
+                match y.first_chunk_mut() {
+                    Some(whole) => output.put(totals, Some(whole), &mut []),
+                    None => output.put(totals, None, y),
                 }
             }
-            let unpacked = &strip.0[..blocks.len()];
-            let codes = |block: usize| -> Codes {
-                let (planes, _) = unpacked[block - blocks.start].as_chunks::<PAIRS>();
-                [0, 1, 2, 3].map(|plane| planes[plane].each_ref().map(|codes| load_codes(codes)))
-            };
-            for some in groups(rows.len(), FEW_ROWS) {
-                by_rows(blocks.clone(), &codes, x, rows.start + some.start, &mut sums[some]);
+        }
+    }
+}
+
+/// One tile by `N` rows of activations.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn tile_by<'a, T: Tile<'a>, const N: usize>(
+    tile: T,
+    ahead: *const u8,
+    x: &[&[Activations]; N],
+) -> [__m128i; N] {
+    let (low, scaled) = (_mm512_set1_epi8(0b11), _mm512_set1_epi8(0b1100));
+    // Of planes 0 and 2, and of planes 1 and 3.
+    let mut sums = [[[_mm512_setzero_si512(); PAIRS]; 2]; N];
+    for block in 0..tile.len() {
+        prefetch(ahead, block * 128);
+        prefetch(ahead, block * 128 + 64);
+        let packed = pairs(tile, block);
+        for plane in 0..PLANES {
+            let mut codes = [_mm512_setzero_si512(); PAIRS];
+            for (codes, packed) in codes.iter_mut().zip(packed) {
+                *codes = match (plane, N <= IN_PLACE) {
+                    (0, _) => _mm512_and_si512(packed, low),
+                    (1, true) => _mm512_and_si512(packed, scaled),
+                    (1, false) => _mm512_and_si512(_mm512_srli_epi16::<2>(packed), low),
+                    (2, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low),
+                    (_, true) => _mm512_and_si512(_mm512_srli_epi16::<4>(packed), scaled),
+                    (_, false) => _mm512_and_si512(_mm512_srli_epi16::<6>(packed), low),
+                };
             }
-        }
-        for (i, sums) in rows.clone().zip(sums) {
-            finish(w, x, i, across(*sums), y, position);
-        }
-    }
-}
-
-/// Adds the products of blocks `blocks` of a tile with as many rows of activations from `first` on
-/// as there are sums, 1 to [`FEW_ROWS`]. The fewer the rows, the more sums has each, so that there
-/// are enough to be added to while others wait for their result.
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-#[inline]
-fn by_rows(
-    blocks: Range<usize>,
-    codes: &impl Fn(usize) -> Codes,
-    x: Quantised<'_>,
-    first: usize,
-    sums: &mut [Sums],
-) {
-    match sums.len() {
-        1 => multiply::<1, 4>(blocks, codes, x, first, sums),
-        2 => multiply::<2, 4>(blocks, codes, x, first, sums),
-        3 => multiply::<3, 2>(blocks, codes, x, first, sums),
-        4 => multiply::<4, 2>(blocks, codes, x, first, sums),
-        5 => multiply::<5, 1>(blocks, codes, x, first, sums),
-        6 => multiply::<6, 1>(blocks, codes, x, first, sums),
-        7 => multiply::<7, 1>(blocks, codes, x, first, sums),
-        _ => multiply::<FEW_ROWS, 1>(blocks, codes, x, first, sums),
-    }
-}
-
-/// The register tile of four rows of weights by `N` of activations, with `C` sums for each product.
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-#[inline]
-fn multiply<const N: usize, const C: usize>(
-    blocks: Range<usize>,
-    codes: &impl Fn(usize) -> Codes,
-    x: Quantised<'_>,
-    first: usize,
-    sums: &mut [Sums],
-) {
-    let x: [&[Activations]; N] = rows_of(x, first).map(|row| &row[blocks.clone()]);
-    let mut chains = [[[_mm512_setzero_si512(); PAIRS]; C]; N];
-    for (at, block) in blocks.enumerate() {
-        for (plane, codes) in codes(block).into_iter().enumerate() {
-            for (x, chains) in x.iter().zip(&mut chains) {
-                let x = load_i8_twice(&x[at][plane]);
-                for (sum, codes) in chains[plane % C].iter_mut().zip(codes) {
+            let kind = if N <= IN_PLACE { plane % 2 } else { 0 };
+            for (x, sums) in x.iter().zip(&mut sums) {
+                let x = load_i8_twice(&x[block][plane]);
+                for (sum, codes) in sums[kind].iter_mut().zip(codes) {
                     *sum = _mm512_dpbusd_epi32(*sum, codes, x);
                 }
             }
         }
     }
-    for (sums, chains) in sums.iter_mut().zip(chains) {
-        for chain in chains {
-            for (sum, part) in sums.iter_mut().zip(chain) {
-                *sum = _mm512_add_epi32(*sum, part);
-            }
+    let mut totals = [_mm_setzero_si128(); N];
+    for (total, [plain, scaled]) in totals.iter_mut().zip(sums) {
+        let mut all = plain;
+        for (all, scaled) in all.iter_mut().zip(scaled) {
+            *all = _mm512_add_epi32(*all, _mm512_srai_epi32::<2>(scaled));
         }
+        *total = across(all);
     }
+    totals
 }
 
-/// Unpacks a block of a tile, and asks for what is read after it. Shifts are of 16 bits: the mask
-/// takes away what crosses from the upper byte.
+/// Block `block` of a tile, two rows in each register.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
-fn unpack(tile: &Tile<'_>, block: usize) -> Codes {
-    prefetch(tile.ahead(block), 0);
-    prefetch(tile.ahead(block), 64);
-    let pair = |row: usize| {
-        let first = _mm512_castsi256_si512(load_u8(tile.block(row, block)));
-        _mm512_inserti64x4::<1>(first, load_u8(tile.block(row + 1, block)))
-    };
-    let packed = [pair(0), pair(2)];
-    let low_two = _mm512_set1_epi8(0b11);
-    [
-        packed.map(|packed| _mm512_and_si512(packed, low_two)),
-        packed.map(|packed| _mm512_and_si512(_mm512_srli_epi16::<2>(packed), low_two)),
-        packed.map(|packed| _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low_two)),
-        packed.map(|packed| _mm512_and_si512(_mm512_srli_epi16::<6>(packed), low_two)),
-    ]
+fn pairs<'a, T: Tile<'a>>(tile: T, block: usize) -> Sums {
+    if let Some([first, second]) = tile.lines(block) {
+        return [load_codes(first), load_codes(second)];
+    }
+    let [a, b, c, d] = tile.block(block);
+    [two(a, b), two(c, d)]
 }
 
-/// The sum of the lanes of each half, one half for each row of the tile.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
-fn across(sums: Sums) -> Totals {
-    let [[a, b], [c, d]] =
-        sums.map(|pair| [_mm512_castsi512_si256(pair), _mm512_extracti64x4_epi64::<1>(pair)]);
-    let halves = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-    let upper = _mm256_extracti128_si256::<1>(halves);
-    store_i32x4(_mm_add_epi32(_mm256_castsi256_si128(halves), upper))
+fn two(a: &[u8; ROW_BLOCK_BYTES], b: &[u8; ROW_BLOCK_BYTES]) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(load_u8(a)), load_u8(b))
 }
