@@ -9,6 +9,7 @@ use crate::aarch64::neon::{Neon, NeonDotprod, neon};
 use crate::float_matrix::FloatMatrix;
 use crate::scalar;
 use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::speed::{Mix, Operation};
 use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::{TILE_ROWS, TernaryMatrix};
 use crate::views::{
@@ -41,6 +42,8 @@ pub(crate) enum Kind {
     Neon(Neon),
     #[cfg(target_arch = "aarch64")]
     NeonDotprod(NeonDotprod),
+    /// The fastest for each operation: what to use if nobody says otherwise.
+    Mixed(&'static Mix),
     /// The definition without one operation, which leaves its outputs as they are.
     #[cfg(test)]
     Without(&'static str),
@@ -74,10 +77,18 @@ pub struct Cut {
     pub sized: Option<usize>,
 }
 
-/// Calls the function of the chosen implementation.
+/// Calls the function of the chosen implementation: of the fastest for this operation and number of rows,
+/// if they are said.
 macro_rules! dispatch {
+    ($backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* ), $operation:expr, $n:expr) => {
+        dispatch!(@ $backend.fastest($operation, $n), $($module)::+, $function($($argument),*))
+    };
     ($backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* )) => {
+        dispatch!(@ $backend.base(), $($module)::+, $function($($argument),*))
+    };
+    (@ $backend:expr, $($module:ident)::+, $function:ident ( $($argument:expr),* )) => {
         match $backend.0 {
+            Kind::Mixed(_) => unreachable!("a mix is of backends that are none"),
             Kind::Scalar => scalar::$($module)::+::$function($($argument),*),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(token) => token.$function($($argument),*),
@@ -108,9 +119,11 @@ fn check_ternary(w: TernaryMatrix<'_>, tiles: &Range<usize>, x: Quantised<'_>, y
 }
 
 impl Backend {
-    /// Its name in logs, flags and records: `scalar`, `avx2`, `neon`, `neon-dotprod`.
+    /// Its name in flags and records: `auto` for the fastest of each operation, else one of `scalar`,
+    /// `avx2`, `avxvnni`, `avx512`, `amx`, `neon`, `neon-dotprod`.
     pub fn name(self) -> &'static str {
         match self.0 {
+            Kind::Mixed(_) => "auto",
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
@@ -126,6 +139,27 @@ impl Backend {
             Kind::NeonDotprod(_) => "neon-dotprod",
             #[cfg(test)]
             Kind::Without(_) => "flawed",
+        }
+    }
+
+    /// The widest instruction set that it uses, by name.
+    pub fn isa(self) -> &'static str {
+        self.base().name()
+    }
+
+    /// Who does what has no time of its own.
+    pub(crate) fn base(self) -> Self {
+        match self.0 {
+            Kind::Mixed(mix) => mix.base,
+            _ => self,
+        }
+    }
+
+    /// Who does `operation` with `n` rows: itself, or the fastest.
+    pub fn fastest(self, operation: Operation, n: usize) -> Self {
+        match self.0 {
+            Kind::Mixed(mix) => mix.of(operation, n),
+            _ => self,
         }
     }
 }
@@ -162,13 +196,13 @@ impl Backend {
         y: Columns<'_>,
     ) {
         check_ternary(w, &tiles, x, &y);
-        dispatch!(self, fused, ternary(w, tiles, x, y));
+        dispatch!(self, fused, ternary(w, tiles, x, y), Operation::Ternary, x.rows());
     }
 
     /// How a product with `n` rows of activations is best cut into calls of [`Self::ternary_many`].
     pub fn cut(self, n: usize) -> Cut {
         let all = Cut { tokens: n, rows: TILE_ROWS, sized: None };
-        match self.0 {
+        match self.fastest(Operation::Ternary, n).0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(token) if token.looks_up(n) => {
                 Cut { tokens: Workspace::PANEL, sized: Some(PANEL_ROWS), ..all }
@@ -194,7 +228,8 @@ impl Backend {
         y: Columns<'_>,
         workspace: &mut Workspace,
     ) {
-        match (self.0, workspace) {
+        let backend = self.fastest(Operation::Ternary, x.rows());
+        match (backend.0, workspace) {
             #[cfg(target_arch = "x86_64")]
             (Kind::Avx2(token), workspace) => {
                 check_ternary(w, &tiles, x, &y);
@@ -210,7 +245,7 @@ impl Backend {
                 check_ternary(w, &tiles, x, &y);
                 token.ternary_many(w, tiles, x, y, workspace);
             }
-            _ => self.ternary(w, tiles, x, y),
+            _ => backend.ternary(w, tiles, x, y),
         }
     }
 
@@ -224,7 +259,8 @@ impl Backend {
         assert!(rows.start <= rows.end && rows.end <= w.rows(), "rows {rows:?} of {}", w.rows());
         assert_eq!(x.len(), y.rows() * w.cols(), "one row of activations per row of output");
         assert_eq!(y.cols().len(), rows.len(), "one column of output per row of weights");
-        dispatch!(self, fused, head(w, rows, x, y));
+        let n = y.rows();
+        dispatch!(self, fused, head(w, rows, x, y), Operation::Head, n);
     }
 
     /// `y[i]` = row `rows[i]` of `w` · `x` by the 16-lane rule: what [`Backend::head`] gives for
@@ -243,7 +279,7 @@ impl Backend {
     /// Whether [`Backend::screen`] takes less time than the rows that it saves: not where only the
     /// definition of it runs beside quick products.
     pub fn screening_pays(self) -> bool {
-        match self.0 {
+        match self.base().0 {
             #[cfg(target_arch = "aarch64")]
             Kind::Neon(_) | Kind::NeonDotprod(_) => false,
             _ => true,
@@ -269,7 +305,13 @@ impl Backend {
         assert_eq!(x.cols(), w.cols(), "activations of another width");
         assert_eq!(thresholds.len(), x.positions(), "one threshold per position");
         assert_eq!(kept.len(), x.positions(), "one mask per position");
-        dispatch!(self, screen, screen(w, group, x, thresholds, kept))
+        dispatch!(
+            self,
+            screen,
+            screen(w, group, x, thresholds, kept),
+            Operation::Screen,
+            x.positions()
+        )
     }
 }
 
@@ -288,7 +330,7 @@ impl Backend {
         assert_eq!(y.len(), rows.len(), "one output per weight row");
         assert!(rows.iter().all(|row| (*row as usize) < w.rows()), "rows of {}", w.rows());
         debug_assert!(x.is_consistent(w.cols()), "padding is zero and the sum is that of the row");
-        dispatch!(self, sparse, ternary_rows(w, rows, x, y));
+        dispatch!(self, sparse, ternary_rows(w, rows, x, y), Operation::Rows, 1);
     }
 
     /// Adds `Σ_j (trit[r][j] + 1) q[j]` over the columns j of `columns`, with the one row of `x`, to
@@ -311,7 +353,7 @@ impl Backend {
         assert_eq!(sums.len(), w.padded_rows(), "one sum per row");
         let known = |column: &u32| (*column as usize) < w.cols();
         assert!(columns.iter().all(known), "columns of {}", w.cols());
-        dispatch!(self, sparse, ternary_columns(w, columns, x, sums));
+        dispatch!(self, sparse, ternary_columns(w, columns, x, sums), Operation::Columns, 1);
     }
 
     /// `y[r]` = what [`Backend::ternary`] gives for the rows r of `rows` and the one row of `x`, if
@@ -552,7 +594,13 @@ impl Backend {
         let d = q.len() / n;
         assert!(block.fits(d), "the block is not of dimension {d}");
         assert!(d > 0 && states.len() == n * (ATTENTION_STATE_HEADER + d), "one state per row");
-        dispatch!(self, fused, attend_group(q, block, next, filled, states));
+        dispatch!(
+            self,
+            fused,
+            attend_group(q, block, next, filled, states),
+            Operation::Attention,
+            n
+        );
     }
 
     /// Takes the state of the next segment into that of the segments before it.

@@ -7,10 +7,11 @@ use std::sync::OnceLock;
 use crate::aarch64::neon::{Neon, NeonDotprod};
 use crate::backend::{Backend, Kind};
 use crate::proof::Proof;
+use crate::speed::Mix;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::{amx::Amx, avx2::Avx2, avx512::Avx512, avxvnni::AvxVnni};
 
-/// Every backend that there is, slowest first, and the architecture it needs (any, if it is empty).
+/// Every backend that there is, narrowest first, and the architecture it needs (any, if it is empty).
 const ALL: [(&str, &str); 7] = [
     ("scalar", ""),
     ("avx2", "x86_64"),
@@ -24,17 +25,20 @@ const ALL: [(&str, &str); 7] = [
 /// The backend to use and why it is not another one: see [`Backend::choose`].
 #[derive(Clone, Debug)]
 pub struct Choice {
-    /// The fastest backend that this CPU runs and that proved itself on it.
+    /// For each operation and number of rows the fastest backend that proved itself on this CPU.
     pub backend: Backend,
-    /// Every backend that did, slowest first.
+    /// Every backend that did, narrowest first.
     pub proven: Vec<Backend>,
-    /// The other backends of this architecture, slowest first, and why they are not used.
+    /// The other backends of this architecture, narrowest first, and why they are not used.
     pub refused: Vec<(&'static str, Refusal)>,
 }
 
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} is the fastest that this CPU runs", self.backend.name())?;
+        match self.backend.0 {
+            Kind::Mixed(mix) => write!(f, "fastest on this CPU: {mix}")?,
+            _ => write!(f, "{} is all that this CPU runs", self.backend.name())?,
+        }
         for (name, refusal) in &self.refused {
             write!(f, "; {name}: {refusal}")?;
         }
@@ -75,22 +79,28 @@ impl std::error::Error for Refusal {}
 /// Choosing one.
 impl Backend {
     /// Finds out what this CPU has, has every backend compute known answers beside the scalar
-    /// definition, and chooses the fastest that gives the same bits. Takes some milliseconds the
-    /// first time; later calls give what the first one found.
+    /// definition, and measures which of those that give the same bits is the fastest at what. Takes up
+    /// to a tenth of a second the first time; later calls give what the first one found.
     pub fn choose() -> &'static Choice {
         static CHOICE: OnceLock<Choice> = OnceLock::new();
         CHOICE.get_or_init(|| {
             let proof = Proof::new(Self(Kind::Scalar));
-            choose_among(candidates(), |backend| proof.check(backend))
+            let mut choice = choose_among(candidates(), |backend| proof.check(backend));
+            if choice.proven.len() > 1 {
+                let mix = Mix::measure(&choice.proven, choice.backend);
+                // Once in the life of a process.
+                choice.backend = Self(Kind::Mixed(Box::leak(Box::new(mix))));
+            }
+            choice
         })
     }
 
-    /// The fastest backend that this CPU can run.
+    /// The fastest backend of this CPU for each operation.
     pub fn detect() -> Self {
         Self::choose().backend
     }
 
-    /// Every backend that this CPU can run, slowest first. Tests and benches walk this list.
+    /// Every backend that this CPU can run, narrowest first. Tests and benches walk this list.
     pub fn available() -> impl Iterator<Item = Self> {
         Self::choose().proven.iter().copied()
     }
@@ -100,13 +110,16 @@ impl Backend {
         Self::named(name).ok()
     }
 
-    /// The backend of this name.
+    /// The backend of this name; `auto` is what [`Self::detect`] gives.
     ///
     /// # Errors
     ///
     /// A [`Refusal`] that says why it cannot be had here.
     pub fn named(name: &str) -> Result<Self, Refusal> {
         let choice = Self::choose();
+        if name == "auto" {
+            return Ok(choice.backend);
+        }
         if let Some(backend) = choice.proven.iter().find(|backend| backend.name() == name) {
             return Ok(*backend);
         }
@@ -123,7 +136,7 @@ impl Backend {
 /// A backend, or why there is none, by its name.
 type Candidate = (&'static str, Result<Backend, Refusal>);
 
-/// The backends of this architecture, slowest first.
+/// The backends of this architecture, narrowest first.
 fn candidates() -> Vec<Candidate> {
     let kind_of = |name| match name {
         "scalar" => Ok(Kind::Scalar),

@@ -38,6 +38,7 @@ mod probe;
 mod proof;
 mod scalar;
 mod screen;
+mod speed;
 mod ternary_columns;
 mod ternary_matrix;
 mod views;
@@ -55,6 +56,7 @@ pub use known_answer::known_answer;
 pub use screen::{
     SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols,
 };
+pub use speed::Operation;
 pub use ternary_columns::{ColumnPacker, TernaryColumns, padded_rows};
 pub use ternary_matrix::{Arrangement, LayoutError, TernaryMatrix, pack_tile, padded_cols};
 pub use views::{

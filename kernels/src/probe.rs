@@ -6,21 +6,25 @@ use crate::backend::Backend;
 #[cfg(target_arch = "x86_64")]
 use crate::backend::Kind;
 use crate::scalar;
-#[cfg(target_arch = "x86_64")]
-use crate::x86_64::avx2::Avx2;
 
 /// What an operand is a multiple of: every backend's unrolled loop divides it.
 const PROBE_LEN: usize = 1024;
 
-/// Calls the vector form where there is one. Every backend of x86-64 but the scalar one has AVX2.
+/// Calls the backend's own form; there is none for AArch64, which has the scalar one compiled for it.
 macro_rules! probe {
-    ($backend:expr, $function:ident ( $($argument:expr),* )) => {{
-        #[cfg(target_arch = "x86_64")]
-        if let Some(token) = Avx2::detect().ok().filter(|_| $backend.0 != Kind::Scalar) {
-            return token.$function($($argument),*);
+    ($backend:expr, $function:ident ( $($argument:expr),* )) => {
+        match $backend.base().0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::AvxVnni(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(token) => token.$function($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx(token) => token.$function($($argument),*),
+            _ => scalar::probe::$function($($argument),*),
         }
-        scalar::probe::$function($($argument),*)
-    }};
+    };
 }
 
 impl Backend {

@@ -162,7 +162,7 @@ async fn serve(
             http: cluster.http(),
             model: &status.model.name,
             store: options.store.display().to_string(),
-            isa: Backend::detect().name(),
+            isa: Backend::detect().isa(),
             workers: options.workers,
             stages: status.plan.pipelines.iter().map(|pipeline| pipeline.stages.len()).sum(),
         })?;

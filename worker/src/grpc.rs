@@ -115,7 +115,7 @@ impl Stage for StageService {
             layers_begin: layers.start,
             layers_end: layers.end,
             steps: description.steps,
-            isa: identity.engine.backend.name().into(),
+            isa: identity.engine.backend.isa().into(),
             version: env!("CARGO_PKG_VERSION").into(),
         }))
     }

@@ -72,7 +72,7 @@ pub async fn run(
         incarnation,
         address: config.advertise.clone().unwrap_or_else(|| address.to_string()),
         version: env!("CARGO_PKG_VERSION").into(),
-        isa: engine.backend.name().into(),
+        isa: engine.backend.isa().into(),
         threads: config.threads as u32,
         memory_bytes: config.memory_bytes.saturating_sub(working_bytes),
         kernel_revision: KERNEL_REVISION,
@@ -81,7 +81,7 @@ pub async fn run(
         draining: false,
     };
     telemetry::describe();
-    telemetry::build_info(&config.id, engine.backend.name());
+    telemetry::build_info(&config.id, engine.backend.isa());
     let (failures, failed) = mpsc::channel(1);
     let closing = CancellationToken::new();
     let identity = Identity {
@@ -166,7 +166,7 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         Some(_) => format!("they were asked for; {choice}"),
         None => choice.to_string(),
     };
-    tracing::info!(isa = backend.name(), reason, "kernels chosen");
+    tracing::info!(isa = backend.isa(), reason, "kernels chosen");
     for (isa, refusal) in &choice.refused {
         // Nothing is served wrong, but a CPU, a compiler or a kernel is broken.
         if matches!(refusal, Refusal::Differs(_)) {

@@ -78,7 +78,7 @@ fn a_wrong_backend_is_refused_and_the_next_is_taken() {
     );
     assert_eq!(
         choice.to_string(),
-        "flawed is the fastest that this CPU runs; absent: this CPU lacks avx1024; wrong: refused, \
+        "flawed is all that this CPU runs; absent: this CPU lacks avx1024; wrong: refused, \
          its results for sums and norms differ from the definition"
     );
 }

@@ -2,6 +2,7 @@
 //! here is done by those of AVX-512, which the token implies.
 #![expect(unsafe_code, reason = "calls behind the detected token, instructions without intrinsics")]
 
+mod probe;
 mod ternary;
 mod tiles;
 
@@ -56,6 +57,12 @@ impl Amx {
         // SAFETY: `self` exists, so AMX and AVX-512 F, BW, DQ, VL and VNNI were detected, and this
         // process may use tiles.
         unsafe { ternary::ternary_many(w, tiles, x, y, workspace) }
+    }
+
+    pub(crate) fn probe_multiply(self, codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 {
+        // SAFETY: `self` exists, so AMX was detected, and this process may use tiles.
+        let (sum, rest) = unsafe { probe::probe_multiply(codes, x, rounds) };
+        sum.wrapping_add(self.0.probe_multiply(codes, x, rest))
     }
 }
 

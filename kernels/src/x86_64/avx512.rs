@@ -5,6 +5,7 @@
 pub(super) mod band;
 mod head;
 mod many;
+mod probe;
 mod reduce;
 mod screen;
 mod ternary;
@@ -69,6 +70,9 @@ entries! {
     screen::screen(
         w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[f32], kept: &mut [u64]
     ) -> usize;
+    probe::probe_read(words: &[u64]) -> u64;
+    probe::probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) -> u16;
+    probe::probe_fma(w: &[f32; 32], x: &[f32], rounds: usize) -> f32;
     reduce::dot(a: &[f32], b: &[f32]) -> f32;
     reduce::sum(x: &[f32]) -> f32;
     reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);

@@ -2,6 +2,7 @@
 //! has no kernel here is done by those of AVX2, which the token implies.
 #![expect(unsafe_code, reason = "calls behind the detected token")]
 
+mod probe;
 mod ternary;
 
 use std::ops::{Deref, Range};
@@ -33,6 +34,11 @@ impl AvxVnni {
     ) {
         // SAFETY: `self` exists, so AVX2, FMA, F16C and AVX-VNNI were detected on this CPU.
         unsafe { ternary::ternary(w, tiles, x, y) }
+    }
+
+    pub(crate) fn probe_multiply(self, codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 {
+        // SAFETY: `self` exists, so AVX2, FMA, F16C and AVX-VNNI were detected on this CPU.
+        unsafe { probe::probe_multiply(codes, x, rounds) }
     }
 }
 
