@@ -14,6 +14,8 @@ pub mod machine;
 mod spread;
 mod team;
 
+use kernels::Backend;
+
 pub use spread::Spread;
 
 /// Told what is measured next, and how many of how many parts are done.
@@ -26,4 +28,10 @@ const LINE_BYTES: usize = 64;
 fn aligned<T>(values: &[T], len: usize) -> &[T] {
     let values = values.get(values.as_ptr().align_offset(LINE_BYTES)..).unwrap_or_default();
     &values[..len.min(values.len())]
+}
+
+/// The kernels that this CPU runs in vectors; the definition where it has none of them.
+pub fn vector_backends() -> Vec<Backend> {
+    let all: Vec<_> = Backend::available().collect();
+    if all.len() > 1 { all[1..].to_vec() } else { all }
 }

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use std::sync::Mutex;
 
 use kernels::{
-    Arrangement, Backend, Columns, FloatKind, FloatMatrix, Quantised, TernaryMatrix, Workspace,
-    padded_cols,
+    Arrangement, Backend, Columns, FloatKind, FloatMatrix, Operation, Quantised, TernaryMatrix,
+    Workspace, padded_cols,
 };
 use serde::Serialize;
 
@@ -62,6 +62,14 @@ impl Shape {
         }
     }
 
+    /// By what kernels are chosen for it.
+    pub fn operation(self) -> Operation {
+        match self {
+            Self::Head => Operation::Head,
+            _ => Operation::Ternary,
+        }
+    }
+
     /// Rows (outputs) and columns (inputs) of its weights.
     pub fn size(self) -> (usize, usize) {
         match self {
@@ -101,12 +109,12 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// Everything, with the fastest kernels and every core.
+    /// Everything, with all kernels that this CPU runs and every core.
     fn default() -> Self {
         Self {
             shapes: Shape::ALL.to_vec(),
             rows: vec![1, 2, 4, 8, 16, 32],
-            backends: vec![Backend::detect()],
+            backends: super::vector_backends(),
             threads: vec![std::thread::available_parallelism().map_or(1, usize::from)],
             pool_bytes: POOL_BYTES,
             read_bytes: limits::READ_BYTES,
@@ -127,6 +135,8 @@ pub struct Timing {
     pub rows: usize,
     /// Which kernels.
     pub isa: &'static str,
+    /// They are what is used if nobody says otherwise.
+    pub chosen: bool,
     /// Threads.
     pub threads: usize,
     /// Microseconds of one product.
@@ -147,8 +157,30 @@ pub struct Timing {
 pub struct Timings {
     /// Of every pair of kernels and threads, in the order in which they were measured.
     pub limits: Vec<IsaLimits>,
-    /// In the order of threads, kernels, shapes, rows.
+    /// In the order of threads, shapes, rows, kernels.
     pub kernels: Vec<Timing>,
+}
+
+/// How much slower than another one the chosen kernels may be.
+pub const SLOWER_MOST: f64 = 0.10;
+
+impl Timings {
+    /// The products for which other kernels were faster than the chosen ones by more than
+    /// [`SLOWER_MOST`]: the chosen ones, and the fastest.
+    pub fn badly_chosen(&self) -> Vec<(&Timing, &Timing)> {
+        let same =
+            |a: &Timing, b: &Timing| (a.shape, a.rows, a.threads) == (b.shape, b.rows, b.threads);
+        let of_chosen = |chosen: &&Timing| chosen.chosen;
+        let fastest = |chosen: &Timing| {
+            let others = self.kernels.iter().filter(|other| same(chosen, other));
+            others.max_by(|a, b| a.mac_g_per_s.total_cmp(&b.mac_g_per_s))
+        };
+        let pairs = self.kernels.iter().filter(of_chosen).filter_map(|it| Some((it, fastest(it)?)));
+        let is_bad = |(chosen, fastest): &(&Timing, &Timing)| {
+            chosen.mac_g_per_s * (1.0 + SLOWER_MOST) < fastest.mac_g_per_s
+        };
+        pairs.filter(is_bad).collect()
+    }
 }
 
 /// What some threads can do with some kernels.
@@ -180,11 +212,17 @@ pub fn measure(options: &Options, report: Report<'_>) -> Timings {
             next(&format!("limits, {isa}, {threads} threads"));
             let limits = limits::measure(backend, threads, &memory).limits;
             timings.limits.push(IsaLimits { isa, limits });
-            for &shape in &options.shapes {
-                for &rows in &options.rows {
+        }
+        let of_backends = timings.limits[timings.limits.len() - options.backends.len()..].to_vec();
+        // Kernel beside kernel, so that all of them meet the same disturbances.
+        for &shape in &options.shapes {
+            for &rows in &options.rows {
+                for (&backend, IsaLimits { isa, limits }) in
+                    options.backends.iter().zip(&of_backends)
+                {
                     next(&format!("{} of {rows} rows, {isa}, {threads} threads", shape.name()));
                     let case = Case { shape, rows, backend, threads };
-                    timings.kernels.push(case.measure(&pool, limits, &mut random));
+                    timings.kernels.push(case.measure(&pool, *limits, &mut random));
                 }
             }
         }
@@ -275,6 +313,7 @@ impl Case {
             k,
             rows,
             isa: backend.name(),
+            chosen: backend == Backend::detect().fastest(shape.operation(), rows),
             threads,
             us,
             mac_g_per_s,
@@ -359,14 +398,37 @@ mod tests {
     }
 
     #[test]
+    fn a_bad_choice_is_found() {
+        let options = Options {
+            shapes: vec![Shape::Kv],
+            rows: vec![1],
+            backends: vec![Backend::detect().fastest(Operation::Ternary, 1)],
+            pool_bytes: 0,
+            read_bytes: 1 << 20,
+            ..Options::default()
+        };
+        let mut timings = measure(&options, &mut |_, _, _| {});
+        assert!(timings.kernels[0].chosen && timings.badly_chosen().is_empty());
+        let other = Timing { chosen: false, isa: "other", ..timings.kernels[0].clone() };
+        for (times, is_bad) in [(1.05, false), (1.15, true)] {
+            let mac_g_per_s = other.mac_g_per_s * times;
+            timings.kernels.truncate(1);
+            timings.kernels.push(Timing { mac_g_per_s, ..other.clone() });
+            let bad = timings.badly_chosen();
+            assert_eq!(!bad.is_empty(), is_bad, "{times}");
+            assert!(bad.iter().all(|(chosen, fastest)| chosen.chosen && fastest.isa == "other"));
+        }
+    }
+
+    #[test]
     fn a_product_is_measured() {
         let options = Options {
             shapes: vec![Shape::Kv],
             rows: vec![1, 3],
+            backends: vec![Backend::detect()],
             threads: vec![1, 2],
             pool_bytes: 0,
             read_bytes: 1 << 20,
-            ..Options::default()
         };
         let mut parts = Vec::new();
         let timings = measure(&options, &mut |_, done, total| parts.push((done, total)));

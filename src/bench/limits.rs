@@ -129,15 +129,21 @@ fn arithmetic(threads: usize, len: usize, work: impl Fn(usize) + Sync) -> Spread
     Spread::of(&times.iter().map(|time| done / time).collect::<Vec<_>>())
 }
 
-/// Measures every number of threads in `threads`.
-pub fn measure_all(backend: Backend, threads: &[usize], report: Report<'_>) -> Vec<Measured> {
-    report("memory", 0, threads.len() as u64);
+/// Measures every number of threads in `threads` with every one of `backends`.
+pub fn measure_all(
+    backends: &[Backend],
+    threads: &[usize],
+    report: Report<'_>,
+) -> Vec<(Backend, Measured)> {
+    let total = (threads.len() * backends.len()) as u64;
+    report("memory", 0, total);
     let memory = Memory::new(READ_BYTES);
-    let measure = |(index, &threads_now): (usize, &usize)| {
-        report(&format!("{threads_now} threads"), index as u64, threads.len() as u64);
-        measure(backend, threads_now, &memory)
+    let cases = threads.iter().flat_map(|threads| backends.iter().map(move |it| (*threads, *it)));
+    let measure = |(index, (threads, backend)): (usize, (usize, Backend))| {
+        report(&format!("{}, {threads} threads", backend.name()), index as u64, total);
+        (backend, measure(backend, threads, &memory))
     };
-    threads.iter().enumerate().map(measure).collect()
+    cases.enumerate().map(measure).collect()
 }
 
 /// What one token needs of the machine, whatever computes it.

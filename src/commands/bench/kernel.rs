@@ -8,7 +8,7 @@ use kernels::Backend;
 use serde::Serialize;
 
 use crate::Failure;
-use crate::bench::kernel::{Options, ROWS_MAX, Shape, Timings, measure};
+use crate::bench::kernel::{Options, ROWS_MAX, Shape, Timing, Timings, measure};
 use crate::bench::machine::Machine;
 use crate::commands::{backend, threads};
 use crate::progress::Progress;
@@ -26,12 +26,15 @@ pub(crate) struct KernelCommand {
     /// Products: q, kv, o, gate (and up), down, head [default: all]
     #[arg(long, value_name = "SHAPE,…", value_delimiter = ',')]
     shape: Vec<Shape>,
-    /// Kernels [default: the fastest]
+    /// Kernels [default: all that this CPU runs; those marked * are chosen]
     #[arg(long, value_name = "ISA,…", value_delimiter = ',', value_parser = backend)]
     isa: Vec<Backend>,
     /// Numbers of threads, which share the rows of the weights [default: every core]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = threads)]
     threads: Vec<usize>,
+    /// Fail if the chosen kernels are more than a tenth slower than others
+    #[arg(long)]
+    check: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -52,6 +55,11 @@ struct Output {
     #[serde(flatten)]
     timings: Timings,
 }
+
+/// Other kernels were faster by more than a tenth.
+#[derive(Debug, thiserror::Error)]
+#[error("badly chosen kernels: {0}")]
+struct BadlyChosen(String);
 
 /// Runs the command.
 pub(crate) fn run(command: &KernelCommand) -> Result<(), Failure> {
@@ -74,6 +82,19 @@ pub(crate) fn run(command: &KernelCommand) -> Result<(), Failure> {
         writer.json(&output)?;
     } else {
         writer.text(&table(&output))?;
+    }
+    let bad = output.timings.badly_chosen();
+    if command.check && !bad.is_empty() {
+        let say = |(chosen, fastest): (&Timing, &Timing)| {
+            let (shape, rows, threads) = (chosen.shape.name(), chosen.rows, chosen.threads);
+            let times = fastest.mac_g_per_s / chosen.mac_g_per_s;
+            format!(
+                "{shape} of {rows} rows, {threads} threads: {} is {times:.2} times as fast as {}",
+                fastest.isa, chosen.isa
+            )
+        };
+        let bad: Vec<_> = bad.into_iter().map(say).collect();
+        return Err(BadlyChosen(bad.join("; ")).into());
     }
     Ok(())
 }
@@ -105,7 +126,7 @@ fn table(output: &Output) -> String {
             timing.m,
             timing.k,
             timing.rows,
-            timing.isa,
+            format!("{}{}", timing.isa, if timing.chosen { "*" } else { "" }),
             timing.threads,
             timing.us.median,
             timing.mac_g_per_s,

@@ -19,8 +19,6 @@ const PAIRS: usize = TILE_ROWS / 2;
 type Block = [[u8; 64]; PAIRS];
 /// Activations of 32 columns.
 type Columns = [i8; ROW_BYTES];
-/// A register for each pair of rows of a tile.
-type Sums = [__m512i; PAIRS];
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn screen(
