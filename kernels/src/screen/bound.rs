@@ -157,6 +157,14 @@ impl<'a> ScreenInput<'a> {
         self.cols
     }
 
+    /// All vectors, and from one to the next so many codes, if every position has as many of them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn evenly_spaced(self) -> Option<(&'a [i8], usize)> {
+        let planes = self.queries.first()?.planes;
+        let stride = screen_cols(self.cols) * (PLANES / planes);
+        self.queries.iter().all(|query| query.planes == planes).then_some((self.codes, stride))
+    }
+
     /// The vectors of a position: one or two.
     fn vectors(self, position: usize) -> impl Iterator<Item = &'a [i8]> {
         let stride = screen_cols(self.cols);

@@ -3,12 +3,14 @@
 #![expect(unsafe_code, reason = "calls behind the detected token, instructions without intrinsics")]
 
 mod probe;
+mod screen;
 mod ternary;
 mod tiles;
 
 use std::ops::{Deref, Range};
 
 use super::avx512::Avx512;
+use crate::screen::{ScreenInput, ScreenMatrix};
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{Columns, Quantised};
 use crate::workspace::Workspace;
@@ -57,6 +59,22 @@ impl Amx {
         // SAFETY: `self` exists, so AMX and AVX-512 F, BW, DQ, VL and VNNI were detected, and this
         // process may use tiles.
         unsafe { ternary::ternary_many(w, tiles, x, y, workspace) }
+    }
+
+    pub(crate) fn screen(
+        self,
+        w: ScreenMatrix<'_>,
+        group: usize,
+        x: ScreenInput<'_>,
+        thresholds: &[f32],
+        kept: &mut [u64],
+    ) -> usize {
+        if x.positions() < screen::LEAST_POSITIONS {
+            return self.0.screen(w, group, x, thresholds, kept);
+        }
+        // SAFETY: `self` exists, so AMX and AVX-512 F, BW, DQ, VL and VNNI were detected, and this
+        // process may use tiles.
+        unsafe { screen::screen(w, group, x, thresholds, kept) }
     }
 
     pub(crate) fn probe_multiply(self, codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 {

@@ -7,7 +7,7 @@ mod head;
 mod many;
 mod probe;
 mod reduce;
-mod screen;
+pub(super) mod screen;
 mod ternary;
 
 use std::arch::x86_64::*;
@@ -143,7 +143,7 @@ fn load_codes(x: &[u8; 64]) -> __m512i {
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
-fn store_codes(y: &mut [u8; 64], value: __m512i) {
+pub(super) fn store_codes(y: &mut [u8; 64], value: __m512i) {
     // SAFETY: the reference covers exactly the 64 bytes written; `storeu` needs no alignment.
     unsafe { _mm512_storeu_si512(y.as_mut_ptr().cast(), value) }
 }

@@ -37,7 +37,7 @@ const CHUNKS: usize = BLOCK_COLS / CHUNK_COLS;
 /// Groups of four columns in a chunk.
 pub(in crate::x86_64) const FOURS: usize = CHUNK_COLS / 4;
 /// Tiles whose rows fill a register.
-const GROUP_TILES: usize = LANES / TILE_ROWS;
+pub(in crate::x86_64) const GROUP_TILES: usize = LANES / TILE_ROWS;
 /// Bytes of a row that are transposed within a lane.
 const PIECE: usize = 16;
 
@@ -48,7 +48,8 @@ pub(in crate::x86_64) type Chunk<const G: usize> = [[[u8; 64]; FOURS]; G];
 pub(in crate::x86_64) type Sums<const G: usize> = [[i32; LANES]; G];
 
 /// The lane of each row of a group: rows of a tile lie in four different quarters.
-const LANE_OF_ROW: [i32; LANES] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
+pub(in crate::x86_64) const LANE_OF_ROW: [i32; LANES] =
+    [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
 /// A strip of a band: all its rows, some columns.
 #[derive(Clone, Copy)]
@@ -150,19 +151,7 @@ fn unpack<'a, T: Tile<'a>, const G: usize>(
     let rows = [a.block(block), b.block(block), c.block(block), d.block(block)];
     let low_two = _mm512_set1_epi8(0b11);
     for piece in 0..2 {
-        let mut lanes = [_mm512_setzero_si512(); GROUP_TILES];
-        for (lanes, rows) in lanes.iter_mut().zip(&rows) {
-            *lanes = four_rows(rows, piece);
-        }
-        let [a, b, c, d] = lanes;
-        let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-        let fours = [
-            _mm512_unpacklo_epi64(ab_low, cd_low),
-            _mm512_unpackhi_epi64(ab_low, cd_low),
-            _mm512_unpacklo_epi64(ab_high, cd_high),
-            _mm512_unpackhi_epi64(ab_high, cd_high),
-        ];
+        let fours = transpose(&rows, piece);
         for (i, packed) in fours.into_iter().enumerate() {
             // Four columns of the piece in each plane of 32 columns.
             let place = 4 * piece + i;
@@ -179,6 +168,29 @@ fn unpack<'a, T: Tile<'a>, const G: usize>(
             store_codes(&mut second[group][8 + place], _mm512_and_si512(planes[3], low_two));
         }
     }
+}
+
+/// Piece `piece`, of 16 bytes, of each of 16 rows, as four registers: each holds the next four bytes of
+/// every row, a row to a lane, in the order of [`LANE_OF_ROW`].
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+pub(in crate::x86_64) fn transpose(
+    rows: &[[&[u8; 2 * PIECE]; TILE_ROWS]; GROUP_TILES],
+    piece: usize,
+) -> [__m512i; 4] {
+    let mut lanes = [_mm512_setzero_si512(); GROUP_TILES];
+    for (lanes, rows) in lanes.iter_mut().zip(rows) {
+        *lanes = four_rows(rows, piece);
+    }
+    let [a, b, c, d] = lanes;
+    let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    [
+        _mm512_unpacklo_epi64(ab_low, cd_low),
+        _mm512_unpackhi_epi64(ab_low, cd_low),
+        _mm512_unpacklo_epi64(ab_high, cd_high),
+        _mm512_unpackhi_epi64(ab_high, cd_high),
+    ]
 }
 
 /// 16 bytes of each row of a tile, one row in each lane of 128 bits.

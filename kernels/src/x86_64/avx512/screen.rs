@@ -21,23 +21,13 @@ type Block = [[u8; 64]; PAIRS];
 type Columns = [i8; ROW_BYTES];
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn screen(
+pub(in crate::x86_64) fn screen(
     w: ScreenMatrix<'_>,
     group: usize,
     x: ScreenInput<'_>,
     thresholds: &[f32],
     kept: &mut [u64],
 ) -> usize {
-    let high = |tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| match *x {
-        [one] => one_plane::<1, 2>(tile, [one], sums),
-        [one, two, ..] => one_plane::<2, 2>(tile, [one, two], sums),
-        [] => {}
-    };
-    let low = |tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| match *x {
-        [one] => one_plane::<1, 4>(tile, [one], sums),
-        [one, two, ..] => one_plane::<2, 4>(tile, [one, two], sums),
-        [] => {}
-    };
     let both = |tiles: usize, x: &[&[i8]], sums: &mut [[i32; GROUP_ROWS]]| {
         for (x, sums) in x.chunks(TOGETHER).zip(sums.chunks_mut(TOGETHER)) {
             match x.len() {
@@ -51,6 +41,30 @@ pub(super) fn screen(
                 _ => both_planes::<TOGETHER>(w, group, tiles, x, sums),
             }
         }
+    };
+    judge_with(w, group, x, thresholds, kept, both)
+}
+
+/// [`judge`] with the planes by themselves multiplied here, and `both` for both.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+pub(in crate::x86_64) fn judge_with(
+    w: ScreenMatrix<'_>,
+    group: usize,
+    x: ScreenInput<'_>,
+    thresholds: &[f32],
+    kept: &mut [u64],
+    both: impl Fn(usize, &[&[i8]], &mut [[i32; GROUP_ROWS]]),
+) -> usize {
+    let high = |tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| match *x {
+        [one] => one_plane::<1, 2>(tile, [one], sums),
+        [one, two, ..] => one_plane::<2, 2>(tile, [one, two], sums),
+        [] => {}
+    };
+    let low = |tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| match *x {
+        [one] => one_plane::<1, 4>(tile, [one], sums),
+        [one, two, ..] => one_plane::<2, 4>(tile, [one, two], sums),
+        [] => {}
     };
     judge(w, group, x, thresholds, kept, high, low, both)
 }
