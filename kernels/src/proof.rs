@@ -424,7 +424,7 @@ fn attend(
     answers.floats(&memory);
 
     // So many rows that every number that passes over a block together is among them.
-    for n in [2, 6, 7, 9] {
+    for n in [2, 3, 6, 7, 8, 9] {
         let q = inputs.floats(n * d);
         let filled: Vec<u8> = (0..n).map(|row| 9 + row as u8 / 4).collect();
         let mut states = vec![0.0; n * (ATTENTION_STATE_HEADER + d)];

@@ -144,6 +144,15 @@ fn skipping_zeros_changes_nothing() {
 }
 
 #[test]
+fn wide_rows_are_computed_whole() {
+    let mut random = Random(15);
+    for cols in [8_191, 8_192, 8_193, 20_000] {
+        let trits = random_trits(&mut random, 9 * cols);
+        check_sparse(&trits, cols, &random_codes(&mut random, cols), &mut random);
+    }
+}
+
+#[test]
 fn every_number_of_columns_is_computed() {
     let mut random = Random(12);
     let (m, cols) = (300, 150);
@@ -172,20 +181,23 @@ fn skipping_products_do_not_overflow() {
 
 #[test]
 fn corrupt_columns_give_the_same_sums_everywhere() {
-    let (m, cols) = (256, 1_000);
-    let bytes = vec![0xff; TernaryColumns::packed_bytes(m, cols).unwrap()];
-    let w = TernaryColumns::new(&bytes, m, cols, 1.0).unwrap();
-    let columns: Vec<u32> = (0..cols as u32).collect();
-    for value in [127i8, -128] {
-        let mut q = vec![value; cols];
-        q.resize(padded_cols(cols), 0);
-        let sum = [i32::from(value) * cols as i32];
-        let x = Quantised::new(&q, q.len(), &[1.0], &sum);
-        for backend in Backend::available() {
-            let (mut sums, mut got) = (vec![0; m], vec![f32::NAN; m]);
-            backend.ternary_columns(w, &columns, x, &mut sums);
-            backend.end_columns(w, &sums, 0..m, x, &mut got);
-            check(backend, "code 3", &got, &vec![2.0 * sum[0] as f32; m]);
+    let m = 256;
+    // More, too, than are gathered before sums are divided or widened.
+    for cols in [1_000, 140_000] {
+        let bytes = vec![0xff; TernaryColumns::packed_bytes(m, cols).unwrap()];
+        let w = TernaryColumns::new(&bytes, m, cols, 1.0).unwrap();
+        let columns: Vec<u32> = (0..cols as u32).collect();
+        for value in [127i8, -128] {
+            let mut q = vec![value; cols];
+            q.resize(padded_cols(cols), 0);
+            let sum = [i32::from(value) * cols as i32];
+            let x = Quantised::new(&q, q.len(), &[1.0], &sum);
+            for backend in Backend::available() {
+                let (mut sums, mut got) = (vec![0; m], vec![f32::NAN; m]);
+                backend.ternary_columns(w, &columns, x, &mut sums);
+                backend.end_columns(w, &sums, 0..m, x, &mut got);
+                check(backend, "code 3", &got, &vec![2.0 * sum[0] as f32; m]);
+            }
         }
     }
 }

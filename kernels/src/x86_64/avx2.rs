@@ -2,7 +2,7 @@
 //! and stores. What the kernels do is in the modules below.
 #![expect(unsafe_code, reason = "calls behind the detected token, vector loads and stores")]
 
-mod attend;
+pub(super) mod attend;
 mod attention;
 mod elementwise;
 mod functions;
@@ -13,7 +13,7 @@ mod probe;
 mod quantise;
 pub(super) mod reduce;
 mod screen;
-mod sparse;
+pub(super) mod sparse;
 pub(super) mod ternary;
 
 use std::arch::x86_64::*;

@@ -21,27 +21,34 @@ type PerToken = [__m256; GROUPS];
 
 /// The lanes of the 16-lane rule in the order in which they can be folded at once: each comes right
 /// after what it is added to.
-const LANE_ORDER: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
+pub(in crate::x86_64) const LANE_ORDER: [usize; LANES] =
+    [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
 const CACHE_LINE_BYTES: usize = 64;
 
 /// Memory that will be read soon, asked for bit by bit.
 #[derive(Clone, Copy)]
-struct Ahead {
+pub(in crate::x86_64) struct Ahead {
     start: *const u8,
     bytes: usize,
 }
 
 impl Ahead {
-    const NOTHING: Self = Self { start: std::ptr::null(), bytes: 0 };
+    pub(in crate::x86_64) const NOTHING: Self = Self { start: std::ptr::null(), bytes: 0 };
 
-    fn of<E>(values: &[E]) -> Self {
+    pub(in crate::x86_64) fn of<E>(values: &[E]) -> Self {
         Self { start: values.as_ptr().cast(), bytes: size_of_val(values) }
+    }
+
+    /// Part `part` of `parts`.
+    pub(in crate::x86_64) fn part(self, part: usize, parts: usize) -> Self {
+        let bytes = self.bytes.div_ceil(parts);
+        Self { start: self.start.wrapping_byte_add(part * bytes), bytes }
     }
 
     /// Asks for part `part` of `parts`.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn ask(self, part: usize, parts: usize) {
+    pub(in crate::x86_64) fn ask(self, part: usize, parts: usize) {
         let share = self.bytes.div_ceil(parts);
         for line in (part * share..(part + 1) * share).step_by(CACHE_LINE_BYTES) {
             prefetch(self.start, line);

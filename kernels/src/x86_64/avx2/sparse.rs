@@ -170,7 +170,12 @@ fn widen(low: __m256i, high: __m256i, totals: &mut [i32; 4 * WIDTH]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn ternary_rows(w: TernaryMatrix<'_>, rows: &[u32], x: Quantised<'_>, y: &mut [f32]) {
+pub(in crate::x86_64) fn ternary_rows(
+    w: TernaryMatrix<'_>,
+    rows: &[u32],
+    x: Quantised<'_>,
+    y: &mut [f32],
+) {
     let scale = w.scale() / x.scale(0);
     let q = &x.row(0).as_chunks::<ROW_BLOCK_BYTES>().0.as_chunks::<PLANES>().0
         [..w.cols().div_ceil(BLOCK_COLS)];
