@@ -2,6 +2,7 @@
 //! four columns of sixteen rows to a register, as ternary products have them (`avx512/band.rs`).
 
 use std::arch::x86_64::*;
+use std::array;
 
 use super::tiles::{GROUPS, TOKENS, Tiles};
 use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS};
@@ -10,7 +11,7 @@ use crate::x86_64::avx512::band::{Chunk, FOURS, GROUP_TILES, LANE_OF_ROW, LANES,
 use crate::x86_64::avx512::{screen, store_codes};
 
 /// Positions from which on tiles pay.
-pub(super) const LEAST_POSITIONS: usize = 6;
+pub(super) const LEAST_POSITIONS: usize = 12;
 /// Blocks of 128 columns that are put together before they are multiplied: 16 kB of codes, a part of the
 /// first-level cache.
 const STRIP_BLOCKS: usize = 4;
@@ -68,11 +69,21 @@ unsafe fn both_planes(
     let mut products = unsafe { Tiles::new(sums.len()) };
     for band in (0..tiles).step_by(BAND_TILES) {
         products.clear();
+        let planes: [Planes<'_>; GROUPS] = array::from_fn(|part| {
+            // Tiles past the last of the group are taken for it: nobody looks at their sums.
+            let tile = |i: usize| (band + part * GROUP_TILES + i).min(tiles - 1);
+            Planes {
+                high: array::from_fn(|i| {
+                    &blocks_of(w.high(group, tile(i))).as_chunks().0[..blocks]
+                }),
+                low: array::from_fn(|i| &blocks_of(w.low(group, tile(i)))[..blocks]),
+            }
+        });
         for first in (0..blocks).step_by(STRIP_BLOCKS) {
             let count = STRIP_BLOCKS.min(blocks - first);
             for (block, chunks) in (first..).zip(&mut strip.0[..count]) {
-                for part in 0..GROUPS {
-                    put_together(w, group, band + part * GROUP_TILES, tiles, block, part, chunks);
+                for (part, planes) in planes.iter().enumerate() {
+                    put_together(planes, block, part, chunks);
                 }
             }
             let chunks = strip.0[..count].as_flattened();
@@ -90,42 +101,43 @@ unsafe fn both_planes(
     }
 }
 
-/// The codes of block `block` of the tiles from `first` on, in both of its chunks. Tiles past the last of
-/// the group, of which there are `tiles`, are taken for it: nobody looks at their sums.
+/// The tiles of 16 rows, in blocks of 128 columns.
+struct Planes<'a> {
+    high: [&'a [[Block; 2]]; GROUP_TILES],
+    low: [&'a [Block]; GROUP_TILES],
+}
+
+/// The codes of block `block` of 16 rows, in both of its chunks.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
 fn put_together(
-    w: ScreenMatrix<'_>,
-    group: usize,
-    first: usize,
-    tiles: usize,
+    planes: &Planes<'_>,
     block: usize,
     part: usize,
     chunks: &mut [Chunk<GROUPS>; CHUNKS],
 ) {
     const PREFETCH_BYTES: usize = 4096;
     let (upper, all) = (_mm512_set1_epi8(0b11_1100), _mm512_set1_epi8(0b11_1111));
-    let mut high = [[&[0; ROW_BYTES]; TILE_ROWS]; 2 * GROUP_TILES];
-    let mut low = [[&[0; ROW_BYTES]; TILE_ROWS]; GROUP_TILES];
-    for i in 0..GROUP_TILES {
-        let tile = (first + i).min(tiles - 1);
-        let blocks: &[Block] = blocks_of(w.high(group, tile));
-        for half in 0..2 {
-            let block = &blocks[2 * block + half];
-            prefetch(block, PREFETCH_BYTES);
-            prefetch(block, PREFETCH_BYTES + 64);
-            high[half * GROUP_TILES + i] = block.each_ref();
+    // Loops, not `map`: its closures would not be compiled for these instructions.
+    let mut high_rows = [[[&[0; ROW_BYTES]; TILE_ROWS]; GROUP_TILES]; 2];
+    let mut low_rows = [[&[0; ROW_BYTES]; TILE_ROWS]; GROUP_TILES];
+    for tile in 0..GROUP_TILES {
+        let (high, low) = (&planes.high[tile][block], &planes.low[tile][block]);
+        for line in 0..4 {
+            prefetch(high, PREFETCH_BYTES + 64 * line);
         }
-        let block = &blocks_of(w.low(group, tile))[block];
-        prefetch(block, PREFETCH_BYTES / 2);
-        prefetch(block, PREFETCH_BYTES / 2 + 64);
-        low[i] = block.each_ref();
+        prefetch(low, PREFETCH_BYTES / 2);
+        prefetch(low, PREFETCH_BYTES / 2 + 64);
+        for row in 0..TILE_ROWS {
+            high_rows[0][tile][row] = &high[0][row];
+            high_rows[1][tile][row] = &high[1][row];
+            low_rows[tile][row] = &low[row];
+        }
     }
-    let (halves, _) = high.as_chunks::<GROUP_TILES>();
     for piece in 0..2 {
-        let low = transpose(&low, piece);
+        let low = transpose(&low_rows, piece);
         for (half, chunk) in chunks.iter_mut().enumerate() {
-            let high = transpose(&halves[half], piece);
+            let high = transpose(&high_rows[half], piece);
             for i in 0..4 {
                 let (high, low) = (high[i], low[i]);
                 let (of_first, of_second) = match half {
