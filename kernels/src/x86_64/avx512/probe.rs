@@ -7,6 +7,11 @@ use crate::scalar::reduce::LANES;
 
 /// Independent chains of additions: more than latency times throughput of two units.
 const CHAINS: usize = 16;
+/// Rounds that share what they load: two loads of 64 bytes a cycle are more than a first-level cache
+/// gives for long, and a register tile needs less than one for two products.
+const TOGETHER: usize = 2;
+/// Vectors that are loaded before the chains begin again.
+const LOADS: usize = CHAINS / TOGETHER;
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn probe_read(words: &[u64]) -> u64 {
@@ -28,22 +33,34 @@ pub(super) fn probe_read(words: &[u64]) -> u64 {
     sums.chain(rest.iter().copied()).fold(0, |all, word| all ^ word)
 }
 
-/// By `vpdpbusd` of registers and an operand from the first-level cache.
+/// By `vpdpbusd`, each operand from the first-level cache serving two.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 {
     let [first, second] = codes.as_chunks::<64>().0 else { unreachable!("128 are twice 64") };
     let codes = [load_codes(first), load_codes(second)];
-    let mut sums = [_mm512_setzero_si512(); CHAINS];
-    for _ in 0..rounds {
-        for x in x.as_chunks::<{ 64 * CHAINS }>().0 {
-            for (chain, (sum, x)) in sums.iter_mut().zip(x.as_chunks::<64>().0).enumerate() {
-                *sum = _mm512_dpbusd_epi32(*sum, codes[chain % 2], load_signed(x));
+    let again = std::hint::black_box(codes);
+    let mut sums = [[_mm512_setzero_si512(); TOGETHER]; LOADS];
+    for _ in 0..rounds / TOGETHER {
+        for x in x.as_chunks::<{ 64 * LOADS }>().0 {
+            for (load, (sums, x)) in sums.iter_mut().zip(x.as_chunks::<64>().0).enumerate() {
+                let x = load_signed(x);
+                sums[0] = _mm512_dpbusd_epi32(sums[0], codes[load % 2], x);
+                // Of another round, which the compiler must not take for the same.
+                sums[1] = _mm512_dpbusd_epi32(sums[1], again[load % 2], x);
             }
         }
     }
+    if rounds % TOGETHER == 1 {
+        for x in x.as_chunks::<{ 64 * LOADS }>().0 {
+            for (load, (sums, x)) in sums.iter_mut().zip(x.as_chunks::<64>().0).enumerate() {
+                sums[0] = _mm512_dpbusd_epi32(sums[0], codes[load % 2], load_signed(x));
+            }
+        }
+    }
+    let sums = sums.as_flattened();
     let mut all = _mm512_setzero_si512();
     for sum in sums {
-        all = _mm512_add_epi32(all, sum);
+        all = _mm512_add_epi32(all, *sum);
     }
     _mm512_reduce_add_epi32(all) as u16
 }

@@ -4,10 +4,8 @@ use std::arch::x86_64::*;
 
 use crate::x86_64::avx2::{load_i8, load_u8, store_u8};
 
-/// Independent chains of additions: more than latency times throughput of two units.
-const CHAINS: usize = 12;
-/// Vectors that are multiplied without a loop: a multiple of the codes'.
-const VECTORS: usize = 32;
+/// Independent chains of additions: latency times throughput of two units, nearly.
+const CHAINS: usize = 8;
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 pub(super) fn probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 {
@@ -15,10 +13,9 @@ pub(super) fn probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) -> u16 
     let codes = [load_u8(&codes[0]), load_u8(&codes[1]), load_u8(&codes[2]), load_u8(&codes[3])];
     let mut sums = [_mm256_setzero_si256(); CHAINS];
     for _ in 0..rounds {
-        for x in x.as_chunks::<{ 32 * VECTORS }>().0 {
-            for (at, x) in x.as_chunks::<32>().0.iter().enumerate() {
-                let sum = &mut sums[at % CHAINS];
-                *sum = _mm256_dpbusd_avx_epi32(*sum, codes[at % codes.len()], load_i8(x));
+        for x in x.as_chunks::<{ 32 * CHAINS }>().0 {
+            for (chain, (sum, x)) in sums.iter_mut().zip(x.as_chunks::<32>().0).enumerate() {
+                *sum = _mm256_dpbusd_avx_epi32(*sum, codes[chain % codes.len()], load_i8(x));
             }
         }
     }
