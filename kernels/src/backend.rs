@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::aarch64::neon::{Neon, NeonDotprod, neon};
 use crate::float_matrix::FloatMatrix;
 use crate::scalar;
-use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::screen::{Kept, ScreenInput, ScreenMatrix, Threshold};
 use crate::speed::{Mix, Operation};
 use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::{TILE_ROWS, TernaryMatrix};
@@ -286,9 +286,9 @@ impl Backend {
         }
     }
 
-    /// Which rows of group `group` of a head may matter: bit r of `kept[i]` is clear only if row
-    /// `64 group + r` of the head has a finite logit below `thresholds[i]` with the activations of
-    /// position i of `x`. Returns the bytes that were read.
+    /// Which rows of group `group` of a head may matter: bit r of `kept[i].rows` is clear only if row
+    /// `64 group + r` of the head has, with the activations of position i of `x`, a finite logit that
+    /// is below `thresholds[i]`, whose score is if it has noise. Returns the bytes that were read.
     ///
     /// # Panics
     ///
@@ -298,13 +298,13 @@ impl Backend {
         w: ScreenMatrix<'_>,
         group: usize,
         x: ScreenInput<'_>,
-        thresholds: &[f32],
-        kept: &mut [u64],
+        thresholds: &[Threshold<'_>],
+        kept: &mut [Kept],
     ) -> usize {
         assert!(group < w.rows().div_ceil(ScreenMatrix::GROUP_ROWS), "group {group}");
         assert_eq!(x.cols(), w.cols(), "activations of another width");
         assert_eq!(thresholds.len(), x.positions(), "one threshold per position");
-        assert_eq!(kept.len(), x.positions(), "one mask per position");
+        assert_eq!(kept.len(), x.positions(), "one verdict per position");
         dispatch!(
             self,
             screen,
@@ -405,7 +405,7 @@ impl Backend {
 
 /// Norms, gates and positions.
 impl Backend {
-    /// `y = (x r) weight` with `r = 1 / sqrt(Σ x² / n + eps)`.
+    /// `y = (x r) weight` with `r = 1 / sqrt(Σ x² / n + eps)`, the sum in blocks of 256 columns.
     ///
     /// # Panics
     ///
@@ -528,6 +528,12 @@ impl Backend {
     pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
         assert_eq!(a.len(), b.len(), "one factor per element");
         dispatch!(self, reduce, dot(a, b))
+    }
+
+    /// Writes an upper bound of [`gumbel`](crate::gumbel)`(key, token)` for each of the tokens from
+    /// `first` on; the same bits on every backend.
+    pub fn noise(self, key: u64, first: u32, out: &mut [f32]) {
+        dispatch!(self, noise, noise(key, first, out));
     }
 
     /// `Σ x` by the 16-lane rule; +0 for nothing.

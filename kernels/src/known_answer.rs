@@ -3,6 +3,7 @@
 
 use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
+use crate::scalar::noise::{draw_key, gumbel};
 use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
     ATTENTION_STATE_HEADER, AttentionState, Columns, KV_BLOCK_TOKENS, KvBlockMut, Quantised,
@@ -28,6 +29,7 @@ pub fn known_answer(backend: Backend, sink: &mut dyn FnMut(&[u8])) {
     linear_layers(backend, &mut inputs, sink);
     elements(backend, &mut inputs, sink);
     attention(backend, &mut inputs, sink);
+    draws(backend, sink);
 }
 
 /// A fixed sequence of inputs (xorshift64*), the same on every machine.
@@ -130,6 +132,16 @@ fn elements(backend: Backend, inputs: &mut Inputs, sink: &mut dyn FnMut(&[u8])) 
     let mut head = inputs.floats(D);
     backend.rope(&mut head, &cos, &sin);
     feed(&head, sink);
+}
+
+fn draws(backend: Backend, sink: &mut dyn FnMut(&[u8])) {
+    for (seed, choice, position) in [(0, 0, 0), (42, 0, 17), (42, 1, 17)] {
+        let key = draw_key(seed, choice, position);
+        let mut bounds = [0.0; 100];
+        backend.noise(key, 0, &mut bounds);
+        feed(&bounds, sink);
+        (0..100).for_each(|token| sink(&gumbel(key, token).to_le_bytes()));
+    }
 }
 
 fn attention(backend: Backend, inputs: &mut Inputs, sink: &mut dyn FnMut(&[u8])) {

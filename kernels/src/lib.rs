@@ -53,8 +53,10 @@ pub use backend::{Backend, Cut, NotFinite};
 pub use choice::{Choice, Refusal};
 pub use float_matrix::{FloatKind, FloatMatrix};
 pub use known_answer::known_answer;
+pub use scalar::noise::{draw_key, gumbel};
 pub use screen::{
-    SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols,
+    Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, Threshold,
+    pack_screen_group, screen_cols,
 };
 pub use speed::Operation;
 pub use ternary_columns::{ColumnPacker, TernaryColumns, padded_rows};
@@ -67,4 +69,4 @@ pub use workspace::Workspace;
 
 /// Revision of the numerics of `docs/numerics.md`. It changes when any result may change by a
 /// bit, and is part of the numerics class: stages of different revisions never share a pipeline.
-pub const KERNEL_REVISION: u32 = 1;
+pub const KERNEL_REVISION: u32 = 2;

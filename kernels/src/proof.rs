@@ -5,7 +5,10 @@
 use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
 use crate::known_answer::Inputs;
-use crate::screen::{ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols};
+use crate::scalar::noise::draw_key;
+use crate::screen::{
+    Kept, ScreenInput, ScreenMatrix, ScreenQuery, Threshold, pack_screen_group, screen_cols,
+};
 use crate::ternary_columns::{ColumnPacker, TernaryColumns, padded_rows};
 use crate::ternary_matrix::{Arrangement, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{
@@ -28,6 +31,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("sums and norms", reductions),
     ("gates and additions", elements),
     ("exp, ln, sin and cos", functions),
+    ("bounds of noise", noise),
     ("RoPE", rope),
     ("attention", attention),
 ];
@@ -274,7 +278,7 @@ fn head(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     }
 }
 
-/// Which rows are kept, with thresholds among the logits, and single rows.
+/// Which rows are kept, with thresholds among the logits and among scores, and single rows.
 fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 64;
     const COLS: usize = 1_400;
@@ -301,13 +305,20 @@ fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
         rows.map(|(x, codes)| ScreenQuery::new(x, codes).expect("finite")).collect();
     for (from, to) in [(0, 1), (1, 2), (2, 3), (0, 3), (0, POSITIONS)] {
         let input = ScreenInput::new(&codes[from * stride..to * stride], &queries[from..to], COLS);
-        for threshold in [-500.0, -10.0, 0.0, 3.0, 10.0, 4_199.0] {
-            let mut kept = [0; POSITIONS];
+        let most: [f32; ROWS] = std::array::from_fn(|row| row as f32 / 4.0);
+        let of_logits = [-500.0, -10.0, 0.0, 3.0, 10.0, 4_199.0].map(Threshold::of_logits);
+        let of_scores = [-20.0, 7.0].map(|least| Threshold::of_scores(least, 3.0, &most));
+        let with_bounds = of_scores.map(Threshold::with_bounds);
+        for threshold in of_logits.into_iter().chain(of_scores).chain(with_bounds) {
+            let mut kept = [Kept::default(); POSITIONS];
             let thresholds = [threshold; POSITIONS];
             let n = to - from;
             let bytes = backend.screen(screen, 0, input, &thresholds[..n], &mut kept[..n]);
             answers.0.push(bytes as u32);
-            answers.0.extend(kept.iter().flat_map(|kept| [*kept as u32, (kept >> 32) as u32]));
+            for Kept { rows, bounds } in kept {
+                answers.0.extend([rows as u32, (rows >> 32) as u32]);
+                answers.floats(&bounds);
+            }
         }
     }
     let mut y = [0.0; 5];
@@ -363,6 +374,14 @@ fn functions(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     x.iter_mut().for_each(|x| *x = x.abs());
     backend.ln(&x, &mut y);
     answers.floats(&y);
+}
+
+fn noise(backend: Backend, _: &mut Inputs, answers: &mut Answers) {
+    for (key, first) in [(0, 0), (draw_key(42, 1, 17), 64), (u64::MAX, u32::MAX - 3)] {
+        let mut bounds = [0.0; 77];
+        backend.noise(key, first, &mut bounds);
+        answers.floats(&bounds);
+    }
 }
 
 fn rope(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {

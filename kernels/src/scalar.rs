@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod elementwise;
 pub(crate) mod fused;
 pub(crate) mod half;
+pub(crate) mod noise;
 pub(crate) mod probe;
 pub(crate) mod products;
 pub(crate) mod quantise;

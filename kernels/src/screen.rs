@@ -25,7 +25,7 @@ mod bound;
 
 use crate::ternary_matrix::LayoutError;
 pub(crate) use bound::judge;
-pub use bound::{SCREEN_POSITIONS_MAX, ScreenInput, ScreenQuery};
+pub use bound::{Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenQuery, Threshold};
 
 /// Rows of a group: one bit each of a 64-bit mask.
 pub(crate) const GROUP_ROWS: usize = 64;

@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 use crate::backend::Backend;
 use crate::float_matrix::{FloatKind, FloatMatrix};
 use crate::known_answer::Inputs;
-use crate::screen::{ScreenInput, ScreenMatrix, ScreenQuery, pack_screen_group, screen_cols};
+use crate::screen::{
+    Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery, Threshold,
+    pack_screen_group, screen_cols,
+};
 use crate::ternary_columns::{ColumnPacker, TernaryColumns, padded_rows};
 use crate::ternary_matrix::{Arrangement, TILE_ROWS, TernaryMatrix, pack_tile, padded_cols};
 use crate::views::{ATTENTION_STATE_HEADER, Columns, KV_BLOCK_TOKENS, KvBlock, Quantised};
@@ -276,9 +279,9 @@ impl Trial {
                 let Ok(w) = ScreenMatrix::new(&self.bytes, HEAD_ROWS, K) else { return };
                 let codes = &self.codes[..n * 2 * screen_cols(K)];
                 let x = ScreenInput::new(codes, &self.queries[..n], K);
-                let mut kept = [0; crate::SCREEN_POSITIONS_MAX];
+                let mut kept = [Kept::default(); SCREEN_POSITIONS_MAX];
                 // Nothing is settled, so both planes are read.
-                let thresholds = [f32::NEG_INFINITY; crate::SCREEN_POSITIONS_MAX];
+                let thresholds = [Threshold::of_logits(f64::NEG_INFINITY); SCREEN_POSITIONS_MAX];
                 black_box(backend.screen(w, 0, x, &thresholds[..n], &mut kept[..n]));
             }
             Operation::Attention => {

@@ -374,7 +374,7 @@ impl Engine {
             queue: shared::Queue::default(),
             columns: shared::Queue::default(),
             shortcuts: self.config.shortcuts,
-            thresholds: head::Thresholds::default(),
+            progress: head::Progress::default(),
             clock,
         };
         let locals = &self.locals;

@@ -53,8 +53,20 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
     sum_of_products(x.iter().map(|x| (*x, 1.0)))
 }
 
+/// Columns whose squares are summed together in a norm: a block has a sum of its own, so that threads,
+/// or machines, may share the sums of one norm.
+pub(crate) const NORM_BLOCK: usize = 256;
+
+/// 1 / sqrt(mean of squares + eps), where `dot` is the 16-lane rule: the sums of blocks are added in
+/// ascending order.
+#[inline(always)]
+pub(crate) fn inverse_rms(x: &[f32], eps: f32, dot: impl Fn(&[f32], &[f32]) -> f32) -> f32 {
+    let squares = x.chunks(NORM_BLOCK).fold(0.0, |sum, block| sum + dot(block, block));
+    1.0 / (squares / x.len() as f32 + eps).sqrt()
+}
+
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let r = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    let r = inverse_rms(x, eps, dot);
     for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
         *y = (x * r) * weight;
     }

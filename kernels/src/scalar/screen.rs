@@ -2,15 +2,17 @@
 
 use crate::float_matrix::FloatMatrix;
 use crate::scalar::fused::head;
-use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
+use crate::screen::{
+    GROUP_ROWS, Kept, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, Threshold, judge,
+};
 use crate::views::Columns;
 
 pub(crate) fn screen(
     w: ScreenMatrix<'_>,
     group: usize,
     x: ScreenInput<'_>,
-    thresholds: &[f32],
-    kept: &mut [u64],
+    thresholds: &[Threshold<'_>],
+    kept: &mut [Kept],
 ) -> usize {
     let both = |tiles: usize, x: &[&[i8]], sums: &mut [[i32; GROUP_ROWS]]| {
         let (mut high, mut low) = ([[0; TILE_ROWS]], [[0; TILE_ROWS]]);

@@ -186,13 +186,19 @@ struct Form<'a> {
 }
 
 impl Form<'_> {
-    /// The rows whose logit may reach `threshold`, or may not be finite. A bound that is NaN keeps
-    /// its row.
+    /// The rows that may matter to a position with this threshold, or whose logit may not be finite. A
+    /// bound that is NaN keeps its row. Writes the bounds if they are asked for.
     #[inline(always)]
-    fn kept(self, query: &ScreenQuery, sums: &[[i32; GROUP_ROWS]], threshold: f32) -> u64 {
+    fn kept(
+        self,
+        query: &ScreenQuery,
+        sums: &[[i32; GROUP_ROWS]],
+        threshold: &Threshold<'_>,
+        out: &mut [f32; GROUP_ROWS],
+    ) -> u64 {
         let number = |numbers: Numbers<'_>, row: usize| f64::from(f32::from_le_bytes(numbers[row]));
-        let mut keep = [false; GROUP_ROWS];
-        for (row, keep) in keep.iter_mut().enumerate() {
+        let mut bounds = [0.0; GROUP_ROWS];
+        for (row, bound) in bounds.iter_mut().enumerate() {
             let sum = match sums {
                 [one] => f64::from(one[row]),
                 [high, low, ..] => 128.0 * f64::from(high[row]) + f64::from(low[row]),
@@ -202,9 +208,23 @@ impl Form<'_> {
             let centre = number(self.steps, row) * query.scale * value;
             let (error, norm) = (number(self.errors, row), number(self.norms, row));
             let radius = error * query.of_error + norm * query.of_norm + query.floor;
-            let bound = centre + centre.abs() * CENTRE_SLACK + radius;
-            let is_out = (bound < f64::from(threshold)) & (norm * query.norm < SAFE_SUM);
-            *keep = !is_out;
+            *bound = centre + centre.abs() * CENTRE_SLACK + radius;
+        }
+        if threshold.wants_bounds {
+            for (out, bound) in out.iter_mut().zip(&bounds) {
+                *out = (*bound + bound.abs() * CENTRE_SLACK + f64::from(f32::MIN_POSITIVE)) as f32;
+            }
+        }
+        if let Some(Noise { temperature, most }) = threshold.noise {
+            // The operations of a score: no rounding of theirs reverses an order.
+            for (bound, noise) in bounds.iter_mut().zip(most) {
+                *bound = *bound / temperature + f64::from(*noise);
+            }
+        }
+        let mut keep = [false; GROUP_ROWS];
+        for ((row, keep), bound) in keep.iter_mut().enumerate().zip(&bounds) {
+            let is_finite = number(self.norms, row) * query.norm < SAFE_SUM;
+            *keep = !((*bound < threshold.least) & is_finite);
         }
         keep.iter().enumerate().fold(0, |mask, (row, keep)| mask | u64::from(*keep) << row)
     }
@@ -212,11 +232,68 @@ impl Form<'_> {
     /// Whether a logit of 0 would be settled in half of the rows: where it would not, of four rows
     /// hardly ever all are. A guess, on which only the order of reading hangs.
     #[inline(always)]
-    fn may_settle(self, query: &ScreenQuery, threshold: f32) -> bool {
-        let most = f64::from(threshold) / query.of_error;
-        let is_small = |error: &[u8; 4]| f64::from(f32::from_le_bytes(*error)) < most;
-        let count = self.errors.iter().map(|error| usize::from(is_small(error))).sum::<usize>();
+    fn may_settle(self, query: &ScreenQuery, threshold: &Threshold<'_>) -> bool {
+        if threshold.wants_bounds {
+            return false;
+        }
+        let error = |row: usize| f64::from(f32::from_le_bytes(self.errors[row])) * query.of_error;
+        let is_settled = |row: usize| match threshold.noise {
+            None => error(row) < threshold.least,
+            Some(Noise { temperature, most }) => {
+                error(row) < (threshold.least - f64::from(most[row])) * temperature
+            }
+        };
+        let count = (0..GROUP_ROWS).map(|row| usize::from(is_settled(row))).sum::<usize>();
         count >= GROUP_ROWS / 2
+    }
+}
+
+/// Below what a row does not matter to a position.
+#[derive(Clone, Copy, Debug)]
+pub struct Threshold<'a> {
+    least: f64,
+    noise: Option<Noise<'a>>,
+    wants_bounds: bool,
+}
+
+/// What makes scores of the logits of a group.
+#[derive(Clone, Copy, Debug)]
+struct Noise<'a> {
+    temperature: f64,
+    /// Upper bounds of the noise of its rows.
+    most: &'a [f32; GROUP_ROWS],
+}
+
+impl<'a> Threshold<'a> {
+    /// Rows do not matter whose logit is below `least`.
+    pub fn of_logits(least: f64) -> Self {
+        Self { least, noise: None, wants_bounds: false }
+    }
+
+    /// Rows do not matter whose score, `f64(logit) / temperature + noise`, is below `least` for noise of
+    /// at most `most`, one for each row of the group. The temperature is above 0.
+    pub fn of_scores(least: f64, temperature: f64, most: &'a [f32; GROUP_ROWS]) -> Self {
+        Self { least, noise: Some(Noise { temperature, most }), wants_bounds: false }
+    }
+
+    /// The bounds of all logits are wanted besides, by all six bits.
+    pub fn with_bounds(self) -> Self {
+        Self { wants_bounds: true, ..self }
+    }
+}
+
+/// What became of the rows of a group for one position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Kept {
+    /// A bit for each row that may matter.
+    pub rows: u64,
+    /// At least the logit of each row that does not, if the threshold asks for them.
+    pub bounds: [f32; GROUP_ROWS],
+}
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self { rows: 0, bounds: [0.0; GROUP_ROWS] }
     }
 }
 
@@ -224,8 +301,8 @@ impl Form<'_> {
 /// from memory for the first and from the second-level cache for the others.
 const APART: usize = 3;
 
-/// Judges the rows of a group for every position: `kept` gets the rows whose logit may reach the
-/// position's threshold. Returns the bytes that were read.
+/// Judges the rows of a group for every position: `kept` gets the rows that may reach the position's
+/// threshold. Returns the bytes that were read.
 ///
 /// `high` and `low` give the sums of a tile's upper four bits and lower two by up to two vectors, `both`
 /// adds those of all six bits, of the first so many tiles of the group by any number of vectors. The low
@@ -237,8 +314,8 @@ pub(crate) fn judge<'a>(
     w: ScreenMatrix<'a>,
     group: usize,
     x: ScreenInput<'_>,
-    thresholds: &[f32],
-    kept: &mut [u64],
+    thresholds: &[Threshold<'_>],
+    kept: &mut [Kept],
     high: impl Fn(&'a [u8], &[&[i8]], &mut [[i32; TILE_ROWS]]),
     low: impl Fn(&'a [u8], &[&[i8]], &mut [[i32; TILE_ROWS]]),
     both: impl Fn(usize, &[&[i8]], &mut [[i32; GROUP_ROWS]]),
@@ -249,7 +326,7 @@ pub(crate) fn judge<'a>(
     let valid = w.valid(group);
     let tiles = (valid.count_ones() as usize).div_ceil(TILE_ROWS);
     let group_bytes = tiles * w.high_tile_bytes();
-    let may_settle = |(query, threshold): (&_, &f32)| four.may_settle(query, *threshold);
+    let may_settle = |(query, threshold): (&_, &_)| four.may_settle(query, threshold);
     if x.positions() <= APART && x.queries.iter().zip(thresholds).all(may_settle) {
         let mut low_tiles = 0;
         for (position, query) in x.queries.iter().enumerate() {
@@ -264,8 +341,9 @@ pub(crate) fn judge<'a>(
                     sums.as_chunks_mut::<TILE_ROWS>().0[tile] = *of_tile;
                 }
             }
-            let threshold = thresholds[position];
-            let unsettled = four.kept(query, &sums[..query.planes], threshold) & valid;
+            let (threshold, kept) = (&thresholds[position], &mut kept[position]);
+            let of_four = &sums[..query.planes];
+            let unsettled = four.kept(query, of_four, threshold, &mut kept.bounds) & valid;
             let mut tiles_read = 0;
             for tile in 0..tiles {
                 if unsettled >> (tile * TILE_ROWS) & 0b1111 == 0 {
@@ -280,9 +358,11 @@ pub(crate) fn judge<'a>(
                 }
                 tiles_read += 1;
             }
-            kept[position] = match unsettled {
+            kept.rows = match unsettled {
                 0 => 0,
-                _ => six.kept(query, &sums[..query.planes], threshold) & unsettled,
+                _ => {
+                    six.kept(query, &sums[..query.planes], threshold, &mut kept.bounds) & unsettled
+                }
             };
             low_tiles = low_tiles.max(tiles_read);
         }
@@ -296,7 +376,7 @@ pub(crate) fn judge<'a>(
     let mut sums = &sums[..count];
     for ((query, threshold), kept) in x.queries.iter().zip(thresholds).zip(kept) {
         let (own, rest) = sums.split_at(query.planes);
-        *kept = six.kept(query, own, *threshold) & valid;
+        kept.rows = six.kept(query, own, threshold, &mut kept.bounds) & valid;
         sums = rest;
     }
     group_bytes + group_bytes / 2

@@ -1,11 +1,11 @@
 //! The screen of a head: equal on every backend, and never wrong about a row, whatever the rows and
 //! the activations are made to look like.
 
-use super::Random;
+use super::{Random, scalar};
 use crate::screen::{ROW_BYTES, TILE_ROWS};
 use crate::{
-    Backend, Columns, FloatKind, FloatMatrix, ScreenInput, ScreenMatrix, ScreenQuery,
-    pack_screen_group, screen_cols,
+    Backend, Columns, FloatKind, FloatMatrix, Kept, ScreenInput, ScreenMatrix, ScreenQuery,
+    Threshold, draw_key, gumbel, pack_screen_group, screen_cols,
 };
 
 const GROUP: usize = ScreenMatrix::GROUP_ROWS;
@@ -52,13 +52,15 @@ impl Head {
     fn kept(&self, backend: Backend, x: &[Vec<f32>], thresholds: &[f32]) -> Vec<Vec<bool>> {
         let (codes, queries) = coded(x);
         let input = ScreenInput::new(&codes, &queries, self.cols);
+        let thresholds: Vec<Threshold<'_>> =
+            thresholds.iter().map(|least| Threshold::of_logits(f64::from(*least))).collect();
         let mut kept = vec![vec![]; x.len()];
         for group in 0..self.rows.div_ceil(GROUP) {
-            let mut masks = vec![0; x.len()];
-            let bytes = backend.screen(self.screen(), group, input, thresholds, &mut masks);
+            let mut masks = vec![Kept::default(); x.len()];
+            let bytes = backend.screen(self.screen(), group, input, &thresholds, &mut masks);
             assert!(bytes <= ScreenMatrix::group_bytes(self.cols));
             let rows = GROUP.min(self.rows - group * GROUP);
-            for (kept, mask) in kept.iter_mut().zip(masks) {
+            for (kept, Kept { rows: mask, .. }) in kept.iter_mut().zip(masks) {
                 assert!(rows == GROUP || mask >> rows == 0, "rows that are not there");
                 kept.extend((0..rows).map(|row| mask >> row & 1 == 1));
             }
@@ -150,6 +152,70 @@ fn every_backend_keeps_the_same_rows() {
             }
         }
     }
+}
+
+/// Rows are left out by their scores, and by nothing else; bounds are at least the logits and hardly
+/// wider than six bits leave them.
+#[test]
+fn scores_are_judged_right() {
+    let mut random = Random(37);
+    let mut left_out = 0;
+    for (round, cols) in [40, 130, 300, 700].into_iter().enumerate() {
+        let rows = 5 * GROUP - 3;
+        let head = Head::new(&normal(&mut random, rows * cols), cols);
+        for n in [1, 2, 5] {
+            let x: Vec<_> = (0..n).map(|_| normal(&mut random, cols)).collect();
+            let (codes, queries) = coded(&x);
+            let input = ScreenInput::new(&codes, &queries, cols);
+            let logits: Vec<_> = x.iter().map(|x| head.logits(scalar(), x)).collect();
+            for (temperature, with_bounds) in
+                [(1e-30, false), (0.5, true), (2.0, false), (30.0, true)]
+            {
+                let key = draw_key(round as u64, n, 9);
+                let score = |logit: f32, row: usize| {
+                    f64::from(logit) / temperature + gumbel(key, row as u32)
+                };
+                let scores = |logits: &Vec<f32>| -> Vec<f64> {
+                    logits.iter().enumerate().map(|(row, logit)| score(*logit, row)).collect()
+                };
+                let scores: Vec<_> = logits.iter().map(scores).collect();
+                for group in 0..rows.div_ceil(GROUP) {
+                    let mut most = [0.0; GROUP];
+                    scalar().noise(key, (group * GROUP) as u32, &mut most);
+                    let thresholds: Vec<_> = scores
+                        .iter()
+                        .map(|scores| {
+                            let best = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                            let threshold = Threshold::of_scores(best, temperature, &most);
+                            if with_bounds { threshold.with_bounds() } else { threshold }
+                        })
+                        .collect();
+                    let mut want = vec![Kept::default(); x.len()];
+                    scalar().screen(head.screen(), group, input, &thresholds, &mut want);
+                    for backend in Backend::available() {
+                        let mut kept = vec![Kept::default(); x.len()];
+                        backend.screen(head.screen(), group, input, &thresholds, &mut kept);
+                        assert_eq!(kept, want, "{}", backend.name());
+                    }
+                    for (at, kept) in want.iter().enumerate() {
+                        let best = scores[at].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        for row in group * GROUP..rows.min((group + 1) * GROUP) {
+                            let is_kept = kept.rows >> (row % GROUP) & 1 == 1;
+                            assert!(is_kept || scores[at][row] < best, "row {row}");
+                            left_out += usize::from(!is_kept);
+                            let (logit, bound) = (logits[at][row], kept.bounds[row % GROUP]);
+                            if with_bounds {
+                                let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+                                let width = norm(&head.wide[row * cols..][..cols]) * norm(&x[at]);
+                                assert!((0.0..0.2 * width).contains(&(bound - logit)), "{logit}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(left_out > 10_000, "only {left_out} rows were left out");
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod tiles;
 use std::ops::{Deref, Range};
 
 use super::avx512::Avx512;
-use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::screen::{Kept, ScreenInput, ScreenMatrix, Threshold};
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{Columns, Quantised};
 use crate::workspace::Workspace;
@@ -66,8 +66,8 @@ impl Amx {
         w: ScreenMatrix<'_>,
         group: usize,
         x: ScreenInput<'_>,
-        thresholds: &[f32],
-        kept: &mut [u64],
+        thresholds: &[Threshold<'_>],
+        kept: &mut [Kept],
     ) -> usize {
         if x.positions() < screen::LEAST_POSITIONS {
             return self.0.screen(w, group, x, thresholds, kept);

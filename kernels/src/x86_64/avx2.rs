@@ -9,6 +9,7 @@ mod functions;
 mod group;
 mod head;
 mod lookup;
+mod noise;
 mod probe;
 mod quantise;
 pub(super) mod reduce;
@@ -21,7 +22,7 @@ use std::ops::Range;
 
 use crate::backend::NotFinite;
 use crate::float_matrix::FloatMatrix;
-use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::screen::{Kept, ScreenInput, ScreenMatrix, Threshold};
 use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::TernaryMatrix;
 use crate::views::{AttentionState, Columns, KvBlock, KvBlockMut, Quantised};
@@ -69,10 +70,12 @@ entries! {
     sparse::nonzero(q: &[i8], out: &mut [u32]) -> usize;
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
     screen::screen(
-        w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[f32], kept: &mut [u64]
+        w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[Threshold<'_>],
+        kept: &mut [Kept]
     ) -> usize;
     screen::pack(rows: &[&[f32]], cols: usize, out: &mut [u8]);
     screen::head_rows(w: FloatMatrix<'_>, rows: &[u32], x: &[f32], y: &mut [f32]);
+    noise::noise(key: u64, first: u32, out: &mut [f32]);
     reduce::dot(a: &[f32], b: &[f32]) -> f32;
     reduce::sum(x: &[f32]) -> f32;
     reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);

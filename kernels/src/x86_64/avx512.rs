@@ -8,6 +8,7 @@ mod elementwise;
 mod functions;
 mod head;
 mod many;
+mod noise;
 mod probe;
 mod quantise;
 mod reduce;
@@ -22,7 +23,7 @@ use super::avx2::Avx2;
 use crate::backend::NotFinite;
 use crate::float_matrix::FloatMatrix;
 use crate::scalar::reduce::LANES;
-use crate::screen::{ScreenInput, ScreenMatrix};
+use crate::screen::{Kept, ScreenInput, ScreenMatrix, Threshold};
 use crate::ternary_columns::TernaryColumns;
 use crate::ternary_matrix::{ROW_BLOCK_BYTES, TernaryMatrix};
 use crate::views::{AttentionState, Columns, KvBlock, Quantised};
@@ -80,11 +81,13 @@ entries! {
     sparse::nonzero(q: &[i8], out: &mut [u32]) -> usize;
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
     screen::screen(
-        w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[f32], kept: &mut [u64]
+        w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[Threshold<'_>],
+        kept: &mut [Kept]
     ) -> usize;
     probe::probe_read(words: &[u64]) -> u64;
     probe::probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) -> u16;
     probe::probe_fma(w: &[f32; 32], x: &[f32], rounds: usize) -> f32;
+    noise::noise(key: u64, first: u32, out: &mut [f32]);
     reduce::dot(a: &[f32], b: &[f32]) -> f32;
     reduce::sum(x: &[f32]) -> f32;
     reduce::rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);

@@ -97,7 +97,7 @@ pub(super) struct Planes<'a> {
     pub(super) partial_states: Shared<'a, f32>,
     /// `[HEAD_POSITIONS][hidden]`.
     pub(super) head_input: Shared<'a, f32>,
-    /// `[HEAD_POSITIONS][vocab]`.
+    /// `[2 * HEAD_POSITIONS][vocab]`: logits, then upper bounds of those that a screen left out.
     pub(super) logits: Shared<'a, f32>,
     /// `[HEAD_POSITIONS][two planes]`: what is screened.
     pub(super) screen_codes: Shared<'a, i8>,
@@ -166,7 +166,7 @@ impl Widths {
             + sampler;
         let words = u128::from(config.max_step_tokens) * a_token as u128
             + partial_states as u128 * (group * state) as u128
-            + head_positions as u128 * (hidden + screen_cols(hidden) + vocab) as u128
+            + head_positions as u128 * (hidden + screen_cols(hidden) + 2 * vocab) as u128
             + config.threads as u128 * a_thread as u128;
         u64::try_from(4 * words).unwrap_or(u64::MAX)
     }
@@ -208,7 +208,7 @@ impl Buffers {
             column_sums: Buffer::new(0, config.threads, padded_rows(hidden)),
             partial_states: Buffer::new(0.0, partial_states, group * state),
             head_input: Buffer::new(0.0, head_positions, hidden),
-            logits: Buffer::new(0.0, head_positions, vocab),
+            logits: Buffer::new(0.0, 2 * head_positions, vocab),
             screen_codes: Buffer::new(0, head_positions, 2 * screen_cols(hidden)),
             screen_queries: Buffer::new(ScreenQuery::default(), head_positions, 1),
         })
@@ -237,7 +237,7 @@ impl Buffers {
                 w.group * (ATTENTION_STATE_HEADER + w.head_dim),
             ),
             head_input: self.head_input.lend(team, w.head_positions, w.hidden),
-            logits: self.logits.lend(team, w.head_positions, w.vocab),
+            logits: self.logits.lend(team, 2 * w.head_positions, w.vocab),
             screen_codes: self.screen_codes.lend(team, w.head_positions, 2 * screen_cols(w.hidden)),
             screen_queries: self.screen_queries.lend(team, w.head_positions, 1),
         }

@@ -1,13 +1,16 @@
 //! The end of the model, for the positions that want it: final norm, logits, and what is asked of
-//! them. Positions that need only the greatest logits go through `screened`.
+//! them. Positions that only draw a token go through `screened`, and those whose cuts need a sum over
+//! all tokens through `settle` as well.
 
 mod screened;
+mod settle;
 
 use kernels::{Backend, FloatMatrix};
-use proto::step::{Output, Sampled};
+use proto::step::{Output, Sampled, SamplingParameters};
 
-use self::screened::{Need, Positions};
-pub(super) use self::screened::{Scratch, Thresholds};
+use self::screened::{Need, Positions, bounds_row};
+pub(super) use self::screened::{Progress, Scratch};
+use self::settle::{Question, Settled};
 use super::barrier::Poisoned;
 use super::buffers::{HEAD_POSITIONS, Local};
 use super::profile::Part;
@@ -33,12 +36,38 @@ pub(super) enum PositionResult {
     Logits(Vec<u8>),
 }
 
-/// In which order a group's wanted positions are computed.
+impl PositionResult {
+    /// A token of whose probability nothing was asked.
+    fn of_token(token: u32) -> Self {
+        Self::Sampled(Sampled { token, logprob: None, top: Vec::new() })
+    }
+}
+
+/// Wanted positions that are computed together.
+#[derive(Clone, Copy)]
+struct Group<'a> {
+    /// Which of the step's wanted positions is the first.
+    first: usize,
+    wanted: &'a [Wanted],
+}
+
+/// In which order a group's wanted positions are computed, all or some of them.
+#[derive(Default)]
 struct Arranged {
     /// Index of the position in each place.
     order: [usize; HEAD_POSITIONS],
+    /// How many places are taken.
+    count: usize,
     /// So many places at the front need all logits.
     whole: usize,
+}
+
+impl Arranged {
+    /// Takes the next place.
+    fn put(&mut self, index: usize) {
+        self.order[self.count] = index;
+        self.count += 1;
+    }
 }
 
 impl Step<'_> {
@@ -54,55 +83,83 @@ impl Step<'_> {
         norm: &[f32],
         head: FloatMatrix<'_>,
     ) -> Result<(), Poisoned> {
-        let planes = &self.planes;
-        let (hidden, vocab) = (planes.head_input.width(), planes.logits.width());
-        for (group, wanted) in self.batch.wanted().chunks(planes.logits.rows()).enumerate() {
-            let arranged = self.arrange(wanted, vocab);
-            let (order, whole) = (&arranged.order[..wanted.len()], arranged.whole);
-            let n = order.len();
-            while let Some(range) = member.take(&self.queue, 1, n) {
-                for place in range {
-                    let wanted = wanted[order[place]];
-                    let x = &planes.residual.read(member)[wanted.token * hidden..][..hidden];
-                    let y = planes.head_input.row(member, place);
-                    self.backend.rms_norm(x, norm, self.model.config().rms_eps, y);
-                    if place >= whole {
-                        self.begin_screening(member, place - whole, wanted, y);
-                    }
-                }
+        let size = self.planes.head_input.rows();
+        for (group, wanted) in self.batch.wanted().chunks(size).enumerate() {
+            let group = Group { first: group * size, wanted };
+            let arranged = self.arrange(wanted);
+            self.head_of(member, local, norm, head, group, &arranged)?;
+            // What the screen left open, once more with all logits.
+            let unsettled = self.unsettled(wanted.len());
+            if unsettled.count > 0 {
+                self.head_of(member, local, norm, head, group, &unsettled)?;
             }
-            self.meet(member, local, Part::Head)?;
-            if whole > 0 {
-                let x = &planes.head_input.read(member)[..whole * hidden];
-                let count = share(vocab, member);
-                while let Some((rows, y)) = planes.logits.columns(member, whole, count) {
-                    let profile = &mut local.record.profile;
-                    profile.weight_bytes += (rows.len() * hidden * size_of::<u16>()) as u64;
-                    profile.exact_rows += (rows.len() * whole) as u64;
-                    self.backend.head(head, rows, x, y);
-                }
-                self.meet(member, local, Part::Head)?;
-            }
-            if let Some(screen) = self.models[local.node].screen().filter(|_| whole < n) {
-                let positions = Positions { wanted, order: &order[whole..], first: whole };
-                self.screened(member, local, head, screen, positions);
-                self.meet(member, local, Part::Head)?;
-            }
-            while let Some(range) = member.take(&self.queue, 1, n) {
-                for place in range {
-                    let logits = &planes.logits.read(member)[place * vocab..][..vocab];
-                    let result = self.finish(logits, wanted[order[place]], place >= whole, local);
-                    let index = group * planes.logits.rows() + order[place];
-                    self.results.row(member, index)[0] = result;
-                }
-            }
-            self.meet(member, local, Part::Head)?;
         }
         Ok(())
     }
 
+    /// Norm, head and sampler for some positions of a group.
+    ///
+    /// # Errors
+    ///
+    /// [`Poisoned`] if another thread panicked.
+    fn head_of(
+        &self,
+        member: &mut Member<'_>,
+        local: &mut Local,
+        norm: &[f32],
+        head: FloatMatrix<'_>,
+        group: Group<'_>,
+        arranged: &Arranged,
+    ) -> Result<(), Poisoned> {
+        let planes = &self.planes;
+        let (hidden, vocab) = (planes.head_input.width(), planes.logits.width());
+        let (order, whole) = (&arranged.order[..arranged.count], arranged.whole);
+        let n = order.len();
+        while let Some(range) = member.take(&self.queue, 1, n) {
+            for place in range {
+                let wanted = group.wanted[order[place]];
+                let x = &planes.residual.read(member)[wanted.token * hidden..][..hidden];
+                let y = planes.head_input.row(member, place);
+                self.backend.rms_norm(x, norm, self.model.config().rms_eps, y);
+                if place >= whole {
+                    self.begin_screening(member, place - whole, wanted, y);
+                }
+            }
+        }
+        self.meet(member, local, Part::Head)?;
+        if whole > 0 {
+            let x = &planes.head_input.read(member)[..whole * hidden];
+            let count = share(vocab, member);
+            while let Some((rows, y)) = planes.logits.columns(member, whole, count) {
+                let profile = &mut local.record.profile;
+                profile.weight_bytes += (rows.len() * hidden * size_of::<u16>()) as u64;
+                profile.exact_rows += (rows.len() * whole) as u64;
+                self.backend.head(head, rows, x, y);
+            }
+            self.meet(member, local, Part::Head)?;
+        }
+        if let Some(screen) = self.models[local.node].screen().filter(|_| whole < n) {
+            let positions =
+                Positions { wanted: group.wanted, order: &order[whole..], first: whole };
+            self.screened(member, local, head, screen, positions);
+            self.meet(member, local, Part::Head)?;
+        }
+        while let Some(range) = member.take(&self.queue, 1, n) {
+            for place in range {
+                let index = order[place];
+                let result = self.finish(member, local, head, group.wanted[index], place, whole);
+                self.progress.note_unsettled(index, result.is_none());
+                if let Some(result) = result {
+                    self.results.row(member, group.first + index)[0] = result;
+                }
+            }
+        }
+        self.meet(member, local, Part::Head)
+    }
+
     /// Puts the positions that need all logits before those that are screened.
-    fn arrange(&self, wanted: &[Wanted], vocab: usize) -> Arranged {
+    fn arrange(&self, wanted: &[Wanted]) -> Arranged {
+        let vocab = self.planes.logits.width();
         let may_screen = self.shortcuts.screen && self.backend.screening_pays();
         let has_screen = may_screen && self.model.screen().is_some();
         let can_screen = |wanted: &Wanted| {
@@ -111,45 +168,87 @@ impl Step<'_> {
         };
         let screened = wanted.iter().filter(|wanted| can_screen(wanted)).count();
         let pays = screened == wanted.len() || screened >= LEAST_BESIDE_WHOLE;
-        let mut arranged = Arranged { order: [0; HEAD_POSITIONS], whole: 0 };
-        let mut place = 0;
+        let mut arranged = Arranged::default();
         for is_screened in [false, true] {
             for (index, wanted) in wanted.iter().enumerate() {
                 if (pays && can_screen(wanted)) == is_screened {
-                    arranged.order[place] = index;
-                    place += 1;
+                    arranged.put(index);
                 }
             }
             if !is_screened {
-                arranged.whole = place;
+                arranged.whole = arranged.count;
             }
         }
         arranged
     }
 
-    /// What a position wants of its logits. Its row fails if they are not finite.
+    /// The positions, of a group of so many, that the phase before did not settle.
+    fn unsettled(&self, positions: usize) -> Arranged {
+        let mut arranged = Arranged::default();
+        for index in (0..positions).filter(|index| self.progress.is_unsettled(*index)) {
+            arranged.put(index);
+        }
+        arranged.whole = arranged.count;
+        arranged
+    }
+
+    /// What a position wants of its logits, which are in row `place` of their plane, whole in the first
+    /// `whole` rows. Its row fails if they are not finite. `None` if that takes all of them.
     fn finish(
         &self,
-        logits: &[f32],
-        wanted: Wanted,
-        is_screened: bool,
+        member: &Member<'_>,
         local: &mut Local,
-    ) -> PositionResult {
+        head: FloatMatrix<'_>,
+        wanted: Wanted,
+        place: usize,
+        whole: usize,
+    ) -> Option<PositionResult> {
         let token = self.batch.tokens()[wanted.token];
         if self.batch.has_failed(token.row) {
-            return PositionResult::Nothing;
+            return Some(PositionResult::Nothing);
         }
+        let (plane, vocab) = (&self.planes.logits, self.planes.logits.width());
+        let logits = &plane.read(member)[place * vocab..][..vocab];
         let scratch = local.sampler.as_mut().expect("the last stage has a sampler");
-        let row = self.batch.row_of(wanted.token);
-        // Screened logits were looked at when they were computed.
-        let result = match is_screened || sampler::all_finite(logits) {
-            true => evaluate(self.backend, logits, &row.output, wanted, token.position, scratch),
-            false => Err(sampler::NotFinite),
+        let output = &self.batch.row_of(wanted.token).output;
+        let is_screened = place >= whole;
+        let result = match self.cut_of(output).filter(|_| is_screened) {
+            Some(parameters) => {
+                let width = head.cols();
+                let question = Question {
+                    backend: self.backend,
+                    head,
+                    x: &self.planes.head_input.read(member)[place * width..][..width],
+                    logits,
+                    bounds: &plane.read(member)[bounds_row(plane.rows(), place) * vocab..][..vocab],
+                    parameters,
+                    position: token.position + 1,
+                };
+                let screen = local.screen.as_mut().expect("the last stage can screen");
+                question.settle(&mut screen.settle, scratch).map(|Settled { token, rows }| {
+                    let profile = &mut local.record.profile;
+                    profile.exact_rows += rows as u64;
+                    profile.weight_bytes += (rows * width * size_of::<u16>()) as u64;
+                    token.map(PositionResult::of_token)
+                })
+            }
+            // Screened logits were looked at when they were computed.
+            None if is_screened || sampler::all_finite(logits) => {
+                evaluate(self.backend, logits, output, wanted, token.position, scratch).map(Some)
+            }
+            None => Err(sampler::NotFinite),
         };
         result.unwrap_or_else(|sampler::NotFinite| {
             self.batch.fail(token.row);
-            PositionResult::Nothing
+            Some(PositionResult::Nothing)
         })
+    }
+
+    /// The parameters of a draw whose cuts need a sum over all tokens.
+    fn cut_of<'o>(&self, output: &'o Output) -> Option<&'o SamplingParameters> {
+        let (Output::Sample(parameters) | Output::Draw(parameters)) = output else { return None };
+        let need = Need::of(self.backend, output, self.planes.logits.width());
+        need.is_some_and(Need::is_cut).then_some(&**parameters)
     }
 }
 

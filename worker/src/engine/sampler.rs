@@ -3,13 +3,16 @@
 //! Nothing here keeps state: the same logits, parameters and position give the same token, whoever
 //! computes it and whatever was computed before.
 
-use kernels::Backend;
+use kernels::{Backend, draw_key, gumbel};
 use proto::limits::TOP_LOGPROBS;
 use proto::step::{Sampled, SamplingParameters, TokenLogprob};
 
-/// Candidates put in order at first; eight times as many whenever they do not suffice. A draw from
-/// a trained model seldom needs more than a few.
+/// Candidates put in order at first; eight times as many whenever they do not suffice. The cuts of a
+/// trained model's distribution seldom keep more than a few.
 const FIRST_RANKED: usize = 64;
+
+/// Tokens whose noise is bounded at once.
+const NOISE_TOKENS: usize = 64;
 
 /// Words of four bytes in a [`Scratch`] for each token of the vocabulary.
 pub(super) const SCRATCH_WORDS: usize = 5;
@@ -17,13 +20,13 @@ pub(super) const SCRATCH_WORDS: usize = 5;
 /// Working memory for one row.
 pub(super) struct Scratch {
     /// `[vocab]`: logits after penalties and bias; in a draw, those of the candidates.
-    adjusted: Vec<f32>,
+    pub(super) adjusted: Vec<f32>,
     /// `[vocab]`: the candidates of a draw, ascending.
-    candidates: Vec<u32>,
-    /// `[vocab]`: arguments of exp.
-    exponents: Vec<f32>,
+    pub(super) candidates: Vec<u32>,
+    /// `[vocab]`: arguments of exp, then what cuts leave of the logits.
+    pub(super) exponents: Vec<f32>,
     /// `[vocab]`: results of exp.
-    weights: Vec<f32>,
+    pub(super) weights: Vec<f32>,
     /// `[vocab]`: tokens, partly in order.
     tokens: Vec<u32>,
 }
@@ -106,14 +109,7 @@ pub(super) fn sample(
     let token = if is_greedy && !has_adjustments(parameters) {
         argmax(logits)
     } else {
-        scratch.adjusted.copy_from_slice(logits);
-        adjust(&mut scratch.adjusted, parameters);
-        let pairs = scratch.adjusted.iter().zip(logits);
-        let is_bad =
-            |(adjusted, logit): (&f32, &f32)| !adjusted.is_finite() & (*logit != f32::NEG_INFINITY);
-        if pairs.fold(false, |bad, pair| bad | is_bad(pair)) {
-            return Err(NotFinite);
-        }
+        adjust_all(logits, parameters, &mut scratch.adjusted)?;
         if is_greedy {
             argmax(&scratch.adjusted)
         } else {
@@ -153,7 +149,7 @@ fn argmax(logits: &[f32]) -> u32 {
 }
 
 /// The greatest of `logits`, none of which is NaN, in lanes that compilers find vectors for.
-fn greatest(logits: &[f32]) -> f32 {
+pub(super) fn greatest(logits: &[f32]) -> f32 {
     let greater = |a: f32, b: f32| if b > a { b } else { a };
     let (chunks, rest) = logits.as_chunks::<16>();
     let mut lanes = [f32::NEG_INFINITY; 16];
@@ -170,6 +166,26 @@ fn has_adjustments(parameters: &SamplingParameters) -> bool {
     let p = parameters;
     let penalised = p.repetition_penalty != 1.0 || !p.output_counts.is_empty();
     penalised || !p.logit_bias.is_empty()
+}
+
+/// Writes `logits`, of which those that were left out are -inf, to `out` and adjusts them.
+///
+/// # Errors
+///
+/// [`NotFinite`] if that makes a logit infinite.
+pub(super) fn adjust_all(
+    logits: &[f32],
+    parameters: &SamplingParameters,
+    out: &mut [f32],
+) -> Result<(), NotFinite> {
+    out.copy_from_slice(logits);
+    adjust(out, parameters);
+    let is_bad =
+        |(adjusted, logit): (&f32, &f32)| !adjusted.is_finite() & (*logit != f32::NEG_INFINITY);
+    match out.iter().zip(logits).fold(false, |bad, pair| bad | is_bad(pair)) {
+        true => Err(NotFinite),
+        false => Ok(()),
+    }
 }
 
 /// Penalties, then bias: the repetition penalty looks at a logit's sign, which is the model's.
@@ -242,59 +258,101 @@ fn penalise(logit: &mut f32, count: u32, p: &SamplingParameters) {
     *logit -= p.presence_penalty;
 }
 
-/// A draw from the softmax of `scratch.adjusted` at a temperature above 0, after the cuts.
+/// A draw from the softmax of `scratch.adjusted` at a temperature above 0, after the cuts: of the kept
+/// tokens, the one whose logit, divided by the temperature, is the greatest with its noise.
 fn draw(
     backend: Backend,
     parameters: &SamplingParameters,
     position: u32,
     scratch: &mut Scratch,
 ) -> u32 {
+    let key = draw_key(parameters.seed, parameters.choice, position);
+    let temperature = f64::from(parameters.temperature);
+    let kept = match has_cuts(parameters, scratch.adjusted.len()) {
+        true => keep(backend, parameters, scratch),
+        false => &scratch.adjusted,
+    };
+    winner(backend, key, temperature, kept)
+}
+
+/// Whether cuts may drop a token.
+pub(super) fn has_cuts(parameters: &SamplingParameters, vocab: usize) -> bool {
+    let p = parameters;
+    (1..vocab).contains(&(p.top_k as usize)) || p.top_p < 1.0 || p.min_p > 0.0
+}
+
+/// A token's logit, after penalties and bias, with noise. No rounding in it reverses an order.
+pub(super) fn noisy(logit: f32, temperature: f64, noise: f64) -> f64 {
+    f64::from(logit) / temperature + noise
+}
+
+/// The token with the greatest noisy logit among those that are not -inf; the lowest of equals. Bounds
+/// of the noise spare nearly all tokens their logarithms.
+fn winner(backend: Backend, key: u64, temperature: f64, logits: &[f32]) -> u32 {
+    let (mut best, mut token) = (f64::NEG_INFINITY, 0);
+    let mut most = [0.0; NOISE_TOKENS];
+    for (block, logits) in logits.chunks(NOISE_TOKENS).enumerate() {
+        if logits.iter().fold(true, |none, logit| none & (*logit == f32::NEG_INFINITY)) {
+            continue;
+        }
+        let first = (block * NOISE_TOKENS) as u32;
+        let most = &mut most[..logits.len()];
+        backend.noise(key, first, most);
+        let reaches = |best: f64, (logit, most): (&f32, &f32)| {
+            noisy(*logit, temperature, f64::from(*most)) >= best
+        };
+        if !logits.iter().zip(&*most).fold(false, |any, pair| any | reaches(best, pair)) {
+            continue;
+        }
+        for (id, pair) in (first..).zip(logits.iter().zip(&*most)) {
+            if reaches(best, pair) {
+                let score = noisy(*pair.0, temperature, gumbel(key, id));
+                if score > best {
+                    (best, token) = (score, id);
+                }
+            }
+        }
+    }
+    token
+}
+
+/// What the cuts leave of `scratch.adjusted`; the logits of other tokens are -inf.
+fn keep<'s>(
+    backend: Backend,
+    parameters: &SamplingParameters,
+    scratch: &'s mut Scratch,
+) -> &'s [f32] {
     let vocab = scratch.adjusted.len();
     let best = greatest(&scratch.adjusted);
     let count = gather(&mut scratch.adjusted, &mut scratch.candidates);
     let (logits, ids) = (&scratch.adjusted[..count], &scratch.candidates[..count]);
-    let (exponents, weights) = (&mut scratch.exponents[..count], &mut scratch.weights[..count]);
-    for (exponent, &logit) in exponents.iter_mut().zip(logits) {
-        // At most 0 and exactly 0 for the best: no temperature is so low that this overflows.
-        *exponent = (logit - best) / parameters.temperature;
-    }
-    backend.exp(exponents, weights);
     let mut ranking = Ranking::new(logits, &mut scratch.tokens[..count]);
     let top_k = parameters.top_k as usize;
-    let kept_by_top_k = if top_k == 0 { count } else { top_k.min(count) };
-    if kept_by_top_k < count {
-        ranking.rank_first(kept_by_top_k);
-        for &candidate in &ranking.tokens[kept_by_top_k..] {
+    let mut kept = if top_k == 0 { count } else { top_k.min(count) };
+    ranking.rank_first(if kept < count { kept } else { 0 });
+    if parameters.top_p < 1.0 || parameters.min_p > 0.0 {
+        let (exponents, weights) = (&mut scratch.exponents[..count], &mut scratch.weights[..count]);
+        for (exponent, &logit) in exponents.iter_mut().zip(logits) {
+            // At most 0 and exactly 0 for the best: no temperature is so low that this overflows.
+            *exponent = (logit - best) / parameters.temperature;
+        }
+        backend.exp(exponents, weights);
+        for &candidate in &ranking.tokens[kept..] {
             weights[candidate as usize] = 0.0;
         }
+        let total = match count == vocab {
+            true => backend.sum(weights),
+            false => sparse_sum(weights, ids),
+        };
+        kept = cut(&mut ranking, weights, kept, f64::from(total), parameters);
     }
-    let weights = &*weights;
-    let total = match count == vocab {
-        true => f64::from(backend.sum(weights)),
-        false => f64::from(sparse_sum(weights, ids)),
-    };
-    let has_more_cuts = parameters.top_p < 1.0 || parameters.min_p > 0.0;
-    let (kept, total) = if has_more_cuts {
-        cut(&mut ranking, weights, kept_by_top_k, total, parameters)
-    } else {
-        (kept_by_top_k, total)
-    };
-    let target = uniform(parameters.seed, parameters.choice, position) * total;
-    let mut cumulative = 0.0;
-    let mut last_possible = ranking.token(0);
+    let left = &mut scratch.exponents;
+    left.fill(f32::NEG_INFINITY);
     for rank in 0..kept {
-        let candidate = ranking.token(rank);
-        let weight = weights[candidate as usize];
-        cumulative += f64::from(weight);
-        if cumulative > target {
-            return ids[candidate as usize];
-        }
-        if weight > 0.0 {
-            last_possible = candidate;
-        }
+        let candidate = ranking.token(rank) as usize;
+        left[ids[candidate] as usize] = logits[candidate];
     }
-    // Rounding can leave the sum at or under the target.
-    ids[last_possible as usize]
+    left
 }
 
 /// Moves the logits that are not -inf to the front; `ids` tells which they are. Returns how many.
@@ -325,14 +383,14 @@ fn sparse_sum(weights: &[f32], ids: &[u32]) -> f32 {
     lanes[0]
 }
 
-/// How many of the best candidates top-p and min-p keep, and the sum of their weights.
+/// How many of the best candidates top-p and min-p keep.
 fn cut(
     ranking: &mut Ranking<'_>,
     weights: &[f32],
     kept_by_top_k: usize,
     total: f64,
     parameters: &SamplingParameters,
-) -> (usize, f64) {
+) -> usize {
     let enough =
         if parameters.top_p < 1.0 { f64::from(parameters.top_p) * total } else { f64::INFINITY };
     let mut cumulative = 0.0;
@@ -340,14 +398,14 @@ fn cut(
         let weight = weights[ranking.token(rank) as usize];
         // The best has weight 1, so this is the share of the best's probability.
         if rank > 0 && weight < parameters.min_p {
-            return (rank, cumulative);
+            return rank;
         }
         cumulative += f64::from(weight);
         if cumulative >= enough {
-            return (rank + 1, cumulative);
+            return rank + 1;
         }
     }
-    (kept_by_top_k, cumulative)
+    kept_by_top_k
 }
 
 /// Tokens by logit, descending, then by id; put in order no further than was asked for.
@@ -414,26 +472,6 @@ impl LogSoftmax {
     fn at(&self, logits: &[f32], token: u32) -> f32 {
         (logits[token as usize] - self.max) - self.ln_sum
     }
-}
-
-/// A number in `[0, 1)` for one place of one answer: 53 bits of a hash of the key.
-///
-/// The hash is three rounds of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-/// Generators", 2014), one for each part of the key. Each round is a bijection of its state, so two
-/// positions of one answer never share a hash. Stable for ever: a change would change answers.
-fn uniform(seed: u64, choice: u32, position: u32) -> f64 {
-    let state = split_mix(seed);
-    let state = split_mix(state ^ u64::from(choice));
-    let state = split_mix(state ^ u64::from(position));
-    (state >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
-}
-
-/// One output of SplitMix64 from state `z`.
-fn split_mix(z: u64) -> u64 {
-    let z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
 }
 
 #[cfg(test)]

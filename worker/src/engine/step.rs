@@ -32,7 +32,7 @@ use model::LayerWeights;
 use super::barrier::Poisoned;
 use super::buffers::{Codes, Local, OwnCodes, Planes};
 use super::cache::SharedCache;
-use super::head::{PositionResult, Thresholds};
+use super::head::{PositionResult, Progress};
 use super::profile::{Clock, Part};
 use super::rows::Batch;
 use super::shared::{Member, Pieces, Queue, Shared};
@@ -65,7 +65,7 @@ pub(super) struct Step<'a> {
     /// Of columns of down: tokens are taken in the same phase.
     pub(super) columns: Queue,
     pub(super) shortcuts: Shortcuts,
-    pub(super) thresholds: Thresholds,
+    pub(super) progress: Progress,
     /// If the step is profiled.
     pub(super) clock: Option<&'a dyn Clock>,
 }

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use super::{WIDTH, load, store};
-use crate::scalar::reduce::{LANES, fold_lanes};
+use crate::scalar::reduce::{LANES, fold_lanes, inverse_rms};
 
 /// A float for each lane of the rule.
 pub(super) type Lanes = [float32x4_t; LANES / WIDTH];
@@ -57,7 +57,7 @@ pub(super) fn sum(x: &[f32]) -> f32 {
 
 #[target_feature(enable = "neon")]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let r = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    let r = inverse_rms(x, eps, |a, b| dot(a, b));
     for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
         *y = (x * r) * weight;
     }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::array;
 
 use super::tiles::{GROUPS, TOKENS, Tiles};
-use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS};
+use crate::screen::{GROUP_ROWS, Kept, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, Threshold};
 use crate::x86_64::avx2::prefetch;
 use crate::x86_64::avx512::band::{Chunk, FOURS, GROUP_TILES, LANE_OF_ROW, LANES, Sums, transpose};
 use crate::x86_64::avx512::{screen, store_codes};
@@ -34,8 +34,8 @@ pub(super) unsafe fn screen(
     w: ScreenMatrix<'_>,
     group: usize,
     x: ScreenInput<'_>,
-    thresholds: &[f32],
-    kept: &mut [u64],
+    thresholds: &[Threshold<'_>],
+    kept: &mut [Kept],
 ) -> usize {
     let Some((codes, stride)) = x.evenly_spaced() else {
         return screen::screen(w, group, x, thresholds, kept);

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{WIDTH, load, store};
-use crate::scalar::reduce::{LANES, fold_lanes};
+use crate::scalar::reduce::{LANES, fold_lanes, inverse_rms};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -33,7 +33,7 @@ pub(super) fn sum(x: &[f32]) -> f32 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let r = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    let r = inverse_rms(x, eps, |a, b| dot(a, b));
     let (x_chunks, x_tail) = x.as_chunks::<WIDTH>();
     let (w_chunks, w_tail) = weight.as_chunks::<WIDTH>();
     let (y_chunks, y_tail) = y.as_chunks_mut::<WIDTH>();

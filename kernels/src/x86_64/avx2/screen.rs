@@ -12,7 +12,9 @@ use super::head::one_row;
 use super::ternary::in_order;
 use super::{load_i8, load_u8, prefetch, store_i32x4};
 use crate::float_matrix::FloatMatrix;
-use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
+use crate::screen::{
+    GROUP_ROWS, Kept, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, Threshold, judge,
+};
 
 /// How far ahead of its reading a plane is asked for.
 const PREFETCH_BYTES: usize = 4096;
@@ -47,8 +49,8 @@ pub(super) fn screen(
     w: ScreenMatrix<'_>,
     group: usize,
     x: ScreenInput<'_>,
-    thresholds: &[f32],
-    kept: &mut [u64],
+    thresholds: &[Threshold<'_>],
+    kept: &mut [Kept],
 ) -> usize {
     let high = |tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| match *x {
         [one] => high_tile(tile, [one], sums),

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{lanes_of, load, load_tail, store};
-use crate::scalar::reduce::LANES;
+use crate::scalar::reduce::{LANES, inverse_rms};
 use crate::x86_64::avx2::reduce::fold;
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -30,7 +30,7 @@ pub(super) fn sum(x: &[f32]) -> f32 {
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let r = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    let r = inverse_rms(x, eps, |a, b| dot(a, b));
     let (x_chunks, x_tail) = x.as_chunks::<LANES>();
     let (w_chunks, w_tail) = weight.as_chunks::<LANES>();
     let (y_chunks, y_tail) = y.as_chunks_mut::<LANES>();

@@ -5,7 +5,9 @@
 use std::arch::x86_64::*;
 
 use super::{across, load_codes, load_i8_twice};
-use crate::screen::{GROUP_ROWS, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, judge};
+use crate::screen::{
+    GROUP_ROWS, Kept, ROW_BYTES, ScreenInput, ScreenMatrix, TILE_ROWS, Threshold, judge,
+};
 use crate::x86_64::avx2::{prefetch, store_i32x4};
 
 /// How far ahead of its reading a plane is asked for.
@@ -25,8 +27,8 @@ pub(in crate::x86_64) fn screen(
     w: ScreenMatrix<'_>,
     group: usize,
     x: ScreenInput<'_>,
-    thresholds: &[f32],
-    kept: &mut [u64],
+    thresholds: &[Threshold<'_>],
+    kept: &mut [Kept],
 ) -> usize {
     let both = |tiles: usize, x: &[&[i8]], sums: &mut [[i32; GROUP_ROWS]]| {
         for (x, sums) in x.chunks(TOGETHER).zip(sums.chunks_mut(TOGETHER)) {
@@ -52,8 +54,8 @@ pub(in crate::x86_64) fn judge_with(
     w: ScreenMatrix<'_>,
     group: usize,
     x: ScreenInput<'_>,
-    thresholds: &[f32],
-    kept: &mut [u64],
+    thresholds: &[Threshold<'_>],
+    kept: &mut [Kept],
     both: impl Fn(usize, &[&[i8]], &mut [[i32; GROUP_ROWS]]),
 ) -> usize {
     let high = |tile: &[u8], x: &[&[i8]], sums: &mut [[i32; TILE_ROWS]]| match *x {

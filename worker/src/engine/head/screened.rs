@@ -1,16 +1,19 @@
-//! The head for positions of whose logits only the greatest matter: a screen with proven bounds
+//! The head for positions that draw a token and ask for nothing else: a screen with proven bounds
 //! (`docs/screening.md`) leaves out rows that cannot be drawn, and the others are computed exactly.
 //!
 //! A row is left out when its bound is below a *threshold*: a value that enough exact logits have
-//! reached, after penalties and bias. Tokens that those name are always computed. Left out logits
-//! become -inf, which the sampler passes over; all others are those of the whole head, bit for bit.
-//! Which rows are left out depends on how far threads have come, the result does not.
+//! reached, after penalties and bias, or the best exact score, which is a logit with the draw's noise.
+//! Tokens that penalties or bias name are always computed. Left out logits become -inf, which the
+//! sampler passes over; all others are those of the whole head, bit for bit. Where cuts need a sum over
+//! all tokens, the bounds of left out logits are kept beside them, for `settle`. Which rows are left out
+//! depends on how far threads have come, the result does not.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use kernels::{
-    Backend, Columns, FloatMatrix, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix, ScreenQuery,
+    Backend, Columns, FloatMatrix, Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix,
+    ScreenQuery, Threshold, draw_key, gumbel,
 };
 use proto::step::{Output, SamplingParameters};
 
@@ -19,6 +22,7 @@ use super::super::rows::Wanted;
 use super::super::sampler;
 use super::super::shared::Member;
 use super::super::step::{Step, share};
+use super::settle;
 
 /// Most tokens that top-k may keep of a screened position: more are seldom asked for, and each
 /// thread keeps as many thresholds in order.
@@ -38,11 +42,14 @@ const _: () = assert!(HEAD_POSITIONS <= SCREEN_POSITIONS_MAX, "all positions fit
 
 /// What is needed of a position's logits, if not all of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Need {
-    /// So many of the greatest.
-    count: usize,
-    /// And, counting from the last of them, all down to this distance: 0 or negative.
-    reach: f64,
+pub(super) enum Need {
+    /// So many of the greatest and, counting from the last of them, all down to a distance `reach`, which
+    /// is 0 or negative.
+    Greatest { count: usize, reach: f64 },
+    /// The one of the greatest score at this temperature, whatever cuts would leave.
+    Score { temperature: f64 },
+    /// That one, and bounds of all others, of which `settle` sees what the cuts leave.
+    Cut { temperature: f64 },
 }
 
 impl Need {
@@ -54,61 +61,93 @@ impl Need {
         if top_logprobs.is_some() {
             return None;
         }
-        let top_k = top_k as usize;
         if temperature == 0.0 {
-            Some(Self { count: 1, reach: 0.0 })
-        } else if top_k > 0 && top_k < vocab {
+            return Some(Self::Greatest { count: 1, reach: 0.0 });
+        }
+        let widened = f64::from(temperature);
+        if !sampler::has_cuts(parameters, vocab) {
+            return Some(Self::Score { temperature: widened });
+        }
+        let is_top_k = (1..vocab).contains(&(top_k as usize));
+        if is_top_k && top_k as usize <= TOP_K_MAX {
             // Whatever the other cuts: all other tokens weigh +0.
-            (top_k <= TOP_K_MAX).then_some(Self { count: top_k, reach: 0.0 })
-        } else if top_p == 1.0 && min_p >= MIN_P_LEAST {
+            Some(Self::Greatest { count: top_k as usize, reach: 0.0 })
+        } else if !is_top_k && top_p == 1.0 && min_p >= MIN_P_LEAST {
             // No sum over all tokens is asked for, and the first that weighs too little ends it.
             let mut ln = [0.0];
             backend.ln(&[min_p], &mut ln);
-            let reach = f64::from(temperature) * (f64::from(ln[0]) - MIN_P_MARGIN);
-            Some(Self { count: 1, reach })
+            let reach = widened * (f64::from(ln[0]) - MIN_P_MARGIN);
+            Some(Self::Greatest { count: 1, reach })
         } else {
-            None
+            Some(Self::Cut { temperature: widened })
+        }
+    }
+
+    /// Whether `settle` decides the position.
+    pub(super) fn is_cut(self) -> bool {
+        matches!(self, Self::Cut { .. })
+    }
+}
+
+/// What the threads of a step tell one another of the screened positions of a group.
+pub(in super::super) struct Progress {
+    /// The greatest thresholds so far, in the order of [`in_order`].
+    thresholds: [AtomicU64; HEAD_POSITIONS],
+    /// Of the group's wanted positions: whether what was computed does not decide it.
+    unsettled: [AtomicBool; HEAD_POSITIONS],
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self {
+            thresholds: [const { AtomicU64::new(0) }; HEAD_POSITIONS],
+            unsettled: [const { AtomicBool::new(false) }; HEAD_POSITIONS],
         }
     }
 }
 
-/// The thresholds that the threads of a step have reached together, one for each screened position.
-pub(in super::super) struct Thresholds([AtomicU32; HEAD_POSITIONS]);
-
-impl Default for Thresholds {
-    fn default() -> Self {
-        Self([const { AtomicU32::new(0) }; HEAD_POSITIONS])
-    }
-}
-
-impl Thresholds {
-    /// Begins a position.
-    pub(super) fn reset(&self, position: usize) {
-        self.0[position].store(in_order(f32::NEG_INFINITY), Relaxed);
+impl Progress {
+    /// Begins a screened position.
+    fn reset(&self, position: usize) {
+        self.thresholds[position].store(in_order(f64::NEG_INFINITY), Relaxed);
     }
 
     /// Takes in a thread's threshold and gives the greatest.
-    fn raise(&self, position: usize, threshold: f32) -> f32 {
+    fn raise(&self, position: usize, threshold: f64) -> f64 {
         let threshold = in_order(threshold);
-        out_of_order(self.0[position].fetch_max(threshold, Relaxed).max(threshold))
+        out_of_order(self.thresholds[position].fetch_max(threshold, Relaxed).max(threshold))
+    }
+
+    /// Says whether the wanted position `index` of the group needs all logits after all.
+    pub(super) fn note_unsettled(&self, index: usize, is_unsettled: bool) {
+        self.unsettled[index].store(is_unsettled, Relaxed);
+    }
+
+    /// What [`Self::note_unsettled`] said in an earlier phase.
+    pub(super) fn is_unsettled(&self, index: usize) -> bool {
+        self.unsettled[index].load(Relaxed)
     }
 }
 
 /// An integer for each float, in the same order.
-fn in_order(x: f32) -> u32 {
+fn in_order(x: f64) -> u64 {
     let bits = x.to_bits();
-    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+    if bits >> 63 == 0 { bits | 1 << 63 } else { !bits }
 }
 
-fn out_of_order(key: u32) -> f32 {
-    f32::from_bits(if key >> 31 == 1 { key & !(1 << 31) } else { !key })
+fn out_of_order(key: u64) -> f64 {
+    f64::from_bits(if key >> 63 == 1 { key & !(1 << 63) } else { !key })
 }
 
 /// What a thread knows of one position while it screens.
 struct Tracker {
-    /// The greatest logits computed, after penalties and bias; ascending.
-    greatest: Vec<f32>,
+    /// The greatest logits computed, after penalties and bias, or scores; ascending.
+    greatest: Vec<f64>,
     need: Need,
+    /// Of the draw.
+    key: u64,
+    /// Bounds of the noise of a group's rows.
+    noise: [f32; ScreenMatrix::GROUP_ROWS],
     /// Rows to compute.
     pending: Vec<u32>,
 }
@@ -117,36 +156,63 @@ impl Tracker {
     fn new() -> Self {
         Self {
             greatest: Vec::with_capacity(TOP_K_MAX),
-            need: Need { count: 1, reach: 0.0 },
+            need: Need::Greatest { count: 1, reach: 0.0 },
+            key: 0,
+            noise: [0.0; ScreenMatrix::GROUP_ROWS],
             pending: Vec::with_capacity(PENDING_ROWS + ScreenMatrix::GROUP_ROWS),
         }
     }
 
-    fn begin(&mut self, need: Need) {
+    /// Begins a position whose draw has the key `key`.
+    fn begin(&mut self, need: Need, key: u64) {
         self.greatest.clear();
         self.pending.clear();
-        self.need = need;
+        (self.need, self.key) = (need, key);
     }
 
-    /// Below this a logit does not matter.
-    fn threshold(&self) -> f32 {
-        if self.greatest.len() < self.need.count {
-            return f32::NEG_INFINITY;
+    /// Below this a logit or a score does not matter.
+    fn least(&self) -> f64 {
+        let (count, reach) = match self.need {
+            Need::Greatest { count, reach } => (count, reach),
+            Need::Score { .. } | Need::Cut { .. } => (1, 0.0),
+        };
+        match self.greatest.len() < count {
+            true => f64::NEG_INFINITY,
+            false => self.greatest[0] + reach,
         }
-        let exact = f64::from(self.greatest[0]) + self.need.reach;
-        let nearest = exact as f32;
-        if f64::from(nearest) > exact { nearest.next_down() } else { nearest }
     }
 
-    fn offer(&mut self, logit: f32) {
-        if self.greatest.len() == self.need.count {
-            if logit <= self.greatest[0] {
+    /// The threshold for the group of rows from `first` on, if what does not matter is below `least`.
+    fn threshold(&mut self, backend: Backend, first: u32, least: f64) -> Threshold<'_> {
+        match self.need {
+            Need::Greatest { .. } => Threshold::of_logits(least),
+            Need::Score { temperature } => {
+                backend.noise(self.key, first, &mut self.noise);
+                Threshold::of_scores(least, temperature, &self.noise)
+            }
+            Need::Cut { temperature } => {
+                backend.noise(self.key, first, &mut self.noise);
+                Threshold::of_scores(least, temperature, &self.noise).with_bounds()
+            }
+        }
+    }
+
+    /// Takes in the logit of a token, after penalties and bias.
+    fn offer(&mut self, token: u32, logit: f32) {
+        let (count, value) = match self.need {
+            Need::Greatest { count, .. } => (count, f64::from(logit)),
+            Need::Score { temperature } | Need::Cut { temperature } => {
+                (1, sampler::noisy(logit, temperature, gumbel(self.key, token)))
+            }
+        };
+        if self.greatest.len() == count {
+            if value <= self.greatest[0] {
                 return;
             }
             self.greatest.remove(0);
         }
-        let place = self.greatest.partition_point(|other| *other < logit);
-        self.greatest.insert(place, logit);
+        let place = self.greatest.partition_point(|other| *other < value);
+        self.greatest.insert(place, value);
     }
 }
 
@@ -154,18 +220,26 @@ impl Tracker {
 pub(in super::super) struct Scratch {
     trackers: Vec<Tracker>,
     values: Vec<f32>,
+    pub(super) settle: settle::Scratch,
 }
 
 impl Scratch {
     /// Words of four bytes in a [`Scratch`], or a little less.
-    pub(in super::super) const WORDS: usize = HEAD_POSITIONS * (TOP_K_MAX + 2 * 64);
+    pub(in super::super) const WORDS: usize =
+        HEAD_POSITIONS * (2 * TOP_K_MAX + 3 * 64) + settle::Scratch::WORDS;
 
     pub(in super::super) fn new() -> Self {
         Self {
             trackers: (0..HEAD_POSITIONS).map(|_| Tracker::new()).collect(),
             values: vec![0.0; PENDING_ROWS + ScreenMatrix::GROUP_ROWS],
+            settle: settle::Scratch::new(),
         }
     }
+}
+
+/// Where in the plane of logits, of so many rows, the bounds for the logits of row `place` are.
+pub(super) fn bounds_row(rows: usize, place: usize) -> usize {
+    rows / 2 + place
 }
 
 /// The positions of a group that are screened.
@@ -201,7 +275,7 @@ impl Step<'_> {
             self.batch.fail(self.batch.tokens()[wanted.token].row);
         }
         self.planes.screen_queries.row(member, position)[0] = query.unwrap_or_default();
-        self.thresholds.reset(position);
+        self.progress.reset(position);
     }
 
     /// The thread's share of the logits of the screened positions.
@@ -222,12 +296,18 @@ impl Step<'_> {
         let vocab = planes.logits.width();
         for (wanted, tracker) in positions.iter().zip(&mut scratch.trackers) {
             let output = &self.batch.row_of(wanted.token).output;
+            let (Output::Sample(parameters) | Output::Draw(parameters)) = output else { continue };
             let need = Need::of(self.backend, output, vocab);
-            tracker.begin(need.expect("only such positions are screened"));
+            // The token that is drawn stands one after the token it follows.
+            let position = self.batch.tokens()[wanted.token].position + 1;
+            let key = draw_key(parameters.seed, parameters.choice, position);
+            tracker.begin(need.expect("only such positions are screened"), key);
         }
         let groups = share(vocab.div_ceil(ScreenMatrix::GROUP_ROWS), member);
         let count = groups * ScreenMatrix::GROUP_ROWS;
-        while let Some((rows, mut y)) = planes.logits.columns(member, positions.first + n, count) {
+        // Logits, and bounds of them below.
+        let height = planes.logits.rows();
+        while let Some((rows, mut y)) = planes.logits.columns(member, height, count) {
             let scratch = local.screen.as_mut().expect("it was there above");
             let read = self.screen_rows(member, scratch, head, screen, positions, x, &rows, &mut y);
             let profile = &mut local.record.profile;
@@ -254,30 +334,38 @@ impl Step<'_> {
         y: &mut Columns<'_>,
     ) -> (usize, usize) {
         let n = positions.order.len();
-        let (mut thresholds, mut kept) = ([0.0; HEAD_POSITIONS], [0; HEAD_POSITIONS]);
+        let mut kept = [Kept::default(); HEAD_POSITIONS];
         let (mut bytes, mut exact_rows) = (0, 0);
         for start in rows.clone().step_by(ScreenMatrix::GROUP_ROWS) {
-            for (i, (wanted, tracker)) in positions.iter().zip(&scratch.trackers).enumerate() {
-                let has_failed = self.batch.has_failed(self.batch.tokens()[wanted.token].row);
-                // Nothing reaches infinity.
-                thresholds[i] = match has_failed {
-                    true => f32::INFINITY,
-                    false => self.thresholds.raise(i, tracker.threshold()),
-                };
+            let mut failed = [false; HEAD_POSITIONS];
+            let mut thresholds = [Threshold::of_logits(f64::INFINITY); HEAD_POSITIONS];
+            let trackers = &mut scratch.trackers;
+            for (i, (wanted, tracker)) in positions.iter().zip(trackers).enumerate() {
+                failed[i] = self.batch.has_failed(self.batch.tokens()[wanted.token].row);
+                // Otherwise nothing matters, for nothing reaches infinity.
+                if !failed[i] {
+                    let least = self.progress.raise(i, tracker.least());
+                    thresholds[i] = tracker.threshold(self.backend, start as u32, least);
+                }
             }
             let group = start / ScreenMatrix::GROUP_ROWS;
             let kept = &mut kept[..n];
             bytes += self.backend.screen(screen, group, x, &thresholds[..n], kept);
             let end = rows.end.min(start + ScreenMatrix::GROUP_ROWS);
             for (i, (wanted, tracker)) in positions.iter().zip(&mut scratch.trackers).enumerate() {
+                if tracker.need.is_cut() {
+                    let bounds = y.row(bounds_row(y.rows(), positions.first + i));
+                    bounds[start - rows.start..end - rows.start]
+                        .copy_from_slice(&kept[i].bounds[..end - start]);
+                }
                 let logits = y.row(positions.first + i);
                 logits[start - rows.start..end - rows.start].fill(f32::NEG_INFINITY);
                 let output = &self.batch.row_of(wanted.token).output;
                 let (Output::Sample(parameters) | Output::Draw(parameters)) = output else {
                     continue;
                 };
-                let mut mask = kept[i];
-                if thresholds[i] < f32::INFINITY {
+                let mut mask = kept[i].rows;
+                if !failed[i] {
                     let valid = u64::MAX >> (ScreenMatrix::GROUP_ROWS - (end - start));
                     mask |= sampler::touched(parameters, start as u32) & valid;
                 }
@@ -302,7 +390,7 @@ impl Step<'_> {
                     // What penalties make infinite fails its row later, and says nothing of others.
                     let adjusted = sampler::adjusted(row, *logit, parameters);
                     if adjusted.is_finite() {
-                        tracker.offer(adjusted);
+                        tracker.offer(row, adjusted);
                     }
                 }
                 tracker.pending.clear();

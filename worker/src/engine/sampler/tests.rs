@@ -79,18 +79,103 @@ fn penalties_and_bias_move_the_logits_they_name() {
     }
 }
 
+/// A dozen tokens of probabilities from a third to a few in ten thousand, in no order.
+const DOZEN: [f32; 12] = [0.4, -1.0, 2.5, 1.1, -4.0, 0.0, 3.0, -2.2, 1.9, -0.3, -3.1, 0.8];
+
+/// The 99.99th percentile of the chi-squared distribution of 1 to 11 degrees of freedom.
+const CHI_SQUARED: [f64; 11] =
+    [15.14, 18.42, 21.11, 23.51, 25.74, 27.86, 29.88, 31.83, 33.72, 35.56, 37.37];
+
+/// Draws a million times and compares how often each token came with its share of `weights`. The draws
+/// are fixed, so this never changes.
+#[track_caller]
+fn check_shares(logits: &[f32], parameters: &SamplingParameters, weights: &[f64]) {
+    const DRAWS: u32 = 1_000_000;
+    let mut scratch = Scratch::new(logits.len());
+    let mut counts = vec![0u32; logits.len()];
+    for position in 0..DRAWS {
+        let sampled = sample(BACKEND(), logits, parameters, position, &mut scratch).unwrap();
+        counts[sampled.token as usize] += 1;
+    }
+    let total: f64 = weights.iter().sum();
+    // Tokens that are too rare for the statistic count as one.
+    let (mut cells, mut rare) = (Vec::new(), (0.0, 0.0));
+    for (count, weight) in counts.iter().zip(weights) {
+        let (count, expected) = (f64::from(*count), f64::from(DRAWS) * weight / total);
+        match expected {
+            0.0 => assert_eq!(count, 0.0, "{counts:?}"),
+            ..10.0 => rare = (rare.0 + count, rare.1 + expected),
+            _ => cells.push((count, expected)),
+        }
+    }
+    cells.extend((rare.1 > 0.0).then_some(rare));
+    let sum: f64 =
+        cells.iter().map(|(count, expected)| (count - expected).powi(2) / expected).sum();
+    let kept = cells.len();
+    assert!(sum < CHI_SQUARED[kept - 2], "{parameters:?}: {sum} of {counts:?}");
+}
+
+fn softmax_weights(temperature: f64) -> Vec<f64> {
+    DOZEN.iter().map(|logit| (f64::from(*logit) / temperature).exp()).collect()
+}
+
 #[test]
 fn draws_follow_the_softmax() {
-    // Probabilities 1/2, 1/4, 1/8, 1/8, in an order that is not that of the ids.
-    let logits: Vec<f32> = [0.125f32, 0.5, 0.125, 0.25].iter().map(|p| p.ln() + 3.0).collect();
-    let draws = 40_000;
-    let counts = counts(&logits, &SamplingParameters { seed: 7, ..parameters(1.0) }, draws);
-    for (token, p) in [(0, 0.125), (1, 0.5), (2, 0.125), (3, 0.25)] {
-        let mean = f64::from(draws) * p;
-        let deviation = (mean * (1.0 - p)).sqrt();
-        let found = f64::from(counts[&token]);
-        // Five standard deviations; the draws are fixed, so this never changes.
-        assert!((found - mean).abs() < 5.0 * deviation, "token {token}: {found} of {draws}");
+    for (seed, temperature) in [(1, 0.5), (2, 1.0), (3, 2.0)] {
+        let parameters = SamplingParameters { seed, ..parameters(temperature) };
+        check_shares(&DOZEN, &parameters, &softmax_weights(f64::from(temperature)));
+    }
+}
+
+#[test]
+fn draws_after_cuts_follow_what_they_leave() {
+    // By rank: tokens 6, 2, 8, 3, 11, …; top-p 0.8 keeps four of the first five at temperature 1.
+    let base = SamplingParameters { seed: 4, ..parameters(1.0) };
+    let leave = |tokens: &[usize]| {
+        let mut weights = softmax_weights(1.0);
+        let is_kept = |token: &usize| tokens.contains(token);
+        (0..weights.len()).filter(|token| !is_kept(token)).for_each(|token| weights[token] = 0.0);
+        weights
+    };
+    let top_k = SamplingParameters { top_k: 5, ..base.clone() };
+    check_shares(&DOZEN, &top_k, &leave(&[6, 2, 8, 3, 11]));
+    let top_p = SamplingParameters { top_k: 5, top_p: 0.8, ..base.clone() };
+    check_shares(&DOZEN, &top_p, &leave(&[6, 2, 8]));
+    let min_p = SamplingParameters { min_p: 0.1, ..base };
+    check_shares(&DOZEN, &min_p, &leave(&[6, 2, 8, 3, 11]));
+}
+
+/// The definition, line by line: every score, and the greatest.
+fn definition(logits: &[f32], parameters: &SamplingParameters, position: u32) -> u32 {
+    let key = draw_key(parameters.seed, parameters.choice, position);
+    let score = |token: usize| {
+        let noise = gumbel(key, token as u32);
+        f64::from(logits[token]) / f64::from(parameters.temperature) + noise
+    };
+    let best = (0..logits.len()).map(score).fold(f64::NEG_INFINITY, f64::max);
+    (0..logits.len()).position(|token| score(token) == best).unwrap() as u32
+}
+
+#[test]
+fn what_bounds_spare_changes_no_draw() {
+    // Wide and narrow, tied and not, more tokens than a block and not whole blocks.
+    let table: [fn(u32) -> f32; 4] = [
+        |i| ((i * 7919) % 1009) as f32 / 30.0,
+        |i| ((i * 7919) % 1009) as f32 / 3000.0,
+        |i| (i % 3) as f32,
+        |i| if i % 500 == 7 { 12.0 } else { -3.0 },
+    ];
+    for (at, logit) in table.into_iter().enumerate() {
+        for vocab in [1, 63, 64, 65, 2_003] {
+            let logits: Vec<f32> = (0..vocab).map(logit).collect();
+            for temperature in [1e-30, 0.3, 1.0, 1e3] {
+                let parameters = SamplingParameters { seed: at as u64, ..parameters(temperature) };
+                for position in 0..40 {
+                    let want = definition(&logits, &parameters, position);
+                    assert_eq!(token(&logits, &parameters, position), want, "{parameters:?}");
+                }
+            }
+        }
     }
 }
 
@@ -167,29 +252,6 @@ fn a_draw_depends_on_seed_choice_and_position_alone() {
     for (index, one) in all.iter().enumerate() {
         assert!(all[..index].iter().all(|other| other != one), "series {index} came before");
     }
-}
-
-/// The hash is part of what a seed means: these values may never change.
-#[test]
-fn the_hash_is_what_it_was() {
-    // The reference generator's first outputs from state 0 are those of states k * gamma.
-    assert_eq!(split_mix(0), 0xe220_a839_7b1d_cdaf);
-    assert_eq!(split_mix(0x9e37_79b9_7f4a_7c15), 0x6e78_9e6a_a1b9_65f4);
-    let draws = [uniform(0, 0, 0), uniform(42, 0, 17), uniform(42, 1, 17)];
-    assert!(draws.iter().all(|draw| (0.0..1.0).contains(draw)));
-    assert_eq!(draws, KNOWN_DRAWS);
-}
-
-/// Computed by another program from the definition in `docs/numerics.md`.
-const KNOWN_DRAWS: [f64; 3] = [0.13870941014555427, 0.870664056961172, 0.5047909800234777];
-
-#[test]
-fn uniform_fills_the_interval_evenly() {
-    let mut buckets = [0u32; 16];
-    for position in 0..16_000 {
-        buckets[(uniform(9, 0, position) * 16.0) as usize] += 1;
-    }
-    assert!(buckets.iter().all(|&count| (850..1150).contains(&count)), "{buckets:?}");
 }
 
 #[test]

@@ -7,20 +7,27 @@ fn need(parameters: SamplingParameters) -> Option<Need> {
 }
 
 #[test]
-fn only_what_a_few_logits_decide_is_screened() {
-    let drawn = SamplingParameters { temperature: 0.7, ..SamplingParameters::default() };
+fn what_is_asked_tells_what_is_needed() {
+    let drawn = SamplingParameters { temperature: 0.75, ..SamplingParameters::default() };
     let top_40 = SamplingParameters { top_k: 40, top_p: 0.9, min_p: 0.1, ..drawn.clone() };
-    assert_eq!(need(SamplingParameters::default()), Some(Need { count: 1, reach: 0.0 }));
-    assert_eq!(need(top_40.clone()), Some(Need { count: 40, reach: 0.0 }));
+    let greatest = |count| Some(Need::Greatest { count, reach: 0.0 });
+    assert_eq!(need(SamplingParameters::default()), greatest(1));
+    assert_eq!(need(top_40.clone()), greatest(40));
     let near = need(SamplingParameters { min_p: 0.1, ..drawn.clone() }).unwrap();
-    assert!(near.count == 1 && (near.reach + 0.7 * (10f64.ln() + 1e-3)).abs() < 1e-6, "{near:?}");
-    for whole in [
-        drawn.clone(),
+    let Need::Greatest { count: 1, reach } = near else { panic!("{near:?}") };
+    assert!((reach + 0.75 * (10f64.ln() + 1e-3)).abs() < 1e-6, "{reach}");
+    let score = Some(Need::Score { temperature: 0.75 });
+    assert_eq!(need(drawn.clone()), score);
+    assert_eq!(need(SamplingParameters { top_k: 1_000, ..drawn.clone() }), score, "keeps all");
+    for cut in [
         SamplingParameters { top_p: 0.9, ..drawn.clone() },
         SamplingParameters { top_p: 0.9, min_p: 0.1, ..drawn.clone() },
         SamplingParameters { min_p: 1e-35, ..drawn.clone() },
-        SamplingParameters { top_k: 129, ..drawn.clone() },
-        SamplingParameters { top_k: 1_000, ..drawn },
+        SamplingParameters { top_k: 129, ..drawn },
+    ] {
+        assert_eq!(need(cut.clone()), Some(Need::Cut { temperature: 0.75 }), "{cut:?}");
+    }
+    for whole in [
         SamplingParameters { top_logprobs: Some(0), ..top_40 },
         SamplingParameters { top_logprobs: Some(0), ..SamplingParameters::default() },
     ] {
@@ -34,10 +41,10 @@ fn only_what_a_few_logits_decide_is_screened() {
 #[test]
 fn a_threshold_is_the_last_logit_that_is_needed() {
     let mut tracker = Tracker::new();
-    tracker.begin(Need { count: 3, reach: 0.0 });
+    tracker.begin(Need::Greatest { count: 3, reach: 0.0 }, 0);
     for (logit, want) in [
-        (1.0, f32::NEG_INFINITY),
-        (5.0, f32::NEG_INFINITY),
+        (1.0, f64::NEG_INFINITY),
+        (5.0, f64::NEG_INFINITY),
         (3.0, 1.0),
         (0.5, 1.0),
         (4.0, 3.0),
@@ -45,26 +52,49 @@ fn a_threshold_is_the_last_logit_that_is_needed() {
         (4.0, 4.0),
         (9.0, 4.0),
     ] {
-        tracker.offer(logit);
-        assert_eq!(tracker.threshold(), want, "{logit}");
+        tracker.offer(7, logit);
+        assert_eq!(tracker.least(), want, "{logit}");
     }
-    tracker.begin(Need { count: 1, reach: -2.5 });
-    assert_eq!(tracker.threshold(), f32::NEG_INFINITY);
-    tracker.offer(-1.0);
-    assert_eq!(tracker.threshold(), -3.5);
+    tracker.begin(Need::Greatest { count: 1, reach: -2.5 }, 0);
+    assert_eq!(tracker.least(), f64::NEG_INFINITY);
+    tracker.offer(7, -1.0);
+    assert_eq!(tracker.least(), -3.5);
+}
+
+#[test]
+fn the_threshold_of_a_draw_is_the_best_score() {
+    let mut tracker = Tracker::new();
+    for need in [Need::Score { temperature: 0.5 }, Need::Cut { temperature: 0.5 }] {
+        tracker.begin(need, 11);
+        let scores = [(3, 1.0), (70, -2.0), (5, 2.5)].map(|(token, logit)| {
+            tracker.offer(token, logit);
+            f64::from(logit) / 0.5 + gumbel(11, token)
+        });
+        assert_eq!(tracker.least(), scores.into_iter().fold(f64::NEG_INFINITY, f64::max));
+    }
 }
 
 #[test]
 fn keys_have_the_order_of_floats() {
-    let floats =
-        [f32::NEG_INFINITY, f32::MIN, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, f32::MAX, f32::INFINITY];
+    let floats = [
+        f64::NEG_INFINITY,
+        f64::MIN,
+        -1.0,
+        -5e-324,
+        -0.0,
+        0.0,
+        5e-324,
+        1.0,
+        f64::MAX,
+        f64::INFINITY,
+    ];
     assert!(floats.map(in_order).is_sorted());
     for float in floats {
         assert_eq!(out_of_order(in_order(float)).to_bits(), float.to_bits());
     }
-    let thresholds = Thresholds::default();
-    thresholds.reset(3);
-    assert_eq!(thresholds.raise(3, f32::NEG_INFINITY), f32::NEG_INFINITY);
-    assert_eq!(thresholds.raise(3, -2.0), -2.0);
-    assert_eq!(thresholds.raise(3, -3.0), -2.0);
+    let progress = Progress::default();
+    progress.reset(3);
+    assert_eq!(progress.raise(3, f64::NEG_INFINITY), f64::NEG_INFINITY);
+    assert_eq!(progress.raise(3, -2.0), -2.0);
+    assert_eq!(progress.raise(3, -3.0), -2.0);
 }
