@@ -164,7 +164,7 @@ impl Step<'_> {
         let has_screen = may_screen && self.model.screen().is_some();
         let can_screen = |wanted: &Wanted| {
             let output = &self.batch.row_of(wanted.token).output;
-            has_screen && Need::of(self.backend, output, vocab).is_some()
+            has_screen && Need::of(output, vocab).is_some()
         };
         let screened = wanted.iter().filter(|wanted| can_screen(wanted)).count();
         let pays = screened == wanted.len() || screened >= LEAST_BESIDE_WHOLE;
@@ -247,7 +247,7 @@ impl Step<'_> {
     /// The parameters of a draw whose cuts need a sum over all tokens.
     fn cut_of<'o>(&self, output: &'o Output) -> Option<&'o SamplingParameters> {
         let (Output::Sample(parameters) | Output::Draw(parameters)) = output else { return None };
-        let need = Need::of(self.backend, output, self.planes.logits.width());
+        let need = Need::of(output, self.planes.logits.width());
         need.is_some_and(Need::is_cut).then_some(&**parameters)
     }
 }

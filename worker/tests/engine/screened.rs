@@ -2,8 +2,8 @@
 
 use kernels::Backend;
 use model::synth::SynthFamily;
-use model::{Store, SynthShape, synth};
-use proto::step::{Output, RowStatus, SamplingParameters};
+use model::{Store, SynthShape, import_bundled, synth};
+use proto::step::{Output, RowStatus, RowValue, SamplingParameters};
 use worker::engine::{Clock, Engine, EngineConfig, Shortcuts};
 
 use crate::pipeline::{Sequence, engine, open, plain};
@@ -200,5 +200,90 @@ fn activations_that_are_not_finite_fail_their_row_alone() {
         let found = last.forward(&rows, &input);
         assert_eq!(found.rows[0].status, RowStatus::NotFinite, "screens: {screens}");
         assert_eq!(found.rows[1].status, RowStatus::Ok, "screens: {screens}");
+    }
+}
+
+/// What drawing an answer took.
+#[derive(Debug, Default)]
+struct Taken {
+    draws: u64,
+    exact_rows: u64,
+    /// Draws that computed every row.
+    whole: u64,
+}
+
+/// Answers of 60 tokens for some seeds, from the token 0 on. Each token is the whole head's.
+fn answers(store: &Store, threads: usize, parameters: &SamplingParameters) -> Taken {
+    const TOKENS: usize = 60;
+    let vocab = u64::from(store.config().vocab);
+    let all = 0..store.config().layers;
+    let config = EngineConfig { backend: Backend::detect(), threads, ..plain() };
+    let mut screened = engine(store, all.clone(), config);
+    let without = Shortcuts { screen: false, ..Shortcuts::default() };
+    let mut whole = engine(store, all, EngineConfig { shortcuts: without, ..config });
+    let mut taken = Taken::default();
+    for seed in 0..5 {
+        let mut sequence = Sequence::new(seed, TOKENS);
+        sequence.tokens[0] = 0;
+        for end in 1..TOKENS {
+            let parameters = Box::new(SamplingParameters { seed, ..parameters.clone() });
+            let rows = [sequence.row(end - 1..end, Output::Sample(parameters))];
+            let (found, profile) = screened.forward_profiled(&rows, &[], &NoTime);
+            assert_eq!(found, whole.forward(&rows, &[]));
+            let RowValue::Sampled(sampled) = &found.rows[0].value else { panic!("{found:?}") };
+            sequence.tokens[end] = sampled.token;
+            taken.draws += 1;
+            taken.exact_rows += profile.exact_rows;
+            taken.whole += u64::from(profile.exact_rows >= vocab);
+        }
+    }
+    taken
+}
+
+/// A model that was trained, and one of random weights, whose distributions are flat.
+fn trained_and_random() -> [(tempfile::TempDir, Store); 2] {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&import_bundled(dir.path()).unwrap());
+    [(dir, store), wide_vocabulary(SynthFamily::BitNet)]
+}
+
+#[test]
+fn a_temperature_alone_is_screened() {
+    for (_dir, store) in &trained_and_random() {
+        for (temperature, threads) in [(0.6, 1), (1.0, 1), (1.0, 3), (1.5, 2)] {
+            let parameters = SamplingParameters { temperature, ..SamplingParameters::default() };
+            let taken = answers(store, threads, &parameters);
+            println!("temperature {temperature} on {threads} threads: {taken:?}");
+            // Every thread computes the first group of rows that it sees.
+            let most = 64 * threads as u64 + 60;
+            assert!(taken.whole == 0 && taken.exact_rows < most * taken.draws, "{taken:?}");
+        }
+    }
+}
+
+#[test]
+fn cuts_are_mostly_settled() {
+    let [(_trained_dir, trained), (_random_dir, random)] = trained_and_random();
+    let base = SamplingParameters { temperature: 1.0, ..SamplingParameters::default() };
+    let top_p = SamplingParameters { top_p: 0.9, ..base.clone() };
+    let cool = SamplingParameters { temperature: 0.6, ..top_p.clone() };
+    let top_k = SamplingParameters { top_k: 200, ..base.clone() };
+    let top_1000 = SamplingParameters { top_k: 1_000, ..base.clone() };
+    let min_p = SamplingParameters { min_p: 0.05, ..base };
+    for (name, store, parameters, most_whole) in [
+        ("trained", &trained, &top_p, 15),
+        ("trained", &trained, &cool, 15),
+        ("trained", &trained, &top_k, 0),
+        ("trained", &trained, &top_1000, 0),
+        ("trained", &trained, &min_p, 3),
+        // Most of a flat distribution lies in rows that were left out.
+        ("random", &random, &top_p, u64::MAX),
+        ("random", &random, &top_k, 0),
+        ("random", &random, &min_p, 0),
+    ] {
+        let taken = answers(store, 1, parameters);
+        let SamplingParameters { temperature, top_k, top_p, min_p, .. } = parameters;
+        println!("{name}: {temperature}, top {top_k}, top {top_p}, min {min_p}: {taken:?}");
+        assert!(taken.whole <= most_whole, "{name}: {taken:?} for {parameters:?}");
     }
 }

@@ -15,7 +15,7 @@ use kernels::{
     Backend, Columns, FloatMatrix, Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix,
     ScreenQuery, Threshold, draw_key, gumbel,
 };
-use proto::step::{Output, SamplingParameters};
+use proto::step::Output;
 
 use super::super::buffers::{HEAD_POSITIONS, Local};
 use super::super::rows::Wanted;
@@ -28,13 +28,6 @@ use super::settle;
 /// thread keeps as many thresholds in order.
 const TOP_K_MAX: usize = 128;
 
-/// Least min-p of a screened position: far above where the exponential ends.
-const MIN_P_LEAST: f32 = 1e-30;
-
-/// How much lower than ln(min-p) the threshold lies: exponents are below 70 then, and their roundings
-/// and those of the exponential and the logarithm together below 2e-5.
-const MIN_P_MARGIN: f64 = 1e-3;
-
 /// Rows that a thread gathers before it computes them, so that it asks for some while others come.
 const PENDING_ROWS: usize = 8;
 
@@ -43,9 +36,8 @@ const _: () = assert!(HEAD_POSITIONS <= SCREEN_POSITIONS_MAX, "all positions fit
 /// What is needed of a position's logits, if not all of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Need {
-    /// So many of the greatest and, counting from the last of them, all down to a distance `reach`, which
-    /// is 0 or negative.
-    Greatest { count: usize, reach: f64 },
+    /// So many of the greatest.
+    Greatest { count: usize },
     /// The one of the greatest score at this temperature, whatever cuts would leave.
     Score { temperature: f64 },
     /// That one, and bounds of all others, of which `settle` sees what the cuts leave.
@@ -54,32 +46,21 @@ pub(super) enum Need {
 
 impl Need {
     /// What an output needs; `None` if it is the whole distribution.
-    pub(super) fn of(backend: Backend, output: &Output, vocab: usize) -> Option<Self> {
+    pub(super) fn of(output: &Output, vocab: usize) -> Option<Self> {
         let (Output::Sample(parameters) | Output::Draw(parameters)) = output else { return None };
-        let SamplingParameters { temperature, top_k, top_p, min_p, top_logprobs, .. } =
-            **parameters;
-        if top_logprobs.is_some() {
-            return None;
-        }
-        if temperature == 0.0 {
-            return Some(Self::Greatest { count: 1, reach: 0.0 });
-        }
-        let widened = f64::from(temperature);
-        if !sampler::has_cuts(parameters, vocab) {
-            return Some(Self::Score { temperature: widened });
-        }
-        let is_top_k = (1..vocab).contains(&(top_k as usize));
-        if is_top_k && top_k as usize <= TOP_K_MAX {
+        let top_k = parameters.top_k as usize;
+        let temperature = f64::from(parameters.temperature);
+        if parameters.top_logprobs.is_some() {
+            None
+        } else if temperature == 0.0 {
+            Some(Self::Greatest { count: 1 })
+        } else if !sampler::has_cuts(parameters, vocab) {
+            Some(Self::Score { temperature })
+        } else if (1..vocab.min(TOP_K_MAX + 1)).contains(&top_k) {
             // Whatever the other cuts: all other tokens weigh +0.
-            Some(Self::Greatest { count: top_k as usize, reach: 0.0 })
-        } else if !is_top_k && top_p == 1.0 && min_p >= MIN_P_LEAST {
-            // No sum over all tokens is asked for, and the first that weighs too little ends it.
-            let mut ln = [0.0];
-            backend.ln(&[min_p], &mut ln);
-            let reach = widened * (f64::from(ln[0]) - MIN_P_MARGIN);
-            Some(Self::Greatest { count: 1, reach })
+            Some(Self::Greatest { count: top_k })
         } else {
-            Some(Self::Cut { temperature: widened })
+            Some(Self::Cut { temperature })
         }
     }
 
@@ -156,7 +137,7 @@ impl Tracker {
     fn new() -> Self {
         Self {
             greatest: Vec::with_capacity(TOP_K_MAX),
-            need: Need::Greatest { count: 1, reach: 0.0 },
+            need: Need::Greatest { count: 1 },
             key: 0,
             noise: [0.0; ScreenMatrix::GROUP_ROWS],
             pending: Vec::with_capacity(PENDING_ROWS + ScreenMatrix::GROUP_ROWS),
@@ -172,13 +153,13 @@ impl Tracker {
 
     /// Below this a logit or a score does not matter.
     fn least(&self) -> f64 {
-        let (count, reach) = match self.need {
-            Need::Greatest { count, reach } => (count, reach),
-            Need::Score { .. } | Need::Cut { .. } => (1, 0.0),
+        let count = match self.need {
+            Need::Greatest { count } => count,
+            Need::Score { .. } | Need::Cut { .. } => 1,
         };
         match self.greatest.len() < count {
             true => f64::NEG_INFINITY,
-            false => self.greatest[0] + reach,
+            false => self.greatest[0],
         }
     }
 
@@ -200,7 +181,7 @@ impl Tracker {
     /// Takes in the logit of a token, after penalties and bias.
     fn offer(&mut self, token: u32, logit: f32) {
         let (count, value) = match self.need {
-            Need::Greatest { count, .. } => (count, f64::from(logit)),
+            Need::Greatest { count } => (count, f64::from(logit)),
             Need::Score { temperature } | Need::Cut { temperature } => {
                 (1, sampler::noisy(logit, temperature, gumbel(self.key, token)))
             }
@@ -297,7 +278,7 @@ impl Step<'_> {
         for (wanted, tracker) in positions.iter().zip(&mut scratch.trackers) {
             let output = &self.batch.row_of(wanted.token).output;
             let (Output::Sample(parameters) | Output::Draw(parameters)) = output else { continue };
-            let need = Need::of(self.backend, output, vocab);
+            let need = Need::of(output, vocab);
             // The token that is drawn stands one after the token it follows.
             let position = self.batch.tokens()[wanted.token].position + 1;
             let key = draw_key(parameters.seed, parameters.choice, position);

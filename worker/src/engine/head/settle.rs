@@ -10,9 +10,9 @@ use super::super::sampler::{self, NotFinite};
 /// Most exact logits of a position that are looked at: a screen that leaves more has settled nothing.
 const EXACT_MOST: usize = 4096;
 
-/// How many rows in all are computed here before the next look, by one thread: 2.6 MB of a head of 2560
-/// columns, below half a percent of it.
-const ROUNDS: [usize; 3] = [0, 64, 512];
+/// How many rows in all are computed here before the next look, by one thread: at most 10 MB of a head
+/// of 2560 columns, where the whole one has 657 MB.
+const ROUNDS: [usize; 4] = [0, 64, 512, 2048];
 
 /// Rows whose weight is at most this share of the reference's are not worth computing.
 const LEAST_WEIGHT: f32 = 1e-5;
@@ -48,10 +48,10 @@ pub(super) struct Scratch {
 
 impl Scratch {
     /// Words of four bytes, or a little less.
-    pub(super) const WORDS: usize = EXACT_MOST * size_of::<Exact>() / 4 + ROUNDS[2];
+    pub(super) const WORDS: usize = EXACT_MOST * size_of::<Exact>() / 4 + ROUNDS[3];
 
     pub(super) fn new() -> Self {
-        Self { exact: Vec::with_capacity(EXACT_MOST), values: vec![0.0; ROUNDS[2]] }
+        Self { exact: Vec::with_capacity(EXACT_MOST), values: vec![0.0; ROUNDS[3]] }
     }
 }
 
@@ -108,7 +108,7 @@ impl Question<'_> {
             if round == 1 {
                 let count = known.gather(&mut planes.candidates);
                 candidates = &mut planes.candidates[..count];
-                known.rank(candidates, ROUNDS[2]);
+                known.rank(candidates, ROUNDS[3]);
             }
             let end = end.min(candidates.len());
             if round > 0 && computed == end {
@@ -271,19 +271,23 @@ impl Limits {
             sum: [least_sum, least_sum + rest],
             most: (most_exponent, most_weight),
         };
-        limits.sum[1].is_finite().then_some(limits)
+        (!known.exact.is_empty() && limits.sum[1].is_finite()).then_some(limits)
     }
 
     /// How many of the exact tokens, in the order of rank, the cuts may keep, and whether they keep no
     /// other.
     fn contenders(&self, known: &Known<'_>) -> (usize, bool) {
         let (most_exponent, most_weight) = self.most;
-        let is_too_light = |weight: f64| weight < self.min_p * (1.0 - 4.0 * WEIGHT_MARGIN);
-        let is_closed = is_too_light(most_weight);
+        // The greatest of all logits weighs at least as much as the first.
+        let least = match self.min_p >= SAFE_WEIGHT {
+            true => self.min_p * known.exact[0].weight * (1.0 - 4.0 * WEIGHT_MARGIN),
+            false => 0.0,
+        };
+        let is_closed = most_weight < least;
         let mut sum = 0.0;
         for (rank, exact) in known.exact.iter().enumerate() {
-            // Then it is not the best, which weighs as much as the reference or more.
-            if is_too_light(exact.weight) {
+            // Then it is not the first.
+            if exact.weight < least {
                 return (rank, is_closed);
             }
             sum += exact.weight;
@@ -331,3 +335,6 @@ fn may_rank_before(known: &Known<'_>, exponent: f32) -> (usize, f64) {
     }
     (count, lanes.iter().sum())
 }
+
+#[cfg(test)]
+mod tests;

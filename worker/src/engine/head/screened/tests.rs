@@ -1,28 +1,27 @@
 //! Needs, thresholds and the order of floats.
 
+use proto::step::SamplingParameters;
+
 use super::*;
 
 fn need(parameters: SamplingParameters) -> Option<Need> {
-    Need::of(Backend::detect(), &Output::Sample(Box::new(parameters)), 1_000)
+    Need::of(&Output::Sample(Box::new(parameters)), 1_000)
 }
 
 #[test]
 fn what_is_asked_tells_what_is_needed() {
     let drawn = SamplingParameters { temperature: 0.75, ..SamplingParameters::default() };
     let top_40 = SamplingParameters { top_k: 40, top_p: 0.9, min_p: 0.1, ..drawn.clone() };
-    let greatest = |count| Some(Need::Greatest { count, reach: 0.0 });
+    let greatest = |count| Some(Need::Greatest { count });
     assert_eq!(need(SamplingParameters::default()), greatest(1));
     assert_eq!(need(top_40.clone()), greatest(40));
-    let near = need(SamplingParameters { min_p: 0.1, ..drawn.clone() }).unwrap();
-    let Need::Greatest { count: 1, reach } = near else { panic!("{near:?}") };
-    assert!((reach + 0.75 * (10f64.ln() + 1e-3)).abs() < 1e-6, "{reach}");
     let score = Some(Need::Score { temperature: 0.75 });
     assert_eq!(need(drawn.clone()), score);
     assert_eq!(need(SamplingParameters { top_k: 1_000, ..drawn.clone() }), score, "keeps all");
     for cut in [
         SamplingParameters { top_p: 0.9, ..drawn.clone() },
         SamplingParameters { top_p: 0.9, min_p: 0.1, ..drawn.clone() },
-        SamplingParameters { min_p: 1e-35, ..drawn.clone() },
+        SamplingParameters { min_p: 0.1, ..drawn.clone() },
         SamplingParameters { top_k: 129, ..drawn },
     ] {
         assert_eq!(need(cut.clone()), Some(Need::Cut { temperature: 0.75 }), "{cut:?}");
@@ -34,14 +33,14 @@ fn what_is_asked_tells_what_is_needed() {
         assert_eq!(need(whole.clone()), None, "{whole:?}");
     }
     for output in [Output::None, Output::Logits, Output::Score(vec![1])] {
-        assert_eq!(Need::of(Backend::detect(), &output, 1_000), None);
+        assert_eq!(Need::of(&output, 1_000), None);
     }
 }
 
 #[test]
 fn a_threshold_is_the_last_logit_that_is_needed() {
     let mut tracker = Tracker::new();
-    tracker.begin(Need::Greatest { count: 3, reach: 0.0 }, 0);
+    tracker.begin(Need::Greatest { count: 3 }, 0);
     for (logit, want) in [
         (1.0, f64::NEG_INFINITY),
         (5.0, f64::NEG_INFINITY),
@@ -55,10 +54,8 @@ fn a_threshold_is_the_last_logit_that_is_needed() {
         tracker.offer(7, logit);
         assert_eq!(tracker.least(), want, "{logit}");
     }
-    tracker.begin(Need::Greatest { count: 1, reach: -2.5 }, 0);
+    tracker.begin(Need::Greatest { count: 1 }, 0);
     assert_eq!(tracker.least(), f64::NEG_INFINITY);
-    tracker.offer(7, -1.0);
-    assert_eq!(tracker.least(), -3.5);
 }
 
 #[test]
