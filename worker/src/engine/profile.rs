@@ -30,9 +30,9 @@ pub struct StepProfile {
     pub down_zeros: u64,
     /// Bytes of matrices and embedding rows that were read, each reading counted once a step.
     pub weight_bytes: u64,
-    /// Rows of the head that were judged by their screen alone.
+    /// Rows of the head that were left out by their screen.
     pub screened_rows: u64,
-    /// Rows of the head that were computed exactly.
+    /// Rows of the head that were computed exactly, some perhaps after they were left out.
     pub exact_rows: u64,
 }
 

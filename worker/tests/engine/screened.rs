@@ -258,8 +258,8 @@ fn a_temperature_alone_is_screened() {
             let taken = answers(store, threads, &parameters);
             println!("temperature {temperature} on {threads} threads: {taken:?}");
             // Every thread computes the first group of rows that it sees.
-            let most = 64 * threads as u64 + 60;
-            assert!(taken.whole == 0 && taken.exact_rows < most * taken.draws, "{taken:?}");
+            // Of 4096 and 5003.
+            assert!(taken.whole == 0 && taken.exact_rows < 100 * taken.draws, "{taken:?}");
         }
     }
 }

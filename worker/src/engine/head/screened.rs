@@ -15,7 +15,7 @@ use kernels::{
     Backend, Columns, FloatMatrix, Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix,
     ScreenQuery, Threshold, draw_key, gumbel,
 };
-use proto::step::Output;
+use proto::step::{Output, SamplingParameters};
 
 use super::super::buffers::{HEAD_POSITIONS, Local};
 use super::super::rows::Wanted;
@@ -165,17 +165,40 @@ impl Tracker {
 
     /// The threshold for the group of rows from `first` on, if what does not matter is below `least`.
     fn threshold(&mut self, backend: Backend, first: u32, least: f64) -> Threshold<'_> {
-        match self.need {
+        let threshold = match self.need {
             Need::Greatest { .. } => Threshold::of_logits(least),
-            Need::Score { temperature } => {
+            Need::Score { temperature } | Need::Cut { temperature } => {
                 backend.noise(self.key, first, &mut self.noise);
                 Threshold::of_scores(least, temperature, &self.noise)
             }
-            Need::Cut { temperature } => {
-                backend.noise(self.key, first, &mut self.noise);
-                Threshold::of_scores(least, temperature, &self.noise).with_bounds()
+        };
+        match self.need.is_cut() || least == f64::NEG_INFINITY {
+            true => threshold.with_bounds(),
+            false => threshold,
+        }
+    }
+
+    /// Of the rows `mask` of the group of the last threshold, whose logits have these bounds, those that
+    /// may still matter; and the one of the greatest bound among them.
+    fn promising(&self, bounds: &[f32; ScreenMatrix::GROUP_ROWS], mask: u64) -> (u64, Option<u32>) {
+        let least = self.least();
+        let (mut left, mut best) = (0, None);
+        for row in (0..u64::BITS).filter(|row| mask >> row & 1 == 1) {
+            let (bound, noise) = (bounds[row as usize], f64::from(self.noise[row as usize]));
+            let value = match self.need {
+                Need::Greatest { .. } => f64::from(bound),
+                Need::Score { temperature } | Need::Cut { temperature } => {
+                    sampler::noisy(bound, temperature, noise)
+                }
+            };
+            // A bound that is NaN keeps its row.
+            let is_out = value < least;
+            left |= u64::from(!is_out) << row;
+            if best.is_none_or(|(most, _)| value > most) {
+                best = Some((value, row));
             }
         }
+        (left, best.map(|(_, row)| row))
     }
 
     /// Takes in the logit of a token, after penalties and bias.
@@ -318,14 +341,15 @@ impl Step<'_> {
         let mut kept = [Kept::default(); HEAD_POSITIONS];
         let (mut bytes, mut exact_rows) = (0, 0);
         for start in rows.clone().step_by(ScreenMatrix::GROUP_ROWS) {
-            let mut failed = [false; HEAD_POSITIONS];
+            let (mut failed, mut begins) = ([false; HEAD_POSITIONS], [false; HEAD_POSITIONS]);
             let mut thresholds = [Threshold::of_logits(f64::INFINITY); HEAD_POSITIONS];
             let trackers = &mut scratch.trackers;
             for (i, (wanted, tracker)) in positions.iter().zip(trackers).enumerate() {
                 failed[i] = self.batch.has_failed(self.batch.tokens()[wanted.token].row);
-                // Otherwise nothing matters, for nothing reaches infinity.
+                // Nothing reaches infinity, and of a row that failed nothing matters.
                 if !failed[i] {
                     let least = self.progress.raise(i, tracker.least());
+                    begins[i] = least == f64::NEG_INFINITY;
                     thresholds[i] = tracker.threshold(self.backend, start as u32, least);
                 }
             }
@@ -339,46 +363,85 @@ impl Step<'_> {
                     bounds[start - rows.start..end - rows.start]
                         .copy_from_slice(&kept[i].bounds[..end - start]);
                 }
-                let logits = y.row(positions.first + i);
-                logits[start - rows.start..end - rows.start].fill(f32::NEG_INFINITY);
                 let output = &self.batch.row_of(wanted.token).output;
                 let (Output::Sample(parameters) | Output::Draw(parameters)) = output else {
                     continue;
                 };
-                let mut mask = kept[i].rows;
+                let place = &mut Place {
+                    row: positions.first + i,
+                    wanted,
+                    parameters,
+                    first: rows.start,
+                    logits: y.row(positions.first + i),
+                };
+                place.logits[start - rows.start..end - rows.start].fill(f32::NEG_INFINITY);
+                let (mut mask, mut done, values) = (kept[i].rows, 0, &mut scratch.values);
+                if begins[i]
+                    && let (_, Some(best)) = tracker.promising(&kept[i].bounds, mask)
+                {
+                    // Without a threshold all are kept: the best by its bound spares most others.
+                    tracker.pending.push(start as u32 + best);
+                    exact_rows += self.compute(member, head, tracker, values, place);
+                    done = 1 << best;
+                    (mask, _) = tracker.promising(&kept[i].bounds, mask);
+                }
                 if !failed[i] {
                     let valid = u64::MAX >> (ScreenMatrix::GROUP_ROWS - (end - start));
                     mask |= sampler::touched(parameters, start as u32) & valid;
                 }
+                mask &= !done;
                 while mask != 0 {
                     tracker.pending.push(start as u32 + mask.trailing_zeros());
                     mask &= mask - 1;
                 }
-                if tracker.pending.len() < PENDING_ROWS && end < rows.end {
-                    continue;
+                if tracker.pending.len() >= PENDING_ROWS || end == rows.end {
+                    exact_rows += self.compute(member, head, tracker, values, place);
                 }
-                exact_rows += tracker.pending.len();
-                let values = &mut scratch.values[..tracker.pending.len()];
-                let input = self.planes.head_input.read(member);
-                let input = &input[(positions.first + i) * head.cols()..][..head.cols()];
-                self.backend.head_rows(head, &tracker.pending, input, values);
-                if !sampler::all_finite(values) {
-                    self.batch.fail(self.batch.tokens()[wanted.token].row);
-                }
-                for (at, logit) in values.iter().enumerate() {
-                    let row = tracker.pending[at];
-                    logits[row as usize - rows.start] = *logit;
-                    // What penalties make infinite fails its row later, and says nothing of others.
-                    let adjusted = sampler::adjusted(row, *logit, parameters);
-                    if adjusted.is_finite() {
-                        tracker.offer(row, adjusted);
-                    }
-                }
-                tracker.pending.clear();
             }
         }
         (bytes, exact_rows)
     }
+
+    /// Computes the pending rows of a position and returns how many there were.
+    fn compute(
+        &self,
+        member: &Member<'_>,
+        head: FloatMatrix<'_>,
+        tracker: &mut Tracker,
+        values: &mut [f32],
+        place: &mut Place<'_>,
+    ) -> usize {
+        let count = tracker.pending.len();
+        let values = &mut values[..count];
+        let input = self.planes.head_input.read(member);
+        let input = &input[place.row * head.cols()..][..head.cols()];
+        self.backend.head_rows(head, &tracker.pending, input, values);
+        if !sampler::all_finite(values) {
+            self.batch.fail(self.batch.tokens()[place.wanted.token].row);
+        }
+        for (at, logit) in values.iter().enumerate() {
+            let row = tracker.pending[at];
+            place.logits[row as usize - place.first] = *logit;
+            // What penalties make infinite fails its row later, and says nothing of others.
+            let adjusted = sampler::adjusted(row, *logit, place.parameters);
+            if adjusted.is_finite() {
+                tracker.offer(row, adjusted);
+            }
+        }
+        tracker.pending.clear();
+        count
+    }
+}
+
+/// Where exact logits of a position go.
+struct Place<'a> {
+    /// The position's row of `head_input` and `logits`.
+    row: usize,
+    wanted: Wanted,
+    parameters: &'a SamplingParameters,
+    /// Those of some tokens, from this one on.
+    logits: &'a mut [f32],
+    first: usize,
 }
 
 #[cfg(test)]
