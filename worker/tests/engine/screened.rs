@@ -28,11 +28,11 @@ fn engine_that(store: &Store, screens: bool, backend: Backend, threads: usize) -
     engine(store, 0..1, EngineConfig { backend, threads, shortcuts, ..plain() })
 }
 
-/// Every way to ask for a token, with and without a need for all logits.
+/// Every way to ask for a token, with and without a need for all logits, of 4096 tokens or more.
 pub(crate) fn asked() -> Vec<SamplingParameters> {
     let greedy = SamplingParameters::default();
     let warm = SamplingParameters { temperature: 0.8, ..greedy.clone() };
-    let counts = |count| (0..VOCAB).step_by(7).map(|token| (token, count)).collect::<Vec<_>>();
+    let counts = |count| (0..4_096).step_by(7).map(|token| (token, count)).collect::<Vec<_>>();
     let seen = SamplingParameters {
         prompt_counts: counts(1),
         output_counts: counts(3),
@@ -44,9 +44,9 @@ pub(crate) fn asked() -> Vec<SamplingParameters> {
     let mut all = vec![
         greedy.clone(),
         SamplingParameters { temperature: 0.0, ..seen.clone() },
-        SamplingParameters { logit_bias: vec![(4_999, 100.0), (3, -2.0)], ..greedy.clone() },
+        SamplingParameters { logit_bias: vec![(4_090, 100.0), (3, -2.0)], ..greedy.clone() },
         SamplingParameters {
-            logit_bias: (0..300).map(|i| (i * 16, -100.0)).collect(),
+            logit_bias: (0..300).map(|i| (i * 13, -100.0)).collect(),
             ..greedy.clone()
         },
         // Infinite: the row fails, screened or not.
@@ -169,6 +169,35 @@ fn company_changes_no_token() {
                 let found = screened.forward(&rows, &[]);
                 assert_eq!(found, whole.forward(&rows, &[]), "{n} rows on {threads} threads");
                 assert!(found.rows.iter().any(|row| row.status == RowStatus::Ok));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_trained_model_draws_the_same_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&import_bundled(dir.path()).unwrap());
+    let all = 0..store.config().layers;
+    let asked = asked();
+    for threads in [1, 3] {
+        let config = EngineConfig { backend: Backend::detect(), threads, ..plain() };
+        let without = Shortcuts { screen: false, ..Shortcuts::default() };
+        let mut screened = engine(&store, all.clone(), config);
+        let mut whole = engine(&store, all.clone(), EngineConfig { shortcuts: without, ..config });
+        for n in [1, 2, 5, 16] {
+            for asked in asked.chunks(n) {
+                let rows: Vec<_> = asked
+                    .iter()
+                    .enumerate()
+                    .map(|(i, parameters)| {
+                        let sequence = Sequence::new(i as u64 % 8, 6);
+                        let sequence = Sequence { id: i as u64, ..sequence };
+                        sequence.row(0..6, Output::Sample(Box::new(parameters.clone())))
+                    })
+                    .collect();
+                let found = screened.forward(&rows, &[]);
+                assert_eq!(found, whole.forward(&rows, &[]), "{n} rows on {threads} threads");
             }
         }
     }
