@@ -67,7 +67,12 @@ fn finite(text: &str) -> Result<f32, String> {
     number(text, |_| true, "a number")
 }
 
-fn at_least_zero(text: &str) -> Result<f32, String> {
+/// For clap.
+///
+/// # Errors
+///
+/// What was expected, if it is no number of at least 0.
+pub fn at_least_zero(text: &str) -> Result<f32, String> {
     number(text, |value| value >= 0.0, "a number of at least 0")
 }
 
@@ -79,7 +84,12 @@ fn share(text: &str) -> Result<f32, String> {
     number(text, |value| (0.0..=1.0).contains(&value), "a number from 0 to 1")
 }
 
-fn share_above_zero(text: &str) -> Result<f32, String> {
+/// For clap.
+///
+/// # Errors
+///
+/// What was expected, if it is no number above 0 and at most 1.
+pub fn share_above_zero(text: &str) -> Result<f32, String> {
     number(text, |value| value > 0.0 && value <= 1.0, "a number above 0 and at most 1")
 }
 

@@ -4,7 +4,7 @@
 //! One stage that holds the whole model, and no network. Prompts are random tokens, and every
 //! sequence has its own keys and values. A prompt is cut into chunks as the scheduler of a
 //! coordinator would that had nothing else to do: whole steps, and what is left in the last one.
-//! Drawing is greedy; every decoded token goes through the head, a prompt's tokens do not.
+//! Drawing is greedy if nothing else is asked for; every decoded token goes through the head, a prompt's tokens do not.
 
 mod limited;
 mod runner;
@@ -15,7 +15,7 @@ use std::time::Instant;
 use kernels::Backend;
 use model::{ModelConfig, Store};
 use proto::plan::KvType;
-use proto::step::RowStatus;
+use proto::step::{RowStatus, SamplingParameters};
 use serde::Serialize;
 use worker::engine::{
     Engine, EngineConfig, EngineError, Placement, Shortcuts, StageModel, StepProfile,
@@ -60,6 +60,8 @@ pub struct Options {
     pub batches: Vec<usize>,
     /// Times everything is measured; the middle counts.
     pub repeats: usize,
+    /// How tokens are drawn: temperature and cuts. Each sequence has a seed of its own.
+    pub sampling: SamplingParameters,
     /// Of what the prompts are made.
     pub seed: u64,
     /// Memory that is read for the limit of the bandwidth, in bytes.
@@ -81,6 +83,7 @@ impl Default for Options {
             generate: 32,
             batches: vec![1, 2, 4, 8, 16],
             repeats: 3,
+            sampling: SamplingParameters::default(),
             seed: 0,
             read_bytes: limits::READ_BYTES,
         }
@@ -151,6 +154,12 @@ pub struct Measured {
     pub context: usize,
     /// Tokens that every sequence generated.
     pub generate: usize,
+    /// At which tokens were drawn; 0 is greedy.
+    pub temperature: f32,
+    /// From how many of the most probable tokens they were drawn; 0 is all.
+    pub top_k: u32,
+    /// From which share of the distribution they were drawn.
+    pub top_p: f32,
     /// Times everything was measured.
     pub repeats: usize,
     /// Of the prompt; no head in it. The median, as every rate here.
@@ -292,7 +301,7 @@ pub fn measure(
     report: Report<'_>,
 ) -> Result<Measured, BenchError> {
     check(options, store.config().context)?;
-    let Options { backend, threads, repeats, .. } = *options;
+    let &Options { backend, threads, repeats, .. } = options;
     // Limits before and after, what is filled, the profile, and every repeat.
     let total = (repeats * (2 + options.batches.len()) + 4) as u64;
     let mut done = 0;
@@ -387,6 +396,9 @@ pub fn measure(
         chunk: options.chunk,
         context: options.context,
         generate: options.generate,
+        temperature: options.sampling.temperature,
+        top_k: options.sampling.top_k,
+        top_p: options.sampling.top_p,
         repeats,
         prefill_tokens_per_s: prefill.median,
         decode_tokens_per_s: decode.median,

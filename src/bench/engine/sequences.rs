@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use model::ModelConfig;
 use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
-use proto::step::{Output, Row, RowStatus};
+use proto::step::{Output, Row, RowStatus, SamplingParameters};
 
 use super::runner::Runner;
 use super::{BenchError, Options};
@@ -22,12 +22,13 @@ pub(super) struct Sequences {
     prompt: usize,
     chunk: usize,
     context: usize,
+    sampling: SamplingParameters,
 }
 
 impl Sequences {
     /// `count` sequences for a model of this shape.
     pub(super) fn new(options: &Options, model: &ModelConfig, count: usize) -> Self {
-        let Options { prompt, chunk, context, generate, seed, .. } = *options;
+        let &Options { prompt, chunk, context, generate, seed, .. } = options;
         let mut random = Random(seed);
         let mut next_block = 0;
         let mut of = |tokens: usize, most: usize| {
@@ -43,7 +44,8 @@ impl Sequences {
                 of(read + 1, read.max(context + generate))
             })
             .unzip();
-        Self { tokens, blocks, prompt, chunk, context }
+        let sampling = options.sampling.clone();
+        Self { tokens, blocks, prompt, chunk, context, sampling }
     }
 
     /// Blocks of all of them.
@@ -82,7 +84,9 @@ impl Sequences {
             self.tokens[..batch].iter().map(|tokens| tokens[self.context]).collect();
         for position in self.positions(count) {
             let row = |(sequence, token): (usize, &u32)| {
-                self.row(sequence, position, vec![*token], Output::Sample(Box::default()))
+                let seed = sequence as u64;
+                let parameters = SamplingParameters { seed, ..self.sampling.clone() };
+                self.row(sequence, position, vec![*token], Output::Sample(Box::new(parameters)))
             };
             let rows: Vec<Row> = last.iter().enumerate().map(row).collect();
             last = runner.forward(&rows)?;

@@ -18,7 +18,7 @@ const BATCH_MAX: usize = 1024;
 
 /// Measures prefill, decode and batched decode of one engine, and what the machine would allow.
 ///
-/// Prompts are random tokens; drawing is greedy. A prompt is cut into chunks as a coordinator's
+/// Prompts are random tokens; drawing is greedy if nothing else is asked for. A prompt is cut into chunks as a coordinator's
 /// scheduler does that has nothing else to do.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -45,6 +45,15 @@ pub(crate) struct EngineCommand {
     /// Tokens of a prompt in one step [default: a coordinator's, 64]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     chunk: Option<usize>,
+    /// Draw at this temperature [default: 0, greedy]
+    #[arg(long, value_name = "T", value_parser = client::request::at_least_zero)]
+    temperature: Option<f32>,
+    /// Draw from the K most probable tokens only; 0 is off [default: 0]
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Draw from the most probable tokens that together have this share [default: 1]
+    #[arg(long, value_name = "P", value_parser = client::request::share_above_zero)]
+    top_p: Option<f32>,
     /// Times everything is measured; the middle counts [default: 3]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     repeat: Option<usize>,
@@ -83,6 +92,10 @@ impl EngineCommand {
         options.context = self.context.unwrap_or(options.context);
         options.generate = self.generate.unwrap_or(options.generate);
         options.repeats = self.repeat.unwrap_or(options.repeats);
+        let sampling = &mut options.sampling;
+        sampling.temperature = self.temperature.unwrap_or(sampling.temperature);
+        sampling.top_k = self.top_k.unwrap_or(sampling.top_k);
+        sampling.top_p = self.top_p.unwrap_or(sampling.top_p);
         if !self.batch.is_empty() {
             options.batches.clone_from(&self.batch);
         }
@@ -118,7 +131,16 @@ fn table(measured: &Measured) -> String {
     let best = limits.best;
     // Writing to a String cannot fail.
     let mut text = String::new();
-    let _ = writeln!(text, "{model} on {}, {isa}, {threads} threads, KV in {kv_type}", machine.cpu);
+    let cpu = &machine.cpu;
+    let _ = writeln!(text, "{model} on {cpu}, {isa}, {threads} threads, KV in {kv_type}");
+    let drawn = match measured.temperature {
+        0.0 => "drawn greedily".to_owned(),
+        temperature => {
+            let Measured { top_k, top_p, .. } = measured;
+            format!("drawn at temperature {temperature}, top-k {top_k}, top-p {top_p}")
+        }
+    };
+    let _ = writeln!(text, "tokens {drawn}");
     let _ = writeln!(
         text,
         "limits: read {:.1} GB/s, int8 {:.0} and f32 {:.0} x 10^9 multiply-adds/s (before: {:.1}, \
