@@ -79,6 +79,7 @@ entries! {
     sparse::ternary_columns(w: TernaryColumns<'_>, columns: &[u32], x: Quantised<'_>, sums: &mut [i32]);
     sparse::positive(x: &[f32], first: u32, out: &mut [u32]) -> usize;
     sparse::nonzero(q: &[i8], out: &mut [u32]) -> usize;
+    head::head_rows(w: FloatMatrix<'_>, rows: &[u32], x: &[f32], y: &mut [f32]);
     head::head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>);
     screen::screen(
         w: ScreenMatrix<'_>, group: usize, x: ScreenInput<'_>, thresholds: &[Threshold<'_>],

@@ -22,6 +22,46 @@ const BATCH_ROWS: usize = 32;
 const TILE_WEIGHTS: usize = 4;
 const TILE_ACTIVATIONS: usize = 6;
 
+/// Rows that are picked and computed together: so many chains of additions hide one another's latency.
+const PICKED: usize = 8;
+
+/// Rows that lie anywhere, eight at a time; the next eight are asked for meanwhile, line by line.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn head_rows(w: FloatMatrix<'_>, rows: &[u32], x: &[f32], y: &mut [f32]) {
+    match w.kind() {
+        FloatKind::F16 => picked(w, rows, x, y, |bits| _mm512_cvtph_ps(bits)),
+        FloatKind::Bf16 => picked(w, rows, x, y, |bits| {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        }),
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn picked(
+    w: FloatMatrix<'_>,
+    rows: &[u32],
+    x: &[f32],
+    y: &mut [f32],
+    widen: impl Fn(__m256i) -> __m512,
+) {
+    for line in rows.iter().take(PICKED).flat_map(|row| w.row(*row as usize).chunks(32)) {
+        prefetch(line.as_ptr(), 0);
+    }
+    let row = |at: usize| w.row(rows[at.min(rows.len() - 1)] as usize);
+    let whole = rows.len() / PICKED * PICKED;
+    for at in (0..whole).step_by(PICKED) {
+        let weights: [&[u16]; PICKED] = array::from_fn(|i| row(at + i));
+        let ahead = array::from_fn(|i| row(at + PICKED + i).as_ptr());
+        let [results] = tile::<PICKED, 1>(weights, [x], ahead, &widen);
+        y[at..at + PICKED].copy_from_slice(&results);
+    }
+    for at in whole..rows.len() {
+        let [[result]] = tile([row(at)], [x], [row(at + 1).as_ptr()], &widen);
+        y[at] = result;
+    }
+}
+
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn head(w: FloatMatrix<'_>, rows: Range<usize>, x: &[f32], y: Columns<'_>) {
     match w.kind() {
@@ -76,12 +116,19 @@ fn some_rows<const N: usize>(
     let x: [&[f32]; N] = array::from_fn(|j| &x[(i + j) * w.cols()..][..w.cols()]);
     let whole = batch.len() / TILE_WEIGHTS * TILE_WEIGHTS;
     for row in (0..whole).step_by(TILE_WEIGHTS) {
-        let weights = array::from_fn(|more| w.row(batch.start + row + more));
-        put(y, i, at + row, tile::<TILE_WEIGHTS, N>(weights, x, widen));
+        let weights: [&[u16]; _] = array::from_fn(|more| w.row(batch.start + row + more));
+        let ahead = array::from_fn(|more| further(weights[more]));
+        put(y, i, at + row, tile::<TILE_WEIGHTS, N>(weights, x, ahead, widen));
     }
     for row in whole..batch.len() {
-        put(y, i, at + row, tile([w.row(batch.start + row)], x, widen));
+        let weights = w.row(batch.start + row);
+        put(y, i, at + row, tile([weights], x, [further(weights)], widen));
     }
+}
+
+/// [`PREFETCH_BYTES`] on, which may be in another row.
+fn further(row: &[u16]) -> *const u16 {
+    row.as_ptr().wrapping_byte_add(PREFETCH_BYTES)
 }
 
 /// Writes the results of a tile from row `i` and column `at` of these columns on.
@@ -96,12 +143,13 @@ fn put<const M: usize, const N: usize>(
     }
 }
 
-/// `M` rows of weights by `N` rows of activations.
+/// `M` rows of weights by `N` rows of activations. Asks for as many bytes from each place of `ahead` on.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 #[inline]
 fn tile<const M: usize, const N: usize>(
     w: [&[u16]; M],
     x: [&[f32]; N],
+    ahead: [*const u16; M],
     widen: &impl Fn(__m256i) -> __m512,
 ) -> [[f32; M]; N] {
     let chunks = x[0].len() / LANES;
@@ -111,7 +159,7 @@ fn tile<const M: usize, const N: usize>(
     for chunk in 0..chunks {
         for m in 0..M {
             let bits = &w_chunks[m][chunk];
-            prefetch(bits, PREFETCH_BYTES);
+            prefetch(ahead[m], size_of_val(bits) * chunk);
             let w = widen(load_u16(bits));
             for i in 0..N {
                 lanes[i][m] = _mm512_fmadd_ps(w, load(&x_chunks[i][chunk]), lanes[i][m]);
