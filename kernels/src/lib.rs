@@ -1,5 +1,5 @@
 //! Arithmetic on slices: ternary products, norms, RoPE, attention, quantisers, own elementary
-//! functions. No threads, no files, no allocation; every operation is defined to the bit in
+//! functions. No threads and no files; every operation is defined to the bit in
 //! `docs/numerics.md`, and every backend returns those bits.
 //!
 //! # Letters

@@ -31,7 +31,7 @@ pub(crate) struct LogitsCommand {
     /// Tokens of the sequence in one step [default: all]
     #[arg(long, value_name = "C", value_parser = crate::commands::at_least_one)]
     chunk: Option<usize>,
-    /// Kernels to compute with, if this CPU runs them [default: the fastest]
+    /// Kernels to compute with, if this CPU runs them [default: auto, the fastest for each operation]
     #[arg(long, value_name = "ISA", value_parser = crate::commands::backend)]
     isa: Option<Backend>,
     /// Run the sequence in steps shared with B other random ones

@@ -99,7 +99,7 @@ pub(crate) struct WorkerCommand {
     /// Memory for weights, KV and steps, such as 4GiB [default: 80 % of the machine's]
     #[arg(long, value_name = "BYTES")]
     memory: Option<ByteSize>,
-    /// Kernels to compute with [default: the fastest this CPU runs]
+    /// Kernels to compute with [default: auto, the fastest for each operation]
     #[arg(long, value_name = "ISA")]
     isa: Option<String>,
     #[command(flatten)]

@@ -223,6 +223,8 @@ pub struct Engine {
     buffers: Buffers,
     /// `[wanted positions]`; on the last stage.
     results: Buffer<PositionResult>,
+    /// With cuts of the steps before.
+    luck: head::Luck,
     /// One for each thread, which holds it for a whole step.
     locals: Vec<Mutex<Local>>,
     pool: rayon::ThreadPool,
@@ -260,7 +262,8 @@ impl Engine {
         let seated = pool.broadcast(|context| seats.sit(context.index()));
         seated.into_iter().collect::<Result<(), _>>().map_err(EngineError::Seat)?;
         let models = placement::place(model, &config, &seats)?;
-        Ok(Self { models, _seats: seats, config, cache, buffers, results, locals, pool })
+        let luck = head::Luck::default();
+        Ok(Self { models, _seats: seats, config, cache, buffers, results, luck, locals, pool })
     }
 
     /// Computes one step: `rows` in order, each seeing the KV of earlier rows of its sequence.
@@ -375,6 +378,7 @@ impl Engine {
             columns: shared::Queue::default(),
             shortcuts: self.config.shortcuts,
             progress: head::Progress::default(),
+            tries_cuts: self.luck.tries(),
             clock,
         };
         let locals = &self.locals;
@@ -389,6 +393,7 @@ impl Engine {
         locals.iter().for_each(|local| {
             step.lap(&mut local.lock().unwrap_or_else(PoisonError::into_inner), Part::Waiting);
         });
+        self.luck.note(step.progress.cuts());
     }
 
     /// The residual stream in the places of the step's tokens, zeros where a row failed.

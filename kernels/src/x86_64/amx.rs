@@ -26,7 +26,7 @@ impl Amx {
     /// What this CPU or its operating system lacks.
     pub(crate) fn detect() -> Result<Self, &'static str> {
         let avx512 = Avx512::detect()?;
-        // SAFETY: every x86-64 CPU has `cpuid`, and those with AVX-512 have leaf 7.
+        // The standard library does not look for them; CPUs with AVX-512 have leaf 7.
         let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
         for (bit, name) in [(24, "amx-tile"), (25, "amx-int8")] {
             if features >> bit & 1 == 0 {

@@ -57,7 +57,7 @@ pub(crate) struct EngineCommand {
     /// Times everything is measured; the middle counts [default: 3]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     repeat: Option<usize>,
-    /// Kernels to compute with, if this CPU runs them [default: the fastest]
+    /// Kernels to compute with, if this CPU runs them [default: auto, the fastest for each operation]
     #[arg(long, value_name = "ISA", value_parser = backend)]
     isa: Option<Backend>,
     /// How keys and values are stored: f16 or f32 [default: f16]

@@ -51,6 +51,46 @@ struct Group<'a> {
     wanted: &'a [Wanted],
 }
 
+/// How often the cuts of late positions could be settled. Decides whether the next are tried: of a flat
+/// distribution hardly any can be, and the screen is then read besides the whole head. What comes out is the
+/// same.
+#[derive(Debug, Default)]
+pub(super) struct Luck {
+    tried: u32,
+    open: u32,
+    /// Steps in a row that did not try.
+    skipped: u32,
+}
+
+impl Luck {
+    /// Positions that are remembered; then half of them are forgotten.
+    const MEMORY: u32 = 64;
+    /// So many at least say something.
+    const LEAST: u32 = 8;
+    /// Steps without a try before the next one: distributions change.
+    const SKIPPED_MOST: u32 = 31;
+
+    /// Whether this step tries.
+    pub(super) fn tries(&mut self) -> bool {
+        // Trying in vain costs half of what it saves.
+        let is_hopeless = self.tried >= Self::LEAST && self.open * 3 > self.tried * 2;
+        if is_hopeless && self.skipped < Self::SKIPPED_MOST {
+            self.skipped += 1;
+            return false;
+        }
+        self.skipped = 0;
+        true
+    }
+
+    /// Takes in how many were tried in a step, and how many of them stayed open.
+    pub(super) fn note(&mut self, (tried, open): (u32, u32)) {
+        (self.tried, self.open) = (self.tried + tried, self.open + open);
+        if self.tried > Self::MEMORY {
+            (self.tried, self.open) = (self.tried / 2, self.open / 2);
+        }
+    }
+}
+
 /// In which order a group's wanted positions are computed, all or some of them.
 #[derive(Default)]
 struct Arranged {
@@ -164,7 +204,8 @@ impl Step<'_> {
         let has_screen = may_screen && self.model.screen().is_some();
         let can_screen = |wanted: &Wanted| {
             let output = &self.batch.row_of(wanted.token).output;
-            has_screen && Need::of(output, vocab).is_some()
+            let tries = |need: Need| self.tries_cuts || !need.is_cut();
+            has_screen && Need::of(output, vocab).is_some_and(tries)
         };
         let screened = wanted.iter().filter(|wanted| can_screen(wanted)).count();
         let pays = screened == wanted.len() || screened >= LEAST_BESIDE_WHOLE;
@@ -226,6 +267,7 @@ impl Step<'_> {
                 };
                 let screen = local.screen.as_mut().expect("the last stage can screen");
                 question.settle(&mut screen.settle, scratch).map(|Settled { token, rows }| {
+                    self.progress.count_cut(token.is_none());
                     let profile = &mut local.record.profile;
                     profile.exact_rows += rows as u64;
                     profile.weight_bytes += (rows * width * size_of::<u16>()) as u64;
@@ -275,4 +317,31 @@ fn evaluate(
             PositionResult::Logits(logits.iter().flat_map(|logit| logit.to_le_bytes()).collect())
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuts_that_stay_open_are_tried_seldom() {
+        let mut luck = Luck::default();
+        for _ in 0..Luck::LEAST {
+            assert!(luck.tries());
+            luck.note((1, 1));
+        }
+        for _ in 0..3 {
+            assert!((0..Luck::SKIPPED_MOST).all(|_| !luck.tries()));
+            assert!(luck.tries());
+            luck.note((1, 1));
+        }
+        // Settled ones bring it back.
+        luck.note((40, 0));
+        assert!(luck.tries() && luck.tries());
+        // And it does not remember for ever.
+        for _ in 0..1000 {
+            luck.note((16, 0));
+        }
+        assert!(luck.tried <= Luck::MEMORY);
+    }
 }

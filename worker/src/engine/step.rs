@@ -66,6 +66,8 @@ pub(super) struct Step<'a> {
     pub(super) columns: Queue,
     pub(super) shortcuts: Shortcuts,
     pub(super) progress: Progress,
+    /// Whether cuts are to be settled without the whole head.
+    pub(super) tries_cuts: bool,
     /// If the step is profiled.
     pub(super) clock: Option<&'a dyn Clock>,
 }

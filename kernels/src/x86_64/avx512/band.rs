@@ -13,22 +13,22 @@
 //! chunk      [group][four columns][row][column]        64 columns of some groups of 16 rows
 //! ```
 //!
-//! The codes of a group in a chunk, 1 kB, are what `vpdpbusd` reads register by register (`many.rs`) and what an AMX tile
-//! takes whole (`amx.rs`). The lanes of a register are rows in the order of [`LANE_OF_ROW`].
+//! The codes of a group in a chunk, 1 kB, are what `vpdpbusd` reads register by register (`many.rs`) and
+//! what an AMX tile takes whole (`amx.rs`). The lanes of a register are rows in the order of
+//! [`LANE_OF_ROW`].
 
 use std::arch::x86_64::*;
 use std::array;
 use std::ops::Range;
 
+use super::store_codes;
 use crate::ternary_matrix::{Arrangement, BLOCK_COLS, TILE_ROWS, TernaryMatrix};
 use crate::views::{Columns, Quantised};
 use crate::workspace::Workspace;
 use crate::x86_64::avx2::prefetch;
 use crate::x86_64::avx2::ternary::{Plain, Tile, Woven};
 
-use super::store_codes;
-
-/// Lanes of 32 bits in a register: rows of weights in half of a band.
+/// Lanes of 32 bits in a register: rows of weights in a group.
 pub(in crate::x86_64) const LANES: usize = 16;
 /// Columns of a chunk: a cache line of activations, and a row of an AMX tile of them.
 pub(in crate::x86_64) const CHUNK_COLS: usize = 64;
@@ -38,8 +38,8 @@ const CHUNKS: usize = BLOCK_COLS / CHUNK_COLS;
 pub(in crate::x86_64) const FOURS: usize = CHUNK_COLS / 4;
 /// Tiles whose rows fill a register.
 pub(in crate::x86_64) const GROUP_TILES: usize = LANES / TILE_ROWS;
-/// How far ahead of its use a block is asked for: a strip of 32 rows. Nearer or farther, and in the order of memory
-/// in place of that of use, is slower.
+/// How many blocks before its use one is asked for: a strip of 32 rows. Nearer or farther is slower, and
+/// so is the order of memory in place of that of use.
 const BLOCKS_AHEAD: usize = 4;
 /// Bytes of a row that are transposed within a lane.
 const PIECE: usize = 16;

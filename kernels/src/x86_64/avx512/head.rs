@@ -56,9 +56,9 @@ fn picked(
         let [results] = tile::<PICKED, 1>(weights, [x], ahead, &widen);
         y[at..at + PICKED].copy_from_slice(&results);
     }
-    for at in whole..rows.len() {
+    for (at, y) in y.iter_mut().enumerate().skip(whole) {
         let [[result]] = tile([row(at)], [x], [row(at + 1).as_ptr()], &widen);
-        y[at] = result;
+        *y = result;
     }
 }
 

@@ -9,7 +9,7 @@
 //! depends on how far threads have come, the result does not.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use kernels::{
     Backend, Columns, FloatMatrix, Kept, SCREEN_POSITIONS_MAX, ScreenInput, ScreenMatrix,
@@ -76,6 +76,9 @@ pub(in super::super) struct Progress {
     thresholds: [AtomicU64; HEAD_POSITIONS],
     /// Of the group's wanted positions: whether what was computed does not decide it.
     unsettled: [AtomicBool; HEAD_POSITIONS],
+    /// Positions of the step whose cuts were to be settled, and those of them that were not.
+    cuts: AtomicU32,
+    open: AtomicU32,
 }
 
 impl Default for Progress {
@@ -83,6 +86,8 @@ impl Default for Progress {
         Self {
             thresholds: [const { AtomicU64::new(0) }; HEAD_POSITIONS],
             unsettled: [const { AtomicBool::new(false) }; HEAD_POSITIONS],
+            cuts: AtomicU32::new(0),
+            open: AtomicU32::new(0),
         }
     }
 }
@@ -97,6 +102,17 @@ impl Progress {
     fn raise(&self, position: usize, threshold: f64) -> f64 {
         let threshold = in_order(threshold);
         out_of_order(self.thresholds[position].fetch_max(threshold, Relaxed).max(threshold))
+    }
+
+    /// Counts a position whose cuts were to be settled.
+    pub(super) fn count_cut(&self, is_open: bool) {
+        self.cuts.fetch_add(1, Relaxed);
+        self.open.fetch_add(u32::from(is_open), Relaxed);
+    }
+
+    /// How many were counted in the step, and how many of them stayed open.
+    pub(in super::super) fn cuts(&self) -> (u32, u32) {
+        (self.cuts.load(Relaxed), self.open.load(Relaxed))
     }
 
     /// Says whether the wanted position `index` of the group needs all logits after all.

@@ -108,12 +108,13 @@ impl Question<'_> {
             if round == 1 {
                 let count = known.gather(&mut planes.candidates);
                 candidates = &mut planes.candidates[..count];
-                known.rank(candidates, ROUNDS[3]);
             }
             let end = end.min(candidates.len());
             if round > 0 && computed == end {
                 break;
             }
+            // No more than are computed now: mostly the first few are enough.
+            known.rank(&mut candidates[computed..], end - computed);
             let values = &mut scratch.values[..end - computed];
             let rows = &candidates[computed..end];
             self.backend.head_rows(self.head, rows, self.x, values);
@@ -198,6 +199,9 @@ impl Known<'_> {
 
     /// Puts the first `count` of `tokens` in descending order of what they may weigh.
     fn rank(&self, tokens: &mut [u32], count: usize) {
+        if count == 0 {
+            return;
+        }
         let exponent = |token: &u32| self.exponents[*token as usize];
         let order = |a: &u32, b: &u32| exponent(b).total_cmp(&exponent(a)).then(a.cmp(b));
         if count < tokens.len() {
