@@ -14,6 +14,9 @@ const EXACT_MOST: usize = 4096;
 /// of 2560 columns, where the whole one has 657 MB.
 const ROUNDS: [usize; 4] = [0, 64, 512, 2048];
 
+/// And at most one row in so many of the head's.
+const SHARE_MOST: usize = 8;
+
 /// Rows whose weight is at most this share of the reference's are not worth computing.
 const LEAST_WEIGHT: f32 = 1e-5;
 
@@ -109,7 +112,8 @@ impl Question<'_> {
                 let count = known.gather(&mut planes.candidates);
                 candidates = &mut planes.candidates[..count];
             }
-            let end = end.min(candidates.len());
+            // Of a small head, all of it is soon cheaper.
+            let end = end.min(candidates.len()).min(self.logits.len() / SHARE_MOST);
             if round > 0 && computed == end {
                 break;
             }
