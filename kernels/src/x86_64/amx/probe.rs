@@ -27,7 +27,7 @@ pub(super) unsafe fn probe_multiply(codes: &[u8; 128], x: &[i8], rounds: usize) 
             }
         }
     }
-    // SAFETY: the caller has AMX.
+    // SAFETY: the caller has AMX; these are the only tiles of the call.
     let mut tiles = unsafe { Tiles::new(2 * TILE_TOKENS) };
     for _ in 0..rounds / ROUNDS {
         for x in x.chunks_exact(PASS) {

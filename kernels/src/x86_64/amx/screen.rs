@@ -52,6 +52,10 @@ pub(super) unsafe fn screen(
 }
 
 /// Adds to `sums` the tiles of both planes by as many vectors, which begin at `x`, `stride` apart.
+///
+/// # Safety
+///
+/// The CPU has AMX, and the process may use it.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn both_planes(
     w: ScreenMatrix<'_>,
@@ -65,7 +69,7 @@ unsafe fn both_planes(
     let mut strip = Strip([[[[[0; 64]; FOURS]; GROUPS]; CHUNKS]; STRIP_BLOCKS]);
     let mut of_band: [Sums<GROUPS>; TOKENS] = [[[0; LANES]; GROUPS]; TOKENS];
     let of_band = &mut of_band[..sums.len()];
-    // SAFETY: the caller has AMX.
+    // SAFETY: the caller has AMX; these are the only tiles of the call.
     let mut products = unsafe { Tiles::new(sums.len()) };
     for band in (0..tiles).step_by(BAND_TILES) {
         products.clear();

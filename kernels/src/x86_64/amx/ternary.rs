@@ -16,6 +16,11 @@ pub(super) const LEAST_TOKENS: usize = 6;
 /// Rows of weights that are unpacked together.
 pub(super) const BAND_ROWS: usize = GROUPS * LANES;
 
+/// The product in tiles.
+///
+/// # Safety
+///
+/// The CPU has AMX, and the process may use it.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn ternary_many(
     w: TernaryMatrix<'_>,
@@ -30,7 +35,7 @@ pub(super) unsafe fn ternary_many(
     by_bands(w, tiles, x, &mut y, workspace, &mut |strip, x, sums| {
         let (codes, stride) = x.codes();
         if keeps {
-            // SAFETY: the caller has AMX.
+            // SAFETY: the caller has AMX; these are the only tiles of the call.
             let tiles = kept.get_or_insert_with(|| unsafe { Tiles::new(sums.len()) });
             if strip.is_first {
                 tiles.clear();
@@ -43,7 +48,7 @@ pub(super) unsafe fn ternary_many(
         }
         for tokens in groups(x.rows(), TOKENS) {
             let sums = &mut sums[tokens.clone()];
-            // SAFETY: the caller has AMX.
+            // SAFETY: the caller has AMX; those of the last round are gone, and none are kept.
             let mut tiles = unsafe { Tiles::new(sums.len()) };
             if !strip.is_first {
                 tiles.load(sums);

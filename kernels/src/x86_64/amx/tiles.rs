@@ -71,7 +71,7 @@ impl Tiles {
     ///
     /// # Safety
     ///
-    /// The CPU has AMX, and the process may use it.
+    /// The CPU has AMX, the process may use it, and no other [`Tiles`] lives in this thread.
     pub(super) unsafe fn new(tokens: usize) -> Self {
         assert!((1..=TOKENS).contains(&tokens), "{tokens} rows of activations");
         let upper = tokens.min(TILE_TOKENS) as u8;
