@@ -10,6 +10,9 @@ use super::super::sampler::{self, NotFinite};
 /// Most exact logits of a position that are looked at: a screen that leaves more has settled nothing.
 const EXACT_MOST: usize = 4096;
 
+/// Tokens that are looked at together.
+const BLOCK: usize = 16;
+
 /// How many rows in all are computed here before the next look, by one thread: at most 10 MB of a head
 /// of 2560 columns, where the whole one has 657 MB.
 const ROUNDS: [usize; 4] = [0, 64, 512, 2048];
@@ -159,9 +162,15 @@ impl Known<'_> {
         for (exponent, bound) in self.exponents.iter_mut().zip(self.question.bounds) {
             *exponent = (bound - self.reference) / temperature;
         }
-        for (token, logit) in logits.iter().enumerate() {
-            if *logit != f32::NEG_INFINITY && !self.note(token as u32, *logit) {
-                return false;
+        for (block, logits) in logits.chunks(BLOCK).enumerate() {
+            // Nearly all are left out: a block of them is one comparison.
+            if logits.iter().fold(true, |none, logit| none & (*logit == f32::NEG_INFINITY)) {
+                continue;
+            }
+            for (token, logit) in (block * BLOCK..).zip(logits) {
+                if *logit != f32::NEG_INFINITY && !self.note(token as u32, *logit) {
+                    return false;
+                }
             }
         }
         self.question.backend.exp(self.exponents, self.weights);
@@ -329,8 +338,8 @@ impl Limits {
 
 /// How many tokens that were left out may rank before one of this exponent, and what they weigh at most.
 fn may_rank_before(known: &Known<'_>, exponent: f32) -> (usize, f64) {
-    let (mut count, mut lanes) = (0, [0.0f64; 16]);
-    for (exponents, weights) in known.exponents.chunks(16).zip(known.weights.chunks(16)) {
+    let (mut count, mut lanes) = (0, [0.0f64; BLOCK]);
+    for (exponents, weights) in known.exponents.chunks(BLOCK).zip(known.weights.chunks(BLOCK)) {
         if exponents.iter().fold(true, |none, other| none & (*other < exponent)) {
             continue;
         }
