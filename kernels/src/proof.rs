@@ -192,24 +192,28 @@ fn ternary(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     }
 }
 
-/// A panel and a short one, extremes among them, by more rows than pay for what is prepared for one.
+/// A panel and a short one, extremes among them, by more rows than pay for what is prepared for one and
+/// more columns than are unpacked at once; and so few that their sums stay where they are.
 fn ternary_many(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 102;
-    const COLS: usize = 140;
-    const N: usize = Workspace::PANEL + 30;
+    const COLS: usize = 700;
+    const N: [usize; 3] = [Workspace::PANEL + 30, 20, 9];
 
     let trits: Vec<i8> = (0..ROWS * COLS).map(|_| (inputs.bits() % 3) as i8 - 1).collect();
-    let codes = Codes::new(inputs, N, COLS);
+    let codes = Codes::new(inputs, N[0], COLS);
     let rows: Vec<&[i8]> = trits.chunks(COLS).collect();
     let mut workspace = Workspace::new();
     for arrangement in [Arrangement::Tiles, Arrangement::Rows] {
         let packed = pack_rows(arrangement, &rows, COLS);
         let w = TernaryMatrix::new(&packed, arrangement, ROWS, COLS, 0.37);
         let w = w.expect("packed for this shape");
-        let mut y = vec![0.0; N * ROWS];
-        let columns = Columns::new(&mut y, ROWS, 0..ROWS);
-        backend.ternary_many(w, 0..w.tiles(), codes.view(), columns, &mut workspace);
-        answers.floats(&y);
+        for n in N {
+            let mut y = vec![0.0; n * ROWS];
+            let columns = Columns::new(&mut y, ROWS, 0..ROWS);
+            let x = codes.view().part(0..n);
+            backend.ternary_many(w, 0..w.tiles(), x, columns, &mut workspace);
+            answers.floats(&y);
+        }
     }
 }
 
@@ -282,7 +286,7 @@ fn head(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
 fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     const ROWS: usize = 64;
     const COLS: usize = 1_400;
-    const POSITIONS: usize = 9;
+    const POSITIONS: usize = 15;
     let mut bits: Vec<u16> =
         (0..ROWS * COLS).map(|_| (inputs.float().to_bits() >> 16) as u16).collect();
     // Rows and activations of the greatest codes, of which no sum may saturate or wrap.
@@ -303,13 +307,16 @@ fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
     let rows = x.chunks(COLS).zip(codes.chunks_mut(stride));
     let queries: Vec<_> =
         rows.map(|(x, codes)| ScreenQuery::new(x, codes).expect("finite")).collect();
-    for (from, to) in [(0, 1), (1, 2), (2, 3), (0, 3), (0, POSITIONS)] {
+    // The last are many of one plane each, of which two thresholds say enough.
+    for (from, to) in [(0, 1), (1, 2), (2, 3), (0, 3), (0, 9), (3, POSITIONS)] {
+        let step = if to == POSITIONS { 5 } else { 1 };
         let input = ScreenInput::new(&codes[from * stride..to * stride], &queries[from..to], COLS);
         let most: [f32; ROWS] = std::array::from_fn(|row| row as f32 / 4.0);
         let of_logits = [-500.0, -10.0, 0.0, 3.0, 10.0, 4_199.0].map(Threshold::of_logits);
         let of_scores = [-20.0, 7.0].map(|least| Threshold::of_scores(least, 3.0, &most));
         let with_bounds = of_scores.map(Threshold::with_bounds);
-        for threshold in of_logits.into_iter().chain(of_scores).chain(with_bounds) {
+        let thresholds = of_logits.into_iter().chain(of_scores).chain(with_bounds);
+        for threshold in thresholds.step_by(step) {
             let mut kept = [Kept::default(); POSITIONS];
             let thresholds = [threshold; POSITIONS];
             let n = to - from;
@@ -321,8 +328,9 @@ fn screen(backend: Backend, inputs: &mut Inputs, answers: &mut Answers) {
             }
         }
     }
-    let mut y = [0.0; 5];
-    backend.head_rows(w, &[63, 0, 17, 17, 1], &x[..COLS], &mut y);
+    // Eight together, and some that are left.
+    let mut y = [0.0; 11];
+    backend.head_rows(w, &[63, 0, 17, 17, 1, 2, 3, 5, 8, 13, 21], &x[..COLS], &mut y);
     answers.floats(&y);
 }
 

@@ -157,11 +157,12 @@ impl<'a> ScreenInput<'a> {
         self.cols
     }
 
-    /// All vectors, and from one to the next so many codes, if every position has as many of them.
+    /// All vectors, and from one to the next so many codes, if every position has as many of them; one
+    /// whose activations are not finite has none.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn evenly_spaced(self) -> Option<(&'a [i8], usize)> {
         let planes = self.queries.first()?.planes;
-        let stride = screen_cols(self.cols) * (PLANES / planes);
+        let stride = screen_cols(self.cols) * PLANES.checked_div(planes)?;
         self.queries.iter().all(|query| query.planes == planes).then_some((self.codes, stride))
     }
 

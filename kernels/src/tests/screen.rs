@@ -379,3 +379,33 @@ fn sizes_are_checked() {
     assert_eq!(ScreenMatrix::packed_bytes(0, 4), None);
     assert_eq!(ScreenMatrix::packed_bytes(1, 1 << 19), None);
 }
+
+#[test]
+fn positions_without_activations_are_passed_over() {
+    const COLS: usize = 256;
+    const N: usize = 16;
+    let mut random = Random(31);
+    let rows: Vec<_> = (0..64).map(|_| random.floats(COLS)).collect();
+    let mut packed = vec![0; ScreenMatrix::group_bytes(COLS)];
+    pack_screen_group(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), COLS, &mut packed);
+    let w = ScreenMatrix::new(&packed, 64, COLS).unwrap();
+    let stride = 2 * screen_cols(COLS);
+    for failed in [vec![0], vec![N - 1], vec![0, 7], (0..N).collect()] {
+        let mut codes = vec![0; N * stride];
+        let mut queries = Vec::new();
+        for (i, codes) in codes.chunks_mut(stride).enumerate() {
+            let query = ScreenQuery::new(&random.floats(COLS), codes).unwrap();
+            // As the engine leaves a row that is not finite.
+            queries.push(if failed.contains(&i) { ScreenQuery::default() } else { query });
+        }
+        let x = ScreenInput::new(&codes, &queries, COLS);
+        let thresholds = [Threshold::of_logits(2.0); N];
+        let mut want = [Kept::default(); N];
+        scalar().screen(w, 0, x, &thresholds, &mut want);
+        for backend in Backend::available().chain([Backend::detect()]) {
+            let mut kept = [Kept::default(); N];
+            backend.screen(w, 0, x, &thresholds, &mut kept);
+            assert_eq!(kept, want, "{}, {failed:?}", backend.name());
+        }
+    }
+}

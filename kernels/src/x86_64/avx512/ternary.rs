@@ -76,8 +76,7 @@ fn all_tiles<'a, T: Tile<'a>>(
 }
 
 /// The tiles by up to `N` rows of activations, the first of them being the `first_tile`th of the output.
-/// With one row two places in memory are read in turn, as
-/// AVX2's `single_row` does and for its reason.
+/// With one row two places in memory are read in turn, as AVX2's `single_row` does and for its reason.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn few_rows<'a, T: Tile<'a>, const N: usize>(
     w: TernaryMatrix<'a>,
