@@ -37,6 +37,7 @@ const QUIET_LOG: &str = "warn";
 /// One sentence, and what it means for the exit code.
 pub async fn run(cli: Cli) -> Result<(), Failure> {
     let Cli { telemetry, command } = cli;
+    settings::check_variables().map_err(Failure::config)?;
     match command {
         // Servers read their telemetry from the same file as everything else.
         Command::Coordinator(command) => serve::coordinator(command, &telemetry).await,

@@ -89,9 +89,13 @@ impl LocalOptions {
     }
 
     /// The coordinator's configuration.
+    ///
+    /// # Panics
+    ///
+    /// Never: its name is a constant, and a legal one.
     pub fn coordinator(&self) -> coordinator::Config {
         let mut config = coordinator::Config {
-            cluster: CLUSTER.to_owned(),
+            cluster: CLUSTER.parse().expect("a legal name"),
             model: self.store.clone(),
             kv_type: self.kv_type,
             stages: self.stages,
@@ -110,10 +114,14 @@ impl LocalOptions {
     }
 
     /// The configuration of the worker at `index`.
+    ///
+    /// # Panics
+    ///
+    /// Never: digits are legal in a name.
     pub fn worker(&self, index: u32) -> worker::Config {
         let defaults = worker::Config::default();
         worker::Config {
-            id: format!("worker-{}", index + 1),
+            id: Some(format!("worker-{}", index + 1).parse().expect("a legal name")),
             listen: ANY_PORT,
             threads: self.threads,
             store: self.store.clone(),
@@ -221,7 +229,7 @@ impl LocalCluster {
             // Each has its own connection to the registry, as processes have.
             let registry: Arc<dyn Membership> = Arc::new(registry.another());
             parts.spawn(async move {
-                let id = config.id.clone();
+                let id = config.id.as_ref().map(ToString::to_string).unwrap_or_default();
                 let ran = Box::pin(worker::run(config, keys, registry, None, stop)).await;
                 match ran {
                     Ok(()) => Ok(id),

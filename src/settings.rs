@@ -5,9 +5,10 @@
 
 use std::path::PathBuf;
 
-use node::config::{ConfigError, Sources};
+use node::config::{ConfigError, EtcdEndpoints, Sources};
 use node::membership::EtcdOptions;
 use node::telemetry::TelemetryConfig;
+use proto::names::ClusterName;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -27,7 +28,7 @@ const PASSWORD_BYTES: u64 = 4096;
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Name of the cluster: which keys in etcd are its own.
-    pub cluster: String,
+    pub cluster: ClusterName,
     /// Where etcd is.
     pub etcd: EtcdSettings,
     /// Logs and traces.
@@ -39,11 +40,11 @@ pub struct Settings {
 }
 
 /// Where etcd is, and who we are there.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EtcdSettings {
     /// `http://host:port`, any member of the etcd cluster.
-    pub endpoints: Vec<String>,
+    pub endpoints: EtcdEndpoints,
     /// If etcd asks for one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
@@ -65,22 +66,13 @@ impl Default for Settings {
     }
 }
 
-impl Default for EtcdSettings {
-    fn default() -> Self {
-        Self { endpoints: vec!["http://127.0.0.1:2379".into()], user: None, password_file: None }
-    }
-}
-
 impl EtcdSettings {
     /// What the connection needs beside the endpoints.
     ///
     /// # Errors
     ///
-    /// If there is no endpoint, or the password cannot be read.
+    /// If the password cannot be read.
     pub fn options(&self) -> Result<EtcdOptions, Failure> {
-        if self.endpoints.is_empty() {
-            return Err(Failure::config("etcd.endpoints names nobody: write http://host:port"));
-        }
         let credentials = match (&self.user, &self.password_file) {
             (None, None) => None,
             (Some(user), Some(path)) => Some((user.clone(), password(path)?)),
@@ -91,6 +83,27 @@ impl EtcdSettings {
             }
         };
         Ok(EtcdOptions { credentials })
+    }
+}
+
+/// Bits of a file's mode by which others than its owner and its group may read or write it.
+const OTHERS_MODE: u32 = 0o006;
+
+impl EtcdSettings {
+    /// What is wrong with how the password is kept, although it can be used. No reason to refuse:
+    /// secrets that an orchestrator mounts are often readable in a container of their own.
+    pub fn password_warning(&self) -> Option<String> {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.password_file.as_ref()?;
+        let mode = std::fs::metadata(path).ok()?.permissions().mode();
+        (mode & OTHERS_MODE != 0).then(|| {
+            format!(
+                "etcd.password_file {} can be read or written by everyone on this machine (mode \
+                 {:o}): chmod 600 makes it private",
+                path.display(),
+                mode & 0o777
+            )
+        })
     }
 }
 
@@ -128,7 +141,7 @@ impl Settings {
 /// The settings in force as `--check-config` shows them: those of one role.
 #[derive(Debug, Serialize)]
 pub struct Shown<'a> {
-    cluster: &'a str,
+    cluster: &'a ClusterName,
     etcd: &'a EtcdSettings,
     telemetry: &'a TelemetryConfig,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,6 +164,30 @@ impl Settings {
     fn shown(&self) -> Shown<'_> {
         let Self { cluster, etcd, telemetry, .. } = self;
         Shown { cluster, etcd, telemetry, coordinator: None, worker: None }
+    }
+}
+
+/// Refuses a variable that begins like a setting and names none: a slip of the finger would
+/// otherwise change nothing, in silence. Values are checked by whoever reads them.
+///
+/// # Errors
+///
+/// [`ConfigError::UnknownKey`], with what was probably meant.
+pub fn check_variables() -> Result<(), ConfigError> {
+    environment().into_iter().try_for_each(check_variable)
+}
+
+fn check_variable(variable: (String, String)) -> Result<(), ConfigError> {
+    let name = variable.0.clone();
+    let sources = Sources { environment: vec![variable], ..Sources::default() };
+    match Settings::from_sources(&sources) {
+        Err(ConfigError::UnknownKey { key, origin, hint, known }) => {
+            let near = node::config::closest(&name, OTHER_VARIABLES);
+            let hint = near.map_or(hint, |meant| format!(", did you mean {meant}?"));
+            Err(ConfigError::UnknownKey { key, origin, hint, known })
+        }
+        // Not every command reads every section.
+        _ => Ok(()),
     }
 }
 

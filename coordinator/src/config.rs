@@ -3,17 +3,21 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
-use node::config::{ByteSize, Duration, ListenError, check_listen_address};
+use node::config::{
+    ByteSize, Duration, HostPort, ListenError, check_listen_address, deserialize_listen,
+};
+use proto::names::ClusterName;
 use proto::plan::KvType;
+use proto::ports;
 use serde::{Deserialize, Serialize};
 
 /// Where the gRPC API listens unless told otherwise.
 pub const DEFAULT_GRPC: SocketAddr =
-    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 7420);
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), ports::COORDINATOR_GRPC);
 
 /// Where the HTTP API listens unless told otherwise.
 pub const DEFAULT_HTTP: SocketAddr =
-    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), ports::COORDINATOR_HTTP);
 
 /// A coordinator's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,7 +26,7 @@ pub struct Config {
     /// Name of the cluster: which keys in the registry are its own. In a file it stands above the
     /// sections, for workers need it too.
     #[serde(skip)]
-    pub cluster: String,
+    pub cluster: ClusterName,
     /// Directory of the model's store.
     pub model: PathBuf,
     /// How KV is stored; part of the numerics class.
@@ -31,12 +35,14 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stages: Option<u32>,
     /// Where the gRPC API listens.
+    #[serde(deserialize_with = "deserialize_listen")]
     pub grpc: SocketAddr,
     /// Where the HTTP API listens.
+    #[serde(deserialize_with = "deserialize_listen")]
     pub http: SocketAddr,
     /// How others reach the gRPC API (`host:port`); absent: at the address that was bound.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub advertise: Option<String>,
+    pub advertise: Option<HostPort>,
     /// Allows addresses that other machines reach, without TLS.
     pub insecure: bool,
     /// How long open answers may go on after the process was told to stop.
@@ -74,7 +80,7 @@ pub struct LimitsConfig {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            cluster: "default".to_owned(),
+            cluster: ClusterName::default(),
             model: PathBuf::new(),
             kv_type: KvType::F16,
             stages: None,
@@ -120,17 +126,10 @@ impl Default for LimitsConfig {
 #[non_exhaustive]
 pub enum ConfigError {
     /// No model was named.
-    #[error("no model: name the directory of a model's store")]
-    NoModel,
-    /// The cluster's name cannot be part of a key.
     #[error(
-        "the cluster's name must be 1 to 64 letters, digits, dots, dashes or underscores, found \
-         {name:?}"
+        "no model: give the directory of a model's store as --model, or as model in [coordinator]"
     )]
-    ClusterName {
-        /// What was given.
-        name: String,
-    },
+    NoModel,
     /// A number that makes no sense.
     #[error("{field} must be from {least} to {most}, found {found}")]
     Range {
@@ -144,10 +143,12 @@ pub enum ConfigError {
         most: u64,
     },
     /// An address that others reach.
-    #[error("refusing to serve {service}")]
+    #[error("refusing to serve {service} (coordinator.{key})")]
     Listen {
         /// gRPC or HTTP.
         service: &'static str,
+        /// The key of its address.
+        key: &'static str,
         /// Why.
         source: ListenError,
     },
@@ -162,10 +163,6 @@ impl Config {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.model.as_os_str().is_empty() {
             return Err(ConfigError::NoModel);
-        }
-        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-        if !(1..=64).contains(&self.cluster.len()) || !self.cluster.chars().all(legal) {
-            return Err(ConfigError::ClusterName { name: self.cluster.chars().take(80).collect() });
         }
         let limits = &self.limits;
         let stages = self.stages.unwrap_or(1);
@@ -182,9 +179,12 @@ impl Config {
                 return Err(ConfigError::Range { field, found, least, most });
             }
         }
-        for (service, address) in [("gRPC", self.grpc), ("HTTP", self.http)] {
-            check_listen_address(address, self.insecure)
-                .map_err(|source| ConfigError::Listen { service, source })?;
+        for (service, key, address) in [("gRPC", "grpc", self.grpc), ("HTTP", "http", self.http)] {
+            check_listen_address(address, self.insecure).map_err(|source| ConfigError::Listen {
+                service,
+                key,
+                source,
+            })?;
         }
         Ok(())
     }
@@ -204,8 +204,6 @@ mod tests {
         let mut limits = LimitsConfig { step_tokens: 0, ..LimitsConfig::default() };
         for (config, words) in [
             (Config { model: PathBuf::new(), ..usable() }, "no model"),
-            (Config { cluster: "a/b".into(), ..usable() }, "cluster's name"),
-            (Config { cluster: String::new(), ..usable() }, "cluster's name"),
             (Config { stages: Some(0), ..usable() }, "stages must be from 1"),
             (Config { limits: limits.clone(), ..usable() }, "limits.step_tokens"),
             (Config { http: "0.0.0.0:1".parse().unwrap(), ..usable() }, "refusing to serve HTTP"),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use node::Supervisor;
+use node::config::HostPort;
 use node::membership::Membership;
 use proto::BLOCK_TOKENS;
 use proto::keys::Keys;
@@ -83,10 +84,10 @@ pub async fn run(
 
     let model = served_model(&store);
     let driver_config = driver::DriverConfig {
-        cluster_name: config.cluster.clone(),
+        cluster_name: config.cluster.to_string(),
         cluster: cluster_options(&config, &store, cluster_id),
         limits: scheduler_limits(&config, &model),
-        advertise: config.advertise.clone().unwrap_or_else(|| grpc.to_string()),
+        advertise: config.advertise.as_ref().map_or_else(|| grpc.to_string(), ToString::to_string),
         first_token: model.bos_token.unwrap_or(0),
         grace: config.shutdown_grace.get(),
     };
@@ -98,7 +99,7 @@ pub async fn run(
     let http_limits = http::Limits {
         body_bytes: usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX),
         requests,
-        hosts: http::Hosts::of(http, config.advertise.as_deref()),
+        hosts: http::Hosts::of(http, config.advertise.as_ref().map(HostPort::host)),
     };
     let router = http::router(Arc::clone(&service), http_limits);
     let grpc_limits = grpc::Limits { requests, wait: config.limits.wait.get() };

@@ -250,7 +250,7 @@ impl Cluster {
             stall_after: Mutex::new(u64::MAX),
         });
         let config = Config {
-            cluster: "toy".into(),
+            cluster: "toy".parse().unwrap(),
             model: store,
             stages: Some(stages),
             grpc: "127.0.0.1:0".parse().unwrap(),

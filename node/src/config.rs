@@ -12,14 +12,21 @@ use serde::de::DeserializeOwned;
 
 use tree::{Kind, Node, Origin, Problem, Wrong};
 
+mod address;
 mod listen;
 mod read;
+mod suggest;
 #[cfg(test)]
 mod tests;
 mod tree;
 mod units;
 
+pub use address::{
+    AddressError, EtcdEndpoint, EtcdEndpoints, HostPort, deserialize_listen,
+    deserialize_optional_listen, deserialize_optional_url, listen_address, shown, without_secret,
+};
 pub use listen::{ListenError, check_listen_address};
+pub use suggest::closest;
 pub use units::{ByteSize, Duration, UnitError};
 
 /// What the names of our variables begin with.
@@ -63,12 +70,14 @@ pub enum ConfigError {
         message: String,
     },
     /// There is no such key.
-    #[error("unknown key {key} {origin} (known there: {known})")]
+    #[error("unknown key {key} {origin}{hint} (known there: {known})")]
     UnknownKey {
         /// The key with its sections.
         key: String,
         /// Where it was set.
         origin: String,
+        /// What was probably meant: `, did you mean …?`, or nothing.
+        hint: String,
         /// The keys that there are.
         known: String,
     },
@@ -138,8 +147,10 @@ fn describe(problem: Problem) -> ConfigError {
     let origin = problem.origin.to_string();
     match problem.wrong {
         Wrong::Unknown { known } => {
+            let last = key.rsplit('.').next().unwrap_or_default();
+            let hint = suggest::hint(closest(last, known.iter().copied()));
             let known = known.join(", ");
-            ConfigError::UnknownKey { key, origin, known }
+            ConfigError::UnknownKey { key, origin, hint, known }
         }
         Wrong::Value(message) => ConfigError::WrongValue { key, origin, message },
         Wrong::Missing => {

@@ -44,7 +44,10 @@ pub struct TelemetryConfig {
     pub log_format: LogFormat,
     /// Where spans go: the URL of an OTLP gRPC collector, such as `http://127.0.0.1:4317`. When it
     /// is not set, `OTEL_EXPORTER_OTLP_ENDPOINT` says, and otherwise there are no spans.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "config::deserialize_optional_url"
+    )]
     pub otlp_endpoint: Option<String>,
     /// Which share of the traces that begin here is kept, 0 to 1. A trace that began elsewhere is
     /// kept if it was kept there.
@@ -120,6 +123,9 @@ pub enum TelemetryError {
         /// What the exporter said.
         source: Box<dyn Error + Send + Sync>,
     },
+    /// An address that would be shown holds a password.
+    #[error("traces cannot be sent there")]
+    Secret(#[from] config::AddressError),
     /// Logs already go somewhere.
     #[error("telemetry was started twice in one process")]
     Twice {
@@ -148,6 +154,8 @@ pub fn init(service: &str, config: &TelemetryConfig) -> Result<TelemetryGuard, T
     }
     let endpoint =
         config.otlp_endpoint.clone().or_else(|| config::variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
+    // The variable is no key of ours, and was not checked with them.
+    let endpoint = endpoint.map(config::without_secret).transpose()?;
     let provider =
         endpoint.map(|endpoint| provider(service, endpoint, config.sample_ratio)).transpose()?;
     let spans = provider.as_ref().map(|provider| {

@@ -9,7 +9,9 @@ pub mod generate;
 pub mod ids;
 pub mod keys;
 pub mod limits;
+pub mod names;
 pub mod plan;
+pub mod ports;
 pub mod status;
 pub mod step;
 

@@ -101,15 +101,12 @@ impl TargetArgs {
             (Some(_), Some(flag)) => Err(Failure::usage(format!(
                 "{flag} is for a model in this process and cannot be used with --endpoint"
             ))),
-            (Some(endpoint), None) => Ok(Target::Endpoint(endpoint.clone())),
             (None, Some(_)) => Ok(Target::Local),
-            (None, None) => match variable {
-                Some(_) => {
-                    let resolved = self.endpoint.resolve(variable).map_err(Failure::config)?;
-                    Ok(Target::Endpoint(resolved))
-                }
-                None => Ok(Target::Local),
-            },
+            (None, None) if variable.is_none() => Ok(Target::Local),
+            (_, None) => {
+                let resolved = self.endpoint.resolve(variable).map_err(Failure::config)?;
+                Ok(Target::Endpoint(resolved))
+            }
         }
     }
 
@@ -183,7 +180,7 @@ mod tests {
 
     fn target(endpoint: Option<&str>, model: Option<&str>, stages: Option<u32>) -> TargetArgs {
         TargetArgs {
-            endpoint: EndpointArgs { endpoint: endpoint.map(|text| text.parse().unwrap()) },
+            endpoint: EndpointArgs { endpoint: endpoint.map(String::from) },
             model: ModelArgs { model: model.map(String::from) },
             compute: ComputeArgs { stages, ..ComputeArgs::default() },
         }
@@ -209,5 +206,6 @@ mod tests {
         assert_eq!(decide(Some("a:1"), Some("m"), None, None), "Usage");
         assert_eq!(decide(Some("a:1"), None, Some(2), None), "Usage");
         assert_eq!(decide(None, None, None, Some("https://b")), "Config");
+        assert_eq!(decide(Some("u:p@b"), None, None, None), "Config");
     }
 }

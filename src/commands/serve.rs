@@ -1,14 +1,14 @@
 //! `tercet coordinator` and `tercet worker`: the roles of a real cluster, with etcd.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
 use client::command::TextWriter;
 use node::config::ByteSize;
-use node::membership::{Etcd, Membership};
+use node::membership::{Etcd, EtcdOptions, Membership};
 use node::signals::Signals;
 use proto::keys::Keys;
 use proto::plan::KvType;
@@ -18,7 +18,7 @@ use worker::engine::WeightMemory;
 use crate::Failure;
 use crate::cli::TelemetryArgs;
 use crate::commands::{PlacementArgs, TELEMETRY_GRACE, start_telemetry, telemetry_flags, threads};
-use crate::settings::{Flags, Settings};
+use crate::settings::{EtcdSettings, Flags, Settings};
 
 /// What coordinator and worker have in common.
 #[derive(Clone, Debug, Default, Args)]
@@ -31,7 +31,7 @@ struct CommonArgs {
     #[arg(long)]
     check_config: bool,
     /// etcd's endpoints, separated by commas [default: http://127.0.0.1:2379]
-    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    #[arg(long, value_name = "URL")]
     etcd: Vec<String>,
     /// Name of the cluster [default: default]
     #[arg(long, value_name = "NAME")]
@@ -56,10 +56,10 @@ pub(crate) struct CoordinatorCommand {
     model: Option<PathBuf>,
     /// Where the gRPC API listens [default: 127.0.0.1:7420]
     #[arg(long, value_name = "ADDR")]
-    grpc: Option<SocketAddr>,
+    grpc: Option<String>,
     /// Where the HTTP API listens [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
-    http: Option<SocketAddr>,
+    http: Option<String>,
     /// Exactly so many stages [default: what the planner finds best]
     #[arg(long, value_name = "S")]
     stages: Option<u32>,
@@ -77,7 +77,7 @@ pub(crate) struct CoordinatorCommand {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tercet worker --etcd http://etcd:2379 --cluster rack1 --threads 16 --store store/
-  tercet worker --config /etc/tercet/tercet.toml --listen 127.0.0.1:7422")]
+  tercet worker --config /etc/tercet/tercet.toml --listen 127.0.0.1:7072")]
 pub(crate) struct WorkerCommand {
     #[command(flatten)]
     common: CommonArgs,
@@ -86,7 +86,7 @@ pub(crate) struct WorkerCommand {
     id: Option<String>,
     /// Where it listens [default: 127.0.0.1:7071]
     #[arg(long, value_name = "ADDR")]
-    listen: Option<SocketAddr>,
+    listen: Option<String>,
     /// How others reach it, as host:port [default: where it listens]
     #[arg(long, value_name = "ADDR")]
     advertise: Option<String>,
@@ -106,7 +106,7 @@ pub(crate) struct WorkerCommand {
     placement: PlacementArgs,
     /// Where /metrics and /health are served [default: nowhere]
     #[arg(long, value_name = "ADDR")]
-    http: Option<SocketAddr>,
+    http: Option<String>,
 }
 
 impl CommonArgs {
@@ -138,8 +138,8 @@ impl CoordinatorCommand {
     fn flags(&self) -> Flags {
         let mut flags = self.common.flags("coordinator");
         flags.set("coordinator.model", path(self.model.as_ref()));
-        flags.set("coordinator.grpc", text(self.grpc.as_ref()));
-        flags.set("coordinator.http", text(self.http.as_ref()));
+        flags.set("coordinator.grpc", self.grpc.clone());
+        flags.set("coordinator.http", self.http.clone());
         flags.set("coordinator.stages", self.stages.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
         flags.set("coordinator.advertise", self.advertise.clone());
@@ -151,7 +151,7 @@ impl WorkerCommand {
     fn flags(&self) -> Flags {
         let mut flags = self.common.flags("worker");
         flags.set("worker.id", self.id.clone());
-        flags.set("worker.listen", text(self.listen.as_ref()));
+        flags.set("worker.listen", self.listen.clone());
         flags.set("worker.advertise", self.advertise.clone());
         flags.set("worker.threads", self.threads.map(|threads| threads as i64));
         flags.set("worker.store", path(self.store.as_ref()));
@@ -165,7 +165,7 @@ impl WorkerCommand {
         flags.set("worker.weights", weights.map(name));
         flags.set("worker.lock_memory", lock_memory.then_some(true));
         flags.set("worker.pin_threads", pin_threads.then_some(true));
-        flags.set("worker.http", text(self.http.as_ref()));
+        flags.set("worker.http", self.http.clone());
         flags
     }
 }
@@ -179,18 +179,23 @@ pub(crate) async fn coordinator(
     telemetry_flags(&mut flags, telemetry);
     let settings = command.common.settings(flags)?;
     settings.coordinator.validate().map_err(Failure::config)?;
+    let etcd = settings.etcd.options()?;
     if command.common.check_config {
-        return show(&settings.for_coordinator());
+        return show(&settings.for_coordinator(), &settings.etcd);
     }
     let guard = start_telemetry("tercet-coordinator", &settings.telemetry)?;
     let signals = Signals::listen()?;
-    let outcome = Box::pin(run_coordinator(settings, &signals)).await;
+    let outcome = Box::pin(run_coordinator(settings, etcd, &signals)).await;
     guard.shutdown(TELEMETRY_GRACE).await;
     outcome
 }
 
-async fn run_coordinator(settings: Settings, signals: &Signals) -> Result<(), Failure> {
-    let Some(membership) = connect(&settings, signals).await? else { return Ok(()) };
+async fn run_coordinator(
+    settings: Settings,
+    etcd: EtcdOptions,
+    signals: &Signals,
+) -> Result<(), Failure> {
+    let Some(membership) = connect(&settings.etcd, etcd, signals).await? else { return Ok(()) };
     let keys = Keys::new(settings.cluster);
     let (sender, bound) = oneshot::channel();
     let running =
@@ -213,25 +218,31 @@ pub(crate) async fn worker(
     let mut flags = command.flags();
     telemetry_flags(&mut flags, telemetry);
     let mut settings = command.common.settings(flags)?;
-    if settings.worker.id.is_empty() {
-        settings.worker.id = default_id(settings.worker.listen.port());
+    if settings.worker.id.is_none() {
+        let id = default_id(settings.worker.listen.port());
+        settings.worker.id = Some(id.parse().map_err(Failure::config)?);
     }
     settings.worker.validate().map_err(Failure::config)?;
+    let etcd = settings.etcd.options()?;
     if command.common.check_config {
-        return show(&settings.for_worker());
+        return show(&settings.for_worker(), &settings.etcd);
     }
     let guard = start_telemetry("tercet-worker", &settings.telemetry)?;
     let signals = Signals::listen()?;
-    let outcome = Box::pin(run_worker(settings, &signals)).await;
+    let outcome = Box::pin(run_worker(settings, etcd, &signals)).await;
     guard.shutdown(TELEMETRY_GRACE).await;
     outcome
 }
 
-async fn run_worker(settings: Settings, signals: &Signals) -> Result<(), Failure> {
-    let Some(membership) = connect(&settings, signals).await? else { return Ok(()) };
+async fn run_worker(
+    settings: Settings,
+    etcd: EtcdOptions,
+    signals: &Signals,
+) -> Result<(), Failure> {
+    let Some(membership) = connect(&settings.etcd, etcd, signals).await? else { return Ok(()) };
     let keys = Keys::new(settings.cluster);
     let (sender, bound) = oneshot::channel();
-    let id = settings.worker.id.clone();
+    let id = settings.worker.worker_id().map_err(Failure::config)?.clone();
     let running = worker::run(settings.worker, keys, membership, Some(sender), signals.stop());
     let saying = async {
         let Ok(address) = bound.await else { return Ok(()) };
@@ -244,18 +255,25 @@ async fn run_worker(settings: Settings, signals: &Signals) -> Result<(), Failure
 
 /// A connection to etcd; `None` if the process was told to stop meanwhile.
 async fn connect(
-    settings: &Settings,
+    settings: &EtcdSettings,
+    options: EtcdOptions,
     signals: &Signals,
 ) -> Result<Option<Arc<dyn Membership>>, Failure> {
-    let options = settings.etcd.options()?;
-    let connecting = Etcd::connect(&settings.etcd.endpoints, options);
+    if let Some(warning) = settings.password_warning() {
+        tracing::warn!("{warning}");
+    }
+    let connecting = Etcd::connect(&settings.endpoints, options);
     match signals.stop().run_until_cancelled(connecting).await {
         None => Ok(None),
         Some(connected) => Ok(Some(Arc::new(connected?))),
     }
 }
 
-fn show(settings: &impl serde::Serialize) -> Result<(), Failure> {
+fn show(settings: &impl serde::Serialize, etcd: &EtcdSettings) -> Result<(), Failure> {
+    if let Some(warning) = etcd.password_warning() {
+        // A remark beside what was asked for: that it cannot be written is no failure.
+        let _ = writeln!(io::stderr(), "warning: {warning}");
+    }
     Ok(TextWriter::stdout().text(&node::config::show(settings)?)?)
 }
 
@@ -269,5 +287,7 @@ fn default_id(port: u16) -> String {
     if port == 0 { format!("{host}-p{}", std::process::id()) } else { format!("{host}-{port}") }
 }
 
+#[cfg(test)]
+mod keys;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ use client::command::TextWriter;
 use client::generate::Completion;
 use futures::StreamExt;
 use kernels::Backend;
+use node::config::listen_address;
 use node::signals::Signals;
 use proto::generate::{GenerateEvent, GenerateRequest, Prompt, Sampling};
 use proto::plan::KvType;
@@ -49,10 +50,12 @@ pub(crate) struct UpCommand {
     #[command(flatten)]
     model: ModelArgs,
     /// Where the HTTP API listens
-    #[arg(long, value_name = "ADDR", default_value_t = coordinator::DEFAULT_HTTP)]
+    #[arg(long, value_name = "ADDR", default_value_t = coordinator::DEFAULT_HTTP,
+          value_parser = listen_address)]
     http: SocketAddr,
     /// Where the gRPC API listens
-    #[arg(long, value_name = "ADDR", default_value_t = coordinator::DEFAULT_GRPC)]
+    #[arg(long, value_name = "ADDR", default_value_t = coordinator::DEFAULT_GRPC,
+          value_parser = listen_address)]
     grpc: SocketAddr,
     /// Allow addresses that other machines reach, without TLS
     #[arg(long)]

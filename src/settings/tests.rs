@@ -35,9 +35,12 @@ fn flags_over_environment_over_file() {
 #[test]
 fn one_name_of_the_cluster_is_everybodys() {
     let settings = load("cluster = \"rack1\"\n", &[], Flags::default()).unwrap();
-    assert_eq!((&*settings.cluster, &*settings.coordinator.cluster), ("rack1", "rack1"));
+    assert_eq!(
+        (settings.cluster.as_str(), settings.coordinator.cluster.as_str()),
+        ("rack1", "rack1")
+    );
     let settings = load("cluster = \"rack1\"\n", &[], flags("cluster", "rack2")).unwrap();
-    assert_eq!(settings.coordinator.cluster, "rack2");
+    assert_eq!(settings.coordinator.cluster.as_str(), "rack2");
 }
 
 #[test]
@@ -45,7 +48,7 @@ fn units_are_read_and_unknown_keys_are_named() {
     let file = "[worker]\nmemory = \"1GiB\"\n[etcd]\nendpoints = [\"http://a:1\"]\n";
     let settings = load(file, &[], Flags::default()).unwrap();
     assert_eq!(settings.worker.memory_bytes, 1 << 30);
-    assert_eq!(settings.etcd.endpoints, ["http://a:1"]);
+    assert_eq!(settings.etcd.endpoints.urls(), ["http://a:1"]);
     for (file, key) in [
         ("[worker]\nlissten = \"127.0.0.1:1\"\n", "lissten"),
         ("[coordinator]\ncluster = \"x\"\n", "cluster"),
@@ -92,9 +95,45 @@ fn a_password_needs_a_user() {
     for wrong in [
         EtcdSettings { user: None, ..whole.clone() },
         EtcdSettings { password_file: None, ..whole.clone() },
-        EtcdSettings { endpoints: vec![], ..EtcdSettings::default() },
         EtcdSettings { password_file: Some("/no/such/file".into()), ..whole },
     ] {
         assert_eq!(wrong.options().err().unwrap().exit(), node::exit::Exit::Config);
     }
+}
+
+#[test]
+fn a_variable_that_names_nothing_is_refused_by_every_command() {
+    let check = |name: &str| check_variable((name.to_owned(), "1".to_owned()));
+    for (name, words) in [
+        ("TERCET_FOO", "unknown key foo in the variable TERCET_FOO"),
+        ("TERCET_ENDPONT", "did you mean TERCET_ENDPOINT?"),
+        ("TERCET_WORKER__THREDS", "did you mean threads?"),
+        ("TERCET_WORKER_THREADS", "unknown key worker_threads"),
+    ] {
+        let error = check(name).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    // What it names is there; what it is worth is told by whoever reads it.
+    check("TERCET_WORKER__MEMORY").unwrap();
+    check("TERCET_CLUSTER").unwrap();
+}
+
+#[test]
+fn a_password_that_everyone_can_read_is_warned_of() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("password");
+    std::fs::write(&path, "secret\n").unwrap();
+    let etcd = EtcdSettings {
+        user: Some("tercet".into()),
+        password_file: Some(path.clone()),
+        ..EtcdSettings::default()
+    };
+    for (mode, warned) in [(0o600, false), (0o640, false), (0o644, true), (0o602, true)] {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let warning = etcd.password_warning();
+        assert_eq!(warning.is_some(), warned, "{mode:o}");
+        assert!(warning.is_none_or(|text| !text.contains("secret") && text.contains("chmod 600")));
+    }
+    assert_eq!(EtcdSettings::default().password_warning(), None);
 }

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kernels::{Backend, Refusal};
+use node::config::{HostPort, deserialize_listen, deserialize_optional_listen};
+use proto::names::WorkerId;
+use proto::ports;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{Placement, Shortcuts, WeightMemory};
@@ -12,9 +15,6 @@ use crate::engine::{Placement, Shortcuts, WeightMemory};
 mod memory;
 #[cfg(test)]
 mod tests;
-
-/// Port of the stage service when none is named.
-pub const DEFAULT_PORT: u16 = 7071;
 
 /// Share of the machine's (or the control group's) memory that a worker takes by default.
 /// The rest is for the system, the page cache of its own binary, and network buffers.
@@ -26,9 +26,6 @@ const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
 /// Steps in flight finish within a second; a minute is for a drain that the coordinator leads.
 const DEFAULT_SHUTDOWN_GRACE: Duration = Duration::from_secs(60);
 
-/// Longest id: it is part of a registry key and of every log line.
-const ID_BYTES_MAX: usize = 128;
-
 /// More threads than any machine we know; a larger number is a mistake in a config file.
 const THREADS_MAX: usize = 1024;
 
@@ -36,12 +33,14 @@ const THREADS_MAX: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Stable name, unique in the cluster. Empty: the caller fills in the host's name.
-    pub id: String,
+    /// Stable name, unique in the cluster. Absent: the caller fills in the host's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<WorkerId>,
     /// Where the stage service listens; port 0 takes a free one.
+    #[serde(deserialize_with = "deserialize_listen")]
     pub listen: SocketAddr,
     /// `host:port` under which others reach it; by default the bound address.
-    pub advertise: Option<String>,
+    pub advertise: Option<HostPort>,
     /// Compute threads.
     pub threads: usize,
     /// A store, or a directory that holds stores.
@@ -63,6 +62,7 @@ pub struct Config {
     /// Whether every compute thread stays on a core of its own.
     pub pin_threads: bool,
     /// Where `/metrics` and `/health` are served; by default nowhere.
+    #[serde(deserialize_with = "deserialize_optional_listen")]
     pub http: Option<SocketAddr>,
     /// How long what is in flight may take after the process was asked to stop.
     #[serde(with = "as_time")]
@@ -74,8 +74,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            id: String::new(),
-            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)),
+            id: None,
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, ports::WORKER)),
             advertise: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             store: PathBuf::from("store"),
@@ -97,14 +97,9 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// The id is empty, too long, or would break a registry key.
-    #[error(
-        "worker id must be 1 to {ID_BYTES_MAX} letters, digits, '-', '_' or '.', found {found:?}"
-    )]
-    Id {
-        /// What was given.
-        found: String,
-    },
+    /// Nobody gave the worker a name.
+    #[error("the worker has no id")]
+    NoId,
     /// No compute threads, or absurdly many.
     #[error("threads must be 1 to {THREADS_MAX}, found {found}")]
     Threads {
@@ -125,22 +120,21 @@ pub enum ConfigError {
         source: Refusal,
     },
     /// Others cannot be told to connect to "every address".
-    #[error("listening on {listen} needs an advertised address that others can reach")]
+    #[error(
+        "listening on {listen} needs an advertised address that others can reach: give --advertise \
+         host:port"
+    )]
     Advertise {
         /// Where it would listen.
         listen: SocketAddr,
     },
-    /// Not `host:port`.
-    #[error("an advertised address must be host:port, found {found:?}")]
-    AdvertiseForm {
-        /// What was given.
-        found: String,
-    },
     /// Open to the network without TLS.
-    #[error("the address of the {what} is refused")]
+    #[error("refusing to serve {what} (worker.{key})")]
     Listen {
         /// Which server.
         what: &'static str,
+        /// The key of its address.
+        key: &'static str,
         /// Why.
         source: node::config::ListenError,
     },
@@ -153,10 +147,7 @@ impl Config {
     ///
     /// [`ConfigError`], with the field and what it must be.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let valid_byte = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-        if self.id.is_empty() || self.id.len() > ID_BYTES_MAX || !self.id.bytes().all(valid_byte) {
-            return Err(ConfigError::Id { found: self.id.clone() });
-        }
+        self.worker_id()?;
         if !(1..=THREADS_MAX).contains(&self.threads) {
             return Err(ConfigError::Threads { found: self.threads });
         }
@@ -164,24 +155,29 @@ impl Config {
             return Err(ConfigError::Memory);
         }
         self.backend()?;
-        let listen = |what, address, insecure| {
+        let listen = |what, key, address, insecure| {
             node::config::check_listen_address(address, insecure)
-                .map_err(|source| ConfigError::Listen { what, source })
+                .map_err(|source| ConfigError::Listen { what, key, source })
         };
-        listen("stage service", self.listen, self.insecure)?;
+        listen("the stage service", "listen", self.listen, self.insecure)?;
         if let Some(http) = self.http {
-            listen("metrics", http, self.insecure)?;
+            listen("metrics", "http", http, self.insecure)?;
         }
         match &self.advertise {
             None if self.listen.ip().is_unspecified() => {
                 Err(ConfigError::Advertise { listen: self.listen })
             }
-            None => Ok(()),
-            Some(text) => match text.rsplit_once(':') {
-                Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(()),
-                _ => Err(ConfigError::AdvertiseForm { found: text.clone() }),
-            },
+            _ => Ok(()),
         }
+    }
+
+    /// The worker's name.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::NoId`] if it was not given one.
+    pub fn worker_id(&self) -> Result<&WorkerId, ConfigError> {
+        self.id.as_ref().ok_or(ConfigError::NoId)
     }
 
     /// Which work is left out.

@@ -55,6 +55,7 @@ pub async fn run(
 ) -> Result<(), RunError> {
     // Everything that can be wrong is found here, before anything is served.
     config.validate()?;
+    let id = config.worker_id()?.to_string();
     let checks = config.clone();
     let checked = tokio::task::spawn_blocking(move || check_machine(&checks));
     let Checked { engine, known_answer, stores, models, working_bytes } =
@@ -68,9 +69,9 @@ pub async fn run(
 
     let incarnation = Incarnation(rand::random());
     let record = WorkerRecord {
-        id: config.id.clone(),
+        id: id.clone(),
         incarnation,
-        address: config.advertise.clone().unwrap_or_else(|| address.to_string()),
+        address: config.advertise.as_ref().map_or_else(|| address.to_string(), ToString::to_string),
         version: env!("CARGO_PKG_VERSION").into(),
         isa: engine.backend.isa().into(),
         threads: config.threads as u32,
@@ -81,11 +82,11 @@ pub async fn run(
         draining: false,
     };
     telemetry::describe();
-    telemetry::build_info(&config.id, engine.backend.isa());
+    telemetry::build_info(&id, engine.backend.isa());
     let (failures, failed) = mpsc::channel(1);
     let closing = CancellationToken::new();
     let identity = Identity {
-        id: config.id.clone(),
+        id: id.clone(),
         incarnation,
         engine,
         memory_bytes: config.memory_bytes,
@@ -108,17 +109,17 @@ pub async fn run(
             Ok(node::observe::serve(listener, router, closing).await?)
         });
     }
-    let key = keys.worker(&config.id);
+    let key = keys.worker(&id);
     let register = membership.register(&key, encode(&record)?);
     let Some(registered) = stop.run_until_cancelled(register).await else {
-        tracing::info!(worker = config.id, "stopped before the registry took it in");
+        tracing::info!(worker = id, "stopped before the registry took it in");
         return Ok(());
     };
     let registration =
-        registered.map_err(|source| RunError::Register { id: config.id.clone(), source })?;
+        registered.map_err(|source| RunError::Register { id: id.clone(), source })?;
     condition.set(Condition::Serving);
     tracing::info!(
-        worker = config.id,
+        worker = id,
         %incarnation,
         %address,
         advertised = record.address,
@@ -133,7 +134,7 @@ pub async fn run(
     let worker = Leaving { record, registration, service, health, condition };
     tasks.spawn("drain", |stop| worker.leave_after(stop, grace));
     tasks.run(grace + LEAVE_TIMEOUT + CLOSE_TIMEOUT).await?;
-    tracing::info!(worker = config.id, "worker has left");
+    tracing::info!(worker = id, "worker has left");
     Ok(())
 }
 

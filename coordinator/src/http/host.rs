@@ -24,12 +24,12 @@ pub(crate) enum Hosts {
 }
 
 impl Hosts {
-    /// For a server at `listen` that others know as `advertise` (`host:port`).
-    pub(crate) fn of(listen: SocketAddr, advertise: Option<&str>) -> Self {
+    /// For a server at `listen` on a host that others know as `advertised`.
+    pub(crate) fn of(listen: SocketAddr, advertised: Option<&str>) -> Self {
         if !listen.ip().is_loopback() {
             return Self::Any;
         }
-        Self::Local { name: advertise.map(|address| host_of(address).to_ascii_lowercase()) }
+        Self::Local { name: advertised.map(str::to_ascii_lowercase) }
     }
 
     fn allow(&self, authority: &str) -> bool {
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_loopback_server_answers_to_its_own_names_only() {
-        let local = Hosts::of("127.0.0.1:8080".parse().unwrap(), Some("Box.example:7420"));
+        let local = Hosts::of("127.0.0.1:8080".parse().unwrap(), Some("Box.example"));
         for host in [
             "localhost",
             "LOCALHOST:8080",

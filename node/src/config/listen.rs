@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 /// A listen address that would be open to everyone.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "refusing to listen on {address} without TLS: use a loopback address, or say --insecure if \
+    "{address} is open to other machines, without TLS: use a loopback address, or say --insecure if \
      everyone who can reach it is trusted"
 )]
 pub struct ListenError {

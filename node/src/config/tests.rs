@@ -143,27 +143,32 @@ fn errors_are_one_sentence_with_key_and_place() {
             "[worker]\nthread = 2",
             [("X", "")],
             "",
-            format!("unknown key worker.thread in FILE ({known})"),
+            format!("unknown key worker.thread in FILE, did you mean threads? ({known})"),
         ),
         (
             "",
             [("TERCET_WORKER__THREAD", "2")],
             "",
-            format!("unknown key worker.thread in the variable TERCET_WORKER__THREAD ({known})"),
+            format!(
+                "unknown key worker.thread in the variable TERCET_WORKER__THREAD, did you mean \
+                 threads? ({known})"
+            ),
         ),
         (
             "",
             [("TERCET_WORKR__THREADS", "2")],
             "",
-            "unknown key workr in the variable TERCET_WORKR__THREADS \
-             (known there: name, peers, worker)"
+            "unknown key workr in the variable TERCET_WORKR__THREADS, \
+             did you mean worker? (known there: name, peers, worker)"
                 .to_owned(),
         ),
         (
             "",
             [("X", "")],
             "nam = 'x'",
-            "unknown key nam on the command line (known there: name, peers, worker)".to_owned(),
+            "unknown key nam on the command line, did you mean name? \
+             (known there: name, peers, worker)"
+                .to_owned(),
         ),
         (
             "[worker]\nthreads = 'two'",

@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::keeper::Keeper;
 use self::link::{Backoff, CallError, Link};
+use crate::config::EtcdEndpoints;
+
 use super::{
     Entry, Event, LEASE_TTL_S, Leadership, Membership, MembershipError, Registration, Revision,
     Snapshot, Watch, WriteOutcome,
@@ -48,14 +50,14 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Connects to the cluster behind `endpoints` (`http://host:2379` or `host:2379`).
+    /// Connects to the cluster behind `endpoints`.
     ///
     /// # Errors
     ///
     /// [`MembershipError::Connect`] if no endpoint answers within a few seconds,
     /// [`MembershipError::Refused`] if etcd does not accept the credentials.
     pub async fn connect(
-        endpoints: &[String],
+        endpoints: &EtcdEndpoints,
         options: EtcdOptions,
     ) -> Result<Self, MembershipError> {
         Ok(Self { link: Arc::new(Link::connect(endpoints, options).await?) })

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use node::config::EtcdEndpoints;
 use node::membership::{Etcd, EtcdOptions, Membership, Memory};
 
 use crate::proxy::{Mode, Proxy};
@@ -99,8 +100,13 @@ impl InEtcd {
     }
 }
 
+/// Where etcd is.
+pub(crate) fn at(endpoints: &[String]) -> EtcdEndpoints {
+    endpoints.join(",").parse().unwrap()
+}
+
 async fn connect(endpoints: &[String]) -> Etcd {
-    Etcd::connect(endpoints, EtcdOptions::default()).await.expect("etcd was just started")
+    Etcd::connect(&at(endpoints), EtcdOptions::default()).await.expect("etcd was just started")
 }
 
 #[async_trait]

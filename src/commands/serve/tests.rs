@@ -5,7 +5,7 @@ use clap::Parser;
 use super::*;
 
 #[derive(Debug, clap::Parser)]
-enum Line {
+pub(super) enum Line {
     Coordinator(CoordinatorCommand),
     Worker(WorkerCommand),
 }
@@ -26,15 +26,15 @@ fn every_flag_of_a_coordinator_reaches_its_setting() {
         "coordinator --etcd http://a:1,http://b:2 --cluster c --model s --grpc 127.0.0.1:1 \
          --http 127.0.0.1:2 --stages 2 --kv-type f32 --advertise h:1 --insecure",
     );
-    assert_eq!(found.etcd.endpoints, ["http://a:1", "http://b:2"]);
-    assert_eq!(found.cluster, "c");
+    assert_eq!(found.etcd.endpoints.urls(), ["http://a:1", "http://b:2"]);
+    assert_eq!(found.cluster.as_str(), "c");
     let want = coordinator::Config {
         model: "s".into(),
         grpc: "127.0.0.1:1".parse().unwrap(),
         http: "127.0.0.1:2".parse().unwrap(),
         stages: Some(2),
         kv_type: KvType::F32,
-        advertise: Some("h:1".into()),
+        advertise: Some("h:1".parse().unwrap()),
         insecure: true,
         ..coordinator::Config::default()
     };
@@ -47,11 +47,11 @@ fn every_flag_of_a_worker_reaches_its_setting() {
         "worker --etcd http://a:1 --cluster c --id w --listen 127.0.0.1:3 --advertise h:3 \
          --threads 2 --store d --memory 2GiB --isa scalar --http 127.0.0.1:4 --insecure",
     );
-    assert_eq!(found.cluster, "c");
+    assert_eq!(found.cluster.as_str(), "c");
     let want = worker::Config {
-        id: "w".into(),
+        id: Some("w".parse().unwrap()),
         listen: "127.0.0.1:3".parse().unwrap(),
-        advertise: Some("h:3".into()),
+        advertise: Some("h:3".parse().unwrap()),
         threads: 2,
         store: "d".into(),
         memory_bytes: 2 << 30,
@@ -68,6 +68,7 @@ fn workers_of_one_host_have_different_names() {
     let (first, second) = (default_id(7071), default_id(7072));
     assert!(first.ends_with("-7071") && first != second, "{first}, {second}");
     assert_ne!(default_id(0), default_id(1));
-    let config = worker::Config { id: default_id(0), ..worker::Config::default() };
+    let id = Some(default_id(0).parse().unwrap());
+    let config = worker::Config { id, ..worker::Config::default() };
     config.validate().unwrap();
 }

@@ -25,7 +25,7 @@ type Ended = JoinSet<Result<(), RunError>>;
 
 fn config() -> Config {
     Config {
-        id: "w1".into(),
+        id: Some("w1".parse().unwrap()),
         listen: "127.0.0.1:0".parse().unwrap(),
         threads: 1,
         store: store_dir().to_owned(),

@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Code;
 
 use super::{EtcdOptions, LEASE_TTL_S, by_prefix, entry, revision_of};
+use crate::config::EtcdEndpoints;
 use crate::membership::{MembershipError, Snapshot};
 
 /// Time for one attempt. etcd answers in milliseconds; an election takes about a second.
@@ -80,18 +81,15 @@ impl CallError {
 
 impl Link {
     pub(super) async fn connect(
-        endpoints: &[String],
+        endpoints: &EtcdEndpoints,
         options: EtcdOptions,
     ) -> Result<Self, MembershipError> {
+        let endpoints = endpoints.urls();
         let refused = |error: Error| MembershipError::Refused {
             operation: "let us in at",
             key: endpoints.join(", "),
             source: words(&error).into(),
         };
-        if endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {
-            let words = "etcd over TLS is not supported yet, use http:// on a trusted network";
-            return Err(refused(Error::InvalidArgs(words.to_owned())));
-        }
 
         let mut connect = ConnectOptions::new()
             .with_connect_timeout(ATTEMPT_TIMEOUT)
@@ -107,10 +105,10 @@ impl Link {
         let mut last = Error::EndpointError("no answer in time".to_owned());
         let mut backoff = Backoff::new();
         while Instant::now() < deadline {
-            match timeout_at(deadline, greet(endpoints, &connect)).await {
+            match timeout_at(deadline, greet(&endpoints, &connect)).await {
                 Ok(Ok(client)) => {
                     return Ok(Self {
-                        endpoints: endpoints.to_vec(),
+                        endpoints: endpoints.clone(),
                         options: connect,
                         current: Mutex::new(Current { client, generation: 0, suspect: false }),
                         away: AtomicBool::new(false),
