@@ -1,8 +1,10 @@
 //! Files of the outside: mapped whole, or read up to a limit. The only `unsafe` of this crate.
 #![expect(unsafe_code, reason = "memory maps")]
 
-use std::fs::File;
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
+#[cfg(unix)]
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,11 +24,8 @@ pub(crate) struct MappedFile {
 
 impl MappedFile {
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        if file.metadata()?.len() == 0 {
+        let (file, found_bytes) = open_regular(path)?;
+        if found_bytes == 0 {
             return Ok(Self { map: None });
         }
         // SAFETY: the map is read-only and private to this value; files of a store never change
@@ -96,10 +95,56 @@ fn advise_huge_pages(advise: impl FnOnce(Advice) -> io::Result<()>) {
     let _ = advise;
 }
 
-/// Reads a file that must not be longer than `limit_bytes`.
-pub(crate) fn read_limited(path: &Path, limit_bytes: u64) -> io::Result<Vec<u8>> {
-    let file = File::open(path)?;
-    let found_bytes = file.metadata()?.len();
+/// Opens a regular file for reading; the second is its length in bytes.
+///
+/// Anything else is refused at once: opening a FIFO waits for a writer that may never come, and a
+/// device may act when it is opened or never end.
+pub(crate) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
+    // Looked at first, so that no device is opened, and once more when it is open: something else
+    // may have taken the name in between, which must not make us wait either.
+    check_regular(fs::metadata(path)?.file_type())?;
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    options.custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits());
+    let file = options.open(path)?;
+    let metadata = file.metadata()?;
+    check_regular(metadata.file_type())?;
+    Ok((file, metadata.len()))
+}
+
+fn check_regular(found: FileType) -> io::Result<()> {
+    if found.is_file() {
+        return Ok(());
+    }
+    let text = format!("not a regular file, but {}", kind_of(found));
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+}
+
+/// What something that is no regular file is, in words.
+pub(crate) fn kind_of(found: FileType) -> &'static str {
+    if found.is_dir() {
+        return "a directory";
+    }
+    #[cfg(unix)]
+    if found.is_fifo() {
+        return "a FIFO";
+    } else if found.is_socket() {
+        return "a socket";
+    } else if found.is_char_device() || found.is_block_device() {
+        return "a device";
+    }
+    "something else"
+}
+
+/// Reads a regular file that must not be longer than `limit_bytes`.
+///
+/// # Errors
+///
+/// What the operating system said; `InvalidInput` for a FIFO, a device or a directory, which are
+/// refused without waiting, and `InvalidData` for a file that is too long.
+pub fn read_limited(path: &Path, limit_bytes: u64) -> io::Result<Vec<u8>> {
+    let (file, found_bytes) = open_regular(path)?;
     let too_long = || {
         let text = format!("longer than the {limit_bytes} bytes such a file may have");
         Err(io::Error::new(io::ErrorKind::InvalidData, text))
@@ -108,7 +153,7 @@ pub(crate) fn read_limited(path: &Path, limit_bytes: u64) -> io::Result<Vec<u8>>
         return too_long();
     }
     let mut bytes = Vec::with_capacity(found_bytes as usize);
-    // The file may be growing, or be a pipe that claims no length.
+    // The file may be growing, or be one of those under /proc that claim no length.
     file.take(limit_bytes + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit_bytes { too_long() } else { Ok(bytes) }
 }
@@ -137,6 +182,33 @@ mod tests {
         assert_eq!(empty.copied().unwrap().bytes(), b"");
         empty.populate();
         empty.lock().unwrap();
-        assert_eq!(MappedFile::open(dir.path()).unwrap_err().to_string(), "not a regular file");
+        let text = MappedFile::open(dir.path()).unwrap_err().to_string();
+        assert_eq!(text, "not a regular file, but a directory");
+    }
+
+    /// Nobody ever writes to the FIFO: whoever waits for that hangs this test.
+    #[cfg(unix)]
+    #[test]
+    fn fifos_sockets_and_devices_are_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fifo, socket) = (dir.path().join("fifo"), dir.path().join("socket"));
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&fifo, &link).unwrap();
+        let cases = [
+            (fifo.as_path(), "not a regular file, but a FIFO"),
+            (&link, "not a regular file, but a FIFO"),
+            (&socket, "not a regular file, but a socket"),
+            (Path::new("/dev/zero"), "not a regular file, but a device"),
+        ];
+        for (path, expected) in cases {
+            assert_eq!(MappedFile::open(path).unwrap_err().to_string(), expected);
+            assert_eq!(read_limited(path, 5).unwrap_err().to_string(), expected);
+        }
+        // A regular file is not read otherwise than before.
+        std::os::unix::fs::symlink(dir.path().join("file"), dir.path().join("other")).unwrap();
+        fs::write(dir.path().join("file"), b"12345").unwrap();
+        assert_eq!(read_limited(&dir.path().join("other"), 5).unwrap(), b"12345");
     }
 }

@@ -14,6 +14,7 @@ mod gguf;
 mod gguf_tokenizer;
 mod huggingface;
 mod matrix;
+mod source;
 mod text;
 
 use std::io;
@@ -73,7 +74,7 @@ pub enum ImportError {
         /// The source.
         path: PathBuf,
         /// What to do.
-        hint: &'static str,
+        hint: String,
     },
     /// A safetensors file is bad.
     #[error("failed to use {}", path.display())]
@@ -234,7 +235,7 @@ pub fn import(
     options: &ImportOptions,
     progress: &mut dyn FnMut(&Progress<'_>),
 ) -> Result<Imported, ImportError> {
-    match find_gguf(source)? {
+    match source::find_gguf(source)? {
         Some(path) => {
             let file = map(&path)?;
             file.advise_sequential();
@@ -282,32 +283,6 @@ fn write(
     let Provenance { format, notes, .. } = checkpoint.provenance();
     let (store, config) = (dest.to_owned(), checkpoint.config.clone());
     Ok(Imported { id, store, config, format, notes })
-}
-
-/// The GGUF file that `source` is or holds; `None` for a Hugging Face directory.
-fn find_gguf(source: &Path) -> Result<Option<PathBuf>, ImportError> {
-    let unrecognised = |hint| ImportError::Unrecognised { path: source.to_owned(), hint };
-    let metadata = std::fs::metadata(source).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            unrecognised("there is no such file; a model of a hub must be downloaded first")
-        }
-        _ => ImportError::Read { path: source.to_owned(), source: error },
-    })?;
-    if metadata.is_file() {
-        return Ok(Some(source.to_owned()));
-    }
-    if source.join(huggingface::CONFIG_FILE).is_file() {
-        return Ok(None);
-    }
-    let entries = std::fs::read_dir(source)
-        .map_err(|error| ImportError::Read { path: source.to_owned(), source: error })?;
-    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
-    let mut found = entries.flatten().map(|entry| entry.path()).filter(is_gguf);
-    match (found.next(), found.next()) {
-        (Some(path), None) => Ok(Some(path)),
-        (Some(_), Some(_)) => Err(unrecognised("it holds several GGUF files, name one of them")),
-        (None, _) => Err(unrecognised("it holds no model that is known here")),
-    }
 }
 
 fn map(path: &Path) -> Result<MappedFile, ImportError> {

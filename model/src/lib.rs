@@ -28,6 +28,7 @@ mod writer;
 
 pub use bundled::{BundledModel, bundled, import_bundled};
 pub use config::{Activation, ConfigError, ModelConfig};
+pub use file::read_limited;
 pub use id::ModelId;
 pub use import::{I2sLayout, ImportError, ImportOptions, Imported, import};
 pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};

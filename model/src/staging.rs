@@ -12,6 +12,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::file::open_regular;
 use crate::manifest::{FileEntry, FileHash};
 
 /// Bytes gathered before they are hashed and written: a huge page, and written where one may lie, so
@@ -181,7 +182,7 @@ fn remove_abandoned(parent: &Path, prefix: &str) {
         if !entry.file_name().to_string_lossy().starts_with(prefix) {
             continue;
         }
-        let Ok(lock) = File::open(entry.path().join(LOCK_FILE)) else { continue };
+        let Ok((lock, _)) = open_regular(&entry.path().join(LOCK_FILE)) else { continue };
         if lock.try_lock().is_ok() {
             let _ = fs::remove_dir_all(entry.path());
         }

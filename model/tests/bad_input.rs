@@ -419,7 +419,7 @@ fn bad_hugging_face_directories_are_refused() {
     index(r#"{"weight_map":{"a":"/etc/x.safetensors"}}"#, "names the file");
     index(r#"{"weight_map":{"a":"x/y.safetensors"}}"#, "names the file");
     index(r#"{"weight_map":{"a":"config.json"}}"#, "names the file \"config.json\"");
-    index(r#"{"weight_map":{"a":"absent.safetensors"}}"#, "failed to read");
+    index(r#"{"weight_map":{"a":"absent.safetensors"}}"#, "names absent.safetensors, which is not");
     index(
         r#"{"weight_map":{"a":"model.safetensors"}}"#,
         "tensor a in model.safetensors is missing",
@@ -437,7 +437,7 @@ fn bad_hugging_face_directories_are_refused() {
         "{text}"
     );
     let text = spoilt("tiny_packed", |dir| fs::remove_file(dir.join("model.safetensors")).unwrap());
-    assert!(text.contains("failed to read"), "{text}");
+    assert!(text.contains("has no model.safetensors"), "{text}");
     let text = spoilt("tiny_packed", |dir| fs::remove_file(dir.join("config.json")).unwrap());
     assert!(text.contains("neither a GGUF file nor a directory"), "{text}");
     let text = spoilt("tiny_packed", |dir| {

@@ -1,7 +1,6 @@
 //! `tercet eval`: perplexity of a model on a text or on given tokens.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -59,9 +58,6 @@ enum InputError {
     /// The file cannot be read.
     #[error("failed to read {}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    /// It is longer than a pass could ever take.
-    #[error("{} is longer than {INPUT_BYTES} bytes", path.display())]
-    TooLong { path: PathBuf },
     /// It holds no list of tokens.
     #[error(
         "{} is no list of token ids (expected an array, or an object with `token_ids`)",
@@ -122,14 +118,8 @@ fn tokens(source: &SourceArgs, store: &Store) -> Result<Vec<u32>, InputError> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, InputError> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(INPUT_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(|source| InputError::Read { path: path.to_owned(), source })?;
-    if bytes.len() as u64 > INPUT_BYTES {
-        return Err(InputError::TooLong { path: path.to_owned() });
-    }
-    Ok(bytes)
+    model::read_limited(path, INPUT_BYTES)
+        .map_err(|source| InputError::Read { path: path.to_owned(), source })
 }
 
 fn tokens_of_json(path: &Path, bytes: &[u8]) -> Result<Vec<u32>, InputError> {

@@ -63,12 +63,22 @@ impl Directory {
             )));
         }
         let names = match &index {
-            None => vec![SINGLE_FILE.to_owned()],
+            None => {
+                refuse_parts(path)?;
+                vec![SINGLE_FILE.to_owned()]
+            }
             Some(index) => file_names(&path.join(INDEX_FILE), index)?,
         };
         let mut files = Vec::new();
         for name in names {
-            let path = path.join(name);
+            let directory = path;
+            let path = directory.join(&name);
+            if index.is_some() && !path.exists() {
+                return Err(ImportError::Unsupported(format!(
+                    "{} names {name}, which is not there: is the download complete?",
+                    directory.join(INDEX_FILE).display()
+                )));
+            }
             let file = map(&path)?;
             file.advise_sequential();
             files.push((path, file));
@@ -133,6 +143,30 @@ fn file_names(path: &Path, index: &BTreeMap<String, String>) -> Result<Vec<Strin
         });
     }
     Ok(names)
+}
+
+/// Refuses weights of which [`SINGLE_FILE`] is not the whole, with what is missing.
+fn refuse_parts(path: &Path) -> Result<(), ImportError> {
+    if path.join(SINGLE_FILE).exists() {
+        return Ok(());
+    }
+    let entries = std::fs::read_dir(path)
+        .map_err(|source| ImportError::Read { path: path.to_owned(), source })?;
+    let is_weights = |name: &String| name.ends_with(".safetensors");
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.filter(is_weights).collect();
+    names.sort();
+    Err(ImportError::Unsupported(match names.first() {
+        None => format!("{} has no {SINGLE_FILE}: is the download complete?", path.display()),
+        Some(name) if name.contains("-of-") => format!(
+            "{} has parts of the weights ({name}) but no {INDEX_FILE}: download that file, too",
+            path.display()
+        ),
+        Some(name) => format!(
+            "{} has {name}, but no {SINGLE_FILE}: rename it if it holds the whole model",
+            path.display()
+        ),
+    }))
 }
 
 fn read(path: &Path, limit_bytes: u64) -> Result<Vec<u8>, ImportError> {
