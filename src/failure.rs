@@ -4,10 +4,16 @@ use std::error::Error;
 use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use client::CommandError;
 use node::Chain;
 use node::exit::Exit;
+
+/// How long the last sentence may take to be written: nobody may be reading, and the exit code tells too.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a command failed, with what that means for the exit code.
 ///
@@ -40,8 +46,14 @@ impl Failure {
         if self.error.downcast_ref().is_some_and(CommandError::is_broken_pipe) {
             return Exit::Done.into();
         }
-        // When standard error is closed, the exit code alone must do.
-        let _ = writeln!(io::stderr(), "{self}");
+        let (written, is_written) = mpsc::channel();
+        let message = self.to_string();
+        thread::spawn(move || {
+            // When standard error is closed, the exit code alone must do.
+            let _ = writeln!(io::stderr(), "{message}");
+            let _ = written.send(());
+        });
+        let _ = is_written.recv_timeout(REPORT_TIMEOUT);
         self.exit.into()
     }
 }

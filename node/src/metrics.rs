@@ -5,6 +5,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::telemetry;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Upper bounds of histograms of times, in seconds: from one layer's share of a step to a long
@@ -55,6 +56,10 @@ pub fn install() -> Result<(), MetricsError> {
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|source| MetricsError::Install { source })?;
     let handle = RECORDER.get_or_init(|| handle);
+    metrics::describe_counter!(
+        "tercet_log_lines_lost_total",
+        "Lines of the log that were lost because nobody read them."
+    );
     // A thread and not a task, for the recorder belongs to the process and not to a runtime.
     thread::Builder::new()
         .name("metrics".into())
@@ -70,5 +75,6 @@ pub fn install() -> Result<(), MetricsError> {
 
 /// Everything recorded so far in Prometheus's text format; empty before [`install`].
 pub fn render() -> String {
+    metrics::counter!("tercet_log_lines_lost_total").absolute(telemetry::lost_lines());
     RECORDER.get().map(PrometheusHandle::render).unwrap_or_default()
 }

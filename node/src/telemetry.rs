@@ -1,9 +1,13 @@
 //! Logs to stderr, spans to OTLP. What to log is each room's own affair.
+//!
+//! Lines are written by a thread of their own. When nobody reads them (a pipe that is full, a stopped
+//! terminal) lines are lost and counted, and whoever logs goes on: a log never holds up a request.
 
 use std::error::Error;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::str::FromStr;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use opentelemetry::trace::TracerProvider as _;
@@ -12,6 +16,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use serde::{Deserialize, Serialize};
 use tracing::level_filters::LevelFilter;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -28,6 +33,12 @@ const DEFAULT_LOG: &str = "info";
 /// Libraries whose spans nobody wants in a trace of requests. The exporter's own would even
 /// export themselves.
 const SILENT: [&str; 5] = ["h2", "hyper", "tonic", "tower", "opentelemetry"];
+
+/// Lines that may wait to be written: a second of a busy server at the level debug, a few MiB.
+const LINES_MAX: usize = 8192;
+
+/// Counts the lines that were lost.
+static LOST_LINES: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// Time for the last spans when the guard is only dropped.
 const DROP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -139,6 +150,8 @@ pub enum TelemetryError {
 #[derive(Debug)]
 pub struct TelemetryGuard {
     provider: Option<SdkTracerProvider>,
+    /// Writes the last lines when it is dropped, for a second at most.
+    _lines: WorkerGuard,
 }
 
 /// Starts logs and spans for the whole process. `service` names it in traces (`tercet-worker` …).
@@ -169,17 +182,30 @@ pub fn init(service: &str, config: &TelemetryConfig) -> Result<TelemetryGuard, T
             .with_filter(wanted)
     });
 
+    let (lines, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(LINES_MAX)
+        .lossy(true)
+        .thread_name("log")
+        .finish(io::stderr());
+    let lost = lines.error_counter();
     tracing_subscriber::registry()
-        .with(logs(config)?)
+        .with(logs(config, lines)?)
         .with(spans)
         .try_init()
         .map_err(|error| TelemetryError::Twice { source: error.into() })?;
-    Ok(TelemetryGuard { provider })
+    LOST_LINES.get_or_init(|| lost);
+    Ok(TelemetryGuard { provider, _lines: guard })
+}
+
+/// How many lines of the log were lost because nobody read them.
+pub fn lost_lines() -> u64 {
+    LOST_LINES.get().map_or(0, |lost| lost.dropped_lines() as u64)
 }
 
 /// The layer that writes to stderr; stdout belongs to what a command was asked for.
 fn logs(
     config: &TelemetryConfig,
+    lines: NonBlocking,
 ) -> Result<Box<dyn Layer<Registry> + Send + Sync>, TelemetryError> {
     let text = config
         .log
@@ -188,7 +214,7 @@ fn logs(
         .unwrap_or_else(|| DEFAULT_LOG.to_owned());
     let filter = EnvFilter::try_new(&text)
         .map_err(|error| TelemetryError::Filter { text, source: error.into() })?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(lines);
     Ok(match config.log_format {
         LogFormat::Human => {
             let colours = io::stderr().is_terminal() && config::variable("NO_COLOR").is_none();
