@@ -226,7 +226,14 @@ fn every_file_says_what_it_is() {
     }
 }
 
-/// Links to files, in every page of the root and of `docs/` and `model/`.
+/// The name by which a heading is linked to: its letters and digits in lower case, dashes for blanks.
+fn anchor(heading: &str) -> String {
+    let kept =
+        heading.trim().chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+}
+
+/// Links to files and to their headings, in every page of the root and of `docs/` and `model/`.
 #[test]
 fn links_lead_somewhere() {
     let root = root();
@@ -239,12 +246,23 @@ fn links_lead_somewhere() {
             }
             let text = fs::read_to_string(&page).unwrap();
             for link in text.split("](").skip(1) {
-                let target = link.split([')', '#']).next().unwrap();
-                if target.is_empty() || target.contains("://") {
+                let link = link.split(')').next().unwrap();
+                let (target, heading) = link.split_once('#').unwrap_or((link, ""));
+                if target.contains("://") {
                     continue;
                 }
-                let found = page.parent().unwrap().join(target).exists();
-                assert!(found, "{} links to {target}, which is not there", page.display());
+                let path = match target {
+                    "" => page.clone(),
+                    _ => page.parent().unwrap().join(target),
+                };
+                assert!(path.exists(), "{} links to {target}, which is not there", page.display());
+                if !heading.is_empty() {
+                    let text = fs::read_to_string(&path).unwrap();
+                    let headings = text.lines().filter(|line| line.starts_with('#'));
+                    let mut anchors = headings.map(|line| anchor(line.trim_start_matches('#')));
+                    let found = anchors.any(|anchor| anchor == heading);
+                    assert!(found, "{} links to {link}, which has no such heading", page.display());
+                }
                 links += 1;
             }
         }

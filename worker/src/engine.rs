@@ -43,7 +43,7 @@ use proto::step::{Output, Row, RowStatus, RowValue};
 
 use crate::topology::Seats;
 
-use self::buffers::{Buffers, Local};
+use self::buffers::{Buffers, Local, Samplers};
 use self::cache::KvCache;
 use self::head::PositionResult;
 pub use self::placement::weight_copies;
@@ -162,7 +162,8 @@ pub enum EngineError {
     },
     /// The operating system does not let this process lock so much memory.
     #[error(
-        "failed to lock {bytes} bytes of weights in memory: the limit on locked memory          (ulimit -l, LimitMEMLOCK of systemd) must be at least as much"
+        "failed to lock {bytes} bytes of weights in memory: the limit on locked memory \
+         (ulimit -l, LimitMEMLOCK of systemd) must be at least as much"
     )]
     Lock {
         /// How much.
@@ -223,6 +224,7 @@ pub struct Engine {
     buffers: Buffers,
     /// `[wanted positions]`; on the last stage.
     results: Buffer<PositionResult>,
+    samplers: Samplers,
     /// With cuts of the steps before.
     luck: head::Luck,
     /// One for each thread, which holds it for a whole step.
@@ -254,6 +256,7 @@ impl Engine {
         let seats = placement::seats(&config);
         let local = |thread| Mutex::new(Local::new(&model, &config, seats.node(thread)));
         let locals = (0..config.threads).map(local).collect();
+        let samplers = Samplers::new(&model, &config);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(config.threads)
             .thread_name(|index| format!("engine-{index}"))
@@ -263,7 +266,18 @@ impl Engine {
         seated.into_iter().collect::<Result<(), _>>().map_err(EngineError::Seat)?;
         let models = placement::place(model, &config, &seats)?;
         let luck = head::Luck::default();
-        Ok(Self { models, _seats: seats, config, cache, buffers, results, luck, locals, pool })
+        Ok(Self {
+            models,
+            _seats: seats,
+            config,
+            cache,
+            buffers,
+            results,
+            samplers,
+            luck,
+            locals,
+            pool,
+        })
     }
 
     /// Computes one step: `rows` in order, each seeing the KV of earlier rows of its sequence.
@@ -324,6 +338,9 @@ impl Engine {
         let brings_none = work == Work::Layers && self.model().is_first();
         let input_len = if brings_none { 0 } else { batch.place_count() * self.hidden() };
         assert_eq!(input.len(), input_len, "activations must match the tokens of the step");
+        // Nothing of a step that panicked, and of which nobody took the results, is an answer to this one.
+        let results = self.results.values_mut().iter_mut().take(batch.wanted().len());
+        results.for_each(|result| *result = PositionResult::Nothing);
         if !batch.tokens().is_empty() {
             self.compute(&batch, input, work, clock);
         }
@@ -363,6 +380,15 @@ impl Engine {
         let team = shared::Team::new(&self.pool);
         let ends = self.model().has_head() && (work == Work::Draw || self.model().is_last());
         let wanted = if ends { batch.wanted().len() } else { 0 };
+        let kv_heads = self.model().config().kv_heads as usize;
+        let states_max = self.buffers.partial_states_max();
+        let segments = match work {
+            Work::Layers => {
+                attention::shared_segments(batch, kv_heads, self.config.threads, states_max)
+            }
+            Work::Draw => None,
+        };
+        let states = segments.map_or(0, |segments| batch.tokens().len() * kv_heads * segments);
         let step = step::Step {
             backend: self.config.backend,
             model: &self.models[0],
@@ -372,7 +398,9 @@ impl Engine {
             ends,
             input,
             cache: self.cache.lend(&team),
-            planes: self.buffers.lend(&team, batch.tokens().len()),
+            planes: self.buffers.lend(&team, batch.tokens().len(), states),
+            segments,
+            samplers: &self.samplers,
             results: self.results.lend(&team, wanted, 1),
             queue: shared::Queue::default(),
             columns: shared::Queue::default(),
@@ -484,4 +512,51 @@ pub fn kv_bytes(config: &ModelConfig, layers: u32, kv_type: KvType, blocks: u32)
 /// Where the head is (`has_head`), some is for logits and the sampler.
 pub fn working_bytes(model: &ModelConfig, has_head: bool, config: &EngineConfig) -> u64 {
     buffers::working_bytes(model, has_head, config)
+}
+
+#[cfg(test)]
+mod tests {
+    use model::{Store, SynthShape, synth};
+    use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
+    use proto::step::Sampled;
+
+    use super::*;
+
+    #[test]
+    fn what_a_step_left_when_it_panicked_is_no_answer_to_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let shape: SynthShape = "tiny".parse().unwrap();
+        synth::synth(&shape, 1, &path, &mut |_| {}).unwrap();
+        let store = Store::open(&path).unwrap();
+        // The first of two stages, which has the head as well: it is tied.
+        let model = StageModel::open_to_draw(&store, 0..1).unwrap();
+        let config = EngineConfig {
+            backend: Backend::detect(),
+            threads: 1,
+            kv_type: KvType::F16,
+            kv_blocks: 1,
+            max_step_tokens: 4,
+            shortcuts: Shortcuts::default(),
+            placement: Placement::default(),
+        };
+        let mut engine = Engine::new(model, config).unwrap();
+        let left = Sampled { token: 7, logprob: None, top: Vec::new() };
+        engine.results.values_mut().fill(PositionResult::Sampled(left));
+        let row = Row {
+            sequence: SequenceId(1),
+            generation: Generation(1),
+            position: 0,
+            tokens: vec![1, 2],
+            prefix_hash_before: PrefixHash::EMPTY,
+            prefix_hash_after: PrefixHash::EMPTY,
+            blocks: [BlockId(0)].into_iter().collect(),
+            output: Output::Sample(Box::default()),
+            status: RowStatus::Ok,
+            detail: String::new(),
+            traceparent: String::new(),
+        };
+        let output = engine.forward(&[row], &[]);
+        assert_eq!(output.rows[0].value, RowValue::None, "only the last stage draws");
+    }
 }

@@ -8,6 +8,7 @@ use super::barrier::Poisoned;
 use super::buffers::{Local, SEGMENT_TOKENS, UNITS_PER_THREAD};
 use super::cache::Layer;
 use super::profile::Part;
+use super::rows::Batch;
 use super::shared::Member;
 use super::step::Step;
 
@@ -63,11 +64,10 @@ impl Step<'_> {
         layer: usize,
     ) -> Result<(), Poisoned> {
         let units = self.batch.tokens().len() * self.model.config().kv_heads as usize;
-        if units > UNITS_PER_THREAD * member.threads() || self.longest_context() <= SEGMENT_TOKENS {
+        let Some(segments) = self.segments else {
             self.attend_spans(member, local, layer, units);
             return Ok(());
-        }
-        let segments = self.longest_context().div_ceil(SEGMENT_TOKENS);
+        };
         self.attend_segments(member, local, layer, units, segments);
         self.meet(member, local, Part::Attention)?;
         self.merge_segments(member, local, units, segments);
@@ -303,9 +303,20 @@ impl Step<'_> {
         let position = self.batch.tokens()[tokens.start].position as usize;
         (position, position + tokens.len())
     }
+}
 
-    fn longest_context(&self) -> usize {
-        let positions = self.batch.tokens().iter().map(|token| token.position as usize);
-        positions.max().map_or(0, |last| last + 1)
-    }
+/// Into how many segments the longest context of a step is shared out: where there are few units for
+/// many threads, more than one segment, and memory for `states_max` partial states suffices. `None`
+/// where every unit is one thread's.
+pub(super) fn shared_segments(
+    batch: &Batch<'_>,
+    kv_heads: usize,
+    threads: usize,
+    states_max: usize,
+) -> Option<usize> {
+    let units = batch.tokens().len() * kv_heads;
+    let last = batch.tokens().iter().map(|token| token.position as usize).max()?;
+    let segments = (last + 1).div_ceil(SEGMENT_TOKENS);
+    let pays = units <= UNITS_PER_THREAD * threads && segments > 1;
+    (pays && units * segments <= states_max).then_some(segments)
 }

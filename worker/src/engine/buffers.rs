@@ -1,6 +1,7 @@
 //! The working memory of an engine: allocated once for the largest step, lent to every step.
 
 use std::slice;
+use std::sync::{Mutex, PoisonError};
 
 use kernels::{
     ATTENTION_STATE_HEADER, Quantised, ScreenQuery, TernaryMatrix, Workspace, padded_cols,
@@ -22,6 +23,10 @@ pub(super) const HEAD_POSITIONS: usize = 16;
 
 /// Up to so many units (token, KV head) a thread, attention is split into segments as well.
 pub(super) const UNITS_PER_THREAD: usize = 4;
+
+/// Bytes of partial states of attention, at most, unless the heads of one token need more: with many
+/// threads and a long context there could be half a gigabyte, of steps that would hardly be faster.
+const PARTIAL_STATE_BYTES: usize = 128 << 20;
 
 /// Query rows (tokens times heads of one KV head) that attend to a block together: enough that
 /// fetching the block costs little, few enough that they stay near while block after block passes.
@@ -131,9 +136,16 @@ impl Widths {
             kv: shape.kv_heads as usize * shape.head_dim as usize,
             ffn: shape.ffn as usize,
             vocab: shape.vocab as usize,
-            partial_states: UNITS_PER_THREAD
-                .saturating_mul(config.threads)
-                .saturating_mul(segments),
+            partial_states: {
+                let a_state = (shape.heads / shape.kv_heads) as usize
+                    * (ATTENTION_STATE_HEADER + shape.head_dim as usize)
+                    * size_of::<f32>();
+                let one_token = segments.saturating_mul(shape.kv_heads as usize);
+                UNITS_PER_THREAD
+                    .saturating_mul(config.threads)
+                    .saturating_mul(segments)
+                    .min((PARTIAL_STATE_BYTES / a_state).max(one_token))
+            },
             head_positions: match has_head {
                 true => HEAD_POSITIONS.min(config.max_step_tokens as usize),
                 false => 0,
@@ -149,10 +161,7 @@ impl Widths {
         let state = ATTENTION_STATE_HEADER + head_dim;
         let a_token = 4 * hidden + 4 * heads * head_dim + 2 * kv + 2 * ffn + head_dim;
         let a_token = a_token + size_of::<PositionResult>().div_ceil(size_of::<f32>());
-        let sampler = match head_positions {
-            0 => 0,
-            _ => sampler::SCRATCH_WORDS * vocab + head::Scratch::WORDS,
-        };
+        let screen = if head_positions == 0 { 0 } else { head::Scratch::WORDS };
         let widest = hidden.max(ffn).max(heads * head_dim);
         let attention = group_rows(group) * (head_dim + 2 * state + 1);
         let attention = attention + Workspace::BYTES.div_ceil(size_of::<f32>());
@@ -163,10 +172,12 @@ impl Widths {
             + 2 * chunk_floats(config)
             + head_dim
             + attention
-            + sampler;
+            + screen;
         let words = u128::from(config.max_step_tokens) * a_token as u128
             + partial_states as u128 * (group * state) as u128
             + head_positions as u128 * (hidden + screen_cols(hidden) + 2 * vocab) as u128
+            + samplers(head_positions, config.threads) as u128
+                * (sampler::SCRATCH_WORDS * vocab) as u128
             + config.threads as u128 * a_thread as u128;
         u64::try_from(4 * words).unwrap_or(u64::MAX)
     }
@@ -214,8 +225,13 @@ impl Buffers {
         })
     }
 
-    /// Lends what a step of `n` tokens needs.
-    pub(super) fn lend(&mut self, team: &Team, n: usize) -> Planes<'_> {
+    /// How many partial states of attention a step may have.
+    pub(super) fn partial_states_max(&self) -> usize {
+        self.widths.partial_states
+    }
+
+    /// Lends what a step of `n` tokens needs, and `partial_states`.
+    pub(super) fn lend(&mut self, team: &Team, n: usize, partial_states: usize) -> Planes<'_> {
         let w = self.widths;
         Planes {
             residual: self.residual.lend(team, n, w.hidden),
@@ -233,7 +249,7 @@ impl Buffers {
             column_sums: self.column_sums.lend(team, team.threads(), padded_rows(w.hidden)),
             partial_states: self.partial_states.lend(
                 team,
-                w.partial_states,
+                partial_states,
                 w.group * (ATTENTION_STATE_HEADER + w.head_dim),
             ),
             head_input: self.head_input.lend(team, w.head_positions, w.hidden),
@@ -402,8 +418,6 @@ pub(super) struct Local {
     /// Of products for many tokens.
     pub(super) workspace: Workspace,
     /// On the last stage.
-    pub(super) sampler: Option<sampler::Scratch>,
-    /// As the sampler.
     pub(super) screen: Option<head::Scratch>,
     /// Of steps that are profiled.
     pub(super) record: Record,
@@ -432,10 +446,55 @@ impl Local {
             states: vec![0.0; rows * state],
             segments: vec![0.0; rows * state],
             workspace: Workspace::new(),
-            sampler: model.has_head().then(|| sampler::Scratch::new(shape.vocab as usize)),
             screen: model.has_head().then(head::Scratch::new),
             record: Record::default(),
         }
+    }
+}
+
+/// How many threads sample at once, at most.
+fn samplers(head_positions: usize, threads: usize) -> usize {
+    head_positions.min(threads)
+}
+
+/// The samplers' working memory: as wide as the vocabulary, so there are no more than threads that can
+/// sample at once, and a thread takes whichever is free.
+pub(super) struct Samplers(Mutex<Vec<sampler::Scratch>>);
+
+impl Samplers {
+    /// For the last stage; none for others.
+    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Self {
+        let widths = Widths::new(model.config(), model.has_head(), config);
+        let scratch = |_| sampler::Scratch::new(widths.vocab);
+        Self(Mutex::new(
+            (0..samplers(widths.head_positions, config.threads)).map(scratch).collect(),
+        ))
+    }
+
+    /// Runs `work` with one of them.
+    ///
+    /// # Panics
+    ///
+    /// If this is not the last stage.
+    pub(super) fn with<R>(&self, work: impl FnOnce(&mut sampler::Scratch) -> R) -> R {
+        let mut taken = Taken { samplers: self, scratch: None };
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let scratch = taken.scratch.insert(free.pop().expect("as many as threads that sample"));
+        drop(free);
+        work(scratch)
+    }
+}
+
+/// One of [`Samplers`], given back when this is dropped, by a panic as well.
+struct Taken<'s> {
+    samplers: &'s Samplers,
+    scratch: Option<sampler::Scratch>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut free = self.samplers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        free.extend(self.scratch.take());
     }
 }
 
@@ -449,4 +508,48 @@ pub(super) fn check_memory(what: &'static str, bytes: u64) -> Result<(), EngineE
     let asked = usize::try_from(bytes).ok();
     let granted = asked.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
     if granted { Ok(()) } else { Err(EngineError::Memory { what, bytes }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels::Backend;
+    use model::{Store, SynthShape, synth};
+    use proto::plan::KvType;
+
+    use super::super::{Placement, Shortcuts};
+    use super::*;
+
+    #[test]
+    fn what_samplers_and_partial_states_take_does_not_grow_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let shape: SynthShape = "tiny".parse().unwrap();
+        synth::synth(&shape, 1, &path, &mut |_| {}).unwrap();
+        let tiny = Store::open(&path).unwrap().config().clone();
+        // As 2B4T, where it matters here.
+        let bytes = |threads: usize, context: u32| {
+            let config = EngineConfig {
+                backend: Backend::detect(),
+                threads,
+                kv_type: KvType::F16,
+                kv_blocks: 1,
+                max_step_tokens: 512,
+                shortcuts: Shortcuts::default(),
+                placement: Placement::default(),
+            };
+            let shape = ModelConfig {
+                vocab: 128_256,
+                context,
+                heads: 20,
+                kv_heads: 5,
+                head_dim: 128,
+                ..tiny.clone()
+            };
+            working_bytes(&shape, true, &config)
+        };
+        let a_thread = (bytes(128, 256) - bytes(64, 256)) / 64;
+        assert!(a_thread < 2 << 20, "{a_thread} bytes a thread");
+        let long = bytes(128, 131_072) - bytes(128, 256);
+        assert!(long <= PARTIAL_STATE_BYTES as u64, "{long} bytes for a long context");
+    }
 }

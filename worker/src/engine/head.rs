@@ -250,7 +250,6 @@ impl Step<'_> {
         }
         let (plane, vocab) = (&self.planes.logits, self.planes.logits.width());
         let logits = &plane.read(member)[place * vocab..][..vocab];
-        let scratch = local.sampler.as_mut().expect("the last stage has a sampler");
         let output = &self.batch.row_of(wanted.token).output;
         let is_screened = place >= whole;
         let result = match self.cut_of(output).filter(|_| is_screened) {
@@ -266,7 +265,9 @@ impl Step<'_> {
                     position: token.position + 1,
                 };
                 let screen = local.screen.as_mut().expect("the last stage can screen");
-                question.settle(&mut screen.settle, scratch).map(|Settled { token, rows }| {
+                let settled =
+                    self.samplers.with(|scratch| question.settle(&mut screen.settle, scratch));
+                settled.map(|Settled { token, rows }| {
                     self.progress.count_cut(token.is_none());
                     let profile = &mut local.record.profile;
                     profile.exact_rows += rows as u64;
@@ -275,9 +276,9 @@ impl Step<'_> {
                 })
             }
             // Screened logits were looked at when they were computed.
-            None if is_screened || sampler::all_finite(logits) => {
+            None if is_screened || sampler::all_finite(logits) => self.samplers.with(|scratch| {
                 evaluate(self.backend, logits, output, wanted, token.position, scratch).map(Some)
-            }
+            }),
             None => Err(sampler::NotFinite),
         };
         result.unwrap_or_else(|sampler::NotFinite| {

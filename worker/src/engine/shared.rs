@@ -103,6 +103,9 @@ impl Drop for PoisonOnPanic<'_> {
     }
 }
 
+/// The phase of a member whose step was poisoned.
+const NO_PHASE: u32 = u32::MAX;
+
 /// One thread's part in a step: the right to use shared buffers in the current phase.
 pub(super) struct Member<'t> {
     team: &'t Team,
@@ -125,17 +128,29 @@ impl Member<'_> {
     ///
     /// # Errors
     ///
-    /// [`Poisoned`] if another thread panicked.
+    /// [`Poisoned`] if another thread panicked. The member then has no right to any buffer any more:
+    /// some threads may be a phase ahead of it, with rows that it could be given a second time.
     pub(super) fn next_phase(&mut self) -> Result<(), Poisoned> {
-        self.team.barrier.wait()?;
-        self.phase = self.phase.checked_add(1).expect("a step has fewer than 2^32 phases");
+        self.team.barrier.wait().inspect_err(|Poisoned| self.phase = NO_PHASE)?;
+        self.phase += 1;
+        assert_ne!(self.phase, NO_PHASE, "a step has fewer than 2^32 phases");
         Ok(())
+    }
+
+    /// The phase that it is in.
+    ///
+    /// # Panics
+    ///
+    /// If its step has ended.
+    fn phase(&self) -> u32 {
+        assert_ne!(self.phase, NO_PHASE, "a buffer is used after its step was poisoned");
+        self.phase
     }
 
     /// The next `count` of `0..total` that no thread has taken in this phase; `None` at the end.
     pub(super) fn take(&self, queue: &Queue, count: usize, total: usize) -> Option<Range<usize>> {
         assert!(count > 0, "taking nothing never ends");
-        take(&queue.0, self.phase, total, |_| count)
+        take(&queue.0, self.phase(), total, |_| count)
     }
 
     /// As [`Self::take`], a piece at a time.
@@ -145,7 +160,7 @@ impl Member<'_> {
         pieces: Pieces,
         total: usize,
     ) -> Option<Range<usize>> {
-        take(&queue.0, self.phase, total, |remaining| pieces.count(remaining, self.threads()))
+        take(&queue.0, self.phase(), total, |remaining| pieces.count(remaining, self.threads()))
     }
 }
 
@@ -307,10 +322,11 @@ impl<T> Shared<'_, T> {
     /// Settles or confirms the use of this buffer in the member's phase (rules 3 and 5).
     fn enter(&self, member: &Member<'_>, purpose: Use) {
         assert_eq!(self.team, member.team.number, "a buffer of another team");
-        let wanted = u64::from(member.phase) << 32 | u64::from(purpose.number());
+        let phase = u64::from(member.phase());
+        let wanted = phase << 32 | u64::from(purpose.number());
         let mut seen = self.purpose.load(SeqCst);
         while seen != wanted {
-            let is_new_phase = seen >> 32 != u64::from(member.phase);
+            let is_new_phase = seen >> 32 != phase;
             assert!(is_new_phase, "a buffer is read and written in the same phase");
             match self.purpose.compare_exchange_weak(seen, wanted, SeqCst, SeqCst) {
                 Ok(_) => return,
@@ -335,8 +351,9 @@ impl<T> Shared<'_, T> {
     #[expect(clippy::mut_from_ref, reason = "each row is given away once a phase (rule 4)")]
     pub(super) fn row<'m>(&'m self, member: &'m Member<'_>, row: usize) -> &'m mut [T] {
         self.enter(member, Use::WriteRows);
-        let before = self.given[row].swap(member.phase, SeqCst);
-        assert_ne!(before, member.phase, "row {row} is given away twice in a phase");
+        let phase = member.phase();
+        let before = self.given[row].swap(phase, SeqCst);
+        assert_ne!(before, phase, "row {row} is given away twice in a phase");
         let start = self.values.as_ptr().wrapping_add(row * self.width);
         // SAFETY: `given` has `rows` entries, so the row lies inside the loan; in this phase it was
         // given to nobody else (rule 4) and nothing but rows is handed out (rule 3).
@@ -391,7 +408,7 @@ impl Shared<'_, f32> {
             let in_band = (remaining - 1) % self.width + 1;
             pieces.count(remaining, member.threads()).min(in_band)
         };
-        let places = take(&self.columns, member.phase, total, count)?;
+        let places = take(&self.columns, member.phase(), total, count)?;
         let band = places.start / self.width;
         let range = places.start % self.width..places.end - band * self.width;
         let band = band * height..rows.min((band + 1) * height);
@@ -559,6 +576,42 @@ mod tests {
             });
         }));
         assert!(outcome.is_err());
+    }
+
+    #[test]
+    fn a_member_of_a_poisoned_step_gets_nothing_more() {
+        // One thread panics a phase ahead of another that ignores the error: without the check the
+        // late one was given the row that the third holds.
+        let pool = pool(3);
+        type Attempt = fn(&Member<'_>, &Shared<'_, f32>, &Queue);
+        let uses: [Attempt; 5] = [
+            |member, shared, _| shared.row(member, 0)[0] = 1.0,
+            |member, shared, _| assert!(!shared.read(member).is_empty()),
+            |member, shared, _| assert!(shared.columns(member, ROWS, 1).is_some()),
+            |member, _, queue| assert!(member.take(queue, 1, 1).is_none()),
+            |member, _, queue| {
+                assert!(member.take_piece(queue, Pieces::at_least(1, 1), 1).is_none());
+            },
+        ];
+        for attempt in uses {
+            let team = Team::new(&pool);
+            let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
+            let shared = buffer.lend(&team, ROWS, WIDTH);
+            let queue = Queue::default();
+            let refused = AtomicU32::new(0);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                run(&pool, team, |member| {
+                    assert_ne!(member.index(), 1, "one of three");
+                    assert_eq!(member.next_phase(), Err(Poisoned));
+                    let used = AssertUnwindSafe(|| attempt(member, &shared, &queue));
+                    refused.fetch_add(u32::from(catch_unwind(used).is_err()), SeqCst);
+                    assert_eq!(member.next_phase(), Err(Poisoned), "for good");
+                    Err(Poisoned)
+                });
+            }));
+            assert!(outcome.is_err());
+            assert_eq!(refused.into_inner(), 2);
+        }
     }
 
     #[test]

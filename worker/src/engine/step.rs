@@ -30,7 +30,7 @@ use kernels::{Backend, NotFinite, Quantised, TernaryMatrix};
 use model::LayerWeights;
 
 use super::barrier::Poisoned;
-use super::buffers::{Codes, Local, OwnCodes, Planes};
+use super::buffers::{Codes, Local, OwnCodes, Planes, Samplers};
 use super::cache::SharedCache;
 use super::head::{PositionResult, Progress};
 use super::profile::{Clock, Part};
@@ -59,6 +59,9 @@ pub(super) struct Step<'a> {
     pub(super) input: &'a [f32],
     pub(super) cache: SharedCache<'a>,
     pub(super) planes: Planes<'a>,
+    /// Segments of the longest context, if threads share them.
+    pub(super) segments: Option<usize>,
+    pub(super) samplers: &'a Samplers,
     /// `[wanted positions]`.
     pub(super) results: Shared<'a, PositionResult>,
     pub(super) queue: Queue,
