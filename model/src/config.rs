@@ -17,7 +17,7 @@ pub const CONTEXT_MAX: u32 = 1 << 24;
 /// Most end-of-sequence tokens.
 pub const EOS_TOKENS_MAX: usize = 64;
 /// Longest name or architecture, in bytes.
-const TEXT_BYTES_MAX: usize = 256;
+pub(crate) const TEXT_BYTES_MAX: usize = 256;
 
 /// What stands between the gate and the up-projection of a feed-forward block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

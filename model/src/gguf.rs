@@ -20,10 +20,13 @@ pub use tensors::{GgufTensor, GgufType};
 pub const METADATA_MAX: u64 = 65_536;
 /// Most tensors; a dense model of 1024 layers has under 20,000.
 pub const TENSORS_MAX: u64 = 65_536;
-/// Longest key or tensor name, in bytes.
+/// Longest tensor name, in bytes: four times what ggml has room for.
 pub const NAME_BYTES_MAX: u64 = 256;
-/// Longest string: a chat template, or a word of a vocabulary.
-pub const STRING_BYTES_MAX: u64 = 1 << 20;
+/// Longest metadata key, in bytes: the format's own limit.
+pub const KEY_BYTES_MAX: u64 = (1 << 16) - 1;
+/// Longest string, in bytes: strings stay in the file, so this costs nothing, and a text that is
+/// taken has a limit of its own. Longer than any license or template.
+pub const STRING_BYTES_MAX: u64 = 64 << 20;
 /// Largest alignment of the data: a huge page.
 pub const ALIGNMENT_MAX: u32 = 2 << 20;
 /// Alignment of a file that does not say.
@@ -106,14 +109,6 @@ pub enum GgufError {
         /// What was expected.
         expected: &'static str,
     },
-    /// A boolean is neither 0 nor 1.
-    #[error("metadata {key} has the boolean {found}, expected 0 or 1")]
-    Boolean {
-        /// The key.
-        key: String,
-        /// The byte.
-        found: u8,
-    },
     /// The alignment is not one.
     #[error("{ALIGNMENT_KEY} is {found}, expected a power of two up to {ALIGNMENT_MAX}")]
     Alignment {
@@ -169,7 +164,8 @@ pub enum GgufError {
     /// The room for a tensor is not what its type needs: another layout under the same number, or
     /// a truncated file.
     #[error(
-        "tensor {tensor} of type {type_name} and shape {dims:?} needs {needed_bytes} bytes, the file has {found_bytes} for it"
+        "tensor {tensor} of type {type_name} and shape {dims:?} needs {needed_bytes} bytes{}, the file has {found_bytes} for it",
+        padded(*.needed_bytes, *.padded_bytes)
     )]
     TensorBytes {
         /// The tensor.
@@ -180,9 +176,19 @@ pub enum GgufError {
         dims: Vec<u64>,
         /// Bytes its elements need.
         needed_bytes: u64,
+        /// The same with the padding before the next tensor, if there is a next one.
+        padded_bytes: u64,
         /// Bytes up to the next tensor, or to the end of the file.
         found_bytes: u64,
     },
+}
+
+/// How many bytes a tensor takes with its padding, if that differs.
+fn padded(needed_bytes: u64, padded_bytes: u64) -> String {
+    match needed_bytes == padded_bytes {
+        true => String::new(),
+        false => format!(" ({padded_bytes} with its padding)"),
+    }
 }
 
 /// A parsed file: views into its bytes.
@@ -192,6 +198,8 @@ pub struct Gguf<'a> {
     pub metadata: Metadata<'a>,
     /// Tensors by name.
     pub tensors: BTreeMap<&'a str, GgufTensor<'a>>,
+    /// Bytes after the last tensor and its padding, which belong to nothing.
+    pub trailing_bytes: u64,
 }
 
 impl<'a> Gguf<'a> {
@@ -221,8 +229,8 @@ impl<'a> Gguf<'a> {
         at_most("the number of metadata entries", entries, METADATA_MAX)?;
         let metadata = Metadata::read(&mut reader, entries)?;
         let alignment = alignment(&metadata)?;
-        let tensors = tensors::read(&mut reader, tensors, u64::from(alignment))?;
-        Ok(Self { metadata, tensors })
+        let (tensors, trailing_bytes) = tensors::read(&mut reader, tensors, u64::from(alignment))?;
+        Ok(Self { metadata, tensors, trailing_bytes })
     }
 }
 
@@ -288,12 +296,17 @@ impl<'a> Reader<'a> {
     }
 
     fn string(&mut self, what: &str, most_bytes: u64) -> Result<&'a str, GgufError> {
+        let bytes = self.text(what, most_bytes)?;
+        std::str::from_utf8(bytes).map_err(|_| GgufError::NotUtf8 { what: what.into() })
+    }
+
+    /// A string whose encoding does not matter yet.
+    fn text(&mut self, what: &str, most_bytes: u64) -> Result<&'a [u8], GgufError> {
         let bytes = self.u64(what)?;
         if bytes > most_bytes {
             let what = format!("the length of {what}");
             return Err(GgufError::TooMany { what, found: bytes, most: most_bytes });
         }
-        let bytes = self.bytes(what, bytes)?;
-        std::str::from_utf8(bytes).map_err(|_| GgufError::NotUtf8 { what: what.into() })
+        self.bytes(what, bytes)
     }
 }

@@ -150,12 +150,14 @@ fn hostile_gguf_headers_are_refused() {
     check(&long_key, "the length of a metadata key is 1844");
     check(&with(&[entry("", 4, &[0; 4])]), "a metadata key is empty");
     check(&with(&[entry("a", 13, &[0; 4])]), "metadata a has type 13");
-    check(&with(&[entry("a", 7, &[2])]), "the boolean 2");
+    let two = with(&[entry("a", 7, &[2])]);
+    assert_eq!(Gguf::parse(&two).unwrap().metadata.bool("a").unwrap(), Some(true), "as in C");
     check(&with(&[entry("a", 4, &[0; 4]), entry("a", 4, &[0; 4])]), "metadata key a occurs twice");
     check(&with(&[entry("a", 8, &u64::MAX.to_le_bytes())]), "the length of a is 1844");
     check(&with(&[entry("a", 8, &(1u64 << 20).to_le_bytes())]), "truncated: a needs 1048576");
     let latin1 = [1u64.to_le_bytes().as_slice(), &[0xff]].concat();
-    check(&with(&[entry("a", 8, &latin1)]), "a is not UTF-8");
+    let needed = entry("general.architecture", 8, &latin1);
+    check(&with(&[needed]), "general.architecture is not UTF-8");
 
     // BAD_VALUE_SIZE: arrays of absurd length, of each element type, and of arrays.
     for element in 0..13u32 {
@@ -191,7 +193,7 @@ fn hostile_gguf_tensors_are_refused() {
     check(&t(&[1 << 62, 4], 0, 0, 0), "impossible shape");
     check(&t(&[1 << 60], 0, 0, 0), "needs 4611686018427387904 bytes, the file has 0");
     check(&t(&[8], 0, 0, 31), "needs 32 bytes, the file has 31");
-    check(&t(&[8], 0, 0, 64), "needs 32 bytes, the file has 64");
+    assert_eq!(Gguf::parse(&t(&[8], 0, 0, 64)).unwrap().trailing_bytes, 32);
     check(&t(&[8], 0, 32, 64), "begins at byte 32 of the data, expected 0");
     check(&t(&[8], 0, 1, 64), "begins at byte 1 of the data");
     check(&t(&[8], 0, u64::MAX, 64), "begins at byte 1844");

@@ -142,7 +142,7 @@ fn refusals() -> Vec<String> {
         of_new_tensor("blk.0.ffn_gate_exps.weight"),
         of_new_tensor("blk.0.attn_q_norm.weight"),
         of_new_tensor("blk.0.attn_q_norm_in.weight"),
-        with_pre("falcon_e"),
+        with_pre("mpt"),
         without_i2s(),
         of_config("model_type", json!("qwen3")),
         of_config("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0})),

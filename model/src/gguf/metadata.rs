@@ -1,8 +1,9 @@
 //! Metadata of a GGUF file: typed values that stay in the file.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use super::{GgufError, NAME_BYTES_MAX, Reader, STRING_BYTES_MAX};
+use super::{GgufError, KEY_BYTES_MAX, Reader, STRING_BYTES_MAX};
 
 /// Types of metadata values, numbered as in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +95,8 @@ pub enum Value<'a> {
     Bool(bool),
     /// A string.
     String(&'a str),
+    /// A string that is no UTF-8: of no use, and of no harm under a key that nobody needs.
+    NotUtf8(&'a [u8]),
     /// An array.
     Array(Array<'a>),
 }
@@ -106,7 +109,7 @@ impl<'a> Value<'a> {
             | Self::Signed(_, value_type)
             | Self::Float(_, value_type) => *value_type,
             Self::Bool(_) => ValueType::Bool,
-            Self::String(_) => ValueType::String,
+            Self::String(_) | Self::NotUtf8(_) => ValueType::String,
             Self::Array(_) => ValueType::Array,
         }
     }
@@ -137,11 +140,12 @@ impl<'a> Value<'a> {
                 Ok(Self::Float(f64::from(value), value_type))
             }
             ValueType::F64 => Ok(Self::Float(f64::from_le_bytes(*reader.array(key)?), value_type)),
-            ValueType::Bool => match u8::from_le_bytes(*reader.array(key)?) {
-                byte @ (0 | 1) => Ok(Self::Bool(byte == 1)),
-                found => Err(GgufError::Boolean { key: key.into(), found }),
-            },
-            ValueType::String => Ok(Self::String(reader.string(key, STRING_BYTES_MAX)?)),
+            // As in C: whatever is not zero is true.
+            ValueType::Bool => Ok(Self::Bool(*reader.array::<1>(key)? != [0])),
+            ValueType::String => {
+                let bytes = reader.text(key, STRING_BYTES_MAX)?;
+                Ok(std::str::from_utf8(bytes).map_or(Self::NotUtf8(bytes), Self::String))
+            }
             ValueType::Array => Ok(Self::Array(Array::read(reader, key)?)),
         }
     }
@@ -152,6 +156,8 @@ impl<'a> Value<'a> {
 pub struct Array<'a> {
     element_type: ValueType,
     len: usize,
+    /// No element is a string that is no UTF-8.
+    is_utf8: bool,
     /// At the first element; every element was read once without an error.
     elements: Reader<'a>,
 }
@@ -175,14 +181,16 @@ impl<'a> Array<'a> {
             return Err(GgufError::Truncated { what, at, needed_bytes, left_bytes });
         }
         let elements = reader.clone();
-        if matches!(element_type, ValueType::String | ValueType::Bool) {
+        let mut is_utf8 = true;
+        if element_type == ValueType::String {
             for _ in 0..len {
-                Value::read(reader, key, element_type)?;
+                let element = Value::read(reader, key, element_type)?;
+                is_utf8 &= !matches!(element, Value::NotUtf8(_));
             }
         } else {
             reader.bytes(key, needed_bytes)?;
         }
-        Ok(Self { element_type, len: len as usize, elements })
+        Ok(Self { element_type, len: len as usize, is_utf8, elements })
     }
 
     /// Number of elements.
@@ -207,9 +215,9 @@ impl<'a> Array<'a> {
         (0..self.len).map_while(move |_| Value::read(&mut reader, "", element_type).ok())
     }
 
-    /// The elements, if they are strings.
+    /// The elements, if they are strings and all of them UTF-8.
     pub fn strings(&self) -> Option<impl Iterator<Item = &'a str> + use<'a>> {
-        (self.element_type == ValueType::String).then(|| {
+        (self.element_type == ValueType::String && self.is_utf8).then(|| {
             self.iter().filter_map(|value| match value {
                 Value::String(text) => Some(text),
                 _ => None,
@@ -226,10 +234,16 @@ impl<'a> Metadata<'a> {
     pub(super) fn read(reader: &mut Reader<'a>, entries: u64) -> Result<Self, GgufError> {
         let mut values = BTreeMap::new();
         for _ in 0..entries {
-            let key = reader.string("a metadata key", NAME_BYTES_MAX)?;
+            let key = reader.text("a metadata key", KEY_BYTES_MAX)?;
             if key.is_empty() {
                 return Err(GgufError::Empty { what: "a metadata key" });
             }
+            let Ok(key) = std::str::from_utf8(key) else {
+                // Nobody needs such a key: its value is passed over.
+                let value_type = ValueType::read(reader, "that is not UTF-8")?;
+                Value::read(reader, "that is not UTF-8", value_type)?;
+                continue;
+            };
             let value_type = ValueType::read(reader, key)?;
             let value = Value::read(reader, key, value_type)?;
             if values.insert(key, value).is_some() {
@@ -256,6 +270,9 @@ impl<'a> Metadata<'a> {
         convert: impl FnOnce(&Value<'a>) -> Option<T>,
     ) -> Result<Option<T>, GgufError> {
         let Some(value) = self.get(key) else { return Ok(None) };
+        if matches!(value, Value::NotUtf8(_)) {
+            return Err(GgufError::NotUtf8 { what: key.into() });
+        }
         convert(value).map(Some).ok_or_else(|| GgufError::ValueType {
             key: key.into(),
             found: value.value_type().name().into(),
@@ -310,14 +327,27 @@ impl<'a> Metadata<'a> {
         })
     }
 
+    /// A string for people, whatever its encoding: what is not UTF-8 is shown as U+FFFD.
+    pub fn label(&self, key: &str) -> Option<Cow<'a, str>> {
+        match self.get(key)? {
+            Value::String(text) => Some(Cow::Borrowed(*text)),
+            Value::NotUtf8(bytes) => Some(String::from_utf8_lossy(bytes)),
+            _ => None,
+        }
+    }
+
     /// An array.
     ///
     /// # Errors
     ///
-    /// [`GgufError::ValueType`] if the key holds something else.
+    /// [`GgufError::ValueType`] if the key holds something else, [`GgufError::NotUtf8`] if it holds
+    /// strings that are not UTF-8.
     pub fn array(&self, key: &str) -> Result<Option<&Array<'a>>, GgufError> {
         match self.get(key) {
             None => Ok(None),
+            Some(Value::Array(array)) if !array.is_utf8 => {
+                Err(GgufError::NotUtf8 { what: format!("a string in {key}") })
+            }
             Some(Value::Array(array)) => Ok(Some(array)),
             Some(other) => Err(GgufError::ValueType {
                 key: key.into(),

@@ -178,19 +178,20 @@ impl<'a> Info<'a> {
     }
 }
 
-/// Reads the tensor infos, and checks that the tensors fill the data in order and without gaps.
+/// Reads the tensor infos, and checks that the tensors fill the data in order and without gaps. The
+/// second is how many bytes of the file come after all of them.
 pub(super) fn read<'a>(
     reader: &mut Reader<'a>,
     tensors: u64,
     alignment: u64,
-) -> Result<BTreeMap<&'a str, GgufTensor<'a>>, GgufError> {
+) -> Result<(BTreeMap<&'a str, GgufTensor<'a>>, u64), GgufError> {
     let mut infos = Vec::new();
     for _ in 0..tensors {
         infos.push(Info::read(reader)?);
     }
     infos.sort_by_key(|info| info.offset);
     if infos.is_empty() {
-        return Ok(BTreeMap::new());
+        return Ok((BTreeMap::new(), reader.left_bytes()));
     }
     let padding_bytes = (reader.at as u64).next_multiple_of(alignment) - reader.at as u64;
     reader.bytes("the padding before the data", padding_bytes)?;
@@ -212,10 +213,10 @@ pub(super) fn read<'a>(
         };
         let bytes = tensor_type.tensor_bytes(info.name, info.dims[0], info.elements)?;
         let padded_bytes = bytes.next_multiple_of(alignment);
-        // The last tensor may lack its padding.
+        // The last tensor may lack its padding, or be followed by bytes that belong to nothing.
         let fits = match next {
             Some(_) => room_bytes == padded_bytes,
-            None => (bytes..=padded_bytes).contains(&room_bytes),
+            None => room_bytes >= bytes,
         };
         if !fits {
             return Err(GgufError::TensorBytes {
@@ -223,6 +224,7 @@ pub(super) fn read<'a>(
                 type_name: tensor_type.name(),
                 dims: info.dims.clone(),
                 needed_bytes: bytes,
+                padded_bytes: if next.is_some() { padded_bytes } else { bytes },
                 found_bytes: room_bytes,
             });
         }
@@ -233,5 +235,5 @@ pub(super) fn read<'a>(
             return Err(GgufError::Duplicate { what: "tensor", name: info.name.into() });
         }
     }
-    Ok(placed)
+    Ok((placed, (data.len() as u64).saturating_sub(expected)))
 }

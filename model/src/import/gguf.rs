@@ -122,6 +122,11 @@ pub(super) fn read<'a>(
     keys.refuse_unsupported()?;
 
     let mut notes = Vec::new();
+    keys.note_unknown(&mut notes);
+    if gguf.trailing_bytes > 0 {
+        let bytes = gguf.trailing_bytes;
+        notes.push(format!("{bytes} bytes after the last tensor belong to nothing"));
+    }
     let i2s_layout = i2s_layout(gguf, options, &mut notes)?;
     let mut tensors = Tensors { gguf, i2s_layout, used: Default::default() };
     let mut config = config::read_config(&keys, architecture, &mut tensors, name, &mut notes)?;

@@ -22,6 +22,10 @@ const BITNET_TEMPLATE: &str = "{% set loop_messages = messages %}{% for message 
 const WRONG_TEMPLATE_MARK: &str = "BITNETAssistant";
 /// Vocabulary of Llama 3, and so of BitNet b1.58 2B4T.
 const LLAMA3_VOCAB: u32 = 128_256;
+/// Tokens by which a vocabulary is known that does not name its split: Llama 3's, and the first one
+/// of Falcon3 and Falcon-E.
+const KNOWN_BY_TOKEN: [(&str, &str); 2] =
+    [("<|begin_of_text|>", "llama-bpe"), (">>TITLE<<", "falcon3")];
 /// Longest piece of a SentencePiece vocabulary: every split of every piece is looked up.
 const PIECE_BYTES_MAX: usize = 512;
 /// SentencePiece's space.
@@ -62,7 +66,7 @@ pub(super) fn read(
     let add_bos = metadata.bool("tokenizer.ggml.add_bos_token")?;
     let tokenizer = match model {
         "gpt2" => {
-            let split = Split::choose(metadata, architecture, config, notes)?;
+            let split = Split::choose(metadata, &vocabulary, architecture, config, notes)?;
             config.add_bos = add_bos.unwrap_or(split.adds_bos());
             byte_level(metadata, &vocabulary, split, bos.filter(|_| config.add_bos))?
         }
@@ -111,29 +115,70 @@ fn template(
 /// How text is split before BPE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Split {
+    /// Words of the vocabulary are tokens whatever the merges say.
     Llama3,
+    /// The same split; only merges make tokens.
+    Llama3Merged,
     Qwen2,
 }
 
 impl Split {
     fn choose(
         metadata: &Metadata<'_>,
+        vocabulary: &Vocabulary<'_>,
         architecture: Architecture,
         config: &ModelConfig,
         notes: &mut Vec<String>,
     ) -> Result<Self, ImportError> {
-        match metadata.string("tokenizer.ggml.pre")? {
-            Some("llama-bpe" | "llama3" | "llama-v3" | "falcon3") => Ok(Self::Llama3),
-            Some("qwen2") => Ok(Self::Qwen2),
-            None if architecture != Architecture::Llama && config.vocab == LLAMA3_VOCAB => {
-                notes.push("tokenizer: tokenizer.ggml.pre is missing, taken as llama-bpe".into());
-                Ok(Self::Llama3)
-            }
-            other => Err(ImportError::Tokenizer(format!(
-                "tokenizer.ggml.pre is {}, expected llama-bpe, llama3, llama-v3, falcon3 or qwen2",
-                other.map_or_else(|| "missing".into(), |pre| format!("{pre:?}"))
-            ))),
+        let pre = metadata.string("tokenizer.ggml.pre")?;
+        if let Some(split) = pre.and_then(Self::by_name) {
+            return Ok(split);
         }
+        // Older converters knew no name, and wrote none.
+        let is_unnamed = pre.is_none_or(|pre| pre == "default");
+        let known = KNOWN_BY_TOKEN.iter().find(|(token, _)| vocabulary.ids.contains_key(token));
+        if let Some((token, name)) = known.filter(|_| is_unnamed) {
+            notes.push(format!(
+                "tokenizer: tokenizer.ggml.pre is missing, taken as {name} for it has {token}"
+            ));
+            return Ok(Self::Llama3);
+        }
+        if pre.is_none() && architecture != Architecture::Llama && config.vocab == LLAMA3_VOCAB {
+            notes.push("tokenizer: tokenizer.ggml.pre is missing, taken as llama-bpe".into());
+            return Ok(Self::Llama3);
+        }
+        let names = Self::ALL.map(|split| split.names().join(", ")).join(", ");
+        Err(ImportError::Tokenizer(format!(
+            "tokenizer.ggml.pre is {}, expected one of {names}",
+            pre.map_or_else(|| "missing".into(), |pre| format!("{pre:?}"))
+        )))
+    }
+
+    const ALL: [Self; 3] = [Self::Llama3, Self::Llama3Merged, Self::Qwen2];
+
+    /// Values of `tokenizer.ggml.pre` that llama.cpp and its relatives read alike.
+    fn names(self) -> &'static [&'static str] {
+        match self {
+            Self::Llama3 => &[
+                "llama-bpe",
+                "llama3",
+                "llama-v3",
+                "falcon3",
+                "falcon_e",
+                "falcon-e",
+                "falcon-h1",
+                "pixtral",
+                "midm-2.0",
+                "lfm2",
+                "jina-v5-nano",
+            ],
+            Self::Llama3Merged => &["smaug-bpe", "dbrx"],
+            Self::Qwen2 => &["qwen2", "deepseek-r1-qwen", "megrez"],
+        }
+    }
+
+    fn by_name(pre: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|split| split.names().contains(&pre))
     }
 
     fn adds_bos(self) -> bool {
@@ -286,7 +331,7 @@ fn byte_level<'a>(
         })?);
     }
     let (pattern, normalizer) = match split {
-        Split::Llama3 => (LLAMA3_SPLIT, Json::Null),
+        Split::Llama3 | Split::Llama3Merged => (LLAMA3_SPLIT, Json::Null),
         Split::Qwen2 => (QWEN2_SPLIT, json!({"type": "NFC"})),
     };
     let byte_level = |trim_offsets: bool, prefix: bool, regex: bool| {

@@ -15,6 +15,8 @@ pub(crate) enum Meta {
     Strings(Vec<String>),
     I32s(Vec<i32>),
     F32s(Vec<f32>),
+    /// A string of any bytes.
+    Bytes(Vec<u8>),
 }
 
 /// A tensor: its name, dimensions (fastest first), type number and bytes.
@@ -63,6 +65,7 @@ impl GgufWriter {
                 Value::Float(value, _) => Meta::F32(*value as f32),
                 Value::Bool(value) => Meta::Bool(*value),
                 Value::String(text) => Meta::String((*text).to_owned()),
+                Value::NotUtf8(bytes) => Meta::Bytes(bytes.to_vec()),
                 Value::Array(_) => panic!("the fixtures have no arrays"),
             };
             (key.to_owned(), value)
@@ -134,6 +137,7 @@ fn encode(value: &Meta) -> Vec<u8> {
         Meta::F32(value) => typed(6, &value.to_le_bytes()),
         Meta::Bool(value) => typed(7, &[u8::from(*value)]),
         Meta::String(text) => typed(8, &string(text)),
+        Meta::Bytes(bytes) => typed(8, &[&(bytes.len() as u64).to_le_bytes()[..], bytes].concat()),
         Meta::Strings(texts) => {
             array(8, texts.len(), texts.iter().flat_map(|text| string(text)).collect())
         }

@@ -3,21 +3,65 @@
 use super::super::ImportError;
 use super::Tensors;
 use crate::config::{
-    Activation, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, rope_inverse_frequencies,
+    Activation, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, TEXT_BYTES_MAX,
+    rope_inverse_frequencies,
 };
-use crate::gguf::{Metadata, Value};
+use crate::gguf::{Array, Metadata, Value};
 
-/// Metadata that changes what a model computes, behind the architecture's name: present and not
-/// neutral, it is refused.
-const UNSUPPORTED_KEYS: [&str; 8] = [
-    "expert_count",
-    "attention.sliding_window",
-    "attention.clamp_kqv",
-    "attention.max_alibi_bias",
-    "logit_scale",
-    "embedding_scale",
-    "residual_scale",
-    "final_logit_softcapping",
+/// Numbers and switches that change what a model computes, behind the architecture's name, with the
+/// values at which they change nothing: anything else is refused.
+const UNSUPPORTED_KEYS: [(&str, &[f64]); 17] = [
+    ("expert_count", &[0.0]),
+    ("attention.sliding_window", &[0.0]),
+    ("attention.clamp_kqv", &[0.0]),
+    ("attention.max_alibi_bias", &[0.0]),
+    ("attention.temperature_scale", &[0.0, 1.0]),
+    ("attn_logit_softcapping", &[0.0]),
+    ("final_logit_softcapping", &[0.0]),
+    ("router_logit_softcapping", &[0.0]),
+    ("logit_scale", &[0.0, 1.0]),
+    ("embedding_scale", &[0.0, 1.0]),
+    ("residual_scale", &[0.0, 1.0]),
+    ("use_parallel_residual", &[0.0]),
+    ("swin_norm", &[0.0]),
+    // Not zero: mean, first, last token or a rank: an embedding model's.
+    ("pooling_type", &[0.0]),
+    ("attention.causal", &[1.0]),
+    ("rope.scaling.attn_factor", &[0.0, 1.0]),
+    ("rope.scale_linear", &[0.0, 1.0]),
+];
+
+/// How far, relatively, a scale in f32 may be from the one it stands for.
+const SCALE_EXACT: f64 = 1e-5;
+
+/// Keys behind the architecture's name that are heeded, or say nothing that a reader needs.
+const KNOWN_KEYS: [&str; 25] = [
+    "vocab_size",
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "hidden_activation",
+    "tensor_data_layout",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.scale",
+    "attention.causal",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    // Settings of kinds of scaling that are refused.
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "leading_dense_block_count",
+    "expert_used_count",
 ];
 
 /// Architectures of GGUF files that can be read.
@@ -68,9 +112,14 @@ impl<'g, 'a> Keys<'g, 'a> {
         format!("{}.{key}", self.architecture)
     }
 
+    /// An integer, or the same one for each layer.
     fn optional(&self, key: &str) -> Result<Option<u32>, ImportError> {
         let key = self.key(key);
-        let Some(value) = self.metadata.unsigned(&key)? else { return Ok(None) };
+        let value = match self.metadata.get(&key) {
+            Some(Value::Array(array)) => Some(self.one_of_all(&key, array)?),
+            _ => self.metadata.unsigned(&key)?,
+        };
+        let Some(value) = value else { return Ok(None) };
         u32::try_from(value).map(Some).map_err(|_| ImportError::Value {
             key,
             found: value.to_string(),
@@ -86,23 +135,33 @@ impl<'g, 'a> Keys<'g, 'a> {
         ImportError::MissingKey { file: "metadata", key: self.key(key) }
     }
 
+    /// The model's name for people: the file's own, as long as a name may be.
+    fn name(&self, otherwise: &str) -> String {
+        let name = self.metadata.label("general.name").filter(|name| !name.trim().is_empty());
+        let name = name.as_deref().unwrap_or(otherwise);
+        name[..name.floor_char_boundary(TEXT_BYTES_MAX)].to_owned()
+    }
+
     fn required_float(&self, key: &str) -> Result<f64, ImportError> {
         self.metadata.float(&self.key(key))?.ok_or_else(|| self.missing(key))
     }
 
-    /// Key-value heads: absent (as many as heads), a number, or the same number for each layer.
-    fn kv_heads(&self, heads: u32) -> Result<u32, ImportError> {
-        const KEY: &str = "attention.head_count_kv";
-        let Some(Value::Array(array)) = self.metadata.get(&self.key(KEY)) else {
-            return Ok(self.optional(KEY)?.unwrap_or(heads));
-        };
+    /// The one number of an array with a number for each layer.
+    fn one_of_all(&self, key: &str, array: &Array<'_>) -> Result<u64, ImportError> {
+        let layers = self.metadata.unsigned(&self.key("block_count"))?;
+        if layers.is_some_and(|layers| layers != array.len() as u64) {
+            return Err(ImportError::Value {
+                key: key.into(),
+                found: format!("an array of {} numbers", array.len()),
+                expected: "one number, or one for each layer".into(),
+            });
+        }
         let mut all = array.iter().map(|value| value.unsigned());
-        let first = all.next().flatten();
-        match first.and_then(|first| u32::try_from(first).ok()) {
-            Some(kv_heads) if all.all(|value| value == first) => Ok(kv_heads),
-            _ => Err(ImportError::Unsupported(
-                "layers with different numbers of key-value heads are not supported".into(),
-            )),
+        match all.next().flatten() {
+            Some(first) if all.all(|value| value == Some(first)) => Ok(first),
+            _ => Err(ImportError::Unsupported(format!(
+                "{key} differs between layers, which is not supported"
+            ))),
         }
     }
 
@@ -117,23 +176,55 @@ impl<'g, 'a> Keys<'g, 'a> {
                 "a split GGUF file (join it with `gguf-split --merge` first)".into(),
             );
         }
-        for key in UNSUPPORTED_KEYS.map(|key| self.key(key)) {
-            let value = self.metadata.float(&key)?;
-            if let Some(value) = value.filter(|value| *value != 0.0) {
+        if let Some(kind) = self.metadata.label("general.type").filter(|kind| kind != "model") {
+            return unsupported(format!("a GGUF file of the type {kind:?}"));
+        }
+        for (key, neutral) in UNSUPPORTED_KEYS {
+            let key = self.key(key);
+            let value = match self.metadata.get(&key) {
+                Some(Value::Bool(value)) => Some(f64::from(u8::from(*value))),
+                _ => self.metadata.float(&key)?,
+            };
+            if let Some(value) = value.filter(|value| !neutral.contains(value)) {
                 return unsupported(format!("{key} = {value}"));
             }
         }
+        self.refuse_rope_scaling()
+    }
+
+    /// Refuses scaled positions: of the known kinds, only those that scale nothing are taken.
+    fn refuse_rope_scaling(&self) -> Result<(), ImportError> {
+        let unsupported =
+            |what: String| Err(ImportError::Unsupported(format!("{what} is not supported")));
         let key = self.key("rope.scaling.type");
-        match self.metadata.string(&key)? {
-            None | Some("none") => Ok(()),
-            Some("linear") => {
-                let factor = self.metadata.float(&self.key("rope.scaling.factor"))?;
-                match factor.is_none_or(|factor| factor == 1.0) {
-                    true => Ok(()),
-                    false => unsupported(format!("{key} = linear with a factor other than 1")),
-                }
-            }
+        let kind = self.metadata.string(&key)?;
+        let factor = self.metadata.float(&self.key("rope.scaling.factor"))?;
+        let scales = factor.is_some_and(|factor| factor != 0.0 && factor != 1.0);
+        match kind {
+            Some("none") => Ok(()),
+            // llama.cpp takes positions as scaled linearly if only a factor is given.
+            None | Some("linear") if !scales => Ok(()),
+            None => unsupported(format!("{} other than 1", self.key("rope.scaling.factor"))),
+            Some("linear") => unsupported(format!("{key} = linear with a factor other than 1")),
             Some(kind) => unsupported(format!("{key} = {kind}")),
+        }
+    }
+
+    /// Keys of the architecture that nobody here knows: they may matter to somebody.
+    pub(super) fn note_unknown(&self, notes: &mut Vec<String>) {
+        let prefix = self.key("");
+        let known = |key: &&str| {
+            KNOWN_KEYS.contains(key) || UNSUPPORTED_KEYS.iter().any(|(known, _)| known == key)
+        };
+        let keys = self.metadata.keys().filter_map(|key| key.strip_prefix(prefix.as_str()));
+        let unknown: Vec<&str> = keys.filter(|key| !known(key)).collect();
+        if let Some(first) = unknown.first() {
+            let more = match unknown.len() - 1 {
+                0 => String::new(),
+                more => format!(" and {more} more of its keys are"),
+            };
+            let is = if unknown.len() == 1 { " is" } else { "" };
+            notes.push(format!("warning: {prefix}{first}{more}{is} unknown here and not heeded"));
         }
     }
 }
@@ -167,6 +258,16 @@ pub(super) fn read_config(
                 expected: format!("{head_dim}, the head dimension"),
             });
         }
+    }
+    let scale = keys.metadata.float(&keys.key("attention.scale"))?.filter(|scale| *scale != 0.0);
+    let expected = 1.0 / f64::from(head_dim).sqrt();
+    let other = |scale: &f64| scale.is_nan() || (scale - expected).abs() > expected * SCALE_EXACT;
+    if let Some(found) = scale.filter(other) {
+        return Err(ImportError::Value {
+            key: keys.key("attention.scale"),
+            found: found.to_string(),
+            expected: format!("{expected}, from the head dimension"),
+        });
     }
     let theta = match keys.metadata.float(&keys.key("rope.freq_base"))? {
         Some(theta) => theta,
@@ -210,13 +311,13 @@ pub(super) fn read_config(
         });
     }
     let mut config = ModelConfig {
-        name: keys.metadata.string("general.name")?.unwrap_or(name).to_owned(),
+        name: keys.name(name),
         architecture: if architecture.sub_norms() { "bitnet-b1.58" } else { "llama" }.into(),
         layers: keys.required("block_count")?,
         hidden,
         ffn: keys.required("feed_forward_length")?,
         heads,
-        kv_heads: keys.kv_heads(heads)?,
+        kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         vocab,
         context: keys.required("context_length")?,
