@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use node::membership::{Leadership, Membership, MembershipError};
 use proto::ids::{NumericsClass, SequenceId, Term};
+use proto::key::CoordinatorKey;
 use proto::keys::Keys;
 use proto::status::ClusterStatus;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -148,6 +149,8 @@ enum Outcome {
 pub(crate) struct Driver {
     config: DriverConfig,
     keys: Keys,
+    /// Shown to workers with every call.
+    key: CoordinatorKey,
     membership: Arc<dyn Membership>,
     started: Instant,
     cluster: Cluster,
@@ -187,6 +190,8 @@ impl Driver {
             scheduler: Scheduler::new(config.limits),
             config,
             keys,
+            // `rand`'s default source is the system's, through a cipher: it cannot be guessed.
+            key: CoordinatorKey::new(rand::random()),
             membership,
             started: Instant::now(),
             clients: Clients::default(),
@@ -339,6 +344,7 @@ impl Driver {
 
     fn carry_out(&mut self, action: Action) {
         tracing::debug!(?action, "carries out");
+        let key = self.key;
         match action {
             Action::ReadPlan => self.read_plan(),
             Action::WritePlan { term, previous, plan } => self.write_plan(term, previous, &plan),
@@ -346,7 +352,7 @@ impl Driver {
                 self.no_plan = None;
                 self.calls.spawn(async move {
                     let (epoch, stage) = (request.epoch, request.stage);
-                    Outcome::Event(match workers::prepare(&request).await {
+                    Outcome::Event(match workers::prepare(key, &request).await {
                         Ok(class) => cluster::Event::Prepared { epoch, stage, class },
                         Err(error) => {
                             let workers::CallError { transient, detail } = error;
@@ -357,18 +363,20 @@ impl Driver {
             }
             Action::Activate { pipeline, epoch, term, stage, target } => {
                 self.calls.spawn(async move {
-                    Outcome::Event(match workers::activate(pipeline, epoch, term, &target).await {
-                        Ok(()) => cluster::Event::Activated { epoch, stage },
-                        Err(error) => {
-                            let workers::CallError { transient, detail } = error;
-                            cluster::Event::ActivateFailed { epoch, stage, transient, detail }
-                        }
-                    })
+                    Outcome::Event(
+                        match workers::activate(key, pipeline, epoch, term, &target).await {
+                            Ok(()) => cluster::Event::Activated { epoch, stage },
+                            Err(error) => {
+                                let workers::CallError { transient, detail } = error;
+                                cluster::Event::ActivateFailed { epoch, stage, transient, detail }
+                            }
+                        },
+                    )
                 });
             }
             Action::Retire { pipeline, epoch, term, target } => {
                 self.calls.spawn(async move {
-                    if let Err(error) = workers::retire(pipeline, epoch, term, &target).await {
+                    if let Err(error) = workers::retire(key, pipeline, epoch, term, &target).await {
                         let worker = &target.worker;
                         tracing::debug!(worker, %epoch, error.detail, "worker was not told to retire");
                     }

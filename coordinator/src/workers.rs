@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use proto::convert;
 use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, StepId, Term};
+use proto::key::CoordinatorKey;
 use proto::limits;
 use proto::pb;
 use proto::pb::stage_client::StageClient;
@@ -95,11 +96,16 @@ pub(crate) struct StepsLink {
 
 impl StepsLink {
     /// Connects in the background; steps sent before that wait.
-    pub(crate) fn open(id: LinkId, address: String, events: mpsc::Sender<LinkEvent>) -> Self {
+    pub(crate) fn open(
+        id: LinkId,
+        key: CoordinatorKey,
+        address: String,
+        events: mpsc::Sender<LinkEvent>,
+    ) -> Self {
         let (queue, steps) = mpsc::channel(STEPS_QUEUED);
         let mut task = JoinSet::new();
         task.spawn(async move {
-            let detail = match carry_steps(id, &address, steps, &events).await {
+            let detail = match carry_steps(id, key, &address, steps, &events).await {
                 Ok(()) => "the worker ended the stream".to_owned(),
                 Err(detail) => detail,
             };
@@ -139,13 +145,14 @@ impl ResultsLink {
     /// Connects in the background.
     pub(crate) fn open(
         id: LinkId,
+        key: CoordinatorKey,
         address: String,
         wanted: ResultsWanted,
         events: mpsc::Sender<LinkEvent>,
     ) -> Self {
         let mut task = JoinSet::new();
         task.spawn(async move {
-            let detail = match carry_results(id, &address, wanted, &events).await {
+            let detail = match carry_results(id, key, &address, wanted, &events).await {
                 Ok(()) => "the worker ended the stream".to_owned(),
                 Err(detail) => detail,
             };
@@ -160,11 +167,14 @@ impl ResultsLink {
 /// # Errors
 ///
 /// [`CallError`] in the worker's or the network's words.
-pub(crate) async fn prepare(request: &Prepare) -> Result<NumericsClass, CallError> {
+pub(crate) async fn prepare(
+    key: CoordinatorKey,
+    request: &Prepare,
+) -> Result<NumericsClass, CallError> {
     let stage = request.stages.get(request.stage as usize);
     let address = &stage.ok_or_else(|| CallError::transient("no such stage"))?.address;
     let mut client = connect(address).await?;
-    let call = client.prepare(convert::encode_prepare(request));
+    let call = client.prepare(key.attach(convert::encode_prepare(request)));
     let response = within(PREPARE_PATIENCE, call).await?;
     NumericsClass::try_from(&response.numerics_class[..])
         .map_err(|error| CallError { transient: false, detail: error.to_string() })
@@ -176,18 +186,19 @@ pub(crate) async fn prepare(request: &Prepare) -> Result<NumericsClass, CallErro
 ///
 /// [`CallError`] in the worker's or the network's words.
 pub(crate) async fn activate(
+    key: CoordinatorKey,
     pipeline: PipelineId,
     epoch: Epoch,
     term: Term,
     target: &StagePlan,
 ) -> Result<(), CallError> {
     let mut client = connect(&target.address).await?;
-    let call = client.activate(pb::ActivateRequest {
+    let call = client.activate(key.attach(pb::ActivateRequest {
         pipeline: pipeline.0,
         epoch: epoch.0,
         term: term.0,
         dst_incarnation: incarnation_bytes(target.incarnation),
-    });
+    }));
     within(SWITCH_PATIENCE, call).await.map(drop)
 }
 
@@ -197,18 +208,19 @@ pub(crate) async fn activate(
 ///
 /// [`CallError`] in the worker's or the network's words.
 pub(crate) async fn retire(
+    key: CoordinatorKey,
     pipeline: PipelineId,
     epoch: Epoch,
     term: Term,
     target: &StagePlan,
 ) -> Result<(), CallError> {
     let mut client = connect(&target.address).await?;
-    let call = client.retire(pb::RetireRequest {
+    let call = client.retire(key.attach(pb::RetireRequest {
         pipeline: pipeline.0,
         epoch: epoch.0,
         term: term.0,
         dst_incarnation: incarnation_bytes(target.incarnation),
-    });
+    }));
     within(SWITCH_PATIENCE, call).await.map(drop)
 }
 
@@ -232,13 +244,15 @@ pub(crate) async fn describe(address: &str, patience: Duration) -> Result<Incarn
 
 async fn carry_steps(
     link: LinkId,
+    key: CoordinatorKey,
     address: &str,
     steps: mpsc::Receiver<SentStep>,
     events: &mpsc::Sender<LinkEvent>,
 ) -> Result<(), String> {
     let mut client = connect(address).await.map_err(|error| error.detail)?;
     let messages = ReceiverStream::new(steps).map(|sent| encode(&sent));
-    let replies = client.steps(messages).await.map_err(|status| status_words(&status))?;
+    let replies =
+        client.steps(key.attach(messages)).await.map_err(|status| status_words(&status))?;
     let mut replies = replies.into_inner();
     while let Some(reply) = replies.message().await.map_err(|status| status_words(&status))? {
         let reply =
@@ -252,6 +266,7 @@ async fn carry_steps(
 
 async fn carry_results(
     link: LinkId,
+    key: CoordinatorKey,
     address: &str,
     wanted: ResultsWanted,
     events: &mpsc::Sender<LinkEvent>,
@@ -264,7 +279,8 @@ async fn carry_results(
         dst_incarnation: incarnation_bytes(wanted.incarnation),
         after_step: wanted.after_step.0,
     };
-    let results = client.results(request).await.map_err(|status| status_words(&status))?;
+    let results =
+        client.results(key.attach(request)).await.map_err(|status| status_words(&status))?;
     let mut results = results.into_inner();
     while let Some(result) = results.message().await.map_err(|status| status_words(&status))? {
         let result =

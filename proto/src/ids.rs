@@ -144,6 +144,10 @@ bytes_id!(
     KnownAnswer[32] "a known-answer digest"
 );
 bytes_id!(
+    /// Digest of a [`CoordinatorKey`](crate::key::CoordinatorKey).
+    KeyDigest[32] "a key's digest"
+);
+bytes_id!(
     /// Random id of one process start.
     Incarnation[16] "an incarnation"
 );

@@ -20,7 +20,8 @@ impl Keys {
         format!("{ROOT}/{}/cluster-id", self.cluster)
     }
 
-    /// Held under the leading coordinator's lease; its create-revision is the term.
+    /// The [`LeaderRecord`](crate::key::LeaderRecord), held under the leading coordinator's lease;
+    /// its create-revision is the term.
     pub fn leader(&self) -> String {
         format!("{ROOT}/{}/leader", self.cluster)
     }

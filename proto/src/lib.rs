@@ -7,6 +7,7 @@
 pub mod convert;
 pub mod generate;
 pub mod ids;
+pub mod key;
 pub mod keys;
 pub mod limits;
 pub mod names;

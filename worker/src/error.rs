@@ -15,6 +15,7 @@ use crate::config::ConfigError;
 use crate::engine::EngineError;
 use crate::session::epochs::EpochError;
 use crate::stage::ReaderEnd;
+use crate::witness::WitnessError;
 
 /// Why a worker ended.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +84,10 @@ pub enum RunError {
 pub(crate) enum ServiceError {
     #[error(transparent)]
     Epoch(#[from] EpochError),
+    #[error(transparent)]
+    Witness(#[from] WitnessError),
+    #[error("the caller does not show the key of the coordinator that prepared this stage")]
+    Key,
     #[error("stage {stage} is for worker {worker} at {incarnation}, this is {own}")]
     NotThisWorker { stage: u32, worker: String, incarnation: Incarnation, own: String },
     #[error("{found} steps in flight are more than {IN_FLIGHT_MAX}")]
@@ -122,7 +127,16 @@ impl From<ServiceError> for Status {
             ServiceError::Memory { .. }
             | ServiceError::Engine(EngineError::Memory { .. } | EngineError::Threads { .. })
             | ServiceError::Thread(_) => Code::ResourceExhausted,
+            ServiceError::Key | ServiceError::Witness(WitnessError::Key { .. }) => {
+                Code::PermissionDenied
+            }
+            ServiceError::Witness(
+                WitnessError::Registry { .. } | WitnessError::TimedOut { .. },
+            ) => Code::Unavailable,
             ServiceError::Epoch(_)
+            | ServiceError::Witness(
+                WitnessError::NotTheLeader { .. } | WitnessError::Epoch { .. },
+            )
             | ServiceError::NotThisWorker { .. }
             | ServiceError::NoResults { .. }
             | ServiceError::Gone => Code::FailedPrecondition,

@@ -9,7 +9,8 @@ use futures::stream::unfold;
 use proto::convert::{
     WireError, decode_prepare, decode_step, decode_step_header, encode_reply, encode_result,
 };
-use proto::ids::{Epoch, Incarnation, PipelineId, StepId, Term};
+use proto::ids::{Epoch, Incarnation, KeyDigest, PipelineId, StepId, Term};
+use proto::key::CoordinatorKey;
 use proto::pb::stage_server::{Stage, StageServer};
 use proto::step::{StepReply, StepVerdict};
 use proto::{limits, pb};
@@ -58,9 +59,10 @@ impl Stage for StageService {
         &self,
         request: Request<pb::PrepareRequest>,
     ) -> Result<Response<pb::PrepareResponse>, Status> {
+        let key = key(&request)?;
         let request = decode_prepare(request.into_inner()).map_err(ServiceError::from)?;
         let (pipeline, epoch, stage) = (request.pipeline, request.epoch, request.stage);
-        match self.service.prepare(request).await {
+        match self.service.prepare(request, key).await {
             Ok(prepared) => {
                 tracing::info!(%pipeline, %epoch, stage, "epoch is prepared");
                 Ok(Response::new(pb::PrepareResponse {
@@ -81,9 +83,11 @@ impl Stage for StageService {
         &self,
         request: Request<pb::ActivateRequest>,
     ) -> Result<Response<pb::ActivateResponse>, Status> {
+        let key = key(&request)?;
         let pb::ActivateRequest { pipeline, epoch, term, dst_incarnation } = request.into_inner();
         let incarnation = incarnation(&dst_incarnation)?;
-        self.service.activate(PipelineId(pipeline), Epoch(epoch), Term(term), incarnation)?;
+        let (pipeline, epoch, term) = (PipelineId(pipeline), Epoch(epoch), Term(term));
+        self.service.activate(pipeline, epoch, term, incarnation, key).await?;
         Ok(Response::new(pb::ActivateResponse {}))
     }
 
@@ -91,8 +95,10 @@ impl Stage for StageService {
         &self,
         request: Request<pb::RetireRequest>,
     ) -> Result<Response<pb::RetireResponse>, Status> {
+        let key = key(&request)?;
         let pb::RetireRequest { epoch, term, dst_incarnation, .. } = request.into_inner();
-        self.service.retire(Epoch(epoch), Term(term), incarnation(&dst_incarnation)?)?;
+        let incarnation = incarnation(&dst_incarnation)?;
+        self.service.retire(Epoch(epoch), Term(term), incarnation, key).await?;
         Ok(Response::new(pb::RetireResponse {}))
     }
 
@@ -124,8 +130,10 @@ impl Stage for StageService {
         &self,
         request: Request<Streaming<pb::StepMessage>>,
     ) -> Result<Response<Self::StepsStream>, Status> {
+        let key = key(&request)?.map(|key| key.digest());
         let (replies, queue) = mpsc::channel(REPLIES_MAX);
         let edge = Edge {
+            key,
             service: self.service.clone(),
             inbound: request.into_inner(),
             replies,
@@ -144,6 +152,7 @@ impl Stage for StageService {
         &self,
         request: Request<pb::ResultsRequest>,
     ) -> Result<Response<Self::ResultsStream>, Status> {
+        let key = key(&request)?;
         let pb::ResultsRequest { pipeline, epoch, term, dst_incarnation, after_step } =
             request.into_inner();
         let reader = self.service.results(
@@ -152,6 +161,7 @@ impl Stage for StageService {
             Term(term),
             incarnation(&dst_incarnation)?,
             StepId(after_step),
+            key,
         )?;
         let results = unfold(Some(reader), |reader: Option<ResultReader>| async {
             let mut reader = reader?;
@@ -168,8 +178,15 @@ fn incarnation(bytes: &[u8]) -> Result<Incarnation, ServiceError> {
     Incarnation::try_from(bytes).map_err(|error| ServiceError::Wire(error.into()))
 }
 
+/// What a caller shows of who it is.
+fn key<T>(request: &Request<T>) -> Result<Option<CoordinatorKey>, ServiceError> {
+    Ok(CoordinatorKey::of(request.metadata())?)
+}
+
 /// One stream of steps.
 struct Edge {
+    /// Of the key that its sender showed.
+    key: Option<KeyDigest>,
     service: Arc<Service>,
     inbound: Streaming<pb::StepMessage>,
     /// Given to the stages that this stream feeds, for what later stages say.
@@ -224,6 +241,9 @@ impl Edge {
                 return refuse(refusal.epoch, speaks_as, refusal.verdict, refusal.detail);
             }
         };
+        if !stage.admits(self.key) {
+            return Err(ServiceError::Key.into());
+        }
         let step = match decode_step(message) {
             Ok(step) => step,
             Err(error) => return corrupt(stage.prepare().stage, &error),

@@ -32,6 +32,7 @@ mod telemetry;
 #[cfg(test)]
 mod tests;
 mod topology;
+mod witness;
 
 pub use config::{Config, ConfigError};
 pub use error::RunError;

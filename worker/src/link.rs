@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use node::Chain;
 use proto::convert::{decode_reply, encode_step};
 use proto::ids::StepId;
+use proto::key::CoordinatorKey;
 use proto::pb::stage_client::StageClient;
 use proto::plan::StagePlan;
 use proto::step::{StepReply, StepVerdict};
@@ -53,7 +54,7 @@ pub(crate) async fn run(stage: Arc<Stage>, next: StagePlan) {
     let carry = async {
         let mut outage = Outage::new(Instant::now());
         loop {
-            let error = match connect(&next).await {
+            let error = match connect(&next, stage.key()).await {
                 Ok((steps, replies)) => {
                     tracing::info!(next = next.worker, address = next.address, "link is up");
                     stage.metrics().connected();
@@ -110,11 +111,16 @@ impl Outage {
 
 async fn connect(
     next: &StagePlan,
+    key: Option<CoordinatorKey>,
 ) -> Result<(mpsc::Sender<pb::StepMessage>, tonic::Streaming<pb::StepReply>), LinkError> {
     let channel = endpoint(&next.address)?.connect().await.map_err(LinkError::Connect)?;
     let mut client = client(channel);
     let (steps, outbound) = mpsc::channel(QUEUE_LEN);
-    let call = client.steps(ReceiverStream::new(outbound));
+    let outbound = ReceiverStream::new(outbound);
+    let call = client.steps(match key {
+        Some(key) => key.attach(outbound),
+        None => tonic::Request::new(outbound),
+    });
     let replies =
         tokio::time::timeout(CONNECT_TIMEOUT, call).await.map_err(|_| LinkError::TimedOut)??;
     Ok((steps, replies.into_inner()))

@@ -26,6 +26,7 @@ use crate::engine::{EngineConfig, working_bytes as working_bytes_of};
 use crate::error::RunError;
 use crate::measure::measure_layer_ns;
 use crate::service::{Identity, Service};
+use crate::witness::{LeaderKey, Witness};
 use crate::{grpc, known_answer, telemetry};
 
 /// A draining worker to which nobody sent a step for so long is idle: longer than a step of a
@@ -93,7 +94,8 @@ pub async fn run(
         known_answer,
         stores,
     };
-    let service = Arc::new(Service::new(identity, failures, closing.clone()));
+    let witness = Witness::new(LeaderKey { membership: membership.clone(), key: keys.leader() });
+    let service = Arc::new(Service::new(identity, witness, failures, closing.clone()));
     let (health, serving) = grpc::serve(listener, service.clone())?;
     grpc::set_serving(&health, true).await;
     let condition = Health::starting();

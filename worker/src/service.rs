@@ -11,6 +11,7 @@ use model::Store;
 use proto::ids::{
     Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, StepId, Term,
 };
+use proto::key::CoordinatorKey;
 use proto::limits;
 use proto::plan::KvType;
 use proto::step::{Prepare, StepHeader};
@@ -23,8 +24,9 @@ use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes, weight_copies, w
 use crate::error::ServiceError;
 use crate::executor::Executor;
 use crate::link;
-use crate::session::epochs::{Epochs, PrepareAction, State, StepRefusal};
+use crate::session::epochs::{ControlCall, Epochs, PrepareAction, State, StepRefusal};
 use crate::stage::{ResultReader, Stage};
+use crate::witness::{Claim, Witness};
 
 /// Room in a step's message for everything that is not activations.
 const STEP_OVERHEAD_BYTES: usize = 16 << 20;
@@ -109,6 +111,7 @@ struct Held {
 #[derive(Debug)]
 pub(crate) struct Service {
     identity: Identity,
+    witness: Witness,
     held: Mutex<Held>,
     /// One engine is built at a time.
     preparing: tokio::sync::Mutex<()>,
@@ -122,12 +125,14 @@ impl Service {
     /// A worker that stands by. A panic of an engine goes to `failures`.
     pub(crate) fn new(
         identity: Identity,
+        witness: Witness,
         failures: mpsc::Sender<EngineFailure>,
         closing: CancellationToken,
     ) -> Self {
         let epochs = Epochs::new(identity.incarnation);
         Self {
             identity,
+            witness,
             held: Mutex::new(Held { epochs, running: Vec::new() }),
             preparing: tokio::sync::Mutex::default(),
             failures,
@@ -149,13 +154,21 @@ impl Service {
     /// # Errors
     ///
     /// [`ServiceError`]; what was held before is held still, except what was only prepared.
-    pub(crate) async fn prepare(&self, request: Prepare) -> Result<Prepared, ServiceError> {
+    pub(crate) async fn prepare(
+        &self,
+        request: Prepare,
+        key: Option<CoordinatorKey>,
+    ) -> Result<Prepared, ServiceError> {
+        let claim = Claim { term: request.term, epoch: request.epoch, key };
+        self.confirm(request.dst_incarnation, Some(&request.cluster_id), claim).await?;
         let _one_at_a_time = self.preparing.lock().await;
         let shape = self.check_request(&request)?;
         let (same, beside_bytes) = {
             let mut held = self.held();
             if held.epochs.prepare(&request)? == PrepareAction::Nothing {
                 let running = held.running.iter().find(|r| r.serves(request.epoch));
+                // Of the coordinator that asks now, should another have asked before.
+                running.iter().for_each(|running| running.stage.belongs_to(key));
                 let holding = running.map(|running| running.holding.clone());
                 return holding.map(|h| self.prepared(&h)).ok_or(ServiceError::Gone);
             }
@@ -171,11 +184,23 @@ impl Service {
             None => Arc::new(self.build(shape, beside_bytes).await?),
         };
         let prepared = self.prepared(&holding);
-        let running = self.start(request.clone(), holding);
+        let running = self.start(request.clone(), key, holding);
         let mut held = self.held();
         held.epochs.install(request)?;
         held.running.push(running);
         Ok(prepared)
+    }
+
+    /// Believes a control call, or says why not.
+    async fn confirm(
+        &self,
+        incarnation: Incarnation,
+        cluster: Option<&str>,
+        claim: Claim,
+    ) -> Result<(), ServiceError> {
+        let call = ControlCall { incarnation, term: claim.term, cluster };
+        self.held().epochs.check_claim(&call)?;
+        Ok(self.witness.confirm(claim).await?)
     }
 
     /// What can be said against a request without looking at what is held.
@@ -254,9 +279,15 @@ impl Service {
         tokio::task::spawn_blocking(build).await.map_err(ServiceError::Build)?
     }
 
-    fn start(&self, request: Prepare, holding: Arc<Holding>) -> Running {
+    fn start(
+        &self,
+        request: Prepare,
+        key: Option<CoordinatorKey>,
+        holding: Arc<Holding>,
+    ) -> Running {
         let (stage, finisher) = Stage::new(
             request,
+            key,
             holding.hidden,
             holding.engine.clone(),
             self.executed.clone(),
@@ -285,13 +316,15 @@ impl Service {
     /// # Errors
     ///
     /// [`ServiceError::Epoch`].
-    pub(crate) fn activate(
+    pub(crate) async fn activate(
         &self,
         pipeline: PipelineId,
         epoch: Epoch,
         term: Term,
         incarnation: Incarnation,
+        key: Option<CoordinatorKey>,
     ) -> Result<(), ServiceError> {
+        self.confirm(incarnation, None, Claim { term, epoch, key }).await?;
         let mut held = self.held();
         held.epochs.activate(pipeline, epoch, term, incarnation)?;
         held.forget_what_is_over();
@@ -304,12 +337,14 @@ impl Service {
     /// # Errors
     ///
     /// [`ServiceError::Epoch`].
-    pub(crate) fn retire(
+    pub(crate) async fn retire(
         &self,
         epoch: Epoch,
         term: Term,
         incarnation: Incarnation,
+        key: Option<CoordinatorKey>,
     ) -> Result<(), ServiceError> {
+        self.confirm(incarnation, None, Claim { term, epoch, key }).await?;
         let mut held = self.held();
         held.epochs.retire(epoch, term, incarnation)?;
         held.forget_what_is_over();
@@ -349,11 +384,15 @@ impl Service {
         term: Term,
         incarnation: Incarnation,
         after: StepId,
+        key: Option<CoordinatorKey>,
     ) -> Result<ResultReader, ServiceError> {
         let held = self.held();
         held.epochs.judge_reader(pipeline, epoch, term, incarnation)?;
         let running = held.running.iter().find(|running| running.serves(epoch));
         let stage = &running.ok_or(ServiceError::Gone)?.stage;
+        if !stage.admits(key.map(|key| key.digest())) {
+            return Err(ServiceError::Key);
+        }
         if !stage.is_last() {
             let prepare = stage.prepare();
             let (stage, stages) = (prepare.stage, prepare.stages.len());

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::ids::StepId;
+use proto::ids::{KeyDigest, StepId};
+use proto::key::CoordinatorKey;
 use proto::plan::StagePlan;
 use proto::step::{
     Output as RowOutput, Prepare, Row, RowResult, RowValue, Step, StepHeader, StepReply,
@@ -71,6 +72,9 @@ struct Upstream {
 #[derive(Debug)]
 pub(crate) struct Stage {
     prepare: Prepare,
+    /// Of the coordinator that prepared it, and its digest: who shows another sends no steps and
+    /// reads no results. `None` where the coordinator has none.
+    key: Mutex<Option<(CoordinatorKey, KeyDigest)>>,
     /// Width of the residual stream.
     hidden: usize,
     engine: EngineHandle,
@@ -90,6 +94,7 @@ impl Stage {
     /// `executed` counts the steps of the whole worker.
     pub(crate) fn new(
         prepare: Prepare,
+        key: Option<CoordinatorKey>,
         hidden: usize,
         engine: EngineHandle,
         executed: Arc<AtomicU64>,
@@ -100,6 +105,7 @@ impl Stage {
         let stage = Arc::new(Self {
             metrics: StageMetrics::new(&prepare),
             prepare,
+            key: Mutex::new(with_digest(key)),
             hidden,
             engine,
             outcomes,
@@ -138,6 +144,21 @@ impl Stage {
     /// Fires when the epoch is over here.
     pub(crate) fn retired(&self) -> &CancellationToken {
         &self.retired
+    }
+
+    /// From now on it serves who shows `key`.
+    pub(crate) fn belongs_to(&self, key: Option<CoordinatorKey>) {
+        *lock(&self.key) = with_digest(key);
+    }
+
+    /// Of the coordinator that it serves, for the next stage.
+    pub(crate) fn key(&self) -> Option<CoordinatorKey> {
+        lock(&self.key).map(|(key, _)| key)
+    }
+
+    /// Whether who shows a key of this digest may send steps and read results.
+    pub(crate) fn admits(&self, shown: Option<KeyDigest>) -> bool {
+        lock(&self.key).is_none_or(|(_, digest)| Some(digest) == shown)
     }
 
     /// Takes in a step whose header and checksum were judged, and says what became of it.
@@ -382,6 +403,10 @@ async fn finish_all(stage: Arc<Stage>, mut outcomes: mpsc::Receiver<Outcome>) {
     while let Some(Some(outcome)) = stage.retired.run_until_cancelled(outcomes.recv()).await {
         stage.finish(outcome);
     }
+}
+
+fn with_digest(key: Option<CoordinatorKey>) -> Option<(CoordinatorKey, KeyDigest)> {
+    key.map(|key| (key, key.digest()))
 }
 
 /// Exactly one for every step, with a status for every row.

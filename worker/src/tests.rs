@@ -5,3 +5,4 @@ pub(crate) mod harness;
 mod lifecycle;
 mod pipeline;
 mod refusals;
+mod strangers;

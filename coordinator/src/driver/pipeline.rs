@@ -228,7 +228,7 @@ impl Driver {
         let events = self.link_events_sender.clone();
         let Some(pipeline) = &mut self.pipeline else { return };
         let Some(first) = pipeline.plan.stages.first() else { return };
-        pipeline.steps = Some(StepsLink::open(id, first.address.clone(), events));
+        pipeline.steps = Some(StepsLink::open(id, self.key, first.address.clone(), events));
         self.resend_unanswered();
     }
 
@@ -244,7 +244,8 @@ impl Driver {
             incarnation: last.incarnation,
             after_step: pipeline.known_results(),
         };
-        pipeline.results = Some(ResultsLink::open(id, last.address.clone(), wanted, events));
+        pipeline.results =
+            Some(ResultsLink::open(id, self.key, last.address.clone(), wanted, events));
     }
 
     /// The stages know by their numbers what they have computed.

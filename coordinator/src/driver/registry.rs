@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use node::membership::{Entry, Event as RegistryEvent, WriteOutcome};
 use proto::ids::Term;
+use proto::key::LeaderRecord;
 use proto::plan::{Plan, WorkerRecord};
 
 use super::{Driver, Outcome};
@@ -26,7 +27,16 @@ impl Driver {
 
     fn campaign_after(&mut self, pause: Duration) {
         let (membership, key) = (self.membership.clone(), self.keys.leader());
-        let (value, stop) = (Bytes::from(self.config.advertise.clone()), self.stop.clone());
+        let address = self.config.advertise.clone();
+        let record = LeaderRecord { address, key_digest: self.key.digest() };
+        let value = match serde_json::to_vec(&record) {
+            Ok(value) => Bytes::from(value),
+            Err(error) => {
+                tracing::error!(%error, "the leader's record does not serialise");
+                return;
+            }
+        };
+        let stop = self.stop.clone();
         self.calls.spawn(async move {
             tokio::time::sleep(pause).await;
             Outcome::Campaigned(membership.campaign(&key, value, &stop).await)

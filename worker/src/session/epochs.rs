@@ -39,6 +39,15 @@ pub(crate) struct StepRefusal {
     pub(crate) detail: String,
 }
 
+/// Who a control call is for, and whose it claims to be.
+#[derive(Debug)]
+pub(crate) struct ControlCall<'a> {
+    pub(crate) incarnation: Incarnation,
+    pub(crate) term: Term,
+    /// Named by a `Prepare` only.
+    pub(crate) cluster: Option<&'a str>,
+}
+
 /// What a `Prepare` asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum PrepareAction {
@@ -73,7 +82,7 @@ impl State {
 #[derive(Debug)]
 pub(crate) struct Epochs {
     incarnation: Incarnation,
-    /// The highest of any control call. Steps do not raise it: their term is not under the
+    /// The highest of any control call, each confirmed by the registry before it comes here. Steps do not raise it: their term is not under the
     /// checksum, and one flipped bit must not lock out every coordinator to come.
     term: Term,
     /// Of the first `Prepare`.
@@ -123,6 +132,20 @@ impl Epochs {
     /// From now on nothing new is prepared.
     pub(crate) fn drain(&mut self) {
         self.draining = true;
+    }
+
+    /// What can be said against a control call without asking who sent it.
+    pub(crate) fn check_claim(&self, call: &ControlCall<'_>) -> Result<(), EpochError> {
+        self.check_incarnation(call.incarnation)?;
+        let other_cluster = call.cluster.is_some_and(|found| self.is_elsewhere(found));
+        if call.term < self.term && !other_cluster {
+            return Err(EpochError::OldTerm { seen: self.term, found: call.term });
+        }
+        Ok(())
+    }
+
+    fn is_elsewhere(&self, cluster: &str) -> bool {
+        self.cluster.as_deref().is_some_and(|own| own != cluster)
     }
 
     /// Judges a `Prepare` before anything is built.

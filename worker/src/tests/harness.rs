@@ -1,17 +1,20 @@
 //! Starts workers and speaks to them as a coordinator does.
 
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use kernels::Backend;
 use model::Store;
+use node::membership::MembershipError;
 use proto::convert::{decode_reply, decode_result, encode_prepare, encode_step};
 use proto::ids::{
     BlockId, Epoch, Generation, Incarnation, KnownAnswer, ModelId, PipelineId, PrefixHash,
     SequenceId, StepId, Term,
 };
+use proto::key::CoordinatorKey;
 use proto::pb::stage_client::StageClient;
 use proto::plan::{KvType, StagePlan};
 use proto::step::{
@@ -29,6 +32,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::engine::{EngineConfig, Placement, Shortcuts};
 use crate::service::{Identity, Service};
+use crate::witness::{Leader, Reading, Source, Witness};
 
 /// Four layers, so that pipelines of up to four stages can be made.
 const SHAPE: &str = "4x64x128x4x2x256";
@@ -37,6 +41,36 @@ const SHAPE: &str = "4x64x128x4x2x256";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) const LONG: Duration = Duration::from_secs(600);
+
+/// Of the coordinator that the harness plays.
+pub(super) const KEY: CoordinatorKey = CoordinatorKey::new([42; 16]);
+
+/// The registry's revision, unless a test says another: far beyond every epoch of these tests.
+const REVISION: u64 = 1_000_000;
+
+/// A registry that says what a test wants.
+#[derive(Clone)]
+pub(super) struct Registry(Arc<Mutex<Reading>>);
+
+impl Registry {
+    fn new() -> Self {
+        let leader = Leader { term: Term(1), key_digest: Some(KEY.digest()) };
+        Self(Arc::new(Mutex::new(Reading { revision: REVISION, leader: Some(leader) })))
+    }
+
+    /// Lets the coordinator of this harness lead at `term`.
+    pub(super) fn elect(&self, term: Term) {
+        let leader = Leader { term, key_digest: Some(KEY.digest()) };
+        self.0.lock().unwrap().leader = Some(leader);
+    }
+}
+
+impl Source for Registry {
+    fn read(&self) -> BoxFuture<'_, Result<Reading, MembershipError>> {
+        let reading = *self.0.lock().unwrap();
+        Box::pin(async move { Ok(reading) })
+    }
+}
 
 /// Waits for what must come.
 pub(super) async fn soon<T>(future: impl Future<Output = T>) -> T {
@@ -69,6 +103,7 @@ pub(super) struct Worker {
     pub(super) incarnation: Incarnation,
     pub(super) address: String,
     pub(super) service: Arc<Service>,
+    pub(super) registry: Registry,
     pub(super) client: StageClient<Channel>,
     tasks: JoinSet<()>,
 }
@@ -99,7 +134,10 @@ impl Worker {
             stores: vec![Arc::new(store())],
         };
         let (failures, _) = mpsc::channel(1);
-        let service = Arc::new(Service::new(identity, failures, CancellationToken::new()));
+        let registry = Registry::new();
+        let witness = Witness::new(registry.clone());
+        let closing = CancellationToken::new();
+        let service = Arc::new(Service::new(identity, witness, failures, closing));
         let (health, serving) = crate::grpc::serve(listener, service.clone()).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
@@ -107,7 +145,7 @@ impl Worker {
             drop(health);
         });
         let client = connect(&address).await;
-        Self { id: id.into(), incarnation, address, service, client, tasks }
+        Self { id: id.into(), incarnation, address, service, registry, client, tasks }
     }
 
     /// Ends the process, as far as others can see.
@@ -138,7 +176,9 @@ impl Worker {
         &mut self,
         prepare: &Prepare,
     ) -> Result<pb::PrepareResponse, tonic::Status> {
-        soon(self.client.prepare(encode_prepare(prepare))).await.map(tonic::Response::into_inner)
+        self.registry.elect(prepare.term);
+        let request = KEY.attach(encode_prepare(prepare));
+        soon(self.client.prepare(request)).await.map(tonic::Response::into_inner)
     }
 
     pub(super) async fn activate(&mut self, prepare: &Prepare) -> Result<(), tonic::Status> {
@@ -148,7 +188,8 @@ impl Worker {
             term: prepare.term.0,
             dst_incarnation: prepare.dst_incarnation.0.to_vec().into(),
         };
-        soon(self.client.activate(request)).await.map(drop)
+        self.registry.elect(prepare.term);
+        soon(self.client.activate(KEY.attach(request))).await.map(drop)
     }
 
     pub(super) async fn retire(&mut self, prepare: &Prepare) -> Result<(), tonic::Status> {
@@ -158,7 +199,8 @@ impl Worker {
             term: prepare.term.0,
             dst_incarnation: prepare.dst_incarnation.0.to_vec().into(),
         };
-        soon(self.client.retire(request)).await.map(drop)
+        self.registry.elect(prepare.term);
+        soon(self.client.retire(KEY.attach(request))).await.map(drop)
     }
 
     pub(super) async fn describe(&mut self) -> pb::DescribeResponse {
@@ -181,7 +223,9 @@ impl Worker {
             dst_incarnation: self.incarnation.0.to_vec().into(),
             after_step,
         };
-        soon(self.client.results(request)).await.map(|response| Results(response.into_inner()))
+        soon(self.client.results(KEY.attach(request)))
+            .await
+            .map(|response| Results(response.into_inner()))
     }
 
     pub(super) async fn results(&mut self, prepare: &Prepare, after_step: u64) -> Results {
@@ -223,9 +267,19 @@ pub(super) struct Steps {
 
 impl Steps {
     pub(super) async fn open(client: &mut StageClient<Channel>) -> Self {
+        Self::open_as(client, |steps| KEY.attach(steps)).await
+    }
+
+    /// Opened by somebody else, who may show another key or none.
+    pub(super) async fn open_as(
+        client: &mut StageClient<Channel>,
+        request: impl FnOnce(
+            ReceiverStream<pb::StepMessage>,
+        ) -> tonic::Request<ReceiverStream<pb::StepMessage>>,
+    ) -> Self {
         let (steps, outbound) = mpsc::channel(8);
-        let response = soon(client.steps(ReceiverStream::new(outbound))).await.unwrap();
-        Self { steps, replies: response.into_inner() }
+        let call = client.steps(request(ReceiverStream::new(outbound)));
+        Self { steps, replies: soon(call).await.unwrap().into_inner() }
     }
 
     pub(super) async fn send(&self, step: &Step) {
@@ -238,6 +292,11 @@ impl Steps {
 
     pub(super) async fn reply(&mut self) -> StepReply {
         decode_reply(soon(self.replies.message()).await.unwrap().unwrap()).unwrap()
+    }
+
+    /// Why the stream ended.
+    pub(super) async fn end(&mut self) -> tonic::Status {
+        soon(self.replies.message()).await.expect_err("it must end with a status")
     }
 
     /// Sends a step and gives what is said of it.

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use node::membership::{Event, Membership, Memory, Watch};
-use proto::ids::Incarnation;
+use node::membership::{Event, Leadership, Membership, Memory, Watch};
+use proto::convert::encode_prepare;
+use proto::ids::{Epoch, Incarnation, Term};
+use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::plan::{StagePlan, WorkerRecord};
-use proto::step::Output;
+use proto::step::{Output, Prepare};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -18,7 +20,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use super::harness::{Steps, connect, model_id, prepare, row, soon, step, store_dir};
+use super::harness::{KEY, Steps, connect, model_id, prepare, row, soon, step, store_dir};
 use crate::{Config, RunError};
 
 type Ended = JoinSet<Result<(), RunError>>;
@@ -37,6 +39,8 @@ fn config() -> Config {
 struct Process {
     address: SocketAddr,
     watch: Watch,
+    /// Of the coordinator that the tests play.
+    leadership: Leadership,
     stop: CancellationToken,
     ended: Ended,
 }
@@ -47,12 +51,15 @@ impl Process {
         let keys = Keys::new("test");
         let mut watch = membership.watch(&keys.workers());
         let Event::Reset(_) = soon(watch.next()).await else { panic!("the first is a reset") };
+        let record = LeaderRecord { address: "none:1".into(), key_digest: KEY.digest() };
+        let record = serde_json::to_vec(&record).unwrap().into();
         let (bound, address) = oneshot::channel();
         let stop = CancellationToken::new();
+        let leadership = membership.campaign(&keys.leader(), record, &stop).await.unwrap();
         let mut ended = JoinSet::new();
         ended.spawn(crate::run(config, keys, Arc::new(membership), Some(bound), stop.clone()));
         let address = soon(address).await.expect("it starts");
-        Self { address, watch, stop, ended }
+        Self { address, watch, leadership, stop, ended }
     }
 
     async fn record(&mut self) -> WorkerRecord {
@@ -111,9 +118,10 @@ async fn a_busy_worker_finishes_what_is_in_flight() {
         address: record.address.clone(),
         layers: 0..4,
     };
-    let prepare = prepare(&[plan], 0, 5);
+    let term = Term(process.leadership.term);
+    let prepare = Prepare { term, ..prepare(&[plan], 0, 1) };
     let mut client = connect(&record.address).await;
-    soon(client.prepare(proto::convert::encode_prepare(&prepare))).await.unwrap();
+    soon(client.prepare(KEY.attach(encode_prepare(&prepare)))).await.unwrap();
     let mut steps = Steps::open(&mut client).await;
     steps.give(&step(&prepare, 1, vec![row(0, 0, 5, Output::None)])).await;
 
@@ -122,11 +130,11 @@ async fn a_busy_worker_finishes_what_is_in_flight() {
     assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
     assert_eq!(health(process.address, "").await, ServingStatus::NotServing);
     // It goes on with what it has, and takes nothing new.
-    let next = proto::step::Prepare { epoch: proto::ids::Epoch(6), ..prepare.clone() };
+    let next = Prepare { epoch: Epoch(2), ..prepare.clone() };
     let refused = async {
         loop {
             // Draining begins a moment after the registry was left.
-            match client.prepare(proto::convert::encode_prepare(&next)).await {
+            match client.prepare(KEY.attach(encode_prepare(&next))).await {
                 Err(status) => break status,
                 Ok(_) => tokio::task::yield_now().await,
             }
@@ -137,11 +145,11 @@ async fn a_busy_worker_finishes_what_is_in_flight() {
     assert!(process.ended.try_join_next().is_none(), "it still serves");
     let retire = proto::pb::RetireRequest {
         pipeline: 1,
-        epoch: 6,
-        term: 1,
+        epoch: 2,
+        term: term.0,
         dst_incarnation: record.incarnation.0.to_vec().into(),
     };
-    soon(client.retire(retire)).await.unwrap();
+    soon(client.retire(KEY.attach(retire))).await.unwrap();
     process.end().await.unwrap();
 }
 

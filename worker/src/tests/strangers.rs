@@ -1,0 +1,146 @@
+//! What a stranger tries who reaches a worker's port and knows all that `Describe` and a plan say,
+//! but not the coordinator's key: nothing of it changes what the coordinator's own calls do.
+
+use proto::convert::encode_prepare;
+use proto::ids::{Epoch, Term};
+use proto::key::CoordinatorKey;
+use proto::pb;
+use proto::step::{Output, Prepare};
+use tonic::{Code, Request, Status};
+
+use super::harness::{KEY, Steps, Worker, row, soon, step};
+
+const GUESS: CoordinatorKey = CoordinatorKey::new([7; 16]);
+
+/// A worker that serves epoch 5 alone, and a step of it that is answered before and after.
+async fn serving() -> (Worker, Prepare) {
+    let mut worker = Worker::start("w").await;
+    let prepare = worker.serve_alone(5).await;
+    serves(&mut worker, &prepare, 1).await;
+    (worker, prepare)
+}
+
+/// The coordinator sends step `number` and gets its result.
+async fn serves(worker: &mut Worker, prepare: &Prepare, number: u64) {
+    let mut results = worker.results(prepare, number - 1).await;
+    let mut sent = step(prepare, number, vec![row(0, number as u32 - 1, 1, Output::None)]);
+    sent.header.acked_step.0 = number - 1;
+    worker.steps().await.give(&sent).await;
+    assert_eq!(results.next().await.step.0, number);
+}
+
+/// `message` as each stranger sends it: without a key, and with a guessed one.
+fn forgeries<T: Clone>(message: &T) -> [Request<T>; 2] {
+    [Request::new(message.clone()), GUESS.attach(message.clone())]
+}
+
+fn retire(prepare: &Prepare, epoch: u64, term: u64) -> pb::RetireRequest {
+    pb::RetireRequest {
+        pipeline: prepare.pipeline.0,
+        epoch,
+        term,
+        dst_incarnation: prepare.dst_incarnation.0.to_vec().into(),
+    }
+}
+
+fn is_refused<T>(outcome: Result<T, Status>, code: Code) {
+    let status = outcome.err().expect("a stranger's call is refused");
+    assert_eq!(status.code(), code, "{status:?}");
+}
+
+#[tokio::test]
+async fn a_term_that_nobody_was_elected_for_locks_no_coordinator_out() {
+    let (mut worker, prepare) = serving().await;
+    for term in [2, u64::MAX] {
+        for request in forgeries(&retire(&prepare, 0, term)) {
+            is_refused(soon(worker.client.retire(request)).await, Code::FailedPrecondition);
+        }
+        let claimed =
+            encode_prepare(&Prepare { term: Term(term), epoch: Epoch(6), ..prepare.clone() });
+        for request in forgeries(&claimed) {
+            is_refused(soon(worker.client.prepare(request)).await, Code::FailedPrecondition);
+        }
+    }
+    assert_eq!(worker.describe().await.term, 1);
+    serves(&mut worker, &prepare, 2).await;
+    worker.serve_alone(6).await;
+}
+
+#[tokio::test]
+async fn an_epoch_beyond_the_registry_is_not_prepared() {
+    let (mut worker, prepare) = serving().await;
+    let last = encode_prepare(&Prepare { epoch: Epoch(u64::MAX), ..prepare.clone() });
+    for request in forgeries(&last) {
+        is_refused(soon(worker.client.prepare(request)).await, Code::PermissionDenied);
+    }
+    // Not even for one that knows the key: the number cannot be true.
+    is_refused(soon(worker.client.prepare(KEY.attach(last))).await, Code::FailedPrecondition);
+    let all = retire(&prepare, u64::MAX, 1);
+    is_refused(soon(worker.client.retire(KEY.attach(all))).await, Code::FailedPrecondition);
+    serves(&mut worker, &prepare, 2).await;
+    worker.serve_alone(6).await;
+}
+
+#[tokio::test]
+async fn a_stranger_neither_retires_nor_replaces_nor_activates_an_epoch() {
+    let (mut worker, prepare) = serving().await;
+    for request in forgeries(&retire(&prepare, 5, 1)) {
+        is_refused(soon(worker.client.retire(request)).await, Code::PermissionDenied);
+    }
+    let next = Prepare { epoch: Epoch(6), ..prepare.clone() };
+    for request in forgeries(&encode_prepare(&next)) {
+        is_refused(soon(worker.client.prepare(request)).await, Code::PermissionDenied);
+    }
+    worker.prepare(&next).await.unwrap();
+    let activate = pb::ActivateRequest {
+        pipeline: 1,
+        epoch: 6,
+        term: 1,
+        dst_incarnation: prepare.dst_incarnation.0.to_vec().into(),
+    };
+    for request in forgeries(&activate) {
+        is_refused(soon(worker.client.activate(request)).await, Code::PermissionDenied);
+    }
+    // A stranger of another cluster does not make the worker forget what it has seen.
+    let elsewhere = Prepare { cluster_id: "other".into(), ..next.clone() };
+    for request in forgeries(&encode_prepare(&elsewhere)) {
+        is_refused(soon(worker.client.prepare(request)).await, Code::PermissionDenied);
+    }
+    serves(&mut worker, &prepare, 2).await;
+}
+
+#[tokio::test]
+async fn a_stranger_reads_no_results_and_does_not_turn_the_reader_away() {
+    let (mut worker, prepare) = serving().await;
+    let mut results = worker.results(&prepare, 0).await;
+    assert_eq!(results.next().await.step.0, 1);
+    let request = pb::ResultsRequest {
+        pipeline: 1,
+        epoch: 5,
+        term: 1,
+        dst_incarnation: prepare.dst_incarnation.0.to_vec().into(),
+        after_step: 0,
+    };
+    for request in forgeries(&request) {
+        is_refused(soon(worker.client.results(request)).await, Code::PermissionDenied);
+    }
+    worker.steps().await.give(&step(&prepare, 2, vec![row(0, 1, 1, Output::None)])).await;
+    assert_eq!(results.next().await.step.0, 2, "the reader is still there");
+}
+
+#[tokio::test]
+async fn a_stranger_sends_no_steps() {
+    let (mut worker, prepare) = serving().await;
+    // It acknowledges all that can ever come, or takes the place of the step that is next.
+    let mut all = step(&prepare, u64::MAX, vec![]);
+    all.header.acked_step.0 = u64::MAX - 1;
+    for sent in [all, step(&prepare, 2, vec![row(1, 0, 1, Output::None)])] {
+        let mut keyless = Steps::open_as(&mut worker.client, Request::new).await;
+        keyless.send(&sent).await;
+        assert_eq!(keyless.end().await.code(), Code::PermissionDenied);
+        let mut guess = Steps::open_as(&mut worker.client, |steps| GUESS.attach(steps)).await;
+        guess.send(&sent).await;
+        assert_eq!(guess.end().await.code(), Code::PermissionDenied);
+    }
+    serves(&mut worker, &prepare, 2).await;
+}
