@@ -1,5 +1,8 @@
 //! The shape of a model and what its layers compute; the same whatever file it came from.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 /// Most layers a model may have: several times the deepest model known.
@@ -27,6 +30,30 @@ pub enum Activation {
     SquaredRelu,
     /// `silu(gate) * up`, as in Llama.
     Silu,
+}
+
+impl fmt::Display for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SquaredRelu => "relu2",
+            Self::Silu => "silu",
+        })
+    }
+}
+
+/// A text names no activation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("activation {0:?} is neither relu2 nor silu")]
+pub struct ParseActivationError(String);
+
+impl FromStr for Activation {
+    type Err = ParseActivationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all = [Self::SquaredRelu, Self::Silu];
+        let found = all.into_iter().find(|activation| activation.to_string() == text);
+        found.ok_or_else(|| ParseActivationError(text.into()))
+    }
 }
 
 /// Shapes, constants and special tokens of one model.

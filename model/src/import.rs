@@ -17,11 +17,13 @@ mod matrix;
 mod source;
 mod text;
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 pub use crate::blocks::{I2sLayout, ParseI2sLayoutError};
-use crate::config::{ConfigError, ModelConfig};
+use crate::config::{Activation, ConfigError, ModelConfig};
 use crate::file::MappedFile;
 use crate::gguf::{Gguf, GgufError};
 use crate::id::ModelId;
@@ -39,6 +41,56 @@ pub struct ImportOptions {
     pub name: Option<String>,
     /// Layout of I2_S tensors in place of [`I2sLayout::default`]. Refused if there are none.
     pub i2s_layout: Option<I2sLayout>,
+    /// Activation in place of the one that the source states, or leaves to its family.
+    pub activation: Option<Activation>,
+    /// What the scales of a model of the family of BitNet b1.58 2B4T are; without it, those that look
+    /// inverted are refused or warned of.
+    pub scales: Option<Scales>,
+}
+
+/// What the scales of a source are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scales {
+    /// What they should be.
+    Stored,
+    /// The inverses of that.
+    Inverted,
+}
+
+impl fmt::Display for Scales {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stored => "stored",
+            Self::Inverted => "inverted",
+        })
+    }
+}
+
+/// A text names no kind of scales.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("scales {0:?} are neither stored nor inverted")]
+pub struct ParseScalesError(String);
+
+impl FromStr for Scales {
+    type Err = ParseScalesError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all = [Self::Stored, Self::Inverted];
+        let found = all.into_iter().find(|scales| scales.to_string() == text);
+        found.ok_or_else(|| ParseScalesError(text.into()))
+    }
+}
+
+/// Vocabulary of Llama 3, and so of BitNet b1.58 2B4T.
+const LLAMA3_VOCAB: u32 = 128_256;
+
+/// Refuses a model whose family is SiLU's and whose vocabulary that of BitNet b1.58 2B4T, which is
+/// squared ReLU's.
+fn unstated_activation(key: &str) -> ImportError {
+    ImportError::Unsupported(format!(
+        "{key} is not given: {LLAMA3_VOCAB} tokens are those of BitNet b1.58 2B4T, which computes \
+         relu2, but silu is usual for this architecture; say --activation relu2 (or silu)"
+    ))
 }
 
 /// What was imported, and what was decided on the way.
@@ -168,7 +220,10 @@ pub enum ImportError {
         row: usize,
     },
     /// A matrix has no usable scale.
-    #[error("tensor {tensor} has the scale {found}, expected a positive number")]
+    #[error(
+        "tensor {tensor} has the scale {found}, expected a positive number up to {}",
+        matrix::SCALE_MAX
+    )]
     Scale {
         /// Its name.
         tensor: String,
@@ -245,7 +300,7 @@ pub fn import(
         None if options.i2s_layout.is_some() => Err(ImportError::NoI2s),
         None => {
             let directory = huggingface::Directory::open(source)?;
-            write(&mut directory.read()?, dest, options, progress)
+            write(&mut directory.read(options)?, dest, options, progress)
         }
     }
 }

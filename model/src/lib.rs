@@ -30,7 +30,7 @@ pub use bundled::{BundledModel, bundled, import_bundled};
 pub use config::{Activation, ConfigError, ModelConfig};
 pub use file::read_limited;
 pub use id::ModelId;
-pub use import::{I2sLayout, ImportError, ImportOptions, Imported, import};
+pub use import::{I2sLayout, ImportError, ImportOptions, Imported, Scales, import};
 pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};
 pub use progress::Progress;
 pub use shard::{

@@ -50,15 +50,15 @@ pub enum SafetensorsError {
     /// The header is not the expected JSON.
     #[error("the header is not a table of tensors")]
     Header(#[source] serde_json::Error),
-    /// A dtype that no model here uses.
-    #[error("tensor {tensor} has dtype {dtype}, expected BF16, F16, F32 or U8")]
+    /// A dtype that the format does not have, or whose elements are no whole bytes.
+    #[error("tensor {tensor} has dtype {dtype}, expected a type of whole bytes such as BF16 or U8")]
     Dtype {
         /// The tensor.
         tensor: String,
         /// What the header says.
         dtype: String,
     },
-    /// A shape with a zero, too many dimensions, or more elements than any file holds.
+    /// A shape with too many dimensions, or more elements than any file holds.
     #[error("tensor {tensor} has the impossible shape {shape:?}")]
     Shape {
         /// The tensor.
@@ -111,12 +111,32 @@ pub enum Dtype {
     F32,
     /// A byte.
     U8,
+    /// Another type of the format, which no weights here have: its name and the bytes of an element.
+    Other(&'static str, usize),
 }
+
+/// Types of the format beside those that weights have here.
+const OTHER_DTYPES: [Dtype; 13] = [
+    Dtype::Other("BOOL", 1),
+    Dtype::Other("I8", 1),
+    Dtype::Other("F8_E5M2", 1),
+    Dtype::Other("F8_E4M3", 1),
+    Dtype::Other("F8_E8M0", 1),
+    Dtype::Other("I16", 2),
+    Dtype::Other("U16", 2),
+    Dtype::Other("I32", 4),
+    Dtype::Other("U32", 4),
+    Dtype::Other("I64", 8),
+    Dtype::Other("U64", 8),
+    Dtype::Other("F64", 8),
+    Dtype::Other("C64", 8),
+];
 
 impl Dtype {
     /// The name in a header.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Other(name, _) => name,
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
             Self::F32 => "F32",
@@ -127,6 +147,7 @@ impl Dtype {
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
+            Self::Other(_, bytes) => bytes,
             Self::U8 => 1,
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
@@ -134,7 +155,8 @@ impl Dtype {
     }
 
     fn by_name(name: &str) -> Option<Self> {
-        [Self::Bf16, Self::F16, Self::F32, Self::U8].into_iter().find(|dtype| dtype.name() == name)
+        let of_weights = [Self::Bf16, Self::F16, Self::F32, Self::U8];
+        of_weights.into_iter().chain(OTHER_DTYPES).find(|dtype| dtype.name() == name)
     }
 }
 
@@ -143,7 +165,7 @@ impl Dtype {
 pub struct Tensor {
     /// Type of its elements.
     pub dtype: Dtype,
-    /// Its shape, slowest dimension first; no zeros.
+    /// Its shape, slowest dimension first; with a zero in it, the tensor has no bytes.
     pub shape: Vec<usize>,
     /// Its bytes, counted from the beginning of the file; inside the file.
     pub range: Range<usize>,
@@ -154,7 +176,7 @@ pub struct Tensor {
 pub struct Table {
     /// Every tensor by name.
     pub tensors: BTreeMap<String, Tensor>,
-    /// `__metadata__`.
+    /// `__metadata__`: those of its values that are texts.
     pub metadata: BTreeMap<String, String>,
     /// Where the data begins.
     pub data_start: usize,
@@ -227,7 +249,6 @@ fn place(
 
 /// A tensor as the header describes it.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Entry {
     dtype: String,
     shape: Vec<u64>,
@@ -249,7 +270,7 @@ impl Entry {
             .shape
             .iter()
             .try_fold(dtype.bytes() as u64, |bytes, &dim| bytes.checked_mul(dim))
-            .filter(|&bytes| bytes > 0 && self.shape.len() <= DIMENSIONS_MAX);
+            .filter(|_| self.shape.len() <= DIMENSIONS_MAX);
         let Some(needed_bytes) = needed_bytes else {
             return Err(SafetensorsError::Shape { tensor: tensor(), shape: self.shape });
         };
@@ -299,10 +320,17 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 if std::mem::replace(&mut has_metadata, true) {
                     return Err(A::Error::custom("__metadata__ occurs twice"));
                 }
-                header.metadata = map.next_value()?;
-                if header.metadata.len() > METADATA_MAX {
+                let values = map.next_value::<Option<BTreeMap<String, serde_json::Value>>>()?;
+                let values = values.unwrap_or_default();
+                if values.len() > METADATA_MAX {
                     return Err(A::Error::custom("__metadata__ has too many entries"));
                 }
+                // Nothing of a checkpoint's depends on them, so what is no text is passed over.
+                let texts = values.into_iter().filter_map(|(key, value)| match value {
+                    serde_json::Value::String(text) => Some((key, text)),
+                    _ => None,
+                });
+                header.metadata = texts.collect();
             } else if header.tensors.contains_key(&name) {
                 return Err(A::Error::custom(format!("tensor {name} occurs twice")));
             } else if header.tensors.len() == TENSORS_MAX {

@@ -299,7 +299,15 @@ fn spoilt_gguf_tensors_are_refused_by_name() {
         |g| g.tensor("blk.1.ffn_up.weight").data[3] = 0xff,
         "blk.1.ffn_up.weight holds the invalid code 3 in row 0",
     );
-    spoil(|g| g.tensor("blk.1.ffn_up.weight").data.fill(0x55), "zeros among 196608 weights");
+    spoil(
+        |g| {
+            // All codes; the scale behind them stays.
+            let data = &mut g.tensor("blk.1.ffn_up.weight").data;
+            let codes = data.len() - 32;
+            data[..codes].fill(0x55);
+        },
+        "zeros among 196608 weights",
+    );
     spoil(
         |g| g.tensor("output_norm.weight").data[..4].copy_from_slice(&f32::NAN.to_le_bytes()),
         "output_norm.weight holds a number that is not finite",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use client::command::TextWriter;
-use model::{I2sLayout, ImportOptions, Imported};
+use model::{Activation, I2sLayout, ImportOptions, Imported, Scales};
 use serde::Serialize;
 
 use crate::Failure;
@@ -33,6 +33,14 @@ pub(crate) struct ImportCommand {
     /// bitnet.cpp on ARM after November 2025 [default: 128x32]
     #[arg(long, value_name = "LAYOUT")]
     i2s_layout: Option<I2sLayout>,
+    /// What stands between gate and up projection, relu2 or silu, in place of what the source states
+    /// or its architecture implies
+    #[arg(long, value_name = "NAME")]
+    activation: Option<Activation>,
+    /// What the scales of a model like BitNet b1.58 2B4T are: stored as they should be, or inverted
+    /// by a converter that divides by them [default: refused if they look inverted]
+    #[arg(long, value_name = "KIND")]
+    scales: Option<Scales>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -50,7 +58,12 @@ struct Report<'a> {
 
 /// Runs the command.
 pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
-    let options = ImportOptions { name: command.name.clone(), i2s_layout: command.i2s_layout };
+    let options = ImportOptions {
+        name: command.name.clone(),
+        i2s_layout: command.i2s_layout,
+        activation: command.activation,
+        scales: command.scales,
+    };
     let mut progress = Progress::new("importing", command.json);
     let imported = model::import(&command.source, &command.store, &options, &mut |report| {
         progress.show(report.what, report.done, report.total);

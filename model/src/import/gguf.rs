@@ -2,7 +2,7 @@
 
 mod config;
 
-use super::checkpoint::{Checkpoint, LayerTensors, NO_SCALES};
+use super::checkpoint::{Checkpoint, FLOAT_ACTIVATIONS, LayerTensors};
 use super::gguf_tokenizer;
 use super::matrix::{FloatFormat, Floats, Matrix, Trits};
 use super::{I2sLayout, ImportError, ImportOptions};
@@ -74,7 +74,8 @@ impl<'g, 'a> Tensors<'g, 'a> {
                 return Err(wrong_tensor(&tensor_name, tensor, "trits", rows, cols));
             }
         };
-        Ok(Matrix { tensor: tensor_name, trits, scale, rows, cols, interleaved_heads })
+        let inverted = false;
+        Ok(Matrix { tensor: tensor_name, trits, scale, inverted, rows, cols, interleaved_heads })
     }
 }
 
@@ -129,7 +130,8 @@ pub(super) fn read<'a>(
     }
     let i2s_layout = i2s_layout(gguf, options, &mut notes)?;
     let mut tensors = Tensors { gguf, i2s_layout, used: Default::default() };
-    let mut config = config::read_config(&keys, architecture, &mut tensors, name, &mut notes)?;
+    let mut config =
+        config::read_config(&keys, architecture, &mut tensors, name, options, &mut notes)?;
     let (vocab, hidden) = (config.vocab as usize, config.hidden as usize);
     let embedding = tensors.floats("token_embd.weight", vocab, hidden)?;
     let head = read_head(&mut tensors, &embedding, &mut notes)?;
@@ -150,8 +152,12 @@ pub(super) fn read<'a>(
         _ => "ternary floats",
     };
     notes.insert(0, format!("weights: {weights}, scales multiply"));
+    // bitnet.cpp's own type is made of models that it computes with int8 activations.
+    if architecture == Architecture::Llama && weights != GgufType::I2S.name() {
+        notes.push(FLOAT_ACTIVATIONS.into());
+    }
     let text = gguf_tokenizer::read(metadata, architecture, &mut config, &mut notes)?;
-    Ok(Checkpoint {
+    let mut checkpoint = Checkpoint {
         config,
         text,
         source: name.to_owned(),
@@ -161,9 +167,11 @@ pub(super) fn read<'a>(
         head,
         final_norm,
         layers,
-        scales: std::cell::RefCell::new(NO_SCALES),
+        seen: Default::default(),
         odd_matrices: 0,
-    })
+    };
+    checkpoint.settle_scales(options)?;
+    Ok(checkpoint)
 }
 
 /// The layout that was asked for, or the usual one: nothing in a file says which it has.

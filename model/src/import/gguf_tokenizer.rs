@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Value as Json, json};
 
-use super::ImportError;
 use super::gguf::Architecture;
 use super::text::{self, TokenizerSummary};
+use super::{ImportError, LLAMA3_VOCAB};
 use crate::config::ModelConfig;
 use crate::gguf::{Metadata, Value};
 use crate::writer::ModelText;
@@ -20,8 +20,6 @@ const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}
 const BITNET_TEMPLATE: &str = "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}";
 /// What the wrong template of the official GGUF file contains.
 const WRONG_TEMPLATE_MARK: &str = "BITNETAssistant";
-/// Vocabulary of Llama 3, and so of BitNet b1.58 2B4T.
-const LLAMA3_VOCAB: u32 = 128_256;
 /// Tokens by which a vocabulary is known that does not name its split: Llama 3's, and the first one
 /// of Falcon3 and Falcon-E.
 const KNOWN_BY_TOKEN: [(&str, &str); 2] =

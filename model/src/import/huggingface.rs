@@ -1,6 +1,8 @@
 //! Hugging Face directories: `config.json`, one or several safetensors files, tokenizer and template.
 
 mod config;
+mod json;
+mod rope;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,10 +10,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::checkpoint::{Checkpoint, LayerTensors, NO_SCALES};
+use super::checkpoint::{Checkpoint, FLOAT_ACTIVATIONS, LayerTensors};
 use super::matrix::{FloatFormat, Floats, Matrix, Trits};
 use super::text::{self, HuggingFaceText};
-use super::{ImportError, map, name_of};
+use super::{ImportError, ImportOptions, map, name_of};
 use crate::config::ModelConfig;
 use crate::file::{MappedFile, read_limited};
 use crate::layout::{Norm, Projection};
@@ -27,6 +29,9 @@ const PICKLED_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.
 /// A tokenizer in SentencePiece's own form.
 const SENTENCE_PIECE_FILE: &str = "tokenizer.model";
 const TOKENIZER_FILE: &str = "tokenizer.json";
+const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+/// The stages of a model of sentence-transformers.
+const STAGES_FILE: &str = "modules.json";
 /// Longest JSON file beside the tokenizer: an index names every tensor.
 const JSON_BYTES_MAX: u64 = 16 << 20;
 /// Most files of a sharded model.
@@ -87,8 +92,12 @@ impl Directory {
     }
 
     /// Finds and checks everything that an import needs.
-    pub(super) fn read(&self) -> Result<Checkpoint<'_>, ImportError> {
-        let mut config = HuggingFaceConfig::parse(&self.config, &self.path.join(CONFIG_FILE))?;
+    pub(super) fn read(&self, options: &ImportOptions) -> Result<Checkpoint<'_>, ImportError> {
+        self.refuse_embedding()?;
+        let limits: Option<TokenizerLimits> = read_json(&self.path.join(TOKENIZER_CONFIG_FILE))?;
+        let longest = limits.and_then(|limits| limits.model_max_length?.as_f64());
+        let path = self.path.join(CONFIG_FILE);
+        let mut config = HuggingFaceConfig::parse(&self.config, &path, longest, options)?;
         let mut tensors = Tensors::default();
         for (path, file) in &self.files {
             tensors.add(path, file.bytes())?;
@@ -102,7 +111,7 @@ impl Directory {
         let path = |name| self.path.join(name);
         let text = HuggingFaceText {
             tokenizer: read_optional(&path(TOKENIZER_FILE), TOKENIZER_BYTES_MAX)?,
-            tokenizer_config: read_json(&path("tokenizer_config.json"))?.unwrap_or_default(),
+            tokenizer_config: read_json(&path(TOKENIZER_CONFIG_FILE))?.unwrap_or_default(),
             generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
         };
@@ -110,16 +119,36 @@ impl Directory {
             let note = format!("{SENTENCE_PIECE_FILE} is not read: save it as {TOKENIZER_FILE}");
             config.notes.push(note);
         }
-        read_checkpoint(config, tensors, text, &name_of(&self.path))
+        read_checkpoint(config, tensors, text, &name_of(&self.path), options)
     }
+
+    /// Refuses a model whose output is one vector for a text.
+    fn refuse_embedding(&self) -> Result<(), ImportError> {
+        let stages: Option<serde_json::Value> = read_json(&self.path.join(STAGES_FILE))?;
+        let stages = stages.iter().flat_map(|stages| stages.as_array().into_iter().flatten());
+        let mut kinds = stages.filter_map(|stage| stage.get("type")?.as_str());
+        match kinds.find(|kind| kind.ends_with("Pooling")) {
+            Some(kind) => Err(ImportError::Unsupported(format!(
+                "an embedding model ({STAGES_FILE} names {kind}) is not supported"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What `tokenizer_config.json` says about lengths.
+#[derive(Deserialize)]
+struct TokenizerLimits {
+    model_max_length: Option<serde_json::Value>,
 }
 
 /// The whole of a model given as bytes, without writing it.
 pub(super) fn check(config: &[u8], file: &[u8]) -> Result<ModelConfig, ImportError> {
-    let config = HuggingFaceConfig::parse(config, Path::new(CONFIG_FILE))?;
+    let options = ImportOptions::default();
+    let config = HuggingFaceConfig::parse(config, Path::new(CONFIG_FILE), None, &options)?;
     let mut tensors = Tensors::default();
     tensors.add(Path::new(SINGLE_FILE), file)?;
-    read_checkpoint(config, tensors, HuggingFaceText::default(), "checked")?.check()
+    read_checkpoint(config, tensors, HuggingFaceText::default(), "checked", &options)?.check()
 }
 
 /// The files that an index names, each once: plain names, so that none leads out of the directory.
@@ -180,10 +209,19 @@ fn read_optional(path: &Path, limit_bytes: u64) -> Result<Option<Vec<u8>>, Impor
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, ImportError> {
     let Some(json) = read_optional(path, JSON_BYTES_MAX)? else { return Ok(None) };
-    serde_json::from_slice(&json)
-        .map(Some)
-        .map_err(|source| ImportError::Json { path: path.to_owned(), source })
+    json::parse(&json, path).map(Some)
 }
+
+/// Ends of names of tensors that are no weights: tables of RoPE, masks, numbers of positions.
+const BUFFERS: [&str; 7] = [
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".masked_bias",
+    ".causal_mask",
+    "position_ids",
+];
 
 /// The tensors of all files. Those that were asked for are taken out; what is left is unknown.
 #[derive(Default)]
@@ -204,6 +242,20 @@ impl<'a> Tensors<'a> {
             self.files.insert(name, path.to_owned());
         }
         Ok(())
+    }
+
+    /// Drops the buffers of older models, which follow from the config and no reader loads, and
+    /// tensors without elements.
+    fn pass_over(&mut self, notes: &mut Vec<String>) {
+        let is_buffer = |name: &str, tensor: &Tensor| {
+            BUFFERS.iter().any(|end| name.ends_with(end)) || tensor.shape.contains(&0)
+        };
+        let all = self.left.len();
+        let first = self.left.iter().find(|(name, (tensor, _))| is_buffer(name, tensor));
+        let Some(first) = first.map(|(name, _)| name.clone()) else { return };
+        self.left.retain(|name, (tensor, _)| !is_buffer(name, tensor));
+        let dropped = all - self.left.len();
+        notes.push(format!("{dropped} tensors that are no weights were left out ({first})"));
     }
 
     fn take(&mut self, name: &str) -> Result<(Tensor, &'a [u8]), ImportError> {
@@ -239,7 +291,7 @@ fn float_format(dtype: Dtype) -> Option<FloatFormat> {
         Dtype::Bf16 => Some(FloatFormat::Bf16),
         Dtype::F16 => Some(FloatFormat::F16),
         Dtype::F32 => Some(FloatFormat::F32),
-        Dtype::U8 => None,
+        Dtype::U8 | Dtype::Other(..) => None,
     }
 }
 
@@ -276,6 +328,7 @@ fn read_checkpoint<'a>(
     mut tensors: Tensors<'a>,
     text: HuggingFaceText,
     name: &str,
+    options: &ImportOptions,
 ) -> Result<Checkpoint<'a>, ImportError> {
     let HuggingFaceConfig { mut model, weights, tied, skipped, mut notes } = config;
     if model.name.is_empty() {
@@ -291,16 +344,18 @@ fn read_checkpoint<'a>(
     let mut layers = Vec::new();
     for layer in 0..model.layers {
         layers.push(read_layer(&mut tensors, &model, weights, &skipped, layer)?);
-        // Buffers of old Llama checkpoints: they follow from the config.
-        tensors.left.remove(&format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
     }
+    tensors.pass_over(&mut notes);
     if let Some(tensor) = tensors.left.keys().next() {
         return Err(ImportError::UnknownTensor { hint: hint(tensor), tensor: tensor.clone() });
     }
     let format = describe(&layers[0].matrices[0], weights);
     notes.insert(0, format!("weights: {format}"));
+    if matches!(layers[0].matrices[0].trits, Trits::Ternary(_)) {
+        notes.push(FLOAT_ACTIVATIONS.into());
+    }
     let text = text::from_hugging_face(text, &mut model, &mut notes)?;
-    Ok(Checkpoint {
+    let mut checkpoint = Checkpoint {
         config: model,
         text,
         source: name.to_owned(),
@@ -310,9 +365,11 @@ fn read_checkpoint<'a>(
         head,
         final_norm,
         layers,
-        scales: std::cell::RefCell::new(NO_SCALES),
+        seen: Default::default(),
         odd_matrices: 0,
-    })
+    };
+    checkpoint.settle_scales(options)?;
+    Ok(checkpoint)
 }
 
 /// The head, unless it is the embedding. A tied model may still carry a copy.
@@ -401,7 +458,8 @@ fn read_matrix<'a>(
             (None, false) => Trits::Ternary(floats),
         }
     };
-    Ok(Matrix { tensor: name, trits, scale, rows, cols, interleaved_heads: None })
+    let (inverted, interleaved_heads) = (false, None);
+    Ok(Matrix { tensor: name, trits, scale, inverted, rows, cols, interleaved_heads })
 }
 
 /// What the matrices are, in words.

@@ -96,14 +96,20 @@ impl Floats<'_> {
         Ok(values)
     }
 
-    /// Mean magnitude, summed in f64 in row-major order.
-    fn mean_magnitude(&self) -> Result<f32, ImportError> {
-        let mut sum = 0.0;
+    /// What the magnitudes of the values are like; their mean is summed in f64 in row-major order.
+    fn magnitudes(&self) -> Result<Magnitudes, ImportError> {
+        let (mut sum, mut few) = (0.0, Vec::with_capacity(FEW_MAGNITUDES + 1));
         self.for_each_row(|row| {
-            sum = row.iter().fold(sum, |sum, value| sum + f64::from(value.abs()));
+            for magnitude in row.iter().map(|value| value.abs()) {
+                sum += f64::from(magnitude);
+                let is_new = few.len() <= FEW_MAGNITUDES && magnitude != 0.0;
+                if is_new && !few.contains(&magnitude) {
+                    few.push(magnitude);
+                }
+            }
             Ok(())
         })?;
-        Ok((sum / (self.rows as f64 * self.cols as f64)) as f32)
+        Ok(Magnitudes { mean: (sum / (self.rows as f64 * self.cols as f64)) as f32, few })
     }
 
     /// The one magnitude of all values that are not zero.
@@ -124,6 +130,20 @@ impl Floats<'_> {
         })?;
         Ok(magnitude)
     }
+}
+
+/// Magnitudes up to which a matrix of master weights is none: trained ones have thousands, and a
+/// ternary one as many as it has scales.
+const FEW_MAGNITUDES: usize = 8;
+/// Weights from which on so few magnitudes cannot be chance.
+const MAGNITUDES_TELL_FROM: usize = 4096;
+
+/// The magnitudes of a matrix of floats.
+struct Magnitudes {
+    mean: f32,
+    /// Those that are not zero, in the order of their first; no more than one above
+    /// [`FEW_MAGNITUDES`].
+    few: Vec<f32>,
 }
 
 /// How the trits of a checkpoint are stored.
@@ -152,27 +172,56 @@ pub(super) struct Matrix<'a> {
     pub(super) trits: Trits<'a>,
     /// The scale that the checkpoint gives, if it gives one; multiplies.
     pub(super) scale: Option<f32>,
+    /// Whether the scale is the inverse of what it should be, and is put right.
+    pub(super) inverted: bool,
     pub(super) rows: usize,
     pub(super) cols: usize,
     /// Rows are in the order of llama.cpp's interleaved RoPE, in heads of this many.
     pub(super) interleaved_heads: Option<usize>,
 }
 
+/// Largest scale: thousands of times what weights are trained to, so that one that is larger can only
+/// be an accident.
+pub(super) const SCALE_MAX: f32 = 1e4;
 /// Least mean magnitude, as in training.
 const MEAN_MIN: f32 = 1e-5;
 
 impl Matrix<'_> {
     /// Finds scale and rounding, which may take a pass over the floats.
     pub(super) fn resolve(&self) -> Result<ResolvedMatrix<'_>, ImportError> {
+        let mut was_ternary = false;
         let (scale, inverse) = match &self.trits {
             Trits::HuggingFace(_) => (1.0, 1.0),
             Trits::I2s(_, bytes) => (blocks::i2s_scale(bytes, self.rows * self.cols), 1.0),
             Trits::Tq1_0(bytes) => (self.block_scale(GgufType::Tq1_0, bytes)?, 1.0),
             Trits::Tq2_0(bytes) => (self.block_scale(GgufType::Tq2_0, bytes)?, 1.0),
             Trits::Masters(floats) => {
-                let inverse = 1.0 / floats.mean_magnitude()?.max(MEAN_MIN);
-                // What transformers multiplies by: the weights are divided by the inverse again.
-                (1.0 / inverse, inverse)
+                let Magnitudes { mean, few } = floats.magnitudes()?;
+                match few.as_slice() {
+                    // Ternary already: a packed model that was unpacked, or saved when loaded.
+                    [magnitude] => {
+                        was_ternary = true;
+                        (*magnitude, 1.0 / magnitude)
+                    }
+                    few if (2..=FEW_MAGNITUDES).contains(&few.len())
+                        && self.rows * self.cols >= MAGNITUDES_TELL_FROM =>
+                    {
+                        let count = few.len();
+                        return Err(ImportError::NotTernary {
+                            tensor: self.tensor.clone(),
+                            detail: format!(
+                                "as master weights it holds too few magnitudes ({count}), as \
+                                 ternary ones too many"
+                            ),
+                        });
+                    }
+                    _ => {
+                        let inverse = 1.0 / mean.max(MEAN_MIN);
+                        // What transformers multiplies by: the weights are divided by the inverse
+                        // again.
+                        (1.0 / inverse, inverse)
+                    }
+                }
             }
             // A tensor of zeros has no magnitude; it is refused later, for being that.
             Trits::Ternary(floats) => match floats.one_magnitude()? {
@@ -190,10 +239,11 @@ impl Matrix<'_> {
             },
         };
         let scale = scale * self.scale.unwrap_or(1.0);
-        if !(scale.is_finite() && scale > 0.0) {
+        let scale = if self.inverted { 1.0 / scale } else { scale };
+        if !(scale.is_finite() && scale > 0.0 && scale <= SCALE_MAX) {
             return Err(ImportError::Scale { tensor: self.tensor.clone(), found: scale });
         }
-        Ok(ResolvedMatrix { matrix: self, scale, inverse, floats: Vec::new() })
+        Ok(ResolvedMatrix { matrix: self, scale, was_ternary, inverse, floats: Vec::new() })
     }
 
     /// The one scale of all blocks.
@@ -209,6 +259,8 @@ impl Matrix<'_> {
 pub(super) struct ResolvedMatrix<'a> {
     matrix: &'a Matrix<'a>,
     scale: f32,
+    /// Master weights that were ternary already.
+    pub(super) was_ternary: bool,
     /// What floats are multiplied by before they are rounded.
     inverse: f32,
     /// Room for a row of floats.

@@ -59,7 +59,7 @@ fn every_lie_is_named() {
         (file(&one("a", &t("[4]", 1, 5)), 5), "begins at byte 1 of the data, expected 0"),
         (file(&one("a", &t("[5]", 0, 4)), 4), "has 4 bytes, its shape [5] needs 5"),
         (file(&one("a", &t("[4]", 4, 0)), 0), "begins at byte 4"),
-        (file(&one("a", &t("[0]", 0, 0)), 0), "impossible shape [0]"),
+        (file(&one("a", &t("[0]", 0, 1)), 1), "has 1 bytes, its shape [0] needs 0"),
         (
             file(&one("a", &t("[4294967296,4294967296]", 0, 4)), 4),
             "impossible shape [4294967296, 4294967296]",
@@ -71,12 +71,26 @@ fn every_lie_is_named() {
         (file(r#"{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}"#, 1), "invalid value"),
         (file(r#"{"a":{"shape":[1],"data_offsets":[0,1]}}"#, 1), "missing field `dtype`"),
         (file(&format!(r#"{{"a":{0},"a":{0}}}"#, t("[1]", 0, 1)), 1), "tensor a occurs twice"),
-        (file(r#"{"__metadata__":{"a":1}}"#, 0), "invalid type"),
+        (file(r#"{"__metadata__":3}"#, 0), "invalid type"),
     ];
     for (bytes, expected) in cases {
         let text = refusal(&bytes);
         assert!(text.contains(expected), "{text:?} should say {expected:?}");
     }
+}
+
+#[test]
+fn what_every_reader_takes_is_taken() {
+    let header = r#"{"__metadata__":{"a":1,"b":"c","d":null},
+        "empty":{"dtype":"F32","shape":[0,4],"data_offsets":[4,4]},
+        "ids":{"dtype":"I64","shape":[1],"data_offsets":[4,12],"extra":true},
+        "one":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}"#;
+    let table = Table::parse(&file(header, 12)).unwrap();
+    assert_eq!(table.metadata, BTreeMap::from([("b".to_owned(), "c".to_owned())]));
+    assert_eq!(table.tensors["ids"].dtype.name(), "I64");
+    assert_eq!(table.tensors["ids"].range.len(), 8);
+    assert_eq!(table.tensors["empty"].range.len(), 0);
+    assert_eq!(Table::parse(&file(r#"{"__metadata__":null}"#, 0)).unwrap().tensors.len(), 0);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Metadata of a GGUF file: which model it describes, and what in it is not supported.
 
-use super::super::ImportError;
+use super::super::{ImportError, ImportOptions, LLAMA3_VOCAB, unstated_activation};
 use super::Tensors;
 use crate::config::{
     Activation, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, TEXT_BYTES_MAX,
@@ -235,6 +235,7 @@ pub(super) fn read_config(
     architecture: Architecture,
     tensors: &mut Tensors<'_, '_>,
     name: &str,
+    options: &ImportOptions,
     notes: &mut Vec<String>,
 ) -> Result<ModelConfig, ImportError> {
     let (heads, hidden) =
@@ -289,10 +290,21 @@ pub(super) fn read_config(
             expected: "a positive number".into(),
         });
     }
+    let embedding = tensors.required("token_embd.weight")?;
+    let vocab = u32::try_from(embedding.shape().0).unwrap_or(u32::MAX);
     let activation = match keys.metadata.string(&keys.key("hidden_activation"))? {
+        _ if options.activation.is_some() => {
+            let activation = options.activation.expect("just looked at");
+            notes.push(format!("activation: {activation}, as asked for"));
+            activation
+        }
+        // This architecture has other models than the one of this vocabulary, and another activation.
+        None if architecture == Architecture::BitNet && vocab == LLAMA3_VOCAB => {
+            return Err(unstated_activation(&keys.key("hidden_activation")));
+        }
         None => architecture.activation(),
         Some("relu2" | "relu_sqr") => Activation::SquaredRelu,
-        Some("silu") => Activation::Silu,
+        Some("silu" | "swish") => Activation::Silu,
         Some(other) => {
             return Err(ImportError::Value {
                 key: keys.key("hidden_activation"),
@@ -301,8 +313,6 @@ pub(super) fn read_config(
             });
         }
     };
-    let embedding = tensors.required("token_embd.weight")?;
-    let vocab = u32::try_from(embedding.shape().0).unwrap_or(u32::MAX);
     if let Some(found) = keys.optional("vocab_size")?.filter(|found| *found != vocab) {
         return Err(ImportError::Value {
             key: keys.key("vocab_size"),

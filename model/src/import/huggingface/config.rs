@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::super::ImportError;
 use super::super::text::TokenIds;
+use super::super::{ImportError, ImportOptions, LLAMA3_VOCAB, unstated_activation};
+use super::json;
+use super::rope::Rope;
 use crate::config::{
-    Activation, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, rope_inverse_frequencies,
+    Activation, CONTEXT_MAX, HEAD_DIM_MAX, LLAMA_ROPE_THETA, ModelConfig, rope_inverse_frequencies,
 };
 
 /// How the floats beside the matrices are to be understood.
@@ -50,43 +52,72 @@ struct Fields {
     hidden_act: Option<String>,
     max_position_embeddings: Option<u64>,
     rms_norm_eps: Option<f64>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Value>,
-    rope_parameters: Option<RopeParameters>,
-    partial_rotary_factor: Option<f64>,
     sliding_window: Option<u64>,
+    use_sliding_window: Option<bool>,
+    layer_types: Option<Vec<String>>,
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     num_local_experts: Option<u64>,
+    num_experts: Option<u64>,
+    n_routed_experts: Option<u64>,
     bos_token_id: Option<u32>,
     #[serde(default)]
     eos_token_id: TokenIds,
     weight_bits: Option<u64>,
     input_bits: Option<u64>,
     quantization_config: Option<Quantization>,
+    /// All others, by name.
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
-/// transformers 5 keeps RoPE's settings here.
-#[derive(Deserialize)]
-struct RopeParameters {
-    rope_theta: Option<f64>,
-    rope_type: Option<String>,
-    factor: Option<f64>,
-}
+/// Other fields that change what a model computes, with the values at which they change nothing: any
+/// other is refused.
+const UNSUPPORTED_FIELDS: [(&str, &[f64]); 16] = [
+    ("attn_logit_softcapping", &[0.0]),
+    ("final_logit_softcapping", &[0.0]),
+    ("clip_qkv", &[0.0]),
+    ("scale_emb", &[1.0]),
+    ("embedding_multiplier", &[1.0]),
+    ("residual_multiplier", &[1.0]),
+    ("logits_scaling", &[1.0]),
+    ("logit_scale", &[0.0, 1.0]),
+    ("alibi", &[0.0]),
+    ("use_qk_norm", &[0.0]),
+    ("qk_norm", &[0.0]),
+    ("use_parallel_residual", &[0.0]),
+    ("is_encoder_decoder", &[0.0]),
+    // An embedding model's.
+    ("use_bidirectional_attention", &[0.0]),
+    ("bidirectional", &[0.0]),
+    ("is_causal", &[1.0]),
+];
+/// Fields in which other programs describe weights that only they can read.
+const FOREIGN_WEIGHTS: [(&str, &str); 2] =
+    [("quantization", "MLX"), ("compression_config", "compressed-tensors")];
+/// Names that the context's length has beside `max_position_embeddings`, which goes before them.
+const CONTEXT_FIELDS: [&str; 5] =
+    ["n_positions", "max_sequence_length", "max_seq_len", "seq_length", "model_max_length"];
 
 #[derive(Deserialize)]
 struct Quantization {
     quant_method: Option<String>,
     linear_class: Option<String>,
+    quantization_mode: Option<String>,
     modules_to_not_convert: Option<Vec<String>>,
     use_rms_norm: Option<bool>,
 }
 
 impl HuggingFaceConfig {
-    pub(super) fn parse(json: &[u8], path: &Path) -> Result<Self, ImportError> {
-        let fields: Fields = serde_json::from_slice(json)
-            .map_err(|source| ImportError::Json { path: path.to_owned(), source })?;
+    /// `longest` is the longest text that the tokenizer's config expects, if it says so.
+    pub(super) fn parse(
+        json: &[u8],
+        path: &Path,
+        longest: Option<f64>,
+        options: &ImportOptions,
+    ) -> Result<Self, ImportError> {
+        let fields: Fields = json::parse(json, path)?;
         let mut notes = Vec::new();
         fields.refuse_unsupported()?;
         let family = fields.family()?;
@@ -108,8 +139,18 @@ impl HuggingFaceConfig {
             Some(kv_heads) => required(Some(kv_heads), "num_key_value_heads")?,
             None => heads,
         };
-        let theta = fields.rope_theta(family, &mut notes)?;
-        let activation = fields.activation(family)?;
+        let rope = Rope::of(&fields.others)?;
+        rope.refuse_unsupported()?;
+        let theta = match rope.theta(&mut notes)? {
+            Some(theta) => theta,
+            None if family == Family::BitNet => return Err(missing("rope_theta")),
+            None => {
+                notes
+                    .push(format!("rope_theta is not given: {LLAMA_ROPE_THETA}, as Llama's class"));
+                LLAMA_ROPE_THETA
+            }
+        };
+        let activation = fields.activation(family, options, &mut notes)?;
         let model = ModelConfig {
             name: String::new(),
             architecture: if family.sub_norms() { "bitnet-b1.58" } else { "llama" }.into(),
@@ -120,7 +161,7 @@ impl HuggingFaceConfig {
             kv_heads,
             head_dim,
             vocab: required(fields.vocab_size, "vocab_size")?,
-            context: required(fields.max_position_embeddings, "max_position_embeddings")?,
+            context: fields.context(longest, &mut notes)?,
             rms_eps: fields.rms_norm_eps.ok_or_else(|| missing("rms_norm_eps"))? as f32,
             activation,
             sub_norms: family.sub_norms(),
@@ -172,6 +213,13 @@ impl Fields {
         if self.architectures.iter().any(|name| name == "BitnetForCausalLM") {
             return Ok(Family::BitNet2024);
         }
+        let is_causal = |name: &String| name.ends_with("ForCausalLM");
+        if !self.architectures.is_empty() && !self.architectures.iter().any(is_causal) {
+            return Err(ImportError::Unsupported(format!(
+                "architecture {:?} is not supported, expected a model for causal language modelling",
+                self.architectures[0]
+            )));
+        }
         match self.model_type.as_str() {
             "bitnet" => Ok(Family::BitNet),
             "llama" => Ok(Family::Llama),
@@ -197,13 +245,33 @@ impl Fields {
         };
         refuse(self.attention_bias == Some(true), "attention_bias")?;
         refuse(self.mlp_bias == Some(true), "mlp_bias")?;
-        refuse(self.num_local_experts.is_some_and(|n| n > 1), "a mixture of experts")?;
-        refuse(self.sliding_window.is_some(), "sliding_window")?;
-        refuse(self.partial_rotary_factor.is_some_and(|f| f != 1.0), "partial_rotary_factor")?;
+        let experts = [self.num_local_experts, self.num_experts, self.n_routed_experts];
+        refuse(experts.into_iter().flatten().any(|n| n > 1), "a mixture of experts")?;
+        let slides = self.sliding_window.is_some() && self.use_sliding_window != Some(false);
+        refuse(slides, "sliding_window")?;
+        let mut layers = self.layer_types.iter().flatten();
+        if let Some(kind) = layers.find(|kind| *kind != "full_attention") {
+            refuse(true, &format!("layer_types {kind:?}"))?;
+        }
+        for (field, neutral) in UNSUPPORTED_FIELDS {
+            let value = match self.others.get(field) {
+                None | Some(Value::Null) => continue,
+                Some(Value::Bool(value)) => Some(f64::from(u8::from(*value))),
+                Some(other) => other.as_f64(),
+            };
+            let is_neutral = value.is_some_and(|value| neutral.contains(&value));
+            refuse(!is_neutral, &format!("{field} = {}", self.others[field]))?;
+        }
+        for (field, program) in FOREIGN_WEIGHTS {
+            let is_there = self.others.get(field).is_some_and(|value| !value.is_null());
+            refuse(is_there, &format!("{field} (weights of {program})"))?;
+        }
         refuse(self.weight_bits.is_some_and(|bits| bits != 1), "weight_bits other than 1")?;
         refuse(self.input_bits.is_some_and(|bits| bits != 8), "input_bits other than 8")?;
         if let Some(quantization) = &self.quantization_config {
             refuse(quantization.use_rms_norm == Some(true), "use_rms_norm")?;
+            one_of("linear_class", &quantization.linear_class, ["bitlinear", "autobitlinear"])?;
+            one_of("quantization_mode", &quantization.quantization_mode, ["offline", "online"])?;
             match quantization.quant_method.as_deref() {
                 Some("bitnet") => {}
                 other => {
@@ -212,26 +280,59 @@ impl Fields {
                 }
             }
         }
-        if let Some(scaling) = &self.rope_scaling {
-            let text = |key| scaling.get(key).and_then(Value::as_str);
-            let kind = text("rope_type").or(text("type")).unwrap_or("of an unknown type");
-            let factor = scaling.get("factor").and_then(Value::as_f64);
-            refuse(
-                !scaling.is_null() && !is_no_scaling(kind, factor),
-                &format!("rope_scaling {kind}"),
-            )?;
-        }
-        if let Some(rope) = &self.rope_parameters {
-            let kind = rope.rope_type.as_deref().unwrap_or("default");
-            refuse(!is_no_scaling(kind, rope.factor), &format!("rope_type {kind}"))?;
-        }
         Ok(())
     }
 
-    fn activation(&self, family: Family) -> Result<Activation, ImportError> {
+    /// The longest sequence: of the fields that may say it, the first one there.
+    fn context(&self, longest: Option<f64>, notes: &mut Vec<String>) -> Result<u32, ImportError> {
+        const FIELD: &str = "max_position_embeddings";
+        // Tokenizers without a limit say 1e30.
+        let longest = longest.filter(|length| (1.0..=f64::from(CONTEXT_MAX)).contains(length));
+        let longest = longest.map(|length| length as u32);
+        let others = CONTEXT_FIELDS.into_iter().filter_map(|field| {
+            let value = self.others.get(field)?.as_u64()?;
+            Some((field, value))
+        });
+        let own = self.max_position_embeddings.map(|value| (FIELD, value));
+        let mut stated = own.into_iter().chain(others);
+        let Some((field, context)) = stated.next() else {
+            let context = longest.ok_or_else(|| missing(FIELD))?;
+            notes.push(format!(
+                "context: {context}, for tokenizer_config.json says so and config.json nothing"
+            ));
+            return Ok(context);
+        };
+        let context = required(Some(context), field)?;
+        if field != FIELD {
+            notes.push(format!("context: {context}, by {field}"));
+        }
+        for (other, value) in stated.filter(|(_, value)| *value != u64::from(context)) {
+            notes.push(format!("context: {context} by {field}, though {other} is {value}"));
+        }
+        if let Some(longest) = longest.filter(|longest| *longest != context) {
+            notes.push(format!(
+                "context: {context} by {field}, though tokenizer_config.json says {longest}"
+            ));
+        }
+        Ok(context)
+    }
+
+    fn activation(
+        &self,
+        family: Family,
+        options: &ImportOptions,
+        notes: &mut Vec<String>,
+    ) -> Result<Activation, ImportError> {
+        if let Some(activation) = options.activation {
+            notes.push(format!("activation: {activation}, as asked for"));
+            return Ok(activation);
+        }
         match (self.hidden_act.as_deref(), family) {
             (Some("relu2"), _) => Ok(Activation::SquaredRelu),
-            (Some("silu"), _) => Ok(Activation::Silu),
+            (Some("silu" | "swish"), _) => Ok(Activation::Silu),
+            (None, Family::BitNet2024) if self.vocab_size == Some(u64::from(LLAMA3_VOCAB)) => {
+                Err(unstated_activation("hidden_act"))
+            }
             (None, Family::Llama | Family::BitNet2024) => Ok(Activation::Silu),
             (None, Family::BitNet) => Err(missing("hidden_act")),
             (Some(other), _) => Err(ImportError::Value {
@@ -241,31 +342,21 @@ impl Fields {
             }),
         }
     }
+}
 
-    fn rope_theta(&self, family: Family, notes: &mut Vec<String>) -> Result<f64, ImportError> {
-        let nested = self.rope_parameters.as_ref().and_then(|rope| rope.rope_theta);
-        match nested.or(self.rope_theta) {
-            Some(theta) if theta.is_finite() && theta > 0.0 => Ok(theta),
-            Some(theta) => Err(ImportError::Value {
-                key: "rope_theta".into(),
-                found: theta.to_string(),
-                expected: "a positive number".into(),
-            }),
-            None if family == Family::BitNet => Err(missing("rope_theta")),
-            None => {
-                notes
-                    .push(format!("rope_theta is not given: {LLAMA_ROPE_THETA}, as Llama's class"));
-                Ok(LLAMA_ROPE_THETA)
-            }
-        }
+/// Refuses a word that an enumerated setting does not have.
+fn one_of(key: &str, found: &Option<String>, words: [&str; 2]) -> Result<(), ImportError> {
+    match found {
+        Some(found) if !words.contains(&found.as_str()) => Err(ImportError::Value {
+            key: key.into(),
+            found: format!("{found:?}"),
+            expected: format!("{:?} or {:?}", words[0], words[1]),
+        }),
+        _ => Ok(()),
     }
 }
 
-fn is_no_scaling(kind: &str, factor: Option<f64>) -> bool {
-    kind == "default" || (kind == "linear" && factor == Some(1.0))
-}
-
-fn missing(key: &str) -> ImportError {
+pub(super) fn missing(key: &str) -> ImportError {
     ImportError::MissingKey { file: "config.json", key: key.into() }
 }
 
