@@ -4,6 +4,7 @@
     expect(dead_code, reason = "no backend of other CPUs looks sums up")
 )]
 
+use std::collections::TryReserveError;
 use std::fmt;
 
 /// Rows of weights that an operation takes at a time: enough that what they share costs little, few
@@ -55,15 +56,28 @@ impl Workspace {
         2 * (PANEL_LEN + TABLES_LEN + SUMS_LEN) + 16 * OFFSETS_LEN + 4 * SUMS_LEN + CODES_LEN;
 
     /// Allocates [`Self::BYTES`] and up to six cache lines more.
+    ///
+    /// # Errors
+    ///
+    /// If there is not so much memory.
+    pub fn try_new() -> Result<Self, TryReserveError> {
+        Ok(Self {
+            activations: Lines::new(PANEL_LEN)?,
+            tables: Lines::new(TABLES_LEN)?,
+            offsets: Lines::new(OFFSETS_LEN)?,
+            sums: Lines::new(SUMS_LEN)?,
+            totals: Lines::new(SUMS_LEN)?,
+            codes: Lines::new(CODES_LEN)?,
+        })
+    }
+
+    /// The same, for proofs and benches: a MiB, without which there is nothing to try.
+    ///
+    /// # Panics
+    ///
+    /// If there is not so much memory.
     pub fn new() -> Self {
-        Self {
-            activations: Lines::new(PANEL_LEN),
-            tables: Lines::new(TABLES_LEN),
-            offsets: Lines::new(OFFSETS_LEN),
-            sums: Lines::new(SUMS_LEN),
-            totals: Lines::new(SUMS_LEN),
-            codes: Lines::new(CODES_LEN),
-        }
+        Self::try_new().expect("memory for one workspace")
     }
 }
 
@@ -87,11 +101,13 @@ pub(crate) struct Lines<T> {
 }
 
 impl<T: Copy + Default> Lines<T> {
-    fn new(len: usize) -> Self {
+    fn new(len: usize) -> Result<Self, TryReserveError> {
         let spare = 64 / size_of::<T>();
-        let values = vec![T::default(); len + spare];
+        let mut values = Vec::new();
+        values.try_reserve_exact(len + spare)?;
+        values.resize(len + spare, T::default());
         let start = values.as_ptr().align_offset(64).min(spare);
-        Self { values, start, len }
+        Ok(Self { values, start, len })
     }
 
     /// All of them.

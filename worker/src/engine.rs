@@ -50,7 +50,7 @@ pub use self::placement::weight_copies;
 use self::profile::Part;
 pub use self::profile::{Clock, StepProfile};
 use self::rows::Batch;
-use self::shared::Buffer;
+use self::shared::{Buffer, NoMemory};
 pub use self::stage_model::StageModel;
 
 /// How an engine computes. None of it but the KV type changes a result.
@@ -252,11 +252,15 @@ impl Engine {
         let cache = KvCache::new(model.config(), model.layer_count(), &config)?;
         let buffers = Buffers::new(&model, &config)?;
         let wanted_max = if model.has_head() { config.max_step_tokens as usize } else { 0 };
-        let results = Buffer::new(PositionResult::Nothing, wanted_max, 1);
+        let results = Buffer::filled(PositionResult::Nothing, wanted_max, 1);
+        let results = results.map_err(|NoMemory| {
+            let bytes = (wanted_max * size_of::<PositionResult>()) as u64;
+            EngineError::Memory { what: "the results of a step", bytes }
+        })?;
         let seats = placement::seats(&config);
-        let local = |thread| Mutex::new(Local::new(&model, &config, seats.node(thread)));
-        let locals = (0..config.threads).map(local).collect();
-        let samplers = Samplers::new(&model, &config);
+        let local = |thread| Local::new(&model, &config, seats.node(thread)).map(Mutex::new);
+        let locals = (0..config.threads).map(local).collect::<Result<_, _>>()?;
+        let samplers = Samplers::new(&model, &config)?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(config.threads)
             .thread_name(|index| format!("engine-{index}"))

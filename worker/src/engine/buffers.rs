@@ -11,7 +11,7 @@ use model::ModelConfig;
 
 use super::head::PositionResult;
 use super::profile::Record;
-use super::shared::{Buffer, Member, Shared, Team};
+use super::shared::{Buffer, Member, NoMemory, Shared, Team, zeros};
 use super::{EngineConfig, EngineError, StageModel, head, sampler};
 
 /// Tokens in an attention segment (`docs/numerics.md`): segments may run on different threads.
@@ -196,32 +196,35 @@ impl Buffers {
     /// [`EngineError::Memory`].
     pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Result<Self, EngineError> {
         let widths = Widths::new(model.config(), model.has_head(), config);
-        check_memory("the working memory of a step", widths.bytes(config))?;
+        Self::get(widths, config).map_err(|NoMemory| working_memory(model, config))
+    }
+
+    fn get(widths: Widths, config: &EngineConfig) -> Result<Self, NoMemory> {
         let n = config.max_step_tokens as usize;
         let Widths { hidden, heads, group, head_dim, kv, ffn, vocab, .. } = widths;
         let Widths { partial_states, head_positions, .. } = widths;
         let state = ATTENTION_STATE_HEADER + head_dim;
-        let floats = |width: usize| Buffer::new(0.0f32, n, width);
+        let floats = |width: usize| Buffer::zeros(n, width);
         Ok(Self {
             widths,
-            residual: floats(hidden),
-            product: floats(hidden),
-            query: floats(heads * head_dim),
-            key: floats(kv),
-            value: floats(kv),
-            attended: Buffer::new(0.0, n * heads, head_dim),
-            gated: floats(ffn),
-            cos: floats(head_dim / 2),
-            sin: floats(head_dim / 2),
-            hidden_codes: CodesBuffer::new(n, hidden),
-            attended_codes: CodesBuffer::new(n, heads * head_dim),
-            ffn_codes: CodesBuffer::new(n, ffn),
-            column_sums: Buffer::new(0, config.threads, padded_rows(hidden)),
-            partial_states: Buffer::new(0.0, partial_states, group * state),
-            head_input: Buffer::new(0.0, head_positions, hidden),
-            logits: Buffer::new(0.0, 2 * head_positions, vocab),
-            screen_codes: Buffer::new(0, head_positions, 2 * screen_cols(hidden)),
-            screen_queries: Buffer::new(ScreenQuery::default(), head_positions, 1),
+            residual: floats(hidden)?,
+            product: floats(hidden)?,
+            query: floats(heads * head_dim)?,
+            key: floats(kv)?,
+            value: floats(kv)?,
+            attended: Buffer::zeros(n * heads, head_dim)?,
+            gated: floats(ffn)?,
+            cos: floats(head_dim / 2)?,
+            sin: floats(head_dim / 2)?,
+            hidden_codes: CodesBuffer::new(n, hidden)?,
+            attended_codes: CodesBuffer::new(n, heads * head_dim)?,
+            ffn_codes: CodesBuffer::new(n, ffn)?,
+            column_sums: Buffer::zeros(config.threads, padded_rows(hidden))?,
+            partial_states: Buffer::zeros(partial_states, group * state)?,
+            head_input: Buffer::zeros(head_positions, hidden)?,
+            logits: Buffer::zeros(2 * head_positions, vocab)?,
+            screen_codes: Buffer::zeros(head_positions, 2 * screen_cols(hidden))?,
+            screen_queries: Buffer::filled(ScreenQuery::default(), head_positions, 1)?,
         })
     }
 
@@ -274,14 +277,14 @@ struct CodesBuffer {
 }
 
 impl CodesBuffer {
-    fn new(n: usize, width: usize) -> Self {
+    fn new(n: usize, width: usize) -> Result<Self, NoMemory> {
         let stride = padded_cols(width);
-        Self {
+        Ok(Self {
             stride,
-            codes: Buffer::new(0, n, stride),
-            scales: Buffer::new(0.0, n, 1),
-            sums: Buffer::new(0, n, 1),
-        }
+            codes: Buffer::zeros(n, stride)?,
+            scales: Buffer::zeros(n, 1)?,
+            sums: Buffer::zeros(n, 1)?,
+        })
     }
 
     fn lend(&mut self, team: &Team, n: usize) -> Codes<'_> {
@@ -424,7 +427,20 @@ pub(super) struct Local {
 }
 
 impl Local {
-    pub(super) fn new(model: &StageModel, config: &EngineConfig, node: usize) -> Self {
+    /// Gets memory for one thread, which will sit on memory node `node`.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Memory`].
+    pub(super) fn new(
+        model: &StageModel,
+        config: &EngineConfig,
+        node: usize,
+    ) -> Result<Self, EngineError> {
+        Self::get(model, config, node).map_err(|NoMemory| working_memory(model, config))
+    }
+
+    fn get(model: &StageModel, config: &EngineConfig, node: usize) -> Result<Self, NoMemory> {
         let shape = model.config();
         let head_dim = shape.head_dim as usize;
         let attended = shape.heads as usize * head_dim;
@@ -432,23 +448,24 @@ impl Local {
         let state = ATTENTION_STATE_HEADER + head_dim;
         let rows = group_rows((shape.heads / shape.kv_heads) as usize);
         let chunk = chunk_floats(config);
-        Self {
+        Ok(Self {
             node,
-            residual: vec![0.0; shape.hidden as usize],
-            own: OwnCodes { codes: vec![0; padded_cols(widest)], scale: 1.0, sum: 0 },
-            gate: vec![0.0; chunk],
-            up: vec![0.0; chunk],
-            places: vec![0; shape.ffn as usize],
-            normed: vec![0.0; widest],
-            rotated: vec![0.0; head_dim],
-            queries: vec![0.0; rows * head_dim],
-            filled: vec![0; rows],
-            states: vec![0.0; rows * state],
-            segments: vec![0.0; rows * state],
-            workspace: Workspace::new(),
+            residual: zeros(shape.hidden as usize)?,
+            own: OwnCodes { codes: zeros(padded_cols(widest))?, scale: 1.0, sum: 0 },
+            gate: zeros(chunk)?,
+            up: zeros(chunk)?,
+            places: zeros(shape.ffn as usize)?,
+            normed: zeros(widest)?,
+            rotated: zeros(head_dim)?,
+            queries: zeros(rows * head_dim)?,
+            filled: zeros(rows)?,
+            states: zeros(rows * state)?,
+            segments: zeros(rows * state)?,
+            workspace: Workspace::try_new().map_err(|_| NoMemory)?,
+            // Some KiB, as much as any request takes.
             screen: model.has_head().then(head::Scratch::new),
             record: Record::default(),
-        }
+        })
     }
 }
 
@@ -463,12 +480,17 @@ pub(super) struct Samplers(Mutex<Vec<sampler::Scratch>>);
 
 impl Samplers {
     /// For the last stage; none for others.
-    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Memory`].
+    pub(super) fn new(model: &StageModel, config: &EngineConfig) -> Result<Self, EngineError> {
         let widths = Widths::new(model.config(), model.has_head(), config);
         let scratch = |_| sampler::Scratch::new(widths.vocab);
-        Self(Mutex::new(
-            (0..samplers(widths.head_positions, config.threads)).map(scratch).collect(),
-        ))
+        let all = (0..samplers(widths.head_positions, config.threads)).map(scratch);
+        let all =
+            all.collect::<Result<_, _>>().map_err(|NoMemory| working_memory(model, config))?;
+        Ok(Self(Mutex::new(all)))
     }
 
     /// Runs `work` with one of them.
@@ -498,16 +520,10 @@ impl Drop for Taken<'_> {
     }
 }
 
-/// Asks for `bytes` and gives them back untouched: so that too much is an error here and not the
-/// end of the process in an allocation that cannot fail politely.
-///
-/// # Errors
-///
-/// [`EngineError::Memory`].
-pub(super) fn check_memory(what: &'static str, bytes: u64) -> Result<(), EngineError> {
-    let asked = usize::try_from(bytes).ok();
-    let granted = asked.is_some_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
-    if granted { Ok(()) } else { Err(EngineError::Memory { what, bytes }) }
+/// There is not the memory that an engine works with.
+fn working_memory(model: &StageModel, config: &EngineConfig) -> EngineError {
+    let bytes = working_bytes(model.config(), model.has_head(), config);
+    EngineError::Memory { what: "the working memory of steps", bytes }
 }
 
 #[cfg(test)]

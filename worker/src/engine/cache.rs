@@ -8,8 +8,8 @@ use kernels::{KV_BLOCK_TOKENS, KvBlock, KvBlockMut};
 use model::ModelConfig;
 use proto::plan::KvType;
 
-use super::shared::{Buffer, Member, Shared, Team};
-use super::{EngineConfig, EngineError, buffers, kv_bytes};
+use super::shared::{Buffer, Member, NoMemory, Shared, Team};
+use super::{EngineConfig, EngineError, kv_bytes};
 
 /// The KV cache of a stage.
 pub(super) struct KvCache {
@@ -38,17 +38,21 @@ impl KvCache {
         layers: u32,
         config: &EngineConfig,
     ) -> Result<Self, EngineError> {
-        let bytes = kv_bytes(model, layers, config.kv_type, config.kv_blocks);
-        buffers::check_memory("the KV cache", bytes)?;
         let kv_heads = model.kv_heads as usize;
         let half_block = model.head_dim as usize * KV_BLOCK_TOKENS;
         let blocks = config.kv_blocks as usize;
-        let layers = layers as usize;
-        let (rows, width) = (layers * kv_heads, blocks * 2 * half_block);
+        let (layer_count, layers) = (layers, layers as usize);
+        // What no integer counts no memory holds.
+        let width = blocks.saturating_mul(2 * half_block);
+        let rows = layers * kv_heads;
         let values = match config.kv_type {
-            KvType::F16 => Store::F16(Buffer::new(0, rows, width)),
-            KvType::F32 => Store::F32(Buffer::new(0.0, rows, width)),
+            KvType::F16 => Buffer::zeros(rows, width).map(Store::F16),
+            KvType::F32 => Buffer::zeros(rows, width).map(Store::F32),
         };
+        let values = values.map_err(|NoMemory| {
+            let bytes = kv_bytes(model, layer_count, config.kv_type, config.kv_blocks);
+            EngineError::Memory { what: "the KV cache", bytes }
+        })?;
         Ok(Self { values, layers, kv_heads, half_block, blocks })
     }
 

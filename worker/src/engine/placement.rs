@@ -2,7 +2,7 @@
 
 use std::{io, thread};
 
-use super::{EngineConfig, EngineError, Placement, StageModel, WeightMemory, buffers};
+use super::{EngineConfig, EngineError, Placement, StageModel, WeightMemory};
 use crate::topology::{Seats, Topology};
 
 /// How many times the weights of a stage are in memory: see [`WeightMemory`].
@@ -30,7 +30,7 @@ pub(super) fn seats(config: &EngineConfig) -> Seats {
 ///
 /// # Errors
 ///
-/// [`EngineError::Memory`], [`EngineError::Copy`], [`EngineError::Seat`], [`EngineError::Lock`].
+/// [`EngineError::Copy`], [`EngineError::Seat`], [`EngineError::Lock`].
 pub(super) fn place(
     model: StageModel,
     config: &EngineConfig,
@@ -43,8 +43,6 @@ pub(super) fn place(
         }
         WeightMemory::Copy => {
             let nodes = seats.node_count();
-            let bytes = model.weight_bytes().saturating_mul(nodes as u64);
-            buffers::check_memory("copies of the weights", bytes)?;
             // One after the other: the disk or the page cache is what they all read.
             (0..nodes).map(|node| copy_on(&model, seats, node)).collect::<Result<_, _>>()?
         }

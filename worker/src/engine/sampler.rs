@@ -7,6 +7,8 @@ use kernels::{Backend, draw_key, gumbel};
 use proto::limits::TOP_LOGPROBS;
 use proto::step::{Sampled, SamplingParameters, TokenLogprob};
 
+use super::shared::{NoMemory, zeros};
+
 /// Candidates put in order at first; eight times as many whenever they do not suffice. The cuts of a
 /// trained model's distribution seldom keep more than a few.
 const FIRST_RANKED: usize = 64;
@@ -32,14 +34,19 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    pub(super) fn new(vocab: usize) -> Self {
-        Self {
-            adjusted: vec![0.0; vocab],
-            candidates: vec![0; vocab],
-            exponents: vec![0.0; vocab],
-            weights: vec![0.0; vocab],
-            tokens: vec![0; vocab],
-        }
+    /// Gets memory for rows of `vocab` logits.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`].
+    pub(super) fn new(vocab: usize) -> Result<Self, NoMemory> {
+        Ok(Self {
+            adjusted: zeros(vocab)?,
+            candidates: zeros(vocab)?,
+            exponents: zeros(vocab)?,
+            weights: zeros(vocab)?,
+            tokens: zeros(vocab)?,
+        })
     }
 }
 

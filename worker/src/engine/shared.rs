@@ -21,6 +21,7 @@
 //! The barrier makes what was written in one phase visible in the next (see `barrier.rs`).
 #![expect(unsafe_code, reason = "disjoint parts of one buffer for several threads")]
 
+use std::alloc::{self, Layout};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -246,14 +247,104 @@ pub(super) struct Buffer<T> {
     given: Vec<AtomicU32>,
 }
 
-impl<T: Clone> Buffer<T> {
+/// There is not so much memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NoMemory;
+
+/// Numbers of which all bits 0 are a value.
+///
+/// # Safety
+///
+/// They must be: memory that the system gives is such, and is taken for values of this type.
+pub(super) unsafe trait Zero {}
+
+// SAFETY: all bits 0 are the number 0 of each of them.
+unsafe impl Zero for f32 {}
+// SAFETY: as above.
+unsafe impl Zero for i8 {}
+// SAFETY: as above.
+unsafe impl Zero for u8 {}
+// SAFETY: as above.
+unsafe impl Zero for u16 {}
+// SAFETY: as above.
+unsafe impl Zero for i32 {}
+// SAFETY: as above.
+unsafe impl Zero for u32 {}
+
+/// So many zeros, whose pages are untouched until they are written: what `vec![0; len]` gives, but
+/// that too much is an error here and not the end of the process.
+///
+/// # Errors
+///
+/// [`NoMemory`].
+pub(super) fn zeros<T: Zero>(len: usize) -> Result<Vec<T>, NoMemory> {
+    let layout = Layout::array::<T>(len).map_err(|_| NoMemory)?;
+    if layout.size() == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the layout has a size.
+    let start = unsafe { alloc::alloc_zeroed(layout) };
+    if start.is_null() {
+        return Err(NoMemory);
+    }
+    // SAFETY: the global allocator gave room for exactly `len` values, and all bits 0 are values
+    // ([`Zero`]).
+    Ok(unsafe { Vec::from_raw_parts(start.cast(), len, len) })
+}
+
+/// So many of `value`.
+fn filled<T: Clone>(value: T, len: usize) -> Result<Vec<T>, NoMemory> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(len).map_err(|_| NoMemory)?;
+    values.resize(len, value);
+    Ok(values)
+}
+
+impl<T> Buffer<T> {
+    /// Values beyond those used: enough to begin at a cache line.
+    const SPARE: usize = CACHE_LINE_BYTES
+        / match size_of::<T>() {
+            0 => 1,
+            bytes if bytes > CACHE_LINE_BYTES => CACHE_LINE_BYTES,
+            bytes => bytes,
+        };
+
+    /// How many values `rows` of `width` are, the spare ones included.
+    fn room(rows: usize, width: usize) -> Result<usize, NoMemory> {
+        let len = rows.checked_mul(width).and_then(|len| len.checked_add(Self::SPARE));
+        len.ok_or(NoMemory)
+    }
+
+    /// Zeros for `rows` of `width` values, untouched. Lending takes no memory.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`].
+    pub(super) fn zeros(rows: usize, width: usize) -> Result<Self, NoMemory>
+    where
+        T: Zero,
+    {
+        Self::of(zeros(Self::room(rows, width)?)?, rows)
+    }
+
     /// Room for `rows` of `width` values, all `value`. Lending takes no memory.
-    pub(super) fn new(value: T, rows: usize, width: usize) -> Self {
-        let len = rows * width;
-        let spare = CACHE_LINE_BYTES / size_of::<T>().clamp(1, CACHE_LINE_BYTES);
-        let values = vec![value; len + spare];
-        let start = values.as_ptr().align_offset(CACHE_LINE_BYTES).min(spare);
-        Self { values, start, len, given: Vec::with_capacity(rows) }
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`].
+    pub(super) fn filled(value: T, rows: usize, width: usize) -> Result<Self, NoMemory>
+    where
+        T: Clone,
+    {
+        Self::of(filled(value, Self::room(rows, width)?)?, rows)
+    }
+
+    fn of(values: Vec<T>, rows: usize) -> Result<Self, NoMemory> {
+        let mut given = Vec::new();
+        given.try_reserve_exact(rows).map_err(|_| NoMemory)?;
+        let start = values.as_ptr().align_offset(CACHE_LINE_BYTES).min(Self::SPARE);
+        let len = values.len() - Self::SPARE;
+        Ok(Self { values, start, len, given })
     }
 
     /// What is in it.
@@ -440,7 +531,7 @@ mod tests {
     ) -> bool {
         let pool = pool(3);
         let team = Team::new(&pool);
-        let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
+        let mut buffer = Buffer::<f32>::zeros(ROWS, WIDTH).unwrap();
         let shared = buffer.lend(&team, ROWS, WIDTH);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             run(&pool, team, |member| work(member, &shared));
@@ -452,7 +543,7 @@ mod tests {
     fn rows_then_columns_reach_every_value_once() {
         let pool = pool(4);
         let team = Team::new(&pool);
-        let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
+        let mut buffer = Buffer::<f32>::zeros(ROWS, WIDTH).unwrap();
         let shared = buffer.lend(&team, ROWS, WIDTH);
         let queue = Queue::default();
         run(&pool, team, |member| {
@@ -479,7 +570,7 @@ mod tests {
     fn bands_reach_every_value_once() {
         let pool = pool(4);
         let team = Team::new(&pool);
-        let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
+        let mut buffer = Buffer::<f32>::zeros(ROWS, WIDTH).unwrap();
         let shared = buffer.lend(&team, ROWS, WIDTH);
         run(&pool, team, |member| {
             let pieces = Pieces::even(4, 20, WIDTH, ROWS.div_ceil(16), 4);
@@ -567,7 +658,7 @@ mod tests {
     fn another_team_gets_nothing() {
         let pool = pool(2);
         let (lent_to, other) = (Team::new(&pool), Team::new(&pool));
-        let mut buffer = Buffer::new(0.0f32, 2, 2);
+        let mut buffer = Buffer::<f32>::zeros(2, 2).unwrap();
         let shared = buffer.lend(&lent_to, 2, 2);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             run(&pool, other, |member| {
@@ -595,7 +686,7 @@ mod tests {
         ];
         for attempt in uses {
             let team = Team::new(&pool);
-            let mut buffer = Buffer::new(0.0f32, ROWS, WIDTH);
+            let mut buffer = Buffer::<f32>::zeros(ROWS, WIDTH).unwrap();
             let shared = buffer.lend(&team, ROWS, WIDTH);
             let queue = Queue::default();
             let refused = AtomicU32::new(0);
@@ -622,5 +713,20 @@ mod tests {
             member.next_phase()?;
             member.next_phase()
         }));
+    }
+
+    #[test]
+    fn too_much_memory_is_an_error() {
+        for rows in [1 << 46, usize::MAX / 4, usize::MAX] {
+            assert!(Buffer::<f32>::zeros(rows, 1).is_err());
+            assert!(Buffer::<u16>::zeros(2, rows).is_err());
+            assert!(Buffer::filled(7u64, rows, 2).is_err());
+            assert_eq!(zeros::<i32>(rows), Err(NoMemory));
+        }
+        assert_eq!(zeros::<f32>(3), Ok(vec![0.0; 3]));
+        assert_eq!(zeros::<f32>(0), Ok(vec![]));
+        let buffer = Buffer::filled(3u64, 2, 5).unwrap();
+        assert_eq!(buffer.values(), [3; 10]);
+        assert_eq!(buffer.values().as_ptr().align_offset(CACHE_LINE_BYTES), 0);
     }
 }

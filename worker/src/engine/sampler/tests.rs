@@ -12,7 +12,9 @@ fn parameters(temperature: f32) -> SamplingParameters {
 
 fn token(logits: &[f32], parameters: &SamplingParameters, position: u32) -> u32 {
     check(parameters, logits.len() as u32).unwrap();
-    sample(BACKEND(), logits, parameters, position, &mut Scratch::new(logits.len())).unwrap().token
+    sample(BACKEND(), logits, parameters, position, &mut Scratch::new(logits.len()).unwrap())
+        .unwrap()
+        .token
 }
 
 /// How often each token is drawn at the positions `0..draws`.
@@ -91,7 +93,7 @@ const CHI_SQUARED: [f64; 11] =
 #[track_caller]
 fn check_shares(logits: &[f32], parameters: &SamplingParameters, weights: &[f64]) {
     const DRAWS: u32 = 1_000_000;
-    let mut scratch = Scratch::new(logits.len());
+    let mut scratch = Scratch::new(logits.len()).unwrap();
     let mut counts = vec![0u32; logits.len()];
     for position in 0..DRAWS {
         let sampled = sample(BACKEND(), logits, parameters, position, &mut scratch).unwrap();
@@ -263,7 +265,7 @@ fn logprobs_are_of_the_raw_logits() {
         top_logprobs: Some(3),
         ..parameters(0.7)
     };
-    let mut scratch = Scratch::new(4);
+    let mut scratch = Scratch::new(4).unwrap();
     let sampled = sample(BACKEND(), &logits, &parameters, 0, &mut scratch).unwrap();
     assert_eq!(sampled.token, 1);
     let is_near = |found: f32, p: f32| (found - p.ln()).abs() < 1e-5;
@@ -290,7 +292,8 @@ fn every_backend_draws_the_same() {
         SamplingParameters { top_p: 0.9, top_k: 200, top_logprobs: Some(5), ..parameters(0.8) };
     for position in 0..50 {
         let draw = |backend| {
-            sample(backend, &logits, &parameters, position, &mut Scratch::new(vocab)).unwrap()
+            sample(backend, &logits, &parameters, position, &mut Scratch::new(vocab).unwrap())
+                .unwrap()
         };
         let want = draw(Backend::by_name("scalar").unwrap());
         for backend in Backend::available() {
@@ -302,7 +305,7 @@ fn every_backend_draws_the_same() {
 #[test]
 fn an_overflow_is_not_a_token() {
     let parameters = SamplingParameters { logit_bias: vec![(0, f32::MAX)], ..parameters(1.0) };
-    let mut scratch = Scratch::new(2);
+    let mut scratch = Scratch::new(2).unwrap();
     let outcome = sample(BACKEND(), &[f32::MAX, 0.0], &parameters, 0, &mut scratch);
     assert_eq!(outcome, Err(NotFinite));
 }

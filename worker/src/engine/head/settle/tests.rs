@@ -58,7 +58,7 @@ fn parameters(random: &mut Random) -> SamplingParameters {
 fn what_is_settled_is_what_all_logits_give() {
     let backend = Backend::detect();
     let mut random = Random(5);
-    let mut planes = sampler::Scratch::new(VOCAB);
+    let mut planes = sampler::Scratch::new(VOCAB).unwrap();
     let mut scratch = Scratch::new();
     let (mut settled, mut rounds) = (0, 0);
     for _ in 0..20_000 {
@@ -158,6 +158,6 @@ fn an_infinite_logit_fails() {
         parameters: &parameters,
         position: 3,
     };
-    let found = question.settle(&mut Scratch::new(), &mut sampler::Scratch::new(4));
+    let found = question.settle(&mut Scratch::new(), &mut sampler::Scratch::new(4).unwrap());
     assert_eq!(found, Err(NotFinite));
 }
