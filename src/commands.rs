@@ -27,8 +27,8 @@ use crate::{Failure, models, pipeline};
 const TELEMETRY_GRACE: Duration = Duration::from_secs(2);
 
 /// What commands that are no servers show of their logs, unless told otherwise: a person reads
-/// the answer, not the logs.
-const QUIET_LOG: &str = "warn";
+/// the answer, not the logs. What a cluster in the process waits for is told by whoever waits.
+const QUIET_LOG: &str = "warn,tercet::waiting=off";
 
 /// Does what the command line says.
 ///

@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use client::waiting::Notices;
 use client::{Client, ClientError, Endpoint};
 use coordinator::Bound;
 use node::membership::{Event, Membership, Memory};
 use proto::keys::Keys;
 use proto::plan::KvType;
-use proto::status::ClusterStatus;
+use proto::status::{ClusterStatus, WaitCause, Waiting};
 use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
@@ -25,6 +26,13 @@ const REGISTER_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How long the cluster may take from the last registration to its first token.
 const READY_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long a person waits before being told why.
+const NOTICE_AFTER: Duration = Duration::from_secs(1);
+
+/// How long a reason that does not pass by itself may last: in one process nobody comes to help, but
+/// on a loaded machine a worker may look lost for a moment.
+const HOPELESS_AFTER: Duration = Duration::from_secs(10);
 
 /// How often the coordinator is asked whether it is ready. The answer costs it nothing.
 const READY_POLL: Duration = Duration::from_millis(10);
@@ -190,6 +198,12 @@ pub enum LocalError {
         /// What the coordinator says.
         reason: String,
     },
+    /// There never will be one.
+    #[error("the cluster cannot start: {reason}")]
+    Hopeless {
+        /// What the coordinator says.
+        reason: String,
+    },
     /// The coordinator did not answer us.
     #[error("failed to ask the cluster in this process")]
     Client(#[from] ClientError),
@@ -289,16 +303,30 @@ impl LocalCluster {
     /// Waits until the cluster has generated a token through its pipelines.
     async fn ready(&mut self) -> Result<ClusterStatus, LocalError> {
         let client = self.client().await?;
-        let deadline = Instant::now() + READY_TIMEOUT;
+        let began = Instant::now();
         let asking = async {
+            let mut notices = Notices::stderr();
+            // Since when there is only what does not pass by itself.
+            let mut hopeless_since = None;
             loop {
                 let status = client.status().await?;
                 if status.ready {
                     return Ok(status);
                 }
-                if Instant::now() >= deadline {
-                    let reason = status.plan.reason;
-                    return Err(LocalError::NotReady { waited: READY_TIMEOUT, reason });
+                if let Some(Waiting { cause, detail: reason }) = status.waiting {
+                    let since = *hopeless_since.get_or_insert_with(Instant::now);
+                    if cause.passes() {
+                        hopeless_since = None;
+                    } else if cause == WaitCause::Refused || since.elapsed() >= HOPELESS_AFTER {
+                        // A worker here is as large as the others, and reads the same store.
+                        return Err(LocalError::Hopeless { reason });
+                    }
+                    if began.elapsed() >= READY_TIMEOUT {
+                        return Err(LocalError::NotReady { waited: READY_TIMEOUT, reason });
+                    }
+                    if began.elapsed() >= NOTICE_AFTER {
+                        notices.say(&reason);
+                    }
                 }
                 tokio::time::sleep(READY_POLL).await;
             }
@@ -351,11 +379,21 @@ async fn registered(
     let mut watch = registry.watch(&keys.workers());
     let mut known = BTreeSet::new();
     let deadline = Instant::now() + REGISTER_TIMEOUT;
+    let mut notices = Notices::stderr();
+    let mut notice_at = Instant::now() + NOTICE_AFTER;
     while known.len() < wanted as usize {
         let event = tokio::select! {
             biased;
             error = first_end(parts) => return Err(error),
             event = watch.next() => event,
+            () = tokio::time::sleep_until(notice_at), if notice_at < deadline => {
+                let found = known.len();
+                notices.say(&format!(
+                    "{found} of {wanted} workers are there, the others read and measure the model"
+                ));
+                notice_at += NOTICE_AFTER;
+                continue;
+            }
             () = tokio::time::sleep_until(deadline) => {
                 let found = known.len();
                 return Err(LocalError::Workers { found, wanted, waited: REGISTER_TIMEOUT });

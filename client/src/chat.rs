@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::command::TextWriter;
 use crate::generate::Completion;
 use crate::request::AnswerArgs;
+use crate::waiting::Notices;
 use crate::{Client, CommandError};
 use input::{Input, Line};
 
@@ -109,6 +110,7 @@ impl Conversation {
             stop: self.answer.stop.clone(),
             ignore_eos: self.answer.ignore_eos,
             seed: self.answer.seed,
+            deadline_ms: self.answer.deadline_ms(),
             ..GenerateRequest::default()
         }
     }
@@ -236,9 +238,14 @@ async fn listen<W: Write>(
     writer: &mut TextWriter<W>,
     completion: &mut Completion,
 ) -> Result<(), CommandError> {
-    let mut events = client.generate(request).await?;
-    while let Some(event) = events.next().await {
-        let event = event?;
+    let mut notices = Notices::stderr();
+    let mut events = notices.until(client, client.generate(request)).await?;
+    loop {
+        let event = match completion.tokens.is_empty() {
+            true => notices.until(client, events.next()).await,
+            false => events.next().await,
+        };
+        let Some(event) = event.transpose()? else { return Ok(()) };
         completion.add(&event);
         if let GenerateEvent::Delta(delta) = &event
             && !json
@@ -246,7 +253,6 @@ async fn listen<W: Write>(
             writer.text(&delta.text)?;
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]

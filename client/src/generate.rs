@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::command::{self, TextWriter};
 use crate::request::AnswerArgs;
+use crate::waiting::Notices;
 use crate::{Client, ClientError, CommandError};
 
 /// What `tercet generate` is told, beside whom to ask.
@@ -71,6 +72,7 @@ impl GenerateArgs {
             stop: self.answer.stop.clone(),
             ignore_eos: self.answer.ignore_eos,
             seed: self.answer.seed,
+            deadline_ms: self.answer.deadline_ms(),
             idempotency_key: self.idempotency_key.clone().unwrap_or_default(),
             top_logprobs: self.top_logprobs,
             ..GenerateRequest::default()
@@ -185,18 +187,24 @@ impl Completion {
 ///
 /// If there is no whole answer, or it cannot be written.
 pub async fn run(client: &Client, args: &GenerateArgs) -> Result<(), CommandError> {
-    let mut events = client.generate(args.request()?).await?;
+    let mut notices = Notices::stderr();
+    let request = args.request()?;
+    let mut events = notices.until(client, client.generate(request)).await?;
     let mut writer = TextWriter::stdout();
-    if args.json {
-        let completion = Completion::collect(events, args.top_logprobs.is_some()).await?;
-        return writer.json(&completion);
-    }
-    let mut completion = Completion::new(false);
+    let mut completion = Completion::new(args.top_logprobs.is_some());
     let mut failure = None;
-    while let Some(event) = events.next().await {
+    loop {
+        // Once tokens come, it is seen that they do.
+        let event = match completion.tokens.is_empty() {
+            true => notices.until(client, events.next()).await,
+            false => events.next().await,
+        };
+        let Some(event) = event else { break };
         match event {
             Ok(event) => {
-                if let GenerateEvent::Delta(delta) = &event {
+                if let GenerateEvent::Delta(delta) = &event
+                    && !args.json
+                {
                     writer.text(&delta.text)?;
                 }
                 completion.add(&event);
@@ -208,11 +216,14 @@ pub async fn run(client: &Client, args: &GenerateArgs) -> Result<(), CommandErro
         }
     }
     // What is said next, of a failure too, starts on a line of its own.
-    if writer.is_terminal() {
+    if writer.is_terminal() && !args.json {
         writer.end_line()?;
     }
     if let Some(error) = failure {
         return Err(error.into());
+    }
+    if args.json {
+        return writer.json(&completion);
     }
     note(&completion);
     Ok(())

@@ -1,5 +1,6 @@
 //! The connection to a coordinator. The only file of this crate that names protobuf types.
 
+use std::error::Error;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use proto::generate::{GenerateEvent, GenerateRequest, Prompt};
 use proto::limits::CLIENT_MESSAGE_BYTES;
 use proto::pb;
 use proto::pb::inference_client::InferenceClient;
+use proto::pb::stage_client::StageClient;
 use proto::status::ClusterStatus;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
@@ -18,11 +20,17 @@ use tracing::{Instrument, Span, field};
 
 use crate::Endpoint;
 
+mod stranger;
+pub use stranger::Stranger;
+
 /// How long opening a connection may take: a host that is there answers within round trips.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the coordinator may take to say how the cluster is. It reads only its own memory.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long after its deadline a request's refusal may arrive.
+const DEADLINE_GRACE: Duration = Duration::from_secs(2);
 
 /// How often a connection with an answer under way is probed. An answer may be silent for long
 /// (a queue, a long prompt), so silence alone is no reason to give up: an unanswered probe is.
@@ -36,6 +44,7 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Client {
     endpoint: Endpoint,
     inference: InferenceClient<Channel>,
+    channel: Channel,
 }
 
 /// Why a coordinator gave no answer, or no whole one.
@@ -44,14 +53,22 @@ pub struct Client {
 pub enum ClientError {
     /// Nobody listens, or not in time.
     #[error(
-        "no coordinator answers at {endpoint} (start one with `tercet up`, or name another with \
-         --endpoint)"
+        "no coordinator answers at {endpoint}: {why} (start one with `tercet up`, or name another \
+         with --endpoint)"
     )]
     Unreachable {
         /// Who was asked.
         endpoint: Endpoint,
-        /// What the transport said.
-        source: tonic::transport::Error,
+        /// The innermost of what the transport said.
+        why: String,
+    },
+    /// Somebody else does.
+    #[error("{endpoint} {stranger}")]
+    Stranger {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// Who is there.
+        stranger: Stranger,
     },
     /// The coordinator answered with an error.
     #[error("{refusal} (coordinator at {endpoint}): {message}")]
@@ -136,7 +153,7 @@ impl ClientError {
             Self::Refused { refusal, .. } => {
                 matches!(refusal, Refusal::Full | Refusal::Unavailable | Refusal::Late)
             }
-            Self::Wire { .. } => false,
+            Self::Stranger { .. } | Self::Wire { .. } => false,
         }
     }
 }
@@ -148,8 +165,11 @@ impl Client {
     ///
     /// [`ClientError::Unreachable`] if nobody listens there.
     pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
-        let unreachable = |source| ClientError::Unreachable { endpoint: endpoint.clone(), source };
-        let channel = Channel::from_shared(endpoint.uri())
+        let unreachable = |error: tonic::transport::Error| ClientError::Unreachable {
+            endpoint: endpoint.clone(),
+            why: innermost(&error),
+        };
+        let connected = Channel::from_shared(endpoint.uri())
             .map_err(|_| ClientError::Refused {
                 endpoint: endpoint.clone(),
                 refusal: Refusal::Invalid,
@@ -162,12 +182,24 @@ impl Client {
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .connect()
-            .await
-            .map_err(unreachable)?;
+            .await;
+        let channel = match connected {
+            Ok(channel) => channel,
+            // Nobody is there, or somebody who does not even greet.
+            Err(error) => {
+                return Err(match Stranger::at(endpoint).await {
+                    Some(stranger) => {
+                        ClientError::Stranger { endpoint: endpoint.clone(), stranger }
+                    }
+                    None => unreachable(error),
+                });
+            }
+        };
+        let worker_channel = channel.clone();
         let inference = InferenceClient::new(channel)
             .max_decoding_message_size(CLIENT_MESSAGE_BYTES)
             .max_encoding_message_size(CLIENT_MESSAGE_BYTES);
-        Ok(Self { endpoint: endpoint.clone(), inference })
+        Ok(Self { endpoint: endpoint.clone(), inference, channel: worker_channel })
     }
 
     /// Whom this client asks.
@@ -186,6 +218,11 @@ impl Client {
     pub async fn generate(&self, request: GenerateRequest) -> Result<Answer, ClientError> {
         let span = answer_span(&request);
         let mut message = Request::new(convert::encode_generate(&request));
+        if request.deadline_ms > 0 {
+            // The coordinator keeps the deadline; this is for one that does not answer at all.
+            let deadline = Duration::from_millis(request.deadline_ms.into());
+            message.set_timeout(deadline + DEADLINE_GRACE);
+        }
         propagation::inject(&span, message.metadata_mut());
         let answer = self.inference.clone().generate(message).instrument(span.clone()).await;
         match answer {
@@ -198,7 +235,7 @@ impl Client {
             }),
             Err(status) => {
                 span.record("error.type", field::debug(status.code()));
-                Err(self.refused(status))
+                Err(self.refused(status).await)
             }
         }
     }
@@ -213,18 +250,44 @@ impl Client {
         message.set_timeout(STATUS_TIMEOUT);
         propagation::inject(&Span::current(), message.metadata_mut());
         let status = self.inference.clone().status(message).await;
-        status
-            .map(|response| convert::decode_status(response.into_inner()))
-            .map_err(|status| self.refused(status))
-    }
-
-    fn refused(&self, status: Status) -> ClientError {
-        ClientError::Refused {
-            endpoint: self.endpoint.clone(),
-            refusal: status.code().into(),
-            message: said(&status),
+        match status {
+            Ok(response) => Ok(convert::decode_status(response.into_inner())),
+            Err(status) => Err(self.refused(status).await),
         }
     }
+
+    /// The worker that is asked in place of a coordinator, if one is.
+    async fn worker(&self) -> Option<Stranger> {
+        let mut question = Request::new(pb::DescribeRequest {});
+        question.set_timeout(stranger::PROBE_TIMEOUT);
+        let answer = StageClient::new(self.channel.clone()).describe(question).await.ok()?;
+        // It may say anything.
+        answer.into_inner().worker.parse().ok().map(Stranger::Worker)
+    }
+
+    /// What a failed call means. Looks who is there if that was hardly a coordinator's answer.
+    async fn refused(&self, status: Status) -> ClientError {
+        let endpoint = self.endpoint.clone();
+        let stranger = match status.code() {
+            Code::Unimplemented => self.worker().await,
+            _ => None,
+        };
+        let stranger = match stranger {
+            None if is_strange(&status) => Stranger::at(&endpoint).await,
+            known => known,
+        };
+        if let Some(stranger) = stranger {
+            return ClientError::Stranger { endpoint, stranger };
+        }
+        ClientError::Refused { endpoint, refusal: status.code().into(), message: said(&status) }
+    }
+}
+
+/// Whether no coordinator says so: it was made here of what the connection did, or is of a kind that
+/// coordinators do not send.
+fn is_strange(status: &Status) -> bool {
+    status.source().is_some()
+        || matches!(status.code(), Code::Unknown | Code::Internal | Code::Unimplemented)
 }
 
 /// The span of one request, named and attributed by OpenTelemetry's GenAI conventions. Prompt and
@@ -264,8 +327,21 @@ fn answer_span(request: &GenerateRequest) -> Span {
     span
 }
 
-/// What a status says, or at least its code.
+/// The innermost cause, which says what happened: those around it say that something did.
+fn innermost(error: &(dyn Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+/// What a status says, or at least its code. One that was made here of an error of the connection
+/// says that, and not which part of a library noticed it.
 fn said(status: &Status) -> String {
+    if let Some(source) = status.source() {
+        return format!("the connection broke: {}", innermost(source));
+    }
     match status.message() {
         "" => status.code().description().to_owned(),
         message => message.to_owned(),

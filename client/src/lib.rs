@@ -19,7 +19,8 @@ pub mod generate;
 mod grpc;
 pub mod request;
 pub mod status;
+pub mod waiting;
 
 pub use command::CommandError;
 pub use endpoint::Endpoint;
-pub use grpc::{Answer, Client, ClientError};
+pub use grpc::{Answer, Client, ClientError, Stranger};

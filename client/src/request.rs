@@ -1,5 +1,6 @@
 //! Flags that describe an answer, shared by `generate` and `chat`.
 
+use node::config::{Duration, UnitError};
 use proto::generate::Sampling;
 
 /// How tokens are drawn and when the answer ends.
@@ -35,12 +36,21 @@ pub struct AnswerArgs {
     /// End the answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// Give up when the answer is not whole after this time, such as 30s [default: the server's]
+    #[arg(long, value_name = "TIME", value_parser = timeout)]
+    pub timeout: Option<Duration>,
     /// Go on past the model's end tokens
     #[arg(long)]
     pub ignore_eos: bool,
 }
 
 impl AnswerArgs {
+    /// From the request to the last token, in milliseconds; 0 is the server's limit.
+    pub fn deadline_ms(&self) -> u32 {
+        let millis = self.timeout.map_or(0, |timeout| timeout.get().as_millis());
+        u32::try_from(millis).unwrap_or(u32::MAX)
+    }
+
     /// The part of a request that is about drawing.
     pub fn sampling(&self) -> Sampling {
         Sampling {
@@ -53,6 +63,16 @@ impl AnswerArgs {
             frequency_penalty: self.frequency_penalty,
             logit_bias: Vec::new(),
         }
+    }
+}
+
+/// For clap: a time of at least a millisecond, which is what a request can say.
+fn timeout(text: &str) -> Result<Duration, String> {
+    let time: Duration = text.parse().map_err(|error: UnitError| error.to_string())?;
+    match time.get().as_millis() {
+        0 => Err("must be a time of at least 1ms".to_owned()),
+        1..=0xffff_ffff => Ok(time),
+        _ => Err("must be at most 49 days".to_owned()),
     }
 }
 

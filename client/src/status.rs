@@ -56,6 +56,9 @@ pub fn table(status: &ClusterStatus) -> String {
     let tokenizer = if model.has_tokenizer { "" } else { ", no tokenizer" };
     // Writing to a String cannot fail.
     let _ = writeln!(text, "cluster  {} ({ready}), term {}", status.cluster, status.term);
+    if let Some(waiting) = &status.waiting {
+        let _ = writeln!(text, "waiting  {}", waiting.detail);
+    }
     let _ = writeln!(
         text,
         "model    {} ({}), {} layers, context {}{tokenizer}",
@@ -83,7 +86,9 @@ pub fn table(status: &ClusterStatus) -> String {
         text.push('\n');
         text.push_str(&pipeline_table(pipeline));
     }
-    if !status.plan.reason.is_empty() {
+    // Without a plan its reason is what is waited for, and stands above.
+    let is_new = status.waiting.as_ref().is_none_or(|w| w.detail != status.plan.reason);
+    if is_new && !status.plan.reason.is_empty() {
         let _ = writeln!(text, "\nplan: {}", status.plan.reason);
     }
     text

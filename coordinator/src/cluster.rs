@@ -14,8 +14,9 @@ use std::time::Duration;
 
 use proto::ids::{Epoch, NumericsClass, PipelineId, Term};
 use proto::plan::{PipelinePlan, Plan, StagePlan, WorkerRecord};
+use proto::status::{WaitCause, Waiting};
 
-use crate::planner::{self, Stage, WorkerSpec};
+use crate::planner::{self, PlanError, Stage, WorkerSpec};
 use crate::tick::Tick;
 
 mod members;
@@ -61,7 +62,7 @@ pub struct Cluster {
     failed_starts: u32,
     plan_after: Tick,
     /// Why nothing serves.
-    reason: String,
+    waiting: Waiting,
     /// Why the plan is as it is.
     plan_reason: String,
     /// The last reason that was told as [`Action::NoPlan`].
@@ -154,7 +155,7 @@ impl Cluster {
             planned_once: false,
             failed_starts: 0,
             plan_after: Tick::ZERO,
-            reason: "the coordinator is starting".to_owned(),
+            waiting: waits(WaitCause::Starting, "the coordinator is starting"),
             plan_reason: String::new(),
             told: None,
             hopeless: None,
@@ -174,7 +175,8 @@ impl Cluster {
             Event::WorkerGone { worker } => self.worker_gone(now, &worker, &mut actions),
             Event::PlanRead(found) => self.plan_read(now, found, &mut actions),
             Event::PlanReadFailed { detail } => {
-                self.reason = format!("the plan cannot be read: {detail}");
+                self.waiting =
+                    waits(WaitCause::Registry, format!("the plan cannot be read: {detail}"));
                 self.written = Written::Unknown(now + backoff(2));
             }
             Event::PlanWritten { revision } => self.plan_written(now, revision, &mut actions),
@@ -239,7 +241,7 @@ impl Cluster {
         self.highest_term = term;
         self.term = Some(term);
         self.written = Written::Unknown(now);
-        self.reason = "the plan is being read".to_owned();
+        self.waiting = waits(WaitCause::Starting, "the plan is being read");
     }
 
     /// What serves goes on serving: workers refuse it as soon as somebody else takes them over.
@@ -260,7 +262,8 @@ impl Cluster {
         {
             // The loss of the term is on its way to us.
             self.term = None;
-            self.reason = format!("another coordinator leads (term {})", plan.term);
+            let detail = format!("another coordinator leads (term {})", plan.term);
+            self.waiting = waits(WaitCause::Leadership, detail);
         }
         match &self.phase {
             Phase::Writing { plan, previous } => {
@@ -271,7 +274,8 @@ impl Cluster {
                     }
                     _ => {
                         self.phase = Phase::Nothing;
-                        self.failed_start(now, "the plan was not written".to_owned());
+                        let detail = "the plan was not written";
+                        self.failed_start(now, waits(WaitCause::Starting, detail));
                     }
                 }
             }
@@ -280,7 +284,8 @@ impl Cluster {
                 self.fail_pipeline(now, reason, actions);
             }
             Phase::Starting { placed, .. } if revision != Some(placed.plan.epoch.0) => {
-                self.abandon_start(now, "another plan was written".to_owned(), actions);
+                let why = waits(WaitCause::Lost, "another plan was written");
+                self.abandon_start(now, why, actions);
             }
             Phase::Nothing if self.incumbent.is_empty() => {
                 let served = found.filter(|(_, plan)| plan.model == self.options.model);
@@ -302,7 +307,7 @@ impl Cluster {
         {
             let reason = format!("worker {} went while the plan was written", stage.worker);
             self.phase = Phase::Nothing;
-            self.reason = reason;
+            self.waiting = waits(WaitCause::Lost, reason);
             return;
         }
         let asked = Start { tries: 1, state: StartState::Asked(now) };
@@ -311,7 +316,8 @@ impl Cluster {
         for stage in 0..stages.len() {
             actions.push(self.ask(&placed, stage as u32, false));
         }
-        self.reason = format!("the pipeline of epoch {revision} is being prepared");
+        let detail = format!("the pipeline of epoch {revision} is being prepared");
+        self.waiting = waits(WaitCause::Starting, detail);
         self.phase = Phase::Starting { placed, stages, activating: false };
     }
 
@@ -340,7 +346,8 @@ impl Cluster {
         }
         match &mut self.phase {
             Phase::Starting { .. } if draining => {
-                self.abandon_start(now, format!("worker {id} is draining"), actions);
+                let why = waits(WaitCause::Lost, format!("worker {id} is draining"));
+                self.abandon_start(now, why, actions);
             }
             Phase::Active { draining: held, .. } if draining && !*held => {
                 *held = true;
@@ -384,7 +391,8 @@ impl Cluster {
 
     fn try_plan(&mut self, now: Tick, actions: &mut Vec<Action>) {
         let Some(term) = self.term else {
-            return self.tell("this coordinator does not lead".to_owned(), actions);
+            let why = waits(WaitCause::Leadership, "this coordinator does not lead");
+            return self.tell(why, actions);
         };
         let Written::At(previous) = self.written else { return };
         if !self.listed || now < self.plan_after {
@@ -392,7 +400,7 @@ impl Cluster {
         }
         let settled = self.members.last_arrival() + self.options.settle;
         if self.options.stages.is_none() && !self.planned_once && now < settled {
-            self.reason = "waiting for workers to come".to_owned();
+            self.waiting = waits(WaitCause::Starting, "waiting for workers to come");
             return;
         }
         let (class, eligible) =
@@ -411,20 +419,28 @@ impl Cluster {
                 let plan = self.compose(term, class, assignment);
                 self.hopeless = None;
                 self.planned_once = true;
-                self.reason = "the plan is being written".to_owned();
+                self.waiting = waits(WaitCause::Starting, "the plan is being written");
                 self.plan_reason.clone_from(&plan.reason);
                 actions.push(Action::WritePlan { term, previous, plan: plan.clone() });
                 self.phase = Phase::Writing { plan, previous };
             }
             Err(error) => {
                 self.hopeless = Some(eligible);
-                self.tell(self.members.explain(now, &self.options, error.to_string()), actions);
+                // Whoever was refused is left out, and that is why the rest do not suffice.
+                let cause = match error {
+                    _ if self.members.somebody_refused(now) => WaitCause::Refused,
+                    PlanError::DoesNotFit { .. } => WaitCause::Memory,
+                    _ => WaitCause::Workers,
+                };
+                let detail = self.members.explain(now, &self.options, error.to_string());
+                self.tell(Waiting { cause, detail }, actions);
             }
         }
     }
 
-    fn tell(&mut self, reason: String, actions: &mut Vec<Action>) {
-        self.reason.clone_from(&reason);
+    fn tell(&mut self, why: Waiting, actions: &mut Vec<Action>) {
+        let reason = why.detail.clone();
+        self.waiting = why;
         if self.told.as_ref() != Some(&reason) {
             self.told = Some(reason.clone());
             actions.push(Action::NoPlan { reason });
@@ -479,6 +495,11 @@ impl Cluster {
             _ => None,
         }
     }
+}
+
+/// Why nothing serves.
+fn waits(cause: WaitCause, detail: impl Into<String>) -> Waiting {
+    Waiting { cause, detail: detail.into() }
 }
 
 fn stages_of(pipeline: &PipelinePlan) -> Vec<Stage> {

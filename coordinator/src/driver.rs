@@ -13,6 +13,7 @@ mod clients;
 mod pipeline;
 mod registry;
 mod status;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -44,6 +45,7 @@ pub(crate) use clients::{Admitted, End, Tokens};
 use clients::{Clients, Then};
 use pipeline::Pipeline;
 use status::Rates;
+use waiting::Teller;
 
 /// Requests and questions that may wait for the driver; then their senders wait.
 const COMMANDS: usize = 1024;
@@ -141,6 +143,8 @@ enum Outcome {
     Event(cluster::Event),
     /// The campaign ended.
     Campaigned(Result<Leadership, MembershipError>),
+    /// Who leads was looked up.
+    Leader(Option<String>),
     /// Nobody is told.
     Nothing,
 }
@@ -164,6 +168,10 @@ pub(crate) struct Driver {
     /// Admission is held; `true` once the cluster was told that nothing runs.
     held: Option<bool>,
     next_link: u64,
+    /// Who leads in place of this coordinator, as far as it knows.
+    leader: Option<String>,
+    looks_for_leader: bool,
+    teller: Teller,
     rates: Rates,
     commands: mpsc::Receiver<Command>,
     link_events: mpsc::Receiver<LinkEvent>,
@@ -201,6 +209,9 @@ impl Driver {
             leadership: None,
             held: None,
             next_link: 0,
+            leader: None,
+            looks_for_leader: false,
+            teller: Teller::default(),
             rates: Rates::default(),
             commands,
             link_events,
@@ -293,6 +304,7 @@ impl Driver {
         self.tell_cluster(cluster::Event::Tick);
         self.retry_steps();
         self.test_pipeline();
+        self.tell_waiting();
         self.measure();
     }
 
@@ -321,6 +333,7 @@ impl Driver {
                 tracing::error!(error = %node::Chain(&error), "failed to campaign, trying again");
                 self.campaign_later();
             }
+            Ok(Outcome::Leader(leader)) => self.on_leader(leader),
             Ok(Outcome::Nothing) => {}
             // A call is ours: its panic is a bug here, and nothing is known of what it did.
             Err(error) => tracing::error!(%error, "a call of the coordinator panicked"),

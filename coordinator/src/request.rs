@@ -51,11 +51,11 @@ pub(crate) enum RequestError {
         requested: u64,
     },
     /// More text than the context can hold, found before it was tokenised.
-    #[error("This model's maximum context length is {context} tokens. However, {source}.")]
+    #[error("This model's maximum context length is {context} tokens. However, {detail}.")]
     PromptBytes {
         context: u32,
-        #[source]
-        source: TextError,
+        /// Part of OpenAI's sentence, hence no source, which would be said once more.
+        detail: String,
     },
     /// Another model was asked for.
     #[error("the model {model:?} does not exist; this cluster serves {served:?}")]
@@ -92,7 +92,9 @@ impl RequestError {
     /// What a failed encoding means to the client.
     pub(crate) fn of_text(error: TextError) -> Self {
         match error {
-            TextError::TooLong { context, .. } => Self::PromptBytes { context, source: error },
+            TextError::TooLong { context, .. } => {
+                Self::PromptBytes { context, detail: error.to_string() }
+            }
             TextError::Encode(_) => Self::Internal { message: node::Chain(&error).to_string() },
             _ => Self::invalid("prompt", node::Chain(&error).to_string()),
         }

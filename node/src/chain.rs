@@ -16,7 +16,8 @@ impl fmt::Display for Chain<'_> {
         let mut next = self.0.source();
         while let Some(error) = next {
             let words = error.to_string();
-            if !said.ends_with(&words) {
+            if !said.trim_end_matches(['.', ')', '"']).ends_with(&words) && !said.ends_with(&words)
+            {
                 write!(f, ": {words}")?;
                 said = words;
             }
@@ -51,6 +52,12 @@ mod tests {
         source: io::Error,
     }
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("It failed, for {source}.")]
+    struct Sentence {
+        source: io::Error,
+    }
+
     #[test]
     fn each_level_is_said_once() {
         let error = Open { path: "layers-00-07.shard", source: io::ErrorKind::NotFound.into() };
@@ -64,6 +71,8 @@ mod tests {
     fn a_source_that_was_said_is_not_said_again() {
         let error = Repeats { source: io::ErrorKind::NotFound.into() };
         assert_eq!(Chain(&error).to_string(), "library says: entity not found");
+        let sentence = Sentence { source: io::ErrorKind::NotFound.into() };
+        assert_eq!(Chain(&sentence).to_string(), "It failed, for entity not found.");
     }
 
     #[test]

@@ -27,6 +27,58 @@ pub struct ClusterStatus {
     pub queue: QueueStatus,
     /// Tokens.
     pub rates: RateStatus,
+    /// Why nothing is served; absent while it is ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
+}
+
+/// Why nothing is served: the one reason that status, `/ready`, logs and commands show.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// What kind of reason.
+    pub cause: WaitCause,
+    /// For people.
+    pub detail: String,
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WaitCause {
+    /// It is on its way and comes by itself.
+    Starting,
+    /// Another coordinator leads.
+    Leadership,
+    /// What is in the registry cannot be used.
+    Registry,
+    /// Too few workers that fit.
+    Workers,
+    /// They have too little memory together.
+    Memory,
+    /// A worker said that it cannot take its stage.
+    Refused,
+    /// A stage was lost, and nothing took its place yet.
+    Lost,
+}
+
+impl WaitCause {
+    /// As it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Leadership => "leadership",
+            Self::Registry => "registry",
+            Self::Workers => "workers",
+            Self::Memory => "memory",
+            Self::Refused => "refused",
+            Self::Lost => "lost",
+        }
+    }
+
+    /// Whether it passes without anybody doing anything.
+    pub fn passes(self) -> bool {
+        matches!(self, Self::Starting | Self::Leadership | Self::Lost)
+    }
 }
 
 /// What is served.

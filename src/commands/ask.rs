@@ -6,6 +6,7 @@ use client::chat::ChatArgs;
 use client::endpoint::{Endpoint, EndpointArgs};
 use client::generate::GenerateArgs;
 use client::status::StatusArgs;
+use client::waiting::Notices;
 use client::{Client, CommandError};
 
 use crate::commands::{ComputeArgs, ModelArgs};
@@ -132,7 +133,10 @@ impl TargetArgs {
         command: impl AsyncFnOnce(&Client) -> Result<(), CommandError>,
     ) -> Result<(), Failure> {
         match self.decide(settings::endpoint_variable().as_deref())? {
-            Target::Endpoint(endpoint) => Ok(command(&Client::connect(&endpoint).await?).await?),
+            Target::Endpoint(endpoint) => {
+                let client = Notices::stderr().connect(&endpoint).await?;
+                Ok(command(&client).await?)
+            }
             Target::Local => {
                 let mut cluster = Box::pin(self.start(quiet)).await?;
                 let client = cluster.client().await?;
@@ -170,7 +174,7 @@ pub(crate) async fn chat(command: ChatCommand) -> Result<(), Failure> {
 pub(crate) async fn status(command: StatusCommand) -> Result<(), Failure> {
     let variable = settings::endpoint_variable();
     let endpoint = command.endpoint.resolve(variable.as_deref()).map_err(Failure::config)?;
-    let client = Client::connect(&endpoint).await?;
+    let client = Notices::stderr().connect(&endpoint).await?;
     Ok(client::status::run(&client, &command.status).await?)
 }
 

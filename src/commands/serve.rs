@@ -3,7 +3,9 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use client::command::TextWriter;
@@ -19,6 +21,9 @@ use crate::Failure;
 use crate::cli::TelemetryArgs;
 use crate::commands::{PlacementArgs, TELEMETRY_GRACE, start_telemetry, telemetry_flags, threads};
 use crate::settings::{EtcdSettings, Flags, Settings};
+
+/// How long etcd may take to answer before that is said.
+const NOTICE_AFTER: Duration = Duration::from_secs(1);
 
 /// What coordinator and worker have in common.
 #[derive(Clone, Debug, Default, Args)]
@@ -262,7 +267,16 @@ async fn connect(
     if let Some(warning) = settings.password_warning() {
         tracing::warn!("{warning}");
     }
-    let connecting = Etcd::connect(&settings.endpoints, options);
+    let connecting = async {
+        let mut connecting = pin!(Etcd::connect(&settings.endpoints, options));
+        match tokio::time::timeout(NOTICE_AFTER, &mut connecting).await {
+            Ok(connected) => connected,
+            Err(_) => {
+                tracing::info!(endpoints = %settings.endpoints, "waiting for etcd to answer");
+                connecting.await
+            }
+        }
+    };
     match signals.stop().run_until_cancelled(connecting).await {
         None => Ok(None),
         Some(connected) => Ok(Some(Arc::new(connected?))),

@@ -77,3 +77,32 @@ async fn what_cannot_start_is_said() {
     let error = LocalCluster::start(&nowhere).await.unwrap_err();
     assert!(matches!(error, LocalError::Worker { .. }), "{error:?}");
 }
+
+/// A copy of `store` whose first layer has another header: one bit of it is flipped.
+fn damaged(dir: &tempfile::TempDir, store: &std::path::Path) -> PathBuf {
+    let copy = dir.path().join("damaged");
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(store).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    let layer = copy.join("layer-0001.safetensors");
+    let mut bytes = std::fs::read(&layer).unwrap();
+    bytes[30] ^= 1;
+    std::fs::write(&layer, bytes).unwrap();
+    copy
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_cannot_be_opened_ends_the_start_with_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = damaged(&dir, &synthetic(&dir));
+    for workers in [1, 3] {
+        let options = LocalOptions { threads: 1, ..LocalOptions::new(&store) };
+        let options = LocalOptions { workers, stages: Some(workers), ..options };
+        let started = tokio::time::timeout(HOPELESS_AFTER, LocalCluster::start(&options)).await;
+        let error = started.expect("it ends before anybody gives up on it").unwrap_err();
+        let text = node::Chain(&error).to_string();
+        assert!(text.contains("layer-0001.safetensors"), "{text}");
+    }
+}

@@ -28,6 +28,7 @@ mod run;
 mod service;
 mod session;
 mod stage;
+mod standby;
 mod telemetry;
 #[cfg(test)]
 mod tests;

@@ -27,11 +27,14 @@ use crate::error::RunError;
 use crate::measure::measure_layer_ns;
 use crate::service::{Identity, Service};
 use crate::witness::{LeaderKey, Witness};
-use crate::{grpc, known_answer, telemetry};
+use crate::{grpc, known_answer, standby, telemetry};
 
 /// A draining worker to which nobody sent a step for so long is idle: longer than a step of a
 /// large model takes to go round its pipeline.
 const DRAIN_QUIET: Duration = Duration::from_secs(3);
+
+/// How long the registry may take before that is said.
+const NOTICE_AFTER: Duration = Duration::from_secs(1);
 
 /// How long leaving the registry may take; the lease ends by itself if the registry is away.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -112,7 +115,21 @@ pub async fn run(
         });
     }
     let key = keys.worker(&id);
-    let register = membership.register(&key, encode(&record)?);
+    let value = encode(&record)?;
+    let register = async {
+        let mut register = membership.register(&key, value);
+        match tokio::time::timeout(NOTICE_AFTER, &mut register).await {
+            Ok(registered) => registered,
+            Err(_) => {
+                tracing::info!(
+                    worker = id,
+                    "waiting for the registry to take the worker in: an earlier process of its id \
+                     may hold the key until its lease ends",
+                );
+                register.await
+            }
+        }
+    };
     let Some(registered) = stop.run_until_cancelled(register).await else {
         tracing::info!(worker = id, "stopped before the registry took it in");
         return Ok(());
@@ -132,6 +149,7 @@ pub async fn run(
         // Nobody may be waiting any more.
         let _ = bound.send(address);
     }
+    tasks.spawn("standby", |stop| standby::tell(service.clone(), membership, keys, stop));
     let grace = config.shutdown_grace;
     let worker = Leaving { record, registration, service, health, condition };
     tasks.spawn("drain", |stop| worker.leave_after(stop, grace));

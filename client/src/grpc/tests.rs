@@ -30,6 +30,7 @@ struct Script {
     events: Events,
     /// After the events, say nothing until the client goes away.
     endless: bool,
+    status: ClusterStatus,
     requests: Arc<Mutex<Vec<GenerateRequest>>>,
     dropped: mpsc::Sender<()>,
     tasks: Mutex<JoinSet<()>>,
@@ -37,6 +38,15 @@ struct Script {
 
 impl Scripted {
     pub(crate) async fn start(events: Events, endless: bool) -> Self {
+        Self::serve(events, endless, sample_status()).await
+    }
+
+    /// One that says that its cluster is so.
+    pub(crate) async fn with_status(status: ClusterStatus) -> Self {
+        Self::serve(Vec::new(), false, status).await
+    }
+
+    async fn serve(events: Events, endless: bool, status: ClusterStatus) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = Endpoint::from(listener.local_addr().unwrap());
         let requests = Arc::default();
@@ -44,6 +54,7 @@ impl Scripted {
         let script = Script {
             events,
             endless,
+            status,
             requests: Arc::clone(&requests),
             dropped: dropped_sender,
             tasks: Mutex::default(),
@@ -104,7 +115,7 @@ impl Inference for Script {
         &self,
         _: Request<pb::StatusRequest>,
     ) -> Result<Response<pb::StatusResponse>, Status> {
-        Ok(Response::new(convert::encode_status(&sample_status())))
+        Ok(Response::new(convert::encode_status(&self.status)))
     }
 }
 
@@ -237,4 +248,64 @@ async fn status_comes_as_the_domain_type() {
     let server = Scripted::start(vec![], false).await;
     let client = Client::connect(&server.endpoint).await.unwrap();
     assert_eq!(client.status().await.unwrap(), sample_status());
+}
+
+/// A server that answers every connection with `bytes`.
+async fn says(bytes: &'static [u8]) -> (Endpoint, JoinSet<()>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = Endpoint::from(listener.local_addr().unwrap());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 256]).await;
+            let _ = stream.write_all(bytes).await;
+        }
+    });
+    (endpoint, tasks)
+}
+
+/// The words of a failed `status` at `endpoint`.
+async fn words_at(endpoint: &Endpoint) -> String {
+    let error = match Client::connect(endpoint).await {
+        Err(error) => error,
+        Ok(client) => client.status().await.unwrap_err(),
+    };
+    node::Chain(&error).to_string()
+}
+
+#[tokio::test]
+async fn who_is_no_coordinator_is_named() {
+    let (http, _tasks) = says(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
+    let words = words_at(&http).await;
+    let want = "answers HTTP, not gRPC: is that the --http port? gRPC is 7420 by default";
+    assert_eq!(words, format!("{http} {want}"));
+    let (tls, _tasks) = says(&[21, 3, 3, 0, 2, 2, 70]).await;
+    assert_eq!(words_at(&tls).await, format!("{tls} expects TLS, which is not supported yet"));
+    let (mute, _tasks) = says(b"").await;
+    let words = words_at(&mute).await;
+    assert!(words.contains(&mute.to_string()) && !words.contains("h2 protocol"), "{words}");
+    // A port that was free a moment ago.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let closed = Endpoint::from(listener.local_addr().unwrap());
+    drop(listener);
+    let words = words_at(&closed).await;
+    assert!(words.starts_with(&format!("no coordinator answers at {closed}: ")), "{words}");
+    assert!(words.contains("refused") && !words.contains("transport"), "{words}");
+}
+
+#[tokio::test]
+async fn a_server_of_both_versions_of_http_is_told_from_a_coordinator() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = Endpoint::from(listener.local_addr().unwrap());
+    let condition = node::observe::Health::starting();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let router = node::observe::router(condition);
+        node::observe::serve(listener, router, stop).await.unwrap();
+    });
+    let words = words_at(&endpoint).await;
+    assert!(words.contains("answers HTTP, not gRPC"), "{words}");
 }

@@ -23,6 +23,7 @@ fn sample() -> ClusterStatus {
         ..StageStatus::default()
     };
     ClusterStatus {
+        waiting: None,
         cluster: "rack".into(),
         cluster_id: "c".into(),
         term: 12,
@@ -105,4 +106,15 @@ fn sizes_are_short() {
     {
         assert_eq!(bytes(count), want);
     }
+}
+
+#[test]
+fn what_is_waited_for_is_said_once() {
+    let detail = "no worker can serve this model".to_owned();
+    let plan = proto::status::PlanStatus { reason: detail.clone(), ..Default::default() };
+    let cause = proto::status::WaitCause::Workers;
+    let waiting = Some(proto::status::Waiting { cause, detail: detail.clone() });
+    let text = table(&ClusterStatus { plan, waiting, ..ClusterStatus::default() });
+    assert!(text.contains(&format!("waiting  {detail}\n")), "{text}");
+    assert_eq!(text.matches(&detail).count(), 1, "{text}");
 }

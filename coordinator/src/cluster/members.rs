@@ -268,6 +268,12 @@ impl Members {
         (now < standing.kept_out_until).then_some(standing.why.as_str())
     }
 
+    /// Whether somebody is kept out because it could not take its stage.
+    pub(super) fn somebody_refused(&self, now: Tick) -> bool {
+        let here = self.by_id.keys().filter_map(|id| self.standing.get(id));
+        here.into_iter().any(|standing| standing.by_refusal && now < standing.kept_out_until)
+    }
+
     // ---- what plans are made of
 
     /// Whether the stage's process start may be given something to do.

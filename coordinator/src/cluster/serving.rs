@@ -5,7 +5,9 @@ use std::time::Duration;
 use proto::ids::Epoch;
 use proto::plan::StagePlan;
 
-use super::{Action, Cluster, Health, Phase, backoff};
+use proto::status::WaitCause;
+
+use super::{Action, Cluster, Health, Phase, backoff, waits};
 use crate::tick::Tick;
 
 /// Streams of one stage that may break in a row, with every probe answered, before its pipeline
@@ -84,7 +86,9 @@ impl Cluster {
             stage.layers.start, stage.layers.end
         );
         match self.phase {
-            Phase::Starting { .. } => self.abandon_start(now, reason, actions),
+            Phase::Starting { .. } => {
+                self.abandon_start(now, waits(WaitCause::Lost, reason), actions);
+            }
             _ => self.fail_pipeline(now, reason, actions),
         }
     }
@@ -101,7 +105,7 @@ impl Cluster {
         }
         self.retire(&placed, actions);
         self.members.forget_gone();
-        self.reason = reason;
+        self.waiting = waits(WaitCause::Lost, reason);
         self.plan_after = now;
         self.hopeless = None;
     }

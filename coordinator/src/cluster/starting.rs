@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use proto::ids::{Epoch, NumericsClass};
+use proto::status::{WaitCause, Waiting};
 use proto::step::Prepare;
 
-use super::{Action, Cluster, Health, Phase, Placed, Start, StartState, backoff, stages_of};
+use super::{Action, Cluster, Health, Phase, Placed, Start, StartState, backoff, stages_of, waits};
 use crate::scheduler::{PipelineShape, in_flight_limit};
 use crate::tick::Tick;
 
@@ -137,25 +138,24 @@ impl Cluster {
         }
         let worker = placed.plan.stages[stage as usize].worker.clone();
         self.members.refused(now, &worker, detail);
-        self.abandon_start(
-            now,
-            format!("worker {worker} could not take its stage: {detail}"),
-            actions,
-        );
+        // Without an answer nobody knows whether it could.
+        let cause = if transient { WaitCause::Lost } else { WaitCause::Refused };
+        let why = format!("worker {worker} could not take its stage: {detail}");
+        self.abandon_start(now, waits(cause, why), actions);
     }
 
-    pub(super) fn abandon_start(&mut self, now: Tick, reason: String, actions: &mut Vec<Action>) {
+    pub(super) fn abandon_start(&mut self, now: Tick, why: Waiting, actions: &mut Vec<Action>) {
         if let Phase::Starting { placed, .. } = std::mem::replace(&mut self.phase, Phase::Nothing) {
             self.retire(&placed, actions);
             self.members.forget_gone();
-            self.failed_start(now, reason);
+            self.failed_start(now, why);
         }
     }
 
-    pub(super) fn failed_start(&mut self, now: Tick, reason: String) {
+    pub(super) fn failed_start(&mut self, now: Tick, why: Waiting) {
         self.plan_after = now + backoff(self.failed_starts);
         self.failed_starts += 1;
-        self.reason = reason;
+        self.waiting = why;
     }
 
     /// Stages that may still live stand by again. Whoever does not hear it learns from the epoch.

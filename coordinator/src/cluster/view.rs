@@ -1,7 +1,7 @@
 //! What people see of the cluster.
 
 use proto::plan::PipelinePlan;
-use proto::status::{PipelineStatus, PlanStatus, StageStatus, WorkerStatus};
+use proto::status::{PipelineStatus, PlanStatus, StageStatus, Waiting, WorkerStatus};
 
 use super::members::Member;
 use super::{Cluster, ClusterView, Phase};
@@ -28,14 +28,22 @@ impl Cluster {
     pub fn unavailable(&self) -> Option<&str> {
         match self.phase {
             Phase::Active { .. } => None,
-            _ => Some(&self.reason),
+            _ => Some(&self.waiting.detail),
+        }
+    }
+
+    /// The same with its cause.
+    pub fn waiting(&self) -> Option<&Waiting> {
+        match self.phase {
+            Phase::Active { .. } => None,
+            _ => Some(&self.waiting),
         }
     }
 
     fn plan(&self) -> PlanStatus {
         let (placed, state) = match &self.phase {
             Phase::Nothing | Phase::Writing { .. } => {
-                return PlanStatus { pipelines: Vec::new(), reason: self.reason.clone() };
+                return PlanStatus { pipelines: Vec::new(), reason: self.waiting.detail.clone() };
             }
             Phase::Starting { placed, .. } => (placed, "preparing"),
             Phase::Active { placed, .. } => (placed, "active"),

@@ -18,6 +18,7 @@ impl Driver {
     /// Asks to lead; the answer may take for ever.
     pub(super) fn campaign(&mut self) {
         self.campaign_after(Duration::ZERO);
+        self.stand_by();
     }
 
     /// The same, after a pause.

@@ -86,6 +86,7 @@ impl Driver {
                 requests_finished: self.clients.finished,
                 requests_failed: self.clients.failed,
             },
+            waiting: self.waiting(),
         }
     }
 }

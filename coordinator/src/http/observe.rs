@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use proto::status::{WaitCause, Waiting};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -35,11 +36,13 @@ pub(super) async fn ready(State(api): State<Api>) -> Response {
     if *api.service.readiness().borrow() {
         return Json(json!({ "status": "ready" })).into_response();
     }
-    let reason = match api.service.status().await {
-        Ok(status) => status.plan.reason,
-        Err(error) => error.to_string(),
+    let waiting = match api.service.status().await {
+        Ok(status) => status.waiting,
+        Err(error) => Some(Waiting { cause: WaitCause::Starting, detail: error.to_string() }),
     };
-    let body = Json(json!({ "status": "not ready", "reason": reason }));
+    // It may have become ready in between; the next question finds it so.
+    let (cause, reason) = waiting.map(|w| (w.cause.name(), w.detail)).unzip();
+    let body = Json(json!({ "status": "not ready", "cause": cause, "reason": reason }));
     (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
 }
 

@@ -11,7 +11,7 @@ use crate::limits;
 use crate::pb;
 use crate::status::{
     ClusterStatus, ModelStatus, PipelineStatus, PlanStatus, QueueStatus, RateStatus, StageStatus,
-    WorkerStatus,
+    WaitCause, Waiting, WorkerStatus,
 };
 
 /// A request as it goes over the wire.
@@ -310,7 +310,35 @@ pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
         reason: status.plan.reason.clone(),
         version: status.version.clone(),
         ready: status.ready,
+        waiting: status.waiting.as_ref().map(encode_waiting),
     }
+}
+
+fn encode_waiting(waiting: &Waiting) -> pb::Waiting {
+    let cause = match waiting.cause {
+        WaitCause::Starting => pb::WaitCause::Starting,
+        WaitCause::Leadership => pb::WaitCause::Leadership,
+        WaitCause::Registry => pb::WaitCause::Registry,
+        WaitCause::Workers => pb::WaitCause::Workers,
+        WaitCause::Memory => pb::WaitCause::Memory,
+        WaitCause::Refused => pb::WaitCause::Refused,
+        WaitCause::Lost => pb::WaitCause::Lost,
+    };
+    pb::Waiting { cause: cause.into(), detail: waiting.detail.clone() }
+}
+
+/// A cause that this version does not know reads as one that passes.
+fn decode_waiting(waiting: pb::Waiting) -> Waiting {
+    let cause = match waiting.cause() {
+        pb::WaitCause::Unspecified | pb::WaitCause::Starting => WaitCause::Starting,
+        pb::WaitCause::Leadership => WaitCause::Leadership,
+        pb::WaitCause::Registry => WaitCause::Registry,
+        pb::WaitCause::Workers => WaitCause::Workers,
+        pb::WaitCause::Memory => WaitCause::Memory,
+        pb::WaitCause::Refused => WaitCause::Refused,
+        pb::WaitCause::Lost => WaitCause::Lost,
+    };
+    Waiting { cause, detail: waiting.detail }
 }
 
 fn encode_pipeline(pipeline: &PipelineStatus) -> pb::PipelineStatus {
@@ -386,6 +414,7 @@ pub fn decode_status(status: pb::StatusResponse) -> ClusterStatus {
             requests_finished: rates.requests_finished,
             requests_failed: rates.requests_failed,
         },
+        waiting: status.waiting.map(decode_waiting),
     }
 }
 

@@ -1,9 +1,10 @@
 //! `tercet bench pipeline`: the client's command, against a coordinator.
 
 use clap::Args;
-use client::Client;
+
 use client::bench::BenchArgs;
 use client::endpoint::EndpointArgs;
+use client::waiting::Notices;
 
 use crate::progress::Progress;
 use crate::{Failure, settings};
@@ -25,7 +26,7 @@ pub(crate) struct PipelineCommand {
 pub(crate) async fn run(command: &PipelineCommand) -> Result<(), Failure> {
     let variable = settings::endpoint_variable();
     let endpoint = command.endpoint.resolve(variable.as_deref()).map_err(Failure::config)?;
-    let client = Client::connect(&endpoint).await?;
+    let client = Notices::stderr().connect(&endpoint).await?;
     let mut progress = Progress::new("measuring", command.bench.json);
     let measured = client::bench::measure(&client, &command.bench, &mut |what, done, total| {
         progress.show(what, done, total);
