@@ -278,12 +278,15 @@ pub enum StepVerdict {
     Fenced,
     /// An epoch this worker was not prepared for.
     NotPrepared,
-    /// Sizes or checksum disagree; may be sent again once.
+    /// Header or checksum disagree: it was damaged on its way, and may be sent again once.
     Corrupt,
     /// The link to the stage after the one that speaks is down.
     DownstreamLost,
     /// More in flight than was agreed.
     Busy,
+    /// It arrived whole and breaks the contract, or the receiver cannot decode it: the same bytes
+    /// would be refused again.
+    Invalid,
 }
 
 /// Gets a worker ready to be one stage of a pipeline at a new epoch.

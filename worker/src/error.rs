@@ -79,6 +79,51 @@ pub enum RunError {
     Serve(#[from] SupervisorError),
 }
 
+/// Why a message of a stream could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("a message of the stream cannot be read ({})", cause.name())]
+pub(crate) struct UnreadableMessage {
+    pub(crate) cause: UnreadableCause,
+    source: Status,
+}
+
+/// The kinds of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UnreadableCause {
+    /// Longer than a message may be.
+    Oversize,
+    /// Not of the schema, or compressed in a way that is not known.
+    Undecodable,
+    /// The stream was reset, or its connection broke.
+    Broken,
+}
+
+impl UnreadableCause {
+    /// As a metric's label, and for people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Oversize => "oversize",
+            Self::Undecodable => "undecodable",
+            Self::Broken => "broken",
+        }
+    }
+}
+
+impl From<Status> for UnreadableMessage {
+    /// By the codes that the library gives what it reads; a failure of the connection has a source.
+    fn from(source: Status) -> Self {
+        let is_of_the_connection = std::error::Error::source(&source).is_some();
+        let cause = match source.code() {
+            Code::OutOfRange | Code::ResourceExhausted => UnreadableCause::Oversize,
+            Code::Internal | Code::Unimplemented if !is_of_the_connection => {
+                UnreadableCause::Undecodable
+            }
+            _ => UnreadableCause::Broken,
+        };
+        Self { cause, source }
+    }
+}
+
 /// Why a call is refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServiceError {
@@ -114,6 +159,8 @@ pub(crate) enum ServiceError {
     ReaderEnd(#[from] ReaderEnd),
     #[error("the message is malformed")]
     Wire(#[from] proto::convert::WireError),
+    #[error(transparent)]
+    Unreadable(#[from] UnreadableMessage),
     #[error("the engine has stopped")]
     EngineStopped,
     #[error("this worker is stopping")]
@@ -148,6 +195,11 @@ impl From<ServiceError> for Status {
                 Code::InvalidArgument
             }
             ServiceError::ReaderEnd(_) => Code::Aborted,
+            ServiceError::Unreadable(UnreadableMessage { cause, .. }) => match cause {
+                UnreadableCause::Oversize => Code::ResourceExhausted,
+                UnreadableCause::Undecodable => Code::InvalidArgument,
+                UnreadableCause::Broken => Code::Cancelled,
+            },
             ServiceError::Closing => Code::Unavailable,
             ServiceError::Engine(_) | ServiceError::Build(_) | ServiceError::EngineStopped => {
                 Code::Internal

@@ -22,7 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tonic_health::server::HealthReporter;
 
 use crate::bridge::IN_FLIGHT_MAX;
-use crate::error::{RunError, ServiceError};
+use crate::error::{RunError, ServiceError, UnreadableMessage};
 use crate::service::Service;
 use crate::stage::ResultReader;
 use crate::telemetry;
@@ -213,8 +213,10 @@ impl Edge {
                 Ok(Some(message)) => Some(self.take(message)),
                 Ok(None) => None,
                 Err(status) => {
-                    tracing::info!(reason = status.message(), "a stream of steps broke");
-                    None
+                    let error = UnreadableMessage::from(status);
+                    tracing::info!(reason = %node::Chain(&error), "a stream of steps broke");
+                    telemetry::unreadable(&self.service.identity().id, error.cause);
+                    Some(Err(ServiceError::from(error).into()))
                 }
             },
         }
@@ -246,7 +248,14 @@ impl Edge {
         }
         let step = match decode_step(message) {
             Ok(step) => step,
-            Err(error) => return corrupt(stage.prepare().stage, &error),
+            Err(error @ WireError::Corrupt { .. }) => {
+                return corrupt(stage.prepare().stage, &error);
+            }
+            // What arrived is what was sent: it would be refused again.
+            Err(error) => {
+                let detail = node::Chain(&error).to_string();
+                return refuse(epoch, stage.prepare().stage, StepVerdict::Invalid, detail);
+            }
         };
         match stage.arrive(step, &self.replies) {
             Ok(reply) => Ok(encode_reply(&reply)),

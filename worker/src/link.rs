@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use node::Chain;
 use proto::convert::{decode_reply, encode_step};
-use proto::ids::StepId;
 use proto::key::CoordinatorKey;
 use proto::pb::stage_client::StageClient;
 use proto::plan::StagePlan;
@@ -153,7 +152,6 @@ async fn pump(
     mut replies: tonic::Streaming<pb::StepReply>,
 ) -> LinkError {
     stage.downstream_up();
-    let mut sent_again = None;
     let mut ready = None;
     loop {
         if ready.is_none() {
@@ -161,7 +159,7 @@ async fn pump(
         }
         tokio::select! {
             reply = replies.message() => match reply.map(|reply| reply.map(decode_reply)) {
-                Ok(Some(Ok(reply))) => hear(stage, reply, &mut sent_again),
+                Ok(Some(Ok(reply))) => hear(stage, reply),
                 Ok(Some(Err(error))) => {
                     tracing::warn!(%error, "the next stage said something that is no reply");
                 }
@@ -183,24 +181,28 @@ async fn pump(
 
 /// What the next stage says of a step. A step that was damaged on the way is sent once more; all
 /// other refusals, and those of later stages, go back to the coordinator.
-fn hear(stage: &Stage, mut reply: StepReply, sent_again: &mut Option<StepId>) {
+fn hear(stage: &Stage, mut reply: StepReply) {
     let next = stage.prepare().stage + 1;
     // A worker that holds no stage does not know which it should be.
     reply.stage = reply.stage.max(next);
     let is_next = reply.stage == next;
     match reply.verdict {
         StepVerdict::Accepted => {}
-        StepVerdict::Corrupt if is_next && *sent_again != Some(reply.step) => {
-            *sent_again = Some(reply.step);
-            stage.resend(reply.step);
-        }
+        StepVerdict::Corrupt if is_next && stage.repair(reply.step) => {}
         _ => stage.relay(reply),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proto::ids::{Incarnation, StepId};
+    use proto::step::Step;
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+    use crate::bridge::{Compute, EngineHandle};
+    use crate::executor::Executed;
+    use crate::tests::harness;
 
     #[test]
     fn an_outage_is_reported_once_and_attempts_slow_down() {
@@ -221,5 +223,61 @@ mod tests {
     fn an_address_that_is_none_is_refused() {
         let error = endpoint("no host:x").expect_err("it is no address");
         assert!(error.to_string().starts_with("\"no host:x\" is not an address"), "{error}");
+    }
+
+    /// Gives every step back as it came.
+    struct Echo;
+
+    impl Compute for Echo {
+        fn compute(&mut self, step: Step, _expired: bool) -> Executed {
+            Executed { step, values: Vec::new(), filled_blocks: 0 }
+        }
+    }
+
+    #[tokio::test]
+    async fn damaged_steps_are_sent_again_once_and_then_told_of() {
+        let plan = |worker: &str, layers| StagePlan {
+            worker: worker.into(),
+            incarnation: Incarnation([0; 16]),
+            address: "127.0.0.1:1".into(),
+            layers,
+        };
+        let prepare = harness::prepare(&[plan("a", 0..1), plan("b", 1..4)], 0, 5);
+        let (failures, _) = mpsc::channel(1);
+        let engine = EngineHandle::start(Echo, failures).unwrap();
+        let retired = CancellationToken::new();
+        let (stage, finisher) =
+            Stage::new(prepare.clone(), None, 1, engine, Arc::default(), retired);
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(finisher);
+        let (replies, mut told) = mpsc::channel(8);
+        for number in [1, 2] {
+            stage.arrive(harness::step(&prepare, number, vec![]), &replies).unwrap();
+        }
+        let mut sent = Vec::new();
+        while sent.len() < 2 {
+            match stage.next_step() {
+                Some(step) => sent.push(step.header.step),
+                None => stage.queued().await,
+            }
+        }
+        let say = |step, verdict| {
+            let detail = String::new();
+            hear(&stage, StepReply { epoch: prepare.epoch, step, stage: 1, verdict, detail });
+        };
+        // Both fail for good, in turns.
+        for _ in 0..3 {
+            sent.iter().for_each(|&step| say(step, StepVerdict::Corrupt));
+        }
+        let again: Vec<StepId> =
+            std::iter::from_fn(|| stage.next_step()).map(|step| step.header.step).collect();
+        assert_eq!(again, sent);
+        say(sent[0], StepVerdict::Invalid);
+        assert!(stage.next_step().is_none(), "never again what cannot be taken");
+        let told: Vec<_> = std::iter::from_fn(|| told.try_recv().ok())
+            .map(|reply| (reply.step.0, reply.verdict))
+            .collect();
+        use StepVerdict::{Corrupt, Invalid};
+        assert_eq!(told, [(1, Corrupt), (2, Corrupt), (1, Corrupt), (2, Corrupt), (1, Invalid)]);
     }
 }

@@ -4,7 +4,11 @@
 //!
 //! ```text
 //! step ─▶ epoch, term, incarnation   epochs.rs   FENCED, NOT_PREPARED   the whole step
-//!      ─▶ sizes, CRC32C              grpc.rs     CORRUPT                the whole step
+//!      ─▶ who sends it               stage.rs    the stream ends        the whole step
+//!      ─▶ CRC32C                     grpc.rs     CORRUPT                the whole step
+//!      ─▶ contents, sizes            grpc.rs     INVALID                the whole step
+//!      ─▶ number, acknowledgement    ledger.rs   INVALID or CORRUPT     the whole step
+//!      ─▶ tokens drawn elsewhere     draws.rs    INVALID                the whole step
 //!      ─▶ number                     ledger.rs   BUSY, or a duplicate   the whole step
 //!      ─▶ expiry                     here        EXPIRED                every row
 //!      ─▶ contract                   here        INVALID                one row
@@ -17,6 +21,7 @@
 //! failed leaves its slots unlinked: between steps a record says what the slots really hold.
 
 mod blocks;
+pub(crate) mod draws;
 pub(crate) mod epochs;
 pub(crate) mod ledger;
 mod table;

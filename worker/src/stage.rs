@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Span, field};
 
 use crate::bridge::{EngineHandle, Job, Outcome, SubmitError};
-use crate::session::ledger::{Arrival, Ledger};
+use crate::session::draws::Draws;
+use crate::session::ledger::{Arrival, Ledger, OutOfOrder};
 use crate::telemetry::StageMetrics;
 
 /// What a step gave.
@@ -83,6 +84,8 @@ pub(crate) struct Stage {
     /// Something was queued to be sent.
     queued: Notify,
     upstream: Mutex<Upstream>,
+    /// What an earlier stage may draw.
+    draws: Mutex<Draws>,
     retired: CancellationToken,
     last_arrival: Mutex<Instant>,
     executed: Arc<AtomicU64>,
@@ -104,6 +107,8 @@ impl Stage {
         let (outcomes, finished) = mpsc::channel(in_flight);
         let stage = Arc::new(Self {
             metrics: StageMetrics::new(&prepare),
+            // A live sequence holds at least one block; those that just ended may linger.
+            draws: Mutex::new(Draws::new(2 * prepare.kv_blocks.max(1) as usize)),
             prepare,
             key: Mutex::new(with_digest(key)),
             hidden,
@@ -177,7 +182,7 @@ impl Stage {
         self.attach(replies);
         let number = step.header.step;
         let (verdict, detail) = match self.check_sizes(&step) {
-            Err(detail) => (StepVerdict::Corrupt, detail),
+            Err(refusal) => refusal,
             Ok(()) => self.enter(step, now)?,
         };
         self.metrics.verdict(verdict);
@@ -190,6 +195,22 @@ impl Stage {
         let busy = |detail: String| Ok((StepVerdict::Busy, detail));
         // Held until the step is queued, so that steps are computed in the ledger's order.
         let mut outlet = lock(&self.outlet);
+        match outlet.ledger.check(number, acked_step) {
+            Ok(()) => {}
+            // The checksum is not over what is acknowledged: it may have been damaged.
+            Err(error @ OutOfOrder::Unsent { .. }) => {
+                return Ok((StepVerdict::Corrupt, error.to_string()));
+            }
+            Err(error @ OutOfOrder::Ahead { .. }) => {
+                return Ok((StepVerdict::Invalid, error.to_string()));
+            }
+        }
+        // One that came before was judged when its rows were due.
+        if !outlet.ledger.knows(number)
+            && let Err(detail) = self.check_draws(&step)
+        {
+            return Ok((StepVerdict::Invalid, detail));
+        }
         match outlet.ledger.arrive(number, acked_step) {
             Arrival::Pending | Arrival::Acknowledged => accepted,
             Arrival::Again => {
@@ -229,27 +250,44 @@ impl Stage {
         }
     }
 
-    /// What must hold of a step's sizes at this stage.
-    fn check_sizes(&self, step: &Step) -> Result<(), String> {
+    /// What must hold of a step whose rows were drawn from, or are to be, behind the stage that
+    /// draws: the engine has no part in it, so its chain and position are judged here.
+    fn check_draws(&self, step: &Step) -> Result<(), String> {
+        if self.prepare.stage == 0 {
+            return Ok(());
+        }
+        if self.is_over(step) {
+            return lock(&self.draws).check(step);
+        }
+        match step.is_draw() {
+            true => Err("rows are drawn from at the first stage".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// What must hold of a step's sizes at this stage; else what is said of it.
+    fn check_sizes(&self, step: &Step) -> Result<(), (StepVerdict, String)> {
         let StepHeader { step: number, acked_step, .. } = step.header;
         if acked_step >= number {
-            return Err(format!("step {number} acknowledges step {acked_step}"));
+            // The checksum is not over this: it may have been damaged.
+            let detail = format!("step {number} acknowledges step {acked_step}");
+            return Err((StepVerdict::Corrupt, detail));
         }
         let tokens: usize = step.rows.iter().map(|row| row.tokens.len()).sum();
         if tokens > self.prepare.max_step_tokens as usize {
-            return Err(format!(
-                "{tokens} tokens, prepared for {} in a step",
-                self.prepare.max_step_tokens
-            ));
+            let most = self.prepare.max_step_tokens;
+            let detail = format!("{tokens} tokens, prepared for {most} in a step");
+            return Err((StepVerdict::Invalid, detail));
         }
         let brings_none = if self.prepare.stage == 0 { !step.is_draw() } else { step.is_drawn() };
         let width = if brings_none { 0 } else { self.hidden };
         let expected_bytes = tokens * width * size_of::<f32>();
         if step.activations.len() != expected_bytes {
-            return Err(format!(
+            let detail = format!(
                 "{} bytes of activations, {tokens} tokens of width {width} need {expected_bytes}",
                 step.activations.len()
-            ));
+            );
+            return Err((StepVerdict::Invalid, detail));
         }
         Ok(())
     }
@@ -318,10 +356,11 @@ impl Stage {
         self.queued.notify_one();
     }
 
-    /// Sends one kept step again.
-    pub(crate) fn resend(&self, step: StepId) {
-        lock(&self.outlet).ledger.resend(step);
+    /// Sends one kept step again that arrived damaged, once; returns whether it does.
+    pub(crate) fn repair(&self, step: StepId) -> bool {
+        let is_sent = lock(&self.outlet).ledger.repair(step);
         self.queued.notify_one();
+        is_sent
     }
 
     /// The next step for the stage after this one, addressed to it as of now.
@@ -392,6 +431,8 @@ impl Stage {
         self.metrics.step(compute, wait, &step.rows, executed.filled_blocks);
         step.stage_times.push(proto::step::StageTime { stage: self.prepare.stage, compute, wait });
         let number = step.header.step;
+        // Before anyone hears of it who could draw from it.
+        lock(&self.draws).note(&step);
         let output = self.output(step, Some(executed.values), deadline);
         lock(&self.outlet).ledger.keep(number, output);
         self.queued.notify_one();

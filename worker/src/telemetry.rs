@@ -5,6 +5,8 @@ use std::time::Duration;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use proto::step::{Prepare, Row, RowStatus, StepVerdict};
 
+use crate::error::UnreadableCause;
+
 /// Says once what every name means; calling it again changes nothing.
 pub(crate) fn describe() {
     use metrics::{describe_counter, describe_gauge, describe_histogram};
@@ -19,6 +21,10 @@ pub(crate) fn describe() {
         "Time that a step waited for the engine"
     );
     describe_counter!("tercet_steps_total", "Steps that arrived, by what was said of them");
+    describe_counter!(
+        "tercet_unreadable_messages_total",
+        "Streams of steps that ended because a message was too long, not of the schema, or cut off"
+    );
     describe_counter!("tercet_rows_total", "Rows of executed steps, by status");
     describe_counter!("tercet_stage_tokens_total", "Tokens of rows that were computed");
     describe_counter!(
@@ -50,6 +56,16 @@ pub(crate) fn refused(worker: &str, verdict: StepVerdict) {
         "tercet_steps_total",
         "worker" => worker.to_owned(),
         "verdict" => verdict_name(verdict),
+    )
+    .increment(1);
+}
+
+/// A message of a stream of steps could not be read, so the stream ended.
+pub(crate) fn unreadable(worker: &str, cause: UnreadableCause) {
+    counter!(
+        "tercet_unreadable_messages_total",
+        "worker" => worker.to_owned(),
+        "cause" => cause.name(),
     )
     .increment(1);
 }
@@ -130,6 +146,7 @@ fn verdict_name(verdict: StepVerdict) -> &'static str {
         StepVerdict::Corrupt => "corrupt",
         StepVerdict::DownstreamLost => "downstream_lost",
         StepVerdict::Busy => "busy",
+        StepVerdict::Invalid => "invalid",
     }
 }
 

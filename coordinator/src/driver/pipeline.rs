@@ -211,14 +211,17 @@ impl Driver {
             }
             StepVerdict::Corrupt => {
                 let Some(sent) = pipeline.unanswered.get_mut(&step) else { return };
-                if std::mem::replace(&mut sent.damaged, true) {
+                // A later stage has had it twice from the one before it.
+                if std::mem::replace(&mut sent.damaged, true) || stage > 0 {
                     self.tell_cluster(broken(stage, detail));
                 } else if let Some(link) = &pipeline.steps {
                     link.send(sent.step.clone());
                 }
             }
             StepVerdict::Fenced => self.tell_cluster(cluster::Event::Fenced { epoch, detail }),
-            StepVerdict::NotPrepared => self.tell_cluster(broken(stage, detail)),
+            StepVerdict::NotPrepared | StepVerdict::Invalid => {
+                self.tell_cluster(broken(stage, detail))
+            }
             StepVerdict::DownstreamLost => self.tell_cluster(broken(stage + 1, detail)),
         }
     }

@@ -306,6 +306,7 @@ pub fn encode_reply(reply: &StepReply) -> pb::StepReply {
         StepVerdict::Corrupt => pb::StepVerdict::Corrupt,
         StepVerdict::DownstreamLost => pb::StepVerdict::DownstreamLost,
         StepVerdict::Busy => pb::StepVerdict::Busy,
+        StepVerdict::Invalid => pb::StepVerdict::Invalid,
     };
     pb::StepReply {
         epoch: reply.epoch.0,
@@ -330,6 +331,7 @@ pub fn decode_reply(reply: pb::StepReply) -> Result<StepReply, WireError> {
         pb::StepVerdict::Corrupt => StepVerdict::Corrupt,
         pb::StepVerdict::DownstreamLost => StepVerdict::DownstreamLost,
         pb::StepVerdict::Busy => StepVerdict::Busy,
+        pb::StepVerdict::Invalid => StepVerdict::Invalid,
     };
     Ok(StepReply {
         epoch: Epoch(reply.epoch),

@@ -21,10 +21,25 @@ pub(crate) enum Arrival {
     Busy,
 }
 
+/// Why a step cannot have been sent by who keeps to what was agreed. Nothing changes by it.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum OutOfOrder {
+    /// Its result was not made yet.
+    #[error("step {acked} is acknowledged, the last that came is step {last}")]
+    Unsent { acked: StepId, last: StepId },
+    /// Too many before it are not acknowledged.
+    #[error("step {found} came, with {limit} in flight none can come beyond step {most}")]
+    Ahead { found: StepId, most: StepId, limit: usize },
+}
+
 #[derive(Debug)]
 enum Entry<T> {
     Pending,
-    Kept(T),
+    Kept {
+        output: T,
+        /// It was sent again because it arrived damaged.
+        repaired: bool,
+    },
 }
 
 /// `T` is what a step gives: the step for the next stage, or the result.
@@ -34,6 +49,8 @@ pub(crate) struct Ledger<T> {
     limit: usize,
     /// This step and all before it are acknowledged.
     acked: StepId,
+    /// The highest that ever came.
+    last: StepId,
     steps: BTreeMap<StepId, Entry<T>>,
     /// Kept outputs that are to be sent, in the order of their numbers.
     outbox: BTreeSet<StepId>,
@@ -41,25 +58,57 @@ pub(crate) struct Ledger<T> {
 
 impl<T> Ledger<T> {
     pub(crate) fn new(limit: usize) -> Self {
-        Self { limit, acked: StepId::default(), steps: BTreeMap::new(), outbox: BTreeSet::new() }
+        Self {
+            limit,
+            acked: StepId::default(),
+            last: StepId::default(),
+            steps: BTreeMap::new(),
+            outbox: BTreeSet::new(),
+        }
     }
 
-    /// Notes a step and what it acknowledges. `acked` is less than `step`.
+    /// Whether a step came before.
+    pub(crate) fn knows(&self, step: StepId) -> bool {
+        step <= self.acked || self.steps.contains_key(&step)
+    }
+
+    /// Whether a step can come now that acknowledges `acked`. Its sender has at most `limit` steps
+    /// without a result, and as many may be kept here whose results came before that of an older
+    /// one: no number is further from the last acknowledged one than both together.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfOrder`].
+    pub(crate) fn check(&self, step: StepId, acked: StepId) -> Result<(), OutOfOrder> {
+        if acked > self.last {
+            return Err(OutOfOrder::Unsent { acked, last: self.last });
+        }
+        let most = StepId(self.acked.max(acked).0.saturating_add(2 * self.limit as u64));
+        if step > most {
+            return Err(OutOfOrder::Ahead { found: step, most, limit: self.limit });
+        }
+        Ok(())
+    }
+
+    /// Notes a step and what it acknowledges. [`check`](Self::check) had nothing against it, and
+    /// `acked` is less than `step`.
     pub(crate) fn arrive(&mut self, step: StepId, acked: StepId) -> Arrival {
         debug_assert!(acked < step, "a step cannot acknowledge itself");
+        debug_assert_eq!(self.check(step, acked), Ok(()), "it was checked");
         self.acknowledge(acked);
         if step <= self.acked {
             return Arrival::Acknowledged;
         }
         match self.steps.get(&step) {
             Some(Entry::Pending) => Arrival::Pending,
-            Some(Entry::Kept(_)) => {
+            Some(Entry::Kept { .. }) => {
                 self.outbox.insert(step);
                 Arrival::Again
             }
             None if self.steps.len() >= self.limit => Arrival::Busy,
             None => {
                 self.steps.insert(step, Entry::Pending);
+                self.last = self.last.max(step);
                 Arrival::New
             }
         }
@@ -73,7 +122,7 @@ impl<T> Ledger<T> {
     /// Keeps what a step gave and queues it. Not if it was acknowledged meanwhile.
     pub(crate) fn keep(&mut self, step: StepId, output: T) {
         if step > self.acked {
-            self.steps.insert(step, Entry::Kept(output));
+            self.steps.insert(step, Entry::Kept { output, repaired: false });
             self.outbox.insert(step);
         }
     }
@@ -95,14 +144,19 @@ impl<T> Ledger<T> {
 
     /// Queues what is kept of the steps after `after`, and nothing else.
     pub(crate) fn resend_after(&mut self, after: StepId) {
-        let kept = self.steps.iter().filter(|(_, entry)| matches!(entry, Entry::Kept(_)));
+        let kept = self.steps.iter().filter(|(_, entry)| matches!(entry, Entry::Kept { .. }));
         self.outbox = kept.map(|(&step, _)| step).filter(|&step| step > after).collect();
     }
 
-    /// Queues one kept output again.
-    pub(crate) fn resend(&mut self, step: StepId) {
-        if matches!(self.steps.get(&step), Some(Entry::Kept(_))) {
-            self.outbox.insert(step);
+    /// Queues one kept output again that arrived damaged: once, and never more often. Returns
+    /// whether it will be sent.
+    pub(crate) fn repair(&mut self, step: StepId) -> bool {
+        match self.steps.get_mut(&step) {
+            Some(Entry::Kept { repaired, .. }) if !*repaired => {
+                *repaired = true;
+                self.outbox.insert(step)
+            }
+            _ => false,
         }
     }
 
@@ -110,7 +164,7 @@ impl<T> Ledger<T> {
     pub(crate) fn next_to_send(&mut self) -> Option<&T> {
         let step = self.outbox.pop_first()?;
         match self.steps.get(&step) {
-            Some(Entry::Kept(output)) => Some(output),
+            Some(Entry::Kept { output, .. }) => Some(output),
             _ => None,
         }
     }
@@ -166,11 +220,45 @@ mod tests {
         assert_eq!(drain(&mut ledger), [10, 20]);
         ledger.acknowledge(StepId(1));
         ledger.resend_all();
-        ledger.resend(StepId(1));
+        assert!(!ledger.repair(StepId(1)), "nobody waits for it");
         assert_eq!(drain(&mut ledger), [20]);
         ledger.acknowledge(StepId(3));
         ledger.keep(StepId(3), 30);
         assert_eq!(drain(&mut ledger), [0; 0], "acknowledged before it was computed");
+    }
+
+    #[test]
+    fn what_was_never_sent_is_neither_taken_nor_acknowledged() {
+        let mut ledger = Ledger::<u64>::new(2);
+        let highest = ledger.check(StepId(u64::MAX), StepId(u64::MAX - 1));
+        let last = StepId(0);
+        assert_eq!(highest, Err(OutOfOrder::Unsent { acked: StepId(u64::MAX - 1), last }));
+        let (found, most) = (StepId(5), StepId(4));
+        let ahead = ledger.check(found, StepId(0));
+        assert_eq!(ahead, Err(OutOfOrder::Ahead { found, most, limit: 2 }));
+        assert_eq!(ledger.check(StepId(4), StepId(0)), Ok(()), "others may be late or lost");
+        assert_eq!(ledger.arrive(StepId(1), StepId(0)), Arrival::New);
+        assert!(ledger.check(StepId(3), StepId(2)).is_err(), "2 has not come");
+        assert_eq!(ledger.check(StepId(2), StepId(1)), Ok(()));
+        assert_eq!(ledger.arrive(StepId(2), StepId(1)), Arrival::New, "nothing was acknowledged");
+    }
+
+    #[test]
+    fn a_damaged_output_is_sent_again_once() {
+        let mut ledger = Ledger::new(4);
+        for step in [1, 2] {
+            ledger.arrive(StepId(step), StepId(0));
+            assert!(!ledger.repair(StepId(step)), "there is nothing yet");
+            ledger.keep(StepId(step), step);
+        }
+        assert_eq!(drain(&mut ledger), [1, 2]);
+        // Two that never get through take turns.
+        assert!(ledger.repair(StepId(1)) && ledger.repair(StepId(2)));
+        assert_eq!(drain(&mut ledger), [1, 2]);
+        assert!(!ledger.repair(StepId(1)) && !ledger.repair(StepId(2)));
+        ledger.resend_all();
+        assert_eq!(drain(&mut ledger), [1, 2], "a new connection gets it all the same");
+        assert!(!ledger.repair(StepId(1)));
     }
 
     proptest! {
@@ -185,6 +273,9 @@ mod tests {
             let mut pending = std::collections::BTreeSet::new();
             for (step, acked, finish) in events {
                 let acked = acked.min(step - 1);
+                if ledger.check(StepId(step), StepId(acked)).is_err() {
+                    continue;
+                }
                 match ledger.arrive(StepId(step), StepId(acked)) {
                     Arrival::New => {
                         prop_assert!(computed.insert(step), "{step} is computed once");
@@ -198,7 +289,7 @@ mod tests {
                     ledger.keep(StepId(step), step);
                 }
                 prop_assert!(ledger.steps.len() <= 4);
-                let kept = ledger.steps.iter().filter(|(_, e)| matches!(e, Entry::Kept(_)));
+                let kept = ledger.steps.iter().filter(|(_, e)| matches!(e, Entry::Kept { .. }));
                 let kept: Vec<u64> = kept.map(|(step, _)| step.0).collect();
                 ledger.resend_all();
                 prop_assert_eq!(drain(&mut ledger), kept);

@@ -207,6 +207,12 @@ impl Worker {
         soon(self.client.describe(pb::DescribeRequest {})).await.unwrap().into_inner()
     }
 
+    /// A connection of its own.
+    pub(super) async fn channel(&self) -> Channel {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address)).unwrap();
+        soon(endpoint.connect()).await.unwrap()
+    }
+
     pub(super) async fn steps(&mut self) -> Steps {
         Steps::open(&mut self.client).await
     }
@@ -241,7 +247,7 @@ pub(super) async fn connect(address: &str) -> StageClient<Channel> {
 }
 
 /// A request for stage `stage` of these.
-pub(super) fn prepare(stages: &[StagePlan], stage: u32, epoch: u64) -> Prepare {
+pub(crate) fn prepare(stages: &[StagePlan], stage: u32, epoch: u64) -> Prepare {
     Prepare {
         cluster_id: "test".into(),
         pipeline: PipelineId(1),
@@ -327,7 +333,7 @@ impl Results {
 }
 
 /// A step for the first stage, which `prepare` was prepared for.
-pub(super) fn step(prepare: &Prepare, number: u64, rows: Vec<Row>) -> Step {
+pub(crate) fn step(prepare: &Prepare, number: u64, rows: Vec<Row>) -> Step {
     Step {
         header: StepHeader {
             pipeline: prepare.pipeline,

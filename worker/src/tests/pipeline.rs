@@ -146,12 +146,14 @@ async fn the_first_stage_draws_what_the_last_one_would() {
             wanted.push(expected.clone());
             let (at, output) = (row.tokens.len() - 1, Output::Draw(parameters.clone()));
             let position = row.position + at as u32;
-            draws.push(Row { position, tokens: row.tokens[at..].to_vec(), output, ..row });
+            let prefix_hash_before = row.prefix_hash_before.then_all(&row.tokens[..at]);
+            let tokens = row.tokens[at..].to_vec();
+            draws.push(Row { position, prefix_hash_before, tokens, output, ..row });
         }
         if draws.is_empty() {
             continue;
         }
-        // What a draw takes to be the sequence's blocks and hashes is not looked at.
+        // What a draw takes to be the sequence's blocks is not looked at.
         number += 1;
         let mut draw = step(&pair.prepares[0], number, draws);
         draw.header.acked_step = StepId(number - 1);
@@ -174,13 +176,15 @@ async fn the_first_stage_draws_what_the_last_one_would() {
     let mut short =
         step(&pair.prepares[0], number + 2, vec![row(3, 0, 1, Output::Draw(Box::default()))]);
     short.activations = vec![0; 4].into();
-    assert_eq!(pair.steps.ask(&short).await.verdict, StepVerdict::Corrupt);
+    assert_eq!(pair.steps.ask(&short).await.verdict, StepVerdict::Invalid);
 }
 
 #[tokio::test]
 async fn a_stage_without_a_head_draws_nothing() {
     let mut pair = Pair::start().await;
-    let mut draw = step(&pair.prepares[0], 1, vec![row(3, 0, 1, Output::Draw(Box::default()))]);
+    pair.steps.give(&step(&pair.prepares[0], 1, vec![row(3, 0, 1, Output::State)])).await;
+    assert!(matches!(values(&pair.results.next().await)[..], [RowValue::State(_)]));
+    let mut draw = step(&pair.prepares[0], 2, vec![row(3, 0, 1, Output::Draw(Box::default()))]);
     draw.activations = vec![0; 4 * engine(0..1).hidden()].into();
     pair.steps.give(&draw).await;
     let result = pair.results.next().await;

@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use proto::convert::encode_step;
+use prost::Message;
+use proto::convert::{encode_step, step_crc32c};
 use proto::ids::{Epoch, Generation, Incarnation, PipelineId, SequenceId, StepId, Term};
 use proto::step::{Output, Prepare, Row, RowStatus, Step, StepReply, StepVerdict};
+use tokio_stream::StreamExt;
+use tonic::Code;
+use tonic_prost::ProstCodec;
 
-use super::harness::{Worker, prepare, row, step};
+use super::harness::{KEY, Steps, Worker, prepare, row, soon, step};
 
 async fn alone() -> (Worker, Prepare) {
     let mut worker = Worker::start("w").await;
@@ -82,16 +86,91 @@ async fn flipped_bits_are_corrupt() {
 }
 
 #[tokio::test]
-async fn wrong_sizes_are_corrupt() {
+async fn wrong_sizes_are_invalid() {
     let reply = said_of(|step| step.activations = vec![0; 64].into()).await;
-    assert_eq!(reply.verdict, StepVerdict::Corrupt);
+    assert_eq!(reply.verdict, StepVerdict::Invalid);
     assert!(reply.detail.contains("activations"), "{}", reply.detail);
     let reply = said_of(|step| step.rows = (0..3).map(|s| row(s, 0, 30, Output::None)).collect());
     let reply = reply.await;
-    assert_eq!(reply.verdict, StepVerdict::Corrupt);
+    assert_eq!(reply.verdict, StepVerdict::Invalid);
     assert!(reply.detail.contains("90 tokens"), "{}", reply.detail);
     let reply = said_of(|step| step.header.acked_step = StepId(1)).await;
     assert_eq!(reply.verdict, StepVerdict::Corrupt, "it acknowledges itself");
+}
+
+#[tokio::test]
+async fn a_step_that_does_not_decode_is_invalid_and_harms_nothing() {
+    let (mut worker, prepare) = alone().await;
+    let good = encode_step(&step(&prepare, 1, vec![row(0, 0, 3, Output::None)]));
+    let mut steps = worker.steps().await;
+    // Rows of a later version, and rows that are none; both arrive as they were sent.
+    let mut rows = proto::pb::RowSet::decode(good.rows.clone()).unwrap();
+    rows.rows[0].output = 99;
+    for rows in [rows.encode_to_vec(), vec![0xff; 40]] {
+        let payload_crc32c = step_crc32c(good.epoch, good.step, &rows, &good.activations);
+        let bad = proto::pb::StepMessage { rows: rows.into(), payload_crc32c, ..good.clone() };
+        steps.send_message(bad).await;
+        assert_eq!(steps.reply().await.verdict, StepVerdict::Invalid);
+    }
+    steps.send_message(good).await;
+    assert_eq!(steps.reply().await.verdict, StepVerdict::Accepted);
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_be_read_ends_the_stream_with_its_reason() {
+    let (mut worker, prepare) = alone().await;
+    let mut steps = worker.steps().await;
+    let mut results = worker.results(&prepare, 0).await;
+    // Longer than a message may be, from a sender who does not mind.
+    let mut careless = worker.client.clone().max_encoding_message_size(usize::MAX);
+    let mut long = Steps::open(&mut careless).await;
+    let activations = vec![0; proto::limits::MESSAGE_BYTES].into();
+    long.send_message(proto::pb::StepMessage { activations, ..Default::default() }).await;
+    let status = long.end().await;
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    assert!(status.message().contains("oversize"), "{status:?}");
+    // Another message of the schema under this name: its first field is a text.
+    let other = proto::pb::DescribeResponse { worker: "x".into(), ..Default::default() };
+    let mut client = tonic::client::Grpc::new(worker.channel().await);
+    soon(client.ready()).await.unwrap();
+    let codec = ProstCodec::<proto::pb::DescribeResponse, proto::pb::StepReply>::default();
+    let path = "/tercet.v1.Stage/Steps".parse().unwrap();
+    let sent = tokio_stream::once(other).chain(tokio_stream::pending());
+    let call = client.streaming(KEY.attach(sent), path, codec);
+    let mut replies = soon(call).await.unwrap().into_inner();
+    let status = soon(replies.message()).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    assert!(status.message().contains("undecodable"), "{status:?}");
+    // Other streams do not notice.
+    steps.give(&step(&prepare, 1, vec![row(0, 0, 3, Output::None)])).await;
+    assert_eq!(results.next().await.step, StepId(1));
+}
+
+#[tokio::test]
+async fn what_was_never_sent_is_not_acknowledged_nor_passed_over() {
+    let (mut worker, prepare) = alone().await;
+    let mut steps = worker.steps().await;
+    let mut results = worker.results(&prepare, 0).await;
+    let numbered = |number, acked| {
+        let mut step = step(&prepare, number, vec![]);
+        step.header.acked_step = StepId(acked);
+        step
+    };
+    // From somebody who knows the key.
+    for (number, acked) in [(u64::MAX, u64::MAX - 1), (3, 2), (2, 1)] {
+        let reply = steps.ask(&numbered(number, acked)).await;
+        assert_eq!(reply.verdict, StepVerdict::Corrupt, "{reply:?}");
+        assert!(reply.detail.contains("acknowledged"), "{reply:?}");
+    }
+    for number in [u64::MAX, 9] {
+        let reply = steps.ask(&numbered(number, 0)).await;
+        assert_eq!(reply.verdict, StepVerdict::Invalid, "{reply:?}");
+        assert!(reply.detail.contains("beyond step 8"), "{reply:?}");
+    }
+    for number in 1..=3 {
+        steps.give(&step(&prepare, number, vec![row(0, number as u32 - 1, 1, Output::None)])).await;
+        assert_eq!(results.next().await.step, StepId(number));
+    }
 }
 
 #[tokio::test]

@@ -2,13 +2,14 @@
 //! but not the coordinator's key: nothing of it changes what the coordinator's own calls do.
 
 use proto::convert::encode_prepare;
-use proto::ids::{Epoch, Term};
+use proto::ids::{Epoch, Incarnation, PrefixHash, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::pb;
-use proto::step::{Output, Prepare};
+use proto::plan::StagePlan;
+use proto::step::{Output, Prepare, Row, RowValue, Sampled, StepVerdict};
 use tonic::{Code, Request, Status};
 
-use super::harness::{KEY, Steps, Worker, row, soon, step};
+use super::harness::{KEY, Steps, Worker, prepare, row, soon, step};
 
 const GUESS: CoordinatorKey = CoordinatorKey::new([7; 16]);
 
@@ -143,4 +144,53 @@ async fn a_stranger_sends_no_steps() {
         assert_eq!(guess.end().await.code(), Code::PermissionDenied);
     }
     serves(&mut worker, &prepare, 2).await;
+}
+
+/// A last stage, fed as its neighbour feeds it.
+async fn last_of_two() -> (Worker, Prepare) {
+    let mut worker = Worker::start("b").await;
+    let first = StagePlan {
+        worker: "a".into(),
+        incarnation: Incarnation([1; 16]),
+        address: "127.0.0.1:1".into(),
+        layers: 0..1,
+    };
+    let prepare = prepare(&[first, worker.plan(1..4)], 1, 5);
+    worker.prepare(&prepare).await.unwrap();
+    worker.activate(&prepare).await.unwrap();
+    (worker, prepare)
+}
+
+#[tokio::test]
+async fn tokens_that_were_not_due_are_not_taken_for_drawn_ones() {
+    let (mut worker, prepare) = last_of_two().await;
+    let mut results = worker.results(&prepare, 0).await;
+    let mut steps = worker.steps().await;
+    let numbered = |number: u64, row: Row| {
+        let hidden_bytes = 64 * size_of::<f32>();
+        let tokens = row.tokens.len();
+        let drawn = matches!(row.output, Output::Drawn(_));
+        let mut sent = step(&prepare, number, vec![row]);
+        sent.header.dst_incarnation = prepare.dst_incarnation;
+        sent.activations = vec![0; if drawn { 0 } else { tokens * hidden_bytes }].into();
+        sent
+    };
+    let drawn = |sequence, position, token| {
+        let sampled = Sampled { token, logprob: None, top: Vec::new() };
+        row(sequence, position, 1, Output::Drawn(Box::new(sampled)))
+    };
+    steps.give(&numbered(1, row(0, 0, 3, Output::State))).await;
+    assert!(matches!(results.next().await.rows[0].value, RowValue::State(_)));
+    // Rows for the step that comes next: of another sequence, position or history.
+    let mut history = drawn(0, 2, 66);
+    history.prefix_hash_before = PrefixHash::EMPTY;
+    history.prefix_hash_after = PrefixHash::EMPTY.then_all(&history.tokens);
+    for forged in [drawn(1, 2, 66), drawn(0, 3, 66), history] {
+        let reply = steps.ask(&numbered(2, forged)).await;
+        assert_eq!(reply.verdict, StepVerdict::Invalid, "{reply:?}");
+    }
+    steps.give(&numbered(2, drawn(0, 2, 9))).await;
+    let result = results.next().await;
+    let RowValue::Sampled(sampled) = &result.rows[0].value else { panic!("{result:?}") };
+    assert_eq!((result.step, sampled.token), (StepId(2), 9), "the honest token");
 }
