@@ -20,7 +20,7 @@ use tracing::Instrument;
 use crate::answer::Answer;
 use crate::connections::Connections;
 use crate::request::RequestError;
-use crate::service::Service;
+use crate::service::{Service, Wanted};
 use crate::spans::request_span;
 
 /// How often a quiet client is asked whether it lives: clients may be far away.
@@ -130,7 +130,7 @@ impl Inference for InferenceApi {
         let span = request_span(&request, &self.service.model.name, 1, true);
         propagation::extract(&span, &metadata);
         let started = async {
-            let prepared = self.service.prepare(request).await?;
+            let prepared = self.service.prepare(request, Wanted::Answer).await?;
             self.service.start(&prepared, 0, span.clone()).await
         };
         let answer = started.instrument(span.clone()).await.map_err(|error| status_of(&error))?;

@@ -7,6 +7,7 @@ mod choices;
 mod completions;
 mod errors;
 mod host;
+mod json;
 mod logprobs;
 mod models;
 mod observe;
@@ -36,6 +37,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::connections::Connections;
 use crate::service::{Service, hex};
+use body::Bodies;
 use errors::ApiError;
 pub(crate) use host::Hosts;
 
@@ -55,7 +57,7 @@ const REQUEST_ID_CHARS: usize = 128;
 #[derive(Clone)]
 pub(crate) struct Api {
     service: Arc<Service>,
-    body_bytes: usize,
+    bodies: Arc<Bodies>,
 }
 
 /// What requests may be.
@@ -72,6 +74,7 @@ pub(crate) struct Limits {
 pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
     let open =
         OpenRequests { room: Arc::new(Semaphore::new(limits.requests)), limit: limits.requests };
+    let bodies = Arc::new(Bodies::new(limits.body_bytes, service.model.context as usize));
     Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
@@ -87,10 +90,26 @@ pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
         .route("/metrics", get(observe::metrics))
         .fallback(async || ApiError::not_found("there is no such page"))
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
-        .with_state(Api { service, body_bytes: limits.body_bytes })
+        .with_state(Api { service, bodies })
         .layer(middleware::from_fn_with_state(limits.hosts, host::check))
         .layer(middleware::from_fn(with_request_id))
         .layer(CatchPanicLayer::custom(|_| errors::panicked()))
+}
+
+/// Reads a body as the handler of `path` does, for a model of `context` tokens: for tests and
+/// fuzzing of what bytes of strangers may cost.
+///
+/// # Errors
+///
+/// The error's body: also for another path, which has none to read.
+#[doc(hidden)]
+pub fn check_body(path: &str, body: &[u8], context: usize) -> Result<(), serde_json::Value> {
+    let outcome = match path {
+        "/v1/completions" => json::parse::<completions::Body>(body, context).map(drop),
+        "/v1/chat/completions" => json::parse::<chat::Body>(body, context).map(drop),
+        _ => Err(ApiError::not_found("there is no such page")),
+    };
+    outcome.map_err(|error| error.body())
 }
 
 /// Serves until `stop` fires and open answers have ended.

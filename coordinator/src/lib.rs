@@ -43,6 +43,8 @@ pub mod token_log;
 
 pub use config::{Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig};
 pub use error::RunError;
+#[doc(hidden)]
+pub use http::check_body;
 pub use text::{TemplateError, TextSetupError, TokenizerError};
 pub use tokenize::{TokenizeError, tokenize};
 

@@ -1,6 +1,8 @@
 //! What a request may ask for: one check for gRPC and HTTP, before anything is computed.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use proto::generate::{GenerateRequest, Prompt, Sampling};
@@ -16,8 +18,9 @@ mod tests;
 /// The hottest that tokens may be drawn, as in OpenAI's API.
 const MAX_TEMPERATURE: f32 = 2.0;
 
-/// The strongest repetition penalty: far beyond any that leaves text readable.
-const MAX_REPETITION_PENALTY: f32 = 10.0;
+/// The repetition penalties of either end: far beyond any that leaves text readable, and no logit
+/// becomes infinite by them.
+const REPETITION_PENALTIES: RangeInclusive<f32> = 0.01..=10.0;
 
 /// The strongest presence and frequency penalty, either way, as in OpenAI's API.
 const MAX_PENALTY: f32 = 2.0;
@@ -32,8 +35,8 @@ pub(crate) enum RequestError {
     /// A parameter is wrong.
     #[error("{message}")]
     Invalid {
-        /// Which one, in the words of the schema.
-        parameter: &'static str,
+        /// Which one, in the words of the schema: `messages[2].role`.
+        parameter: Cow<'static, str>,
         message: String,
     },
     /// Prompt and answer do not fit the context. The wording is OpenAI's: clients look for it.
@@ -85,8 +88,11 @@ pub(crate) enum RequestError {
 
 impl RequestError {
     /// A parameter is wrong.
-    pub(crate) fn invalid(parameter: &'static str, message: impl Into<String>) -> Self {
-        Self::Invalid { parameter, message: message.into() }
+    pub(crate) fn invalid(
+        parameter: impl Into<Cow<'static, str>>,
+        message: impl Into<String>,
+    ) -> Self {
+        Self::Invalid { parameter: parameter.into(), message: message.into() }
     }
 
     /// What a failed encoding means to the client.
@@ -96,6 +102,13 @@ impl RequestError {
                 Self::PromptBytes { context, detail: error.to_string() }
             }
             TextError::Encode(_) => Self::Internal { message: node::Chain(&error).to_string() },
+            TextError::Role { index, .. } => {
+                Self::invalid(format!("messages[{index}].role"), error.to_string())
+            }
+            TextError::Arguments => Self::invalid("chat_template_kwargs", error.to_string()),
+            TextError::NoTemplate | TextError::PrivateUse | TextError::Template(_) => {
+                Self::invalid("messages", node::Chain(&error).to_string())
+            }
             _ => Self::invalid("prompt", node::Chain(&error).to_string()),
         }
     }
@@ -170,7 +183,7 @@ pub(crate) fn check(
         let asked = request.model.chars().take(limits::NAME_BYTES).collect();
         return Err(RequestError::UnknownModel { model: asked, served: model.name.clone() });
     }
-    check_prompt(&request.prompt, model)?;
+    check_prompt(&request.prompt)?;
     let sampling = check_sampling(&request.sampling, request.top_logprobs, model)?;
     let stop_tokens = check_stops(&request, model)?;
     if request.max_tokens != 0 && request.min_tokens > request.max_tokens {
@@ -240,22 +253,27 @@ pub(crate) fn check_lengths(
     if prompt.is_empty() {
         return Err(RequestError::invalid("prompt", "the prompt has no tokens"));
     }
-    check_tokens("prompt", prompt, limits::PROMPT_TOKENS, model)?;
     let prompt_tokens = prompt.len() as u64;
     let requested = prompt_tokens + u64::from(max_tokens.unwrap_or(1));
     if requested > u64::from(model.context) {
         let limit = model.context.into();
         return Err(RequestError::ContextLength { limit, prompt_tokens, requested });
     }
-    Ok(())
+    // After the length, so that one that is too long is told so in the words that clients look for.
+    check_tokens("prompt", prompt, limits::PROMPT_TOKENS, model)
 }
 
-fn check_prompt(prompt: &Prompt, model: &ServedModel) -> Result<(), RequestError> {
+fn check_prompt(prompt: &Prompt) -> Result<(), RequestError> {
     match prompt {
         Prompt::Text(_) => Ok(()),
-        // A prompt that is too long is told so in the words that clients look for.
-        Prompt::Tokens(tokens) => check_lengths(tokens, None, model),
-        Prompt::Conversation { messages, .. } => {
+        // Its ids and length are checked with the answer's: [`check_lengths`].
+        Prompt::Tokens(_) => Ok(()),
+        Prompt::Conversation { messages, template_arguments_json } => {
+            check_length(
+                "chat_template_kwargs",
+                template_arguments_json.len(),
+                limits::TEMPLATE_ARGUMENT_BYTES,
+            )?;
             if messages.is_empty() {
                 return Err(RequestError::invalid("messages", "messages must not be empty"));
             }
@@ -294,8 +312,8 @@ fn check_sampling(
         "repetition_penalty",
         sampling.repetition_penalty,
         1.0,
-        |v| v > 0.0 && v <= MAX_REPETITION_PENALTY,
-        format_args!("above 0 and at most {MAX_REPETITION_PENALTY}"),
+        |v| REPETITION_PENALTIES.contains(&v),
+        format_args!("from {} to {}", REPETITION_PENALTIES.start(), REPETITION_PENALTIES.end()),
     )?;
     let penalty = |name, value| {
         let legal = |v: f32| (-MAX_PENALTY..=MAX_PENALTY).contains(&v);

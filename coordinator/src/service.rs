@@ -17,6 +17,13 @@ use crate::text::Text;
 /// Prompts that are tokenised at once: more only take turns on the same cores.
 const ENCODING_AT_ONCE: usize = 8;
 
+/// A prompt takes one turn of [`ENCODING_AT_ONCE`] for each of these bytes, all turns at most: the
+/// tokenizer needs up to a hundred times as much memory while it works.
+const BYTES_FOR_A_TURN: usize = 512 << 10;
+
+/// Answers that are written at once, of those that are written as a whole.
+const RENDERING_AT_ONCE: usize = 4;
+
 /// Bytes of a made-up idempotency key.
 const RANDOM_KEY_BYTES: usize = 16;
 
@@ -25,7 +32,8 @@ pub(crate) struct Service {
     pub(crate) model: ServedModel,
     text: Arc<Text>,
     driver: DriverHandle,
-    encoding: Semaphore,
+    encoding: Arc<Semaphore>,
+    rendering: Arc<Semaphore>,
     /// The longest that a request may take.
     request_deadline: Duration,
 }
@@ -44,13 +52,15 @@ impl Prepared {
     pub(crate) fn prompt(&self) -> &[u32] {
         &self.prompt
     }
+}
 
-    /// Without an answer: only the prompt is looked at. The schema cannot say so, for there a
-    /// length of 0 is as many tokens as fit.
-    pub(crate) fn without_answer(mut self) -> Self {
-        self.checked.max_tokens = Some(0);
-        self
-    }
+/// What a request is prepared for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// A text that goes on after the prompt.
+    Answer,
+    /// The prompt itself, and its scores.
+    PromptOnly,
 }
 
 impl Service {
@@ -61,11 +71,18 @@ impl Service {
         driver: DriverHandle,
         request_deadline: Duration,
     ) -> Self {
-        let encoding = Semaphore::new(ENCODING_AT_ONCE);
-        Self { model, text: Arc::new(text), driver, encoding, request_deadline }
+        Self {
+            model,
+            text: Arc::new(text),
+            driver,
+            encoding: Arc::new(Semaphore::new(ENCODING_AT_ONCE)),
+            rendering: Arc::new(Semaphore::new(RENDERING_AT_ONCE)),
+            request_deadline,
+        }
     }
 
-    /// Checks a request and tokenises its prompt.
+    /// Checks a request and tokenises its prompt, off the async threads: both may take
+    /// milliseconds.
     ///
     /// # Errors
     ///
@@ -73,17 +90,73 @@ impl Service {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future drops the request; a tokenisation that began runs to its end.
-    pub(crate) async fn prepare(&self, request: GenerateRequest) -> Result<Prepared, RequestError> {
-        let mut checked = request::check(request, &self.model)?;
-        let prompt = std::mem::take(&mut checked.prompt);
-        let prompt = self.encode(prompt).await?;
-        request::check_lengths(&prompt, checked.max_tokens, &self.model)?;
+    /// Dropping the future drops the request; work that began runs to its end.
+    pub(crate) async fn prepare(
+        &self,
+        request: GenerateRequest,
+        answer: Wanted,
+    ) -> Result<Prepared, RequestError> {
+        let turns = u32::try_from(1 + prompt_bytes(&request.prompt) / BYTES_FOR_A_TURN)
+            .unwrap_or(u32::MAX)
+            .min(ENCODING_AT_ONCE as u32);
+        let model = self.model.clone();
+        let work = move |text: &Text| {
+            let mut checked = request::check(request, &model)?;
+            if answer == Wanted::PromptOnly {
+                // The schema cannot say so: there a length of 0 is as many tokens as fit.
+                checked.max_tokens = Some(0);
+            }
+            let prompt = match std::mem::take(&mut checked.prompt) {
+                Prompt::Tokens(tokens) => tokens,
+                prompt => text.encode(&prompt).map_err(RequestError::of_text)?,
+            };
+            request::check_lengths(&prompt, checked.max_tokens, &model)?;
+            Ok((checked, prompt))
+        };
+        let (checked, prompt) = self.off_thread(&self.encoding, turns, work).await??;
         let request_id = hex(&rand::random::<[u8; RANDOM_KEY_BYTES]>());
         let key =
             if checked.idempotency_key.is_empty() { &request_id } else { &checked.idempotency_key };
         let seed = checked.seed.unwrap_or_else(|| seed_of(key));
         Ok(Prepared { checked, prompt, seed, request_id })
+    }
+
+    /// Does what takes longer than an async thread may be held, such as writing a long answer.
+    ///
+    /// # Errors
+    ///
+    /// If it panics.
+    pub(crate) async fn compute<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Text) -> T + Send + 'static,
+    ) -> Result<T, RequestError> {
+        self.off_thread(&self.rendering, 1, work).await
+    }
+
+    /// The model's text.
+    pub(crate) fn text(&self) -> Arc<Text> {
+        Arc::clone(&self.text)
+    }
+
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        turns: &Arc<Semaphore>,
+        count: u32,
+        work: impl FnOnce(&Text) -> T + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let stopping =
+            |_| RequestError::Unavailable { reason: "the coordinator is stopping".into() };
+        let turn = Arc::clone(turns).acquire_many_owned(count).await.map_err(stopping)?;
+        let text = Arc::clone(&self.text);
+        let work = tokio::task::spawn_blocking(move || {
+            // Held until the work is done, whoever still waits for it.
+            let _turn = turn;
+            work(&text)
+        });
+        work.await.map_err(|error| {
+            tracing::error!(%error, "work on a request panicked");
+            RequestError::Internal { message: "the server failed on this request".into() }
+        })
     }
 
     /// Asks for one choice of a prepared request: it is in the queue when this returns.
@@ -157,32 +230,16 @@ impl Service {
     pub(crate) fn readiness(&self) -> watch::Receiver<bool> {
         self.driver.readiness()
     }
+}
 
-    /// The text of the tokens of a prompt, one by one, as an answer that echoes it shows them.
-    pub(crate) fn texts(&self, tokens: &[u32]) -> Vec<String> {
-        let bytes = |&token: &u32| {
-            self.text.tokenizer().map_or(&[][..], |tokenizer| tokenizer.text_bytes(token))
-        };
-        tokens.iter().map(|token| String::from_utf8_lossy(bytes(token)).into_owned()).collect()
-    }
-
-    async fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, RequestError> {
-        if let Prompt::Tokens(tokens) = prompt {
-            return Ok(tokens);
-        }
-        let stopping =
-            || RequestError::Unavailable { reason: "the coordinator is stopping".into() };
-        let _turn = self.encoding.acquire().await.map_err(|_| stopping())?;
-        let text = Arc::clone(&self.text);
-        // Rendering and tokenising compute: milliseconds for a long prompt.
-        match tokio::task::spawn_blocking(move || text.encode(&prompt)).await {
-            Ok(tokens) => tokens.map_err(RequestError::of_text),
-            Err(error) => {
-                tracing::error!(%error, "tokenizer panicked");
-                Err(RequestError::Internal {
-                    message: "the tokenizer failed on this prompt".into(),
-                })
-            }
+/// Bytes that a prompt's text is made of, before the template.
+fn prompt_bytes(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Tokens(_) => 0,
+        Prompt::Text(text) => text.len(),
+        Prompt::Conversation { messages, template_arguments_json } => {
+            let contents: usize = messages.iter().map(|message| message.content.len()).sum();
+            contents + template_arguments_json.len()
         }
     }
 }

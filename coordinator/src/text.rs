@@ -128,6 +128,18 @@ impl Text {
         self.tokenizer.as_ref()
     }
 
+    /// The bytes that a token adds to a text: none for a special one or without a tokenizer.
+    pub(crate) fn token_text(&self, token: u32) -> &[u8] {
+        self.tokenizer.as_ref().map_or(&[], |tokenizer| tokenizer.text_bytes(token))
+    }
+
+    /// The text of tokens as a whole: a character may be cut into several.
+    pub(crate) fn decode(&self, tokens: &[u32]) -> String {
+        let bytes: Vec<u8> =
+            tokens.iter().flat_map(|&token| self.token_text(token)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
     /// The tokens of a prompt. Text of the user never becomes a special token.
     ///
     /// # Errors

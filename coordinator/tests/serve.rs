@@ -416,6 +416,15 @@ async fn http(address: SocketAddr, method: &str, path: &str, body: &str) -> Stri
     response
 }
 
+/// Sends `head` and reads until the server closes.
+async fn exchange(address: SocketAddr, head: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    response
+}
+
 fn json_of(response: &str) -> serde_json::Value {
     let body = response.split("\r\n\r\n").nth(1).unwrap();
     serde_json::from_str(body).unwrap_or_else(|_| panic!("{response}"))
@@ -606,6 +615,15 @@ async fn http_speaks_as_openai_does() {
     assert_eq!(events.last().unwrap(), "[DONE]");
     assert!(events.iter().any(|event| event.contains(r#""finish_reason":"length""#)), "{events:?}");
 
+    let models = json_of(&ask("GET", "/v1/models", "").await);
+    let context = models["data"][0]["max_model_len"].as_u64().unwrap() as usize;
+    for (tokens, status) in [(context, 200), (context + 1, 400)] {
+        let prompt = vec!["9"; tokens].join(",");
+        let body = format!(r#"{{"prompt":[{prompt}],"max_tokens":0,"echo":true}}"#);
+        let response = http(cluster.bound.http, "POST", "/v1/completions", &body).await;
+        assert!(response.starts_with(&format!("HTTP/1.1 {status}")), "{tokens}: {response}");
+    }
+
     let body = r#"{"prompt":[9,8],"max_tokens":6,"n":2,"stream":true,"stream_options":{"include_usage":true}}"#;
     let response = ask("POST", "/v1/completions", body).await;
     assert!(response.to_lowercase().contains("content-type: text/event-stream"), "{response}");
@@ -620,7 +638,8 @@ async fn http_speaks_as_openai_does() {
         ("/v1/completions", r#"{"prompt":"text"}"#, 400, "no tokenizer"),
         ("/v1/completions", r#"{"prompt":[9],"temperature":3}"#, 400, "temperature"),
         ("/v1/completions", r#"{"prompt":[9],"model":"other"}"#, 404, "does not exist"),
-        ("/v1/completions", r#"{"prompt":"#, 400, "not a valid request"),
+        ("/v1/completions", r#"{"prompt":"#, 400, "not valid JSON"),
+        ("/v1/completions", r#"{"prompt":[9],"logprobs":21}"#, 400, "logprobs must be at most 20"),
         ("/v1/completions", "{}", 400, "prompt"),
         ("/v1/completions", r#"{"prompt":[9],"max_tokens":0}"#, 400, "max_tokens"),
         ("/v1/chat/completions", r#"{"messages":[],"max_tokens":0}"#, 400, "max_tokens"),
@@ -646,6 +665,18 @@ async fn http_speaks_as_openai_does() {
     let mut response = vec![0; 64];
     let read = stream.read(&mut response).await.unwrap_or(0);
     assert!(String::from_utf8_lossy(&response[..read]).starts_with("HTTP/1.1 413") || read == 0);
+    // A client that waits for leave to send hears at once, and sends nothing.
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+                Content-Type: application/json\r\nExpect: 100-continue\r\n\
+                Content-Length: 5000000\r\n\r\n";
+    let response = exchange(cluster.bound.http, head).await;
+    assert!(response.starts_with("HTTP/1.1 413"), "{response}");
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+                Content-Type: application/json\r\nContent-Encoding: gzip\r\n\
+                Content-Length: 0\r\n\r\n";
+    let response = exchange(cluster.bound.http, head).await;
+    assert!(response.starts_with("HTTP/1.1 415"), "{response}");
+    assert!(response.contains("gzip"), "{response}");
     assert!(ask("GET", "/health", "").await.starts_with("HTTP/1.1 200"));
     assert!(ask("GET", "/metrics", "").await.starts_with("HTTP/1.1 200"));
     cluster.end().await;
@@ -660,13 +691,25 @@ async fn a_name_of_somebody_else_is_refused() {
         ("[::1]", 200),
         ("evil.test", 421),
         ("localhost.evil.test", 421),
+        ("localhost\r\nHost: evil.test", 400),
+        ("localhost\r\nHost: localhost", 400),
     ] {
-        let mut stream = TcpStream::connect(cluster.bound.http).await.unwrap();
         let head = format!("GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
-        stream.write_all(head.as_bytes()).await.unwrap();
-        let mut response = String::new();
-        stream.read_to_string(&mut response).await.unwrap();
+        let response = exchange(cluster.bound.http, &head).await;
         assert!(response.starts_with(&format!("HTTP/1.1 {status}")), "{host}: {response}");
+    }
+    for (head, status) in [
+        ("GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\n", "HTTP/1.1 200"),
+        ("GET http://evil.test/health HTTP/1.1\r\nHost: localhost\r\n", "HTTP/1.1 400"),
+        ("GET http://evil.test/health HTTP/1.1\r\nHost: evil.test\r\n", "HTTP/1.1 421"),
+        ("GET http://evil.test/health HTTP/1.0\r\n", "HTTP/1.0 421"),
+        ("GET /health HTTP/1.1\r\n", "HTTP/1.1 400"),
+        // HTTP/1.0 has no Host, and no browser speaks it.
+        ("GET /health HTTP/1.0\r\n", "HTTP/1.0 200"),
+    ] {
+        let whole = format!("{head}Connection: close\r\n\r\n");
+        let response = exchange(cluster.bound.http, &whole).await;
+        assert!(response.starts_with(status), "{head}: {response}");
     }
     cluster.end().await;
 }

@@ -40,6 +40,10 @@ pub const PROMPT_TOKENS: usize = 262_144;
 /// Messages of one conversation.
 pub const CHAT_MESSAGES: usize = 4096;
 
+/// Bytes of a chat template's own arguments as JSON: a few switches. As values they take sixteen
+/// times as much memory.
+pub const TEMPLATE_ARGUMENT_BYTES: usize = 64 << 10;
+
 /// Stop strings of one request. OpenAI allows four.
 pub const STOP_STRINGS: usize = 4;
 

@@ -1,28 +1,157 @@
-//! The body of a request: bounded in bytes and in time, and JSON.
+//! The body of a request: bounded in bytes and in time, and JSON. It is read here and parsed on a
+//! thread that may compute; the memory of all bodies together is bounded.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::Request;
-use axum::http::header;
+use axum::http::{HeaderMap, header};
 use futures::StreamExt;
-use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::errors::ApiError;
+use super::errors::{ApiError, NO_FIELD};
+use super::json::{self, FromBody};
+use crate::request::RequestError;
 
 /// How long a body may take to arrive: a full one at less than 1 Mbit/s.
 const BODY_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Reads and parses a body.
-///
-/// # Errors
-///
-/// 413, 415, 408 or 400, in this order.
-pub(super) async fn read_json<T: DeserializeOwned>(
-    request: Request,
+/// Bytes of a body that count as small. Small ones are bounded by the number of open requests
+/// alone, 512 x 32 KiB = 16 MiB by default, so that those who send large ones, however slowly,
+/// cannot shut out the others.
+const SMALL_BYTES: usize = 32 << 10;
+
+/// Bytes beyond [`SMALL_BYTES`] of all bodies together: twelve of the largest by default. A body
+/// costs at most three times its bytes while it is parsed, so all of them stay below 200 MiB.
+const LARGE_BYTES: usize = 48 << 20;
+
+/// A permit of [`Bodies::large`] stands for so many bytes.
+const PERMIT_BYTES: usize = 1 << 10;
+
+/// Bodies that are parsed at once, of the small and of the large ones: more only take turns on the
+/// same cores. Small ones have turns of their own and so never wait for large ones.
+const PARSED_AT_ONCE: usize = 2;
+
+/// What all bodies share.
+#[derive(Debug)]
+pub(super) struct Bodies {
     limit_bytes: usize,
-) -> Result<T, ApiError> {
-    // A web page of another origin can send every other type without asking.
-    let media_type = request.headers().get(header::CONTENT_TYPE);
+    context: usize,
+    large: Arc<Semaphore>,
+    parsing_small: Arc<Semaphore>,
+    parsing_large: Arc<Semaphore>,
+}
+
+/// What was read of a body; the memory it takes is free for others when `room` is dropped.
+#[derive(Debug)]
+pub(super) struct Held<T> {
+    pub(super) value: T,
+    pub(super) room: Room,
+}
+
+/// The memory that one body holds.
+#[derive(Debug, Default)]
+pub(super) struct Room(Option<OwnedSemaphorePermit>);
+
+impl Bodies {
+    /// Bodies of at most `limit_bytes`, at least one of that size at once, for a model of
+    /// `context` tokens.
+    pub(super) fn new(limit_bytes: usize, context: usize) -> Self {
+        let permits = LARGE_BYTES.max(limit_bytes).div_ceil(PERMIT_BYTES);
+        Self {
+            limit_bytes,
+            context,
+            large: Arc::new(Semaphore::new(permits)),
+            parsing_small: Arc::new(Semaphore::new(PARSED_AT_ONCE)),
+            parsing_large: Arc::new(Semaphore::new(PARSED_AT_ONCE)),
+        }
+    }
+
+    /// Reads and parses a body.
+    ///
+    /// # Errors
+    ///
+    /// 415, 413, 429, 408 or 400.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops the body; parsing that began runs to its end and holds its room
+    /// until then.
+    pub(super) async fn read_json<T: FromBody + Send + 'static>(
+        &self,
+        request: Request,
+    ) -> Result<Held<T>, ApiError> {
+        check_type(request.headers())?;
+        // Before anything is read, so that a client that waits for `100 Continue` keeps it.
+        let declared = content_length(request.headers());
+        if declared.is_some_and(|bytes| bytes > self.limit_bytes as u64) {
+            return Err(ApiError::too_large(self.limit_bytes));
+        }
+        let read = tokio::time::timeout(BODY_PATIENCE, self.read(request, declared));
+        let (body, room) = read.await.map_err(|_| ApiError::slow_body())??;
+        let turns =
+            if body.len() > SMALL_BYTES { &self.parsing_large } else { &self.parsing_small };
+        let turn = Arc::clone(turns).acquire_owned().await.map_err(|_| failed())?;
+        let context = self.context;
+        let parsed = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            json::parse::<T>(&body, context).map(|value| Held { value, room })
+        });
+        parsed.await.map_err(|error| {
+            tracing::error!(%error, "the parser panicked");
+            failed()
+        })?
+    }
+
+    async fn read(
+        &self,
+        request: Request,
+        declared: Option<u64>,
+    ) -> Result<(Vec<u8>, Room), ApiError> {
+        let most = declared.map_or(self.limit_bytes, |bytes| bytes as usize);
+        let mut bytes = Vec::new();
+        let mut room = Room::default();
+        let mut frames = request.into_body().into_data_stream();
+        while let Some(frame) = frames.next().await {
+            let frame =
+                frame.map_err(|_| ApiError::invalid(NO_FIELD, "the request's body ended early"))?;
+            let needed = bytes.len() + frame.len();
+            if needed > self.limit_bytes {
+                return Err(ApiError::too_large(self.limit_bytes));
+            }
+            if needed > bytes.capacity() {
+                // What was declared is not believed before it comes.
+                let capacity = (2 * needed).min(most).max(needed);
+                bytes.reserve_exact(capacity - bytes.len());
+            }
+            room.grow(&self.large, needed)?;
+            bytes.extend_from_slice(&frame);
+        }
+        Ok((bytes, room))
+    }
+}
+
+impl Room {
+    /// Takes what a body of so many bytes needs.
+    fn grow(&mut self, large: &Arc<Semaphore>, bytes: usize) -> Result<(), ApiError> {
+        let needed = bytes.saturating_sub(SMALL_BYTES).div_ceil(PERMIT_BYTES);
+        let held = self.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let Some(more) = needed.checked_sub(held).filter(|&more| more > 0) else { return Ok(()) };
+        let more = u32::try_from(more).map_err(|_| ApiError::no_room_for_body())?;
+        let more = Arc::clone(large)
+            .try_acquire_many_owned(more)
+            .map_err(|_| ApiError::no_room_for_body())?;
+        match &mut self.0 {
+            Some(held) => held.merge(more),
+            none => *none = Some(more),
+        }
+        Ok(())
+    }
+}
+
+/// A web page of another origin can send every type but JSON without asking.
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let media_type = headers.get(header::CONTENT_TYPE);
     let is_json = media_type
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.split(';').next())
@@ -30,24 +159,120 @@ pub(super) async fn read_json<T: DeserializeOwned>(
     if !is_json {
         return Err(ApiError::media_type());
     }
-    let read = read(request, limit_bytes);
-    let bytes =
-        tokio::time::timeout(BODY_PATIENCE, read).await.map_err(|_| ApiError::slow_body())??;
-    serde_json::from_slice(&bytes).map_err(|error| {
-        ApiError::invalid(None, format!("the body is not a valid request: {error}"))
-    })
+    for encoding in headers.get_all(header::CONTENT_ENCODING) {
+        let encoding = encoding.to_str().unwrap_or("that is not ASCII").trim();
+        if !encoding.is_empty() && !encoding.eq_ignore_ascii_case("identity") {
+            let shown: String = encoding.chars().take(proto::limits::NAME_BYTES).collect();
+            return Err(ApiError::encoded(&shown));
+        }
+    }
+    Ok(())
 }
 
-async fn read(request: Request, limit_bytes: usize) -> Result<Vec<u8>, ApiError> {
-    let mut bytes = Vec::new();
-    let mut frames = request.into_body().into_data_stream();
-    while let Some(frame) = frames.next().await {
-        let frame =
-            frame.map_err(|_| ApiError::invalid(None, "the body broke off before its end"))?;
-        if bytes.len() + frame.len() > limit_bytes {
-            return Err(ApiError::too_large(limit_bytes));
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+}
+
+fn failed() -> ApiError {
+    RequestError::Internal { message: "the server failed on this body".to_owned() }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, Bytes};
+    use futures::stream;
+    use std::convert::Infallible;
+
+    use super::super::json::Object;
+    use super::*;
+
+    /// The name of the thread that parsed.
+    struct ParsedBy(std::thread::ThreadId);
+
+    impl FromBody for ParsedBy {
+        fn read<'de, A: serde::de::MapAccess<'de>>(
+            mut object: Object<'_, A>,
+        ) -> Result<Self, A::Error> {
+            while object.name()?.is_some() {
+                object.skip()?;
+            }
+            Ok(Self(std::thread::current().id()))
         }
-        bytes.extend_from_slice(&frame);
     }
-    Ok(bytes)
+
+    fn request(headers: &[(&str, &str)], body: Body) -> Request {
+        let mut request = Request::post("/").header("content-type", "application/json");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(body).unwrap()
+    }
+
+    fn body_of(bytes: usize) -> String {
+        format!("{{\"x\":\"{}\"}}", "a".repeat(bytes - 8))
+    }
+
+    async fn status(bodies: &Bodies, request: Request) -> (u16, String) {
+        let error = bodies.read_json::<ParsedBy>(request).await.unwrap_err();
+        (error.status.as_u16(), error.body()["error"]["message"].to_string())
+    }
+
+    impl std::fmt::Debug for ParsedBy {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            self.0.fmt(f)
+        }
+    }
+
+    #[tokio::test]
+    async fn no_body_is_parsed_on_a_thread_of_the_runtime() {
+        let bodies = Bodies::new(4 << 20, 16);
+        // This runtime has one thread: the test's own.
+        for bytes in [16, SMALL_BYTES, 1 << 20] {
+            let held = bodies.read_json::<ParsedBy>(request(&[], body_of(bytes).into())).await;
+            assert_ne!(held.unwrap().value.0, std::thread::current().id());
+        }
+    }
+
+    #[tokio::test]
+    async fn memory_of_large_bodies_is_bounded_and_small_ones_are_served_all_the_same() {
+        let bodies = Bodies::new(4 << 20, 16);
+        let full = || request(&[], body_of(4 << 20).into());
+        let mut held = Vec::new();
+        let refused = loop {
+            match bodies.read_json::<ParsedBy>(full()).await {
+                Ok(body) => held.push(body),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.status.as_u16(), 429);
+        assert_eq!(held.len(), LARGE_BYTES / (4 << 20));
+        let small = bodies.read_json::<ParsedBy>(request(&[], body_of(SMALL_BYTES).into())).await;
+        small.unwrap();
+        held.pop();
+        bodies.read_json::<ParsedBy>(full()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_taken_is_refused_before_it_is_read() {
+        let bodies = Bodies::new(1 << 10, 16);
+        let never = || {
+            let frames =
+                stream::poll_fn(|_| -> std::task::Poll<Option<Result<Bytes, Infallible>>> {
+                    panic!("the body was read")
+                });
+            Body::from_stream(frames)
+        };
+        let oversize = request(&[("content-length", "1025"), ("expect", "100-continue")], never());
+        assert_eq!(status(&bodies, oversize).await.0, 413);
+        let (code, message) =
+            status(&bodies, request(&[("content-encoding", "gzip")], never())).await;
+        assert_eq!(code, 415);
+        assert!(message.contains("gzip"), "{message}");
+        let plain = request(&[("content-encoding", "identity")], "{}".into());
+        bodies.read_json::<ParsedBy>(plain).await.unwrap();
+        // One that does not say how long it is.
+        let chunks =
+            stream::iter((0..3).map(|_| Ok::<_, Infallible>(Bytes::from(vec![b' '; 500]))));
+        assert_eq!(status(&bodies, request(&[], Body::from_stream(chunks))).await.0, 413);
+    }
 }

@@ -1,84 +1,291 @@
 //! `POST /v1/chat/completions`: the model's chat template is applied to a conversation.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use proto::generate::{ChatMessage, GenerateEvent, GenerateRequest, Prompt};
-use serde::Deserialize;
+use proto::limits;
+use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Map, Value, json};
 
-use super::body::read_json;
+use super::body::Held;
 use super::choices::{Choices, Wanted, WholeAnswer};
 use super::errors::ApiError;
+use super::json::{
+    Boolean, Filled, FromBody, Integer, Items, List, Maybe, Object, Present, Shape, Skip, Text,
+    Wrong,
+};
 use super::logprobs;
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
-use super::types::Parameters;
+use super::types::{Arguments, Parameters, SHOWN_CHARS};
 use super::{Api, idempotency_key, new_id, now_unix_s};
 
+/// Entries of `modalities`: OpenAI has two.
+const MAX_MODALITIES: usize = 8;
+
 /// The body of a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default)]
 pub(super) struct Body {
-    messages: Option<Vec<Message>>,
+    messages: Option<Vec<ChatMessage>>,
     /// The newer name of `max_tokens`.
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
-    tools: Option<Vec<Value>>,
-    functions: Option<Vec<Value>>,
-    tool_choice: Option<Value>,
-    response_format: Option<Value>,
-    modalities: Option<Vec<String>>,
-    audio: Option<Value>,
-    chat_template: Option<Value>,
+    tools: bool,
+    functions: bool,
+    tool_choice: Option<String>,
+    response_format: Option<String>,
+    /// Whether one of them is not text.
+    spoken: bool,
+    audio: bool,
+    chat_template: bool,
     chat_template_kwargs: Option<Map<String, Value>>,
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
-    #[serde(flatten)]
     parameters: Parameters,
 }
 
+impl FromBody for Body {
+    fn read<'de, A: MapAccess<'de>>(mut object: Object<'_, A>) -> Result<Self, A::Error> {
+        let mut body = Self::default();
+        while let Some(name) = object.name()? {
+            match name.as_str() {
+                "messages" => {
+                    let (item, limit) = (|| Turn, limits::CHAT_MESSAGES);
+                    let turns = Maybe(List { item, limit, wanted: "a list of messages" });
+                    object.take("messages", turns, &mut body.messages)?;
+                }
+                "max_completion_tokens" => object.take(
+                    "max_completion_tokens",
+                    Maybe(Integer::new()),
+                    &mut body.max_completion_tokens,
+                )?,
+                "logprobs" => object.take("logprobs", Maybe(Boolean), &mut body.logprobs)?,
+                "top_logprobs" => {
+                    object.take("top_logprobs", Maybe(Integer::new()), &mut body.top_logprobs)?;
+                }
+                "tools" => object.take("tools", Filled, &mut body.tools)?,
+                "functions" => object.take("functions", Filled, &mut body.functions)?,
+                "tool_choice" => {
+                    object.take("tool_choice", Maybe(WordOrObject), &mut body.tool_choice)?;
+                }
+                "response_format" => {
+                    object.take("response_format", Maybe(TypeOf), &mut body.response_format)?;
+                }
+                "modalities" => {
+                    let (item, limit) = (Text::word, MAX_MODALITIES);
+                    let list = Maybe(List { item, limit, wanted: "a list of strings" });
+                    let mut modalities = None;
+                    object.take("modalities", list, &mut modalities)?;
+                    body.spoken = modalities.iter().flatten().any(|modality| modality != "text");
+                }
+                "audio" => object.take("audio", Present, &mut body.audio)?,
+                "chat_template" => {
+                    object.take("chat_template", Present, &mut body.chat_template)?;
+                }
+                "chat_template_kwargs" => object.take(
+                    "chat_template_kwargs",
+                    Maybe(Arguments),
+                    &mut body.chat_template_kwargs,
+                )?,
+                "add_generation_prompt" => object.take(
+                    "add_generation_prompt",
+                    Maybe(Boolean),
+                    &mut body.add_generation_prompt,
+                )?,
+                "continue_final_message" => object.take(
+                    "continue_final_message",
+                    Maybe(Boolean),
+                    &mut body.continue_final_message,
+                )?,
+                _ => body.parameters.field(&name, &mut object)?,
+            }
+        }
+        Ok(body)
+    }
+}
+
 /// One turn.
-#[derive(Clone, Debug, Deserialize)]
-struct Message {
-    role: String,
-    content: Option<Content>,
-    tool_calls: Option<Vec<Value>>,
+struct Turn;
+
+impl<'de> Shape<'de> for Turn {
+    type Value = ChatMessage;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "an object with a role and a content".into()
+    }
+
+    fn object<A: MapAccess<'de>>(self, mut object: Object<'_, A>) -> Result<Self::Value, A::Error> {
+        let (mut role, mut content, mut calls) = (None, None, false);
+        while let Some(name) = object.name()? {
+            match name.as_str() {
+                "role" => object.take("role", Maybe(Text::word()), &mut role)?,
+                "content" => object.take("content", Maybe(Content), &mut content)?,
+                "tool_calls" => object.take("tool_calls", Filled, &mut calls)?,
+                _ => object.skip()?,
+            }
+        }
+        if calls {
+            let place = object.places.name().unwrap_or_default();
+            let what = "a message with tool calls";
+            let error = ApiError::unsupported(format!("{place}.tool_calls"), what);
+            return Err(object.places.fail(error));
+        }
+        let Some(role) = role else { return Err(object.places.refuse("needs a role")) };
+        // The newer name for the same role; templates know the older.
+        let role = if role == "developer" { "system".to_owned() } else { role };
+        Ok(ChatMessage { role, content: content.unwrap_or_default() })
+    }
 }
 
 /// What a turn says: a text or parts of one.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
+struct Content;
+
+impl<'de> Shape<'de> for Content {
+    type Value = String;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "a string or a list of text parts".into()
+    }
+
+    fn text(self, value: &str) -> Result<String, Wrong> {
+        Ok(value.to_owned())
+    }
+
+    fn list<A: SeqAccess<'de>>(self, mut items: Items<'_, A>) -> Result<String, A::Error> {
+        let mut content = String::new();
+        while let Some(part) = items.next(Part)? {
+            if content.is_empty() {
+                content = part;
+            } else {
+                content.push_str(&part);
+            }
+        }
+        Ok(content)
+    }
 }
 
-#[derive(Clone, Debug, Deserialize)]
-struct Part {
-    #[serde(rename = "type")]
-    kind: String,
-    text: Option<String>,
+struct Part;
+
+impl<'de> Shape<'de> for Part {
+    type Value = String;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "an object with a type and a text".into()
+    }
+
+    fn object<A: MapAccess<'de>>(self, mut object: Object<'_, A>) -> Result<String, A::Error> {
+        let (mut kind, mut text) = (None, None);
+        while let Some(name) = object.name()? {
+            match name.as_str() {
+                "type" => object.take("type", Maybe(PartType), &mut kind)?,
+                "text" => object.take("text", Maybe(Text::whole()), &mut text)?,
+                _ => object.skip()?,
+            }
+        }
+        match (kind, text) {
+            (Some(()), Some(text)) => Ok(text),
+            (None, _) => Err(object.places.refuse("needs a type")),
+            (_, None) => Err(object.places.refuse("needs a text")),
+        }
+    }
+}
+
+struct PartType;
+
+impl Shape<'_> for PartType {
+    type Value = ();
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "\"text\"".into()
+    }
+
+    fn text(self, value: &str) -> Result<(), Wrong> {
+        if value == "text" {
+            return Ok(());
+        }
+        let shown: String = value.chars().take(SHOWN_CHARS).collect();
+        Err(Wrong::Because(format!("must be \"text\", the only part there is, found {shown:?}")))
+    }
+}
+
+/// A word, or an object that stands for none of them.
+struct WordOrObject;
+
+impl<'de> Shape<'de> for WordOrObject {
+    type Value = String;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "a string or an object".into()
+    }
+
+    fn text(self, value: &str) -> Result<String, Wrong> {
+        Text::word().text(value)
+    }
+
+    fn object<A: MapAccess<'de>>(self, object: Object<'_, A>) -> Result<String, A::Error> {
+        Skip.object(object).map(|()| "object".to_owned())
+    }
+}
+
+/// The `type` of an object; empty if it has none.
+struct TypeOf;
+
+impl<'de> Shape<'de> for TypeOf {
+    type Value = String;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "an object with a type".into()
+    }
+
+    fn object<A: MapAccess<'de>>(self, mut object: Object<'_, A>) -> Result<String, A::Error> {
+        let mut kind = None;
+        while let Some(name) = object.name()? {
+            match name.as_str() {
+                "type" => object.take("type", Maybe(Text::word()), &mut kind)?,
+                _ => object.skip()?,
+            }
+        }
+        Ok(kind.unwrap_or_default())
+    }
 }
 
 /// Answers a request.
 pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
     let headers = request.headers().clone();
-    let body: Body = read_json(request, api.body_bytes).await?;
+    let Held { value: body, room } = api.bodies.read_json::<Body>(request).await?;
     let n = body.parameters.choices()?;
-    let generate = body.request(idempotency_key(&headers))?;
     let streamed = body.parameters.stream.unwrap_or(false);
+    let options = body.parameters.stream_options.unwrap_or_default();
+    let with_logprobs = body.logprobs.unwrap_or(false);
+    let generate = body.request(idempotency_key(&headers))?;
     let wanted = Wanted { requests: vec![generate], n, prompts_only: false, stream: streamed };
     let choices = Choices::start(&api, &headers, wanted).await?;
+    // The texts are tokens now.
+    drop(room);
     let id = new_id("chatcmpl-");
-    let with_logprobs = body.logprobs.unwrap_or(false);
     let prompt_tokens = choices.prompt_tokens();
+    let model = api.service.model.name.clone();
     if streamed {
-        let options = body.parameters.stream_options.unwrap_or_default();
         let chunks = ChatChunks { id, logprobs: with_logprobs };
-        let model = api.service.model.name.clone();
         return Ok(sse::respond(choices.events(), chunks, model, prompt_tokens, options));
     }
     let answers = choices.whole().await?;
+    let render = move |_: &_| {
+        Json(whole(&id, &model, with_logprobs, prompt_tokens, &answers)).into_response()
+    };
+    Ok(api.service.compute(render).await?)
+}
+
+fn whole(
+    id: &str,
+    model: &str,
+    with_logprobs: bool,
+    prompt_tokens: u64,
+    answers: &[WholeAnswer],
+) -> Value {
     let completion_tokens = answers.iter().map(WholeAnswer::completion_tokens).sum();
     let class = class_of(answers.iter().map(|answer| &answer.started));
     let listed: Vec<Value> = answers
@@ -98,39 +305,32 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
             })
         })
         .collect();
-    Ok(Json(json!({
+    json!({
         "id": id,
         "object": "chat.completion",
         "created": now_unix_s(),
-        "model": api.service.model.name,
+        "model": model,
         "system_fingerprint": fingerprint(class),
         "choices": listed,
         "usage": usage(prompt_tokens, completion_tokens),
-    }))
-    .into_response())
+    })
 }
 
 impl Body {
-    fn request(&self, idempotency_key: String) -> Result<GenerateRequest, ApiError> {
+    fn request(self, idempotency_key: String) -> Result<GenerateRequest, ApiError> {
         self.refuse_unsupported()?;
-        let messages = self
-            .messages
-            .iter()
-            .flatten()
-            .enumerate()
-            .map(|(index, message)| message.turn(index))
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut arguments = self.chat_template_kwargs.clone().unwrap_or_default();
+        let messages = self.messages.unwrap_or_default();
+        let mut arguments = self.chat_template_kwargs.unwrap_or_default();
         if let Some(add) = self.add_generation_prompt {
             arguments.insert("add_generation_prompt".into(), add.into());
         }
         let template_arguments_json =
             if arguments.is_empty() { String::new() } else { Value::from(arguments).to_string() };
-        let common = self.parameters.request()?;
         let (name, max_tokens) = match self.max_completion_tokens {
             Some(max_tokens) => ("max_completion_tokens", Some(max_tokens)),
             None => ("max_tokens", self.parameters.max_tokens),
         };
+        let common = self.parameters.request()?;
         if max_tokens == Some(0) {
             return Err(ApiError::invalid(Some(name), format!("{name} must be at least 1")));
         }
@@ -149,24 +349,21 @@ impl Body {
     }
 
     fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        let some = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
-        if some(&self.tools) || some(&self.functions) {
-            return Err(ApiError::unsupported("tools", "calling tools"));
+        if self.tools || self.functions {
+            let name = if self.tools { "tools" } else { "functions" };
+            return Err(ApiError::unsupported(name, "calling tools"));
         }
-        let choice = self.tool_choice.as_ref().map(|choice| choice.as_str().unwrap_or("object"));
-        if !matches!(choice, None | Some("none" | "auto")) {
+        if !matches!(self.tool_choice.as_deref(), None | Some("none" | "auto")) {
             return Err(ApiError::unsupported("tool_choice", "choosing a tool"));
         }
-        let format = self.response_format.as_ref();
-        let format = format.map(|format| format.get("type").and_then(Value::as_str).unwrap_or(""));
-        if !matches!(format, None | Some("text")) {
+        if !matches!(self.response_format.as_deref(), None | Some("text")) {
             return Err(ApiError::unsupported("response_format", "a response format but text"));
         }
-        let spoken = self.modalities.iter().flatten().any(|modality| modality != "text");
-        if spoken || self.audio.is_some() {
-            return Err(ApiError::unsupported("modalities", "anything but text"));
+        if self.spoken || self.audio {
+            let name = if self.spoken { "modalities" } else { "audio" };
+            return Err(ApiError::unsupported(name, "anything but text"));
         }
-        if self.chat_template.is_some() {
+        if self.chat_template {
             let what = "a chat template in a request";
             return Err(ApiError::unsupported("chat_template", what));
         }
@@ -175,32 +372,6 @@ impl Body {
             return Err(ApiError::unsupported("continue_final_message", what));
         }
         Ok(())
-    }
-}
-
-impl Message {
-    fn turn(&self, index: usize) -> Result<ChatMessage, ApiError> {
-        if self.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty()) {
-            return Err(ApiError::unsupported("messages", "a message with tool calls"));
-        }
-        let content = match &self.content {
-            None => String::new(),
-            Some(Content::Text(text)) => text.clone(),
-            Some(Content::Parts(parts)) => {
-                let mut content = String::new();
-                for part in parts {
-                    let (true, Some(text)) = (part.kind == "text", &part.text) else {
-                        let message = format!("message {index} has a part that is not a text");
-                        return Err(ApiError::invalid(Some("messages"), message));
-                    };
-                    content.push_str(text);
-                }
-                content
-            }
-        };
-        // The newer name for the same role; templates know the older.
-        let role = if self.role == "developer" { "system" } else { &self.role };
-        Ok(ChatMessage { role: role.to_owned(), content })
     }
 }
 

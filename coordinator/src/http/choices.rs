@@ -10,7 +10,7 @@ use tracing::Instrument;
 use super::Api;
 use crate::answer::Answer;
 use crate::request::RequestError;
-use crate::service::Prepared;
+use crate::service::{self, Prepared};
 use crate::spans::request_span;
 
 /// All answers to one HTTP request, in the order of their indices.
@@ -64,8 +64,12 @@ impl Choices {
         let started = async {
             let mut prompts = Vec::with_capacity(requests.len());
             for request in requests {
-                let prepared = api.service.prepare(request).await?;
-                prompts.push(if prompts_only { prepared.without_answer() } else { prepared });
+                let answer = if prompts_only {
+                    service::Wanted::PromptOnly
+                } else {
+                    service::Wanted::Answer
+                };
+                prompts.push(api.service.prepare(request, answer).await?);
             }
             let mut answers = Vec::with_capacity(choices);
             for prompt in &prompts {

@@ -1,19 +1,25 @@
 //! `POST /v1/completions`: a prompt is gone on with, as it is.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use proto::generate::{GenerateEvent, GenerateRequest, Prompt};
-use serde::Deserialize;
+use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Value, json};
 
-use super::body::read_json;
+use super::body::{Held, Room};
 use super::choices::{Choices, Wanted, WholeAnswer};
 use super::errors::ApiError;
-use super::logprobs::ForCompletion;
+use super::json::{Boolean, FromBody, Integer, Items, Maybe, Number, Object, Shape, Text, Wrong};
+use super::logprobs::{ForCompletion, TextEnd};
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::Parameters;
 use super::{Api, idempotency_key, new_id, now_unix_s};
+use crate::request::RequestError;
+use crate::text::Text as ModelText;
 
 /// Prompts in one request: what evaluation harnesses send at once.
 const MAX_PROMPTS: usize = 64;
@@ -22,105 +28,213 @@ const MAX_PROMPTS: usize = 64;
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// The body of a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default)]
 pub(super) struct Body {
-    prompt: Option<Prompts>,
+    prompt: Option<Vec<Prompt>>,
     echo: Option<bool>,
     logprobs: Option<u32>,
     suffix: Option<String>,
-    #[serde(flatten)]
     parameters: Parameters,
 }
 
-/// All the forms that a prompt may have.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum Prompts {
-    Text(String),
-    Texts(Vec<String>),
-    Tokens(Vec<u32>),
-    TokenLists(Vec<Vec<u32>>),
+impl FromBody for Body {
+    fn read<'de, A: MapAccess<'de>>(mut object: Object<'_, A>) -> Result<Self, A::Error> {
+        let mut body = Self::default();
+        while let Some(name) = object.name()? {
+            match name.as_str() {
+                "prompt" => object.take("prompt", Maybe(Prompts), &mut body.prompt)?,
+                "echo" => object.take("echo", Maybe(Boolean), &mut body.echo)?,
+                "logprobs" => object.take("logprobs", Maybe(Integer::new()), &mut body.logprobs)?,
+                "suffix" => object.take("suffix", Maybe(Text::word()), &mut body.suffix)?,
+                _ => body.parameters.field(&name, &mut object)?,
+            }
+        }
+        Ok(body)
+    }
 }
 
-impl Prompts {
-    fn into_prompts(self) -> Vec<Prompt> {
-        match self {
-            Self::Text(text) => vec![Prompt::Text(text)],
-            Self::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-            Self::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
-            Self::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+/// All the forms that `prompt` may have.
+struct Prompts;
+
+impl<'de> Shape<'de> for Prompts {
+    type Value = Vec<Prompt>;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "a string, a list of strings, a list of token ids or a list of such lists".into()
+    }
+
+    fn text(self, value: &str) -> Result<Vec<Prompt>, Wrong> {
+        Ok(vec![Prompt::Text(value.to_owned())])
+    }
+
+    fn list<A: SeqAccess<'de>>(self, mut items: Items<'_, A>) -> Result<Vec<Prompt>, A::Error> {
+        let first = match items.next(Entry)? {
+            None => return Ok(Vec::new()),
+            Some(First::Token(token)) => {
+                return Ok(vec![Prompt::Tokens(token_ids(vec![token], items)?)]);
+            }
+            Some(First::Text(text)) => Prompt::Text(text),
+            Some(First::Tokens(tokens)) => Prompt::Tokens(tokens),
+        };
+        let texts = matches!(first, Prompt::Text(_));
+        let mut prompts = vec![first];
+        loop {
+            let next = if texts {
+                items.next(Text::whole())?.map(Prompt::Text)
+            } else {
+                items.next(TokenIds)?.map(Prompt::Tokens)
+            };
+            let Some(next) = next else { return Ok(prompts) };
+            if prompts.len() == MAX_PROMPTS {
+                let message = format_args!("may hold {MAX_PROMPTS} prompts, found more");
+                return Err(items.places.refuse(message));
+            }
+            prompts.push(next);
         }
     }
+}
+
+/// The first entry of `prompt`: it says what the others are.
+enum First {
+    Text(String),
+    Token(u32),
+    Tokens(Vec<u32>),
+}
+
+struct Entry;
+
+impl<'de> Shape<'de> for Entry {
+    type Value = First;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "a string, a token id or a list of token ids".into()
+    }
+
+    fn number(self, value: Number) -> Result<First, Wrong> {
+        Integer::new().number(value).map(First::Token)
+    }
+
+    fn text(self, value: &str) -> Result<First, Wrong> {
+        Ok(First::Text(value.to_owned()))
+    }
+
+    fn list<A: SeqAccess<'de>>(self, items: Items<'_, A>) -> Result<First, A::Error> {
+        TokenIds.list(items).map(First::Tokens)
+    }
+}
+
+/// One prompt in tokens.
+struct TokenIds;
+
+impl<'de> Shape<'de> for TokenIds {
+    type Value = Vec<u32>;
+
+    fn wanted(&self) -> Cow<'static, str> {
+        "a list of token ids".into()
+    }
+
+    fn list<A: SeqAccess<'de>>(self, items: Items<'_, A>) -> Result<Vec<u32>, A::Error> {
+        token_ids(Vec::new(), items)
+    }
+}
+
+/// `ids` and those that follow, at most a context of them.
+fn token_ids<'de, A: SeqAccess<'de>>(
+    mut ids: Vec<u32>,
+    mut items: Items<'_, A>,
+) -> Result<Vec<u32>, A::Error> {
+    let context = items.places.context;
+    while let Some(id) = items.next(Integer::new())? {
+        if ids.len() >= context {
+            let error = ApiError::context_length(items.places.name(), context);
+            return Err(items.places.fail(error));
+        }
+        ids.push(id);
+    }
+    // There may be as many lists as prompts.
+    ids.shrink_to_fit();
+    Ok(ids)
 }
 
 /// Answers a request.
 pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
     let headers = request.headers().clone();
-    let body: Body = read_json(request, api.body_bytes).await?;
-    let (requests, n) = body.requests(&idempotency_key(&headers))?;
+    let Held { value: body, room } = api.bodies.read_json::<Body>(request).await?;
     let streamed = body.parameters.stream.unwrap_or(false);
-    let texts: Vec<Option<String>> = requests
-        .iter()
-        .map(|request| match &request.prompt {
+    let options = body.parameters.stream_options.unwrap_or_default();
+    let prompts_only = body.parameters.max_tokens == Some(0);
+    let (echo, logprobs) = (body.echo.unwrap_or(false), body.logprobs.is_some());
+    let (requests, n) = body.requests(&idempotency_key(&headers))?;
+    let texts: Vec<Option<String>> = if echo {
+        let text = |request: &GenerateRequest| match &request.prompt {
             Prompt::Text(text) => Some(text.clone()),
             _ => None,
-        })
-        .collect();
-    let prompts_only = body.parameters.max_tokens == Some(0);
-    let wanted = Wanted { requests, n, prompts_only, stream: streamed };
-    let choices = Choices::start(&api, &headers, wanted).await?;
-    let prompts = if body.echo.unwrap_or(false) {
-        let prompts = choices.prompts.iter().zip(texts);
-        prompts.map(|(prompt, text)| EchoedPrompt::new(&api, prompt.prompt(), text)).collect()
+        };
+        requests.iter().map(text).collect()
     } else {
         Vec::new()
     };
-    let shape =
-        Shape { id: new_id("cmpl-"), logprobs: body.logprobs.is_some(), prompts, n: choices.n };
+    let wanted = Wanted { requests, n, prompts_only, stream: streamed };
+    let choices = Choices::start(&api, &headers, wanted).await.map_err(as_sent)?;
+    let tokens: Vec<Vec<u32>> = if echo {
+        choices.prompts.iter().map(|prompt| prompt.prompt().to_vec()).collect()
+    } else {
+        Vec::new()
+    };
+    let echoed = move |text: &_| {
+        let prompts = texts.into_iter().zip(tokens);
+        prompts.map(|(given, tokens)| EchoedPrompt::new(text, tokens, given)).collect()
+    };
+    let prompts = api.service.compute(echoed).await?;
+    // Only an echo goes on holding the texts.
+    let room = echo.then_some(room);
+    let common = Common {
+        id: new_id("cmpl-"),
+        logprobs,
+        prompts,
+        n: choices.n,
+        text: api.service.text(),
+        _room: room,
+    };
+    let prompt_tokens = choices.prompt_tokens();
+    let model = api.service.model.name.clone();
     if streamed {
-        let options = body.parameters.stream_options.unwrap_or_default();
-        let prompt_tokens = choices.prompt_tokens();
-        let offsets = vec![0; choices.prompts.len() * choices.n];
-        let chunks = CompletionChunks { shape, offsets };
-        let model = api.service.model.name.clone();
+        let ends = vec![TextEnd::default(); choices.prompts.len() * choices.n];
+        let chunks = CompletionChunks { common, ends };
         return Ok(sse::respond(choices.events(), chunks, model, prompt_tokens, options));
     }
-    let prompt_tokens = choices.prompt_tokens();
     let answers = choices.whole().await?;
-    let completion_tokens = answers.iter().map(WholeAnswer::completion_tokens).sum();
-    let class = class_of(answers.iter().map(|answer| &answer.started));
-    let listed: Vec<Value> =
-        answers.iter().enumerate().map(|(index, answer)| shape.choice(index, answer)).collect();
-    Ok(Json(json!({
-        "id": shape.id,
-        "object": CompletionChunks::OBJECT,
-        "created": now_unix_s(),
-        "model": api.service.model.name,
-        "system_fingerprint": fingerprint(class),
-        "choices": listed,
-        "usage": usage(prompt_tokens, completion_tokens),
-    }))
-    .into_response())
+    let render = move |_: &_| Json(common.whole(&model, prompt_tokens, &answers)).into_response();
+    Ok(api.service.compute(render).await?)
+}
+
+/// `logprobs` is another word here for what the schema calls `top_logprobs`.
+fn as_sent(error: RequestError) -> RequestError {
+    match error {
+        RequestError::Invalid { parameter, message } if parameter == "top_logprobs" => {
+            RequestError::invalid("logprobs", message.replace("top_logprobs", "logprobs"))
+        }
+        other => other,
+    }
 }
 
 impl Body {
     /// One request for each prompt, and how many answers to each.
-    fn requests(&self, idempotency_key: &str) -> Result<(Vec<GenerateRequest>, u32), ApiError> {
+    fn requests(self, idempotency_key: &str) -> Result<(Vec<GenerateRequest>, u32), ApiError> {
         let n = self.parameters.choices()?;
         if self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
             return Err(ApiError::unsupported("suffix", "a suffix"));
         }
-        let prompts = self.prompt.clone().map(Prompts::into_prompts).unwrap_or_default();
+        let prompts = self.prompt.unwrap_or_default();
         if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
             let message =
                 format!("prompt must hold 1 to {MAX_PROMPTS} prompts, found {}", prompts.len());
             return Err(ApiError::invalid(Some("prompt"), message));
         }
-        let common = self.parameters.request()?;
         let echo = self.echo.unwrap_or(false);
         let max_tokens = match self.parameters.max_tokens {
             None => DEFAULT_MAX_TOKENS,
-            // There will be no answer; its least length is what the prompt is checked with.
+            // There will be no answer: [`Wanted::prompts_only`].
             Some(0) if echo => 1,
             Some(0) => {
                 let message = "max_tokens must be at least 1, or 0 with echo";
@@ -128,6 +242,7 @@ impl Body {
             }
             Some(max_tokens) => max_tokens,
         };
+        let common = self.parameters.request()?;
         let requests = prompts
             .into_iter()
             .map(|prompt| GenerateRequest {
@@ -146,32 +261,52 @@ impl Body {
 /// A prompt that stands before its answers.
 struct EchoedPrompt {
     text: String,
-    tokens: Vec<String>,
+    tokens: Vec<u32>,
 }
 
 impl EchoedPrompt {
-    /// `text` as the client gave it, else that of the tokens.
-    fn new(api: &Api, prompt: &[u32], text: Option<String>) -> Self {
-        let tokens = api.service.texts(prompt);
-        Self { text: text.unwrap_or_else(|| tokens.concat()), tokens }
+    /// `given` as the client wrote it, else the text of the tokens as a whole.
+    fn new(text: &ModelText, tokens: Vec<u32>, given: Option<String>) -> Self {
+        let text = given.unwrap_or_else(|| text.decode(&tokens));
+        Self { text, tokens }
     }
 }
 
 /// What all choices of one response have in common.
-struct Shape {
+struct Common {
     id: String,
     logprobs: bool,
     /// Empty unless they are echoed.
     prompts: Vec<EchoedPrompt>,
     n: usize,
+    text: Arc<ModelText>,
+    /// Of the texts in `prompts`.
+    _room: Option<Room>,
 }
 
-impl Shape {
+impl Common {
+    fn whole(&self, model: &str, prompt_tokens: u64, answers: &[WholeAnswer]) -> Value {
+        let completion_tokens = answers.iter().map(WholeAnswer::completion_tokens).sum();
+        let class = class_of(answers.iter().map(|answer| &answer.started));
+        let listed: Vec<Value> =
+            answers.iter().enumerate().map(|(index, answer)| self.choice(index, answer)).collect();
+        json!({
+            "id": self.id,
+            "object": CompletionChunks::OBJECT,
+            "created": now_unix_s(),
+            "model": model,
+            "system_fingerprint": fingerprint(class),
+            "choices": listed,
+            "usage": usage(prompt_tokens, completion_tokens),
+        })
+    }
+
     fn choice(&self, index: usize, answer: &WholeAnswer) -> Value {
         let prompt = self.prompts.get(index / self.n);
-        let mut lists = ForCompletion::default();
+        let mut end = TextEnd::default();
+        let mut lists = ForCompletion::new(&self.text, &mut end);
         if let Some(prompt) = prompt {
-            push_prompt(&mut lists, prompt, &answer.started);
+            lists.push_prompt(&prompt.tokens, &answer.started.prompt_logprobs);
         }
         for entry in answer.deltas.iter().flat_map(|delta| &delta.logprobs) {
             lists.push_answer(entry);
@@ -186,37 +321,26 @@ impl Shape {
     }
 }
 
-fn push_prompt(
-    lists: &mut ForCompletion,
-    prompt: &EchoedPrompt,
-    started: &proto::generate::Started,
-) {
-    let scores = started.prompt_logprobs.iter().map(|entry| Some(entry.logprob));
-    for (token, logprob) in prompt.tokens.iter().zip([None].into_iter().chain(scores)) {
-        lists.push_prompt(token.clone(), logprob);
-    }
-}
-
 /// The chunks of a stream.
 struct CompletionChunks {
-    shape: Shape,
-    /// Characters of each choice so far, for `text_offset`.
-    offsets: Vec<usize>,
+    common: Common,
+    /// Of each choice so far, for `text_offset`.
+    ends: Vec<TextEnd>,
 }
 
 impl Chunks for CompletionChunks {
     const OBJECT: &'static str = "text_completion";
 
     fn id(&self) -> &str {
-        &self.shape.id
+        &self.common.id
     }
 
     fn choice(&mut self, index: usize, event: &GenerateEvent) -> Option<Value> {
-        let mut lists = ForCompletion::from_offset(self.offsets[index]);
+        let mut lists = ForCompletion::new(&self.common.text, &mut self.ends[index]);
         let (text, finish_reason) = match event {
             GenerateEvent::Started(started) => {
-                let prompt = self.shape.prompts.get(index / self.shape.n)?;
-                push_prompt(&mut lists, prompt, started);
+                let prompt = self.common.prompts.get(index / self.common.n)?;
+                lists.push_prompt(&prompt.tokens, &started.prompt_logprobs);
                 (prompt.text.as_str(), None)
             }
             GenerateEvent::Delta(delta) => {
@@ -230,11 +354,10 @@ impl Chunks for CompletionChunks {
             }
             GenerateEvent::Finished(finished) => ("", Some(finished.reason.name())),
         };
-        self.offsets[index] = lists.offset();
         Some(json!({
             "index": index,
             "text": text,
-            "logprobs": (self.shape.logprobs && finish_reason.is_none()).then(|| lists.into_json()),
+            "logprobs": (self.common.logprobs && finish_reason.is_none()).then(|| lists.into_json()),
             "finish_reason": finish_reason,
         }))
     }

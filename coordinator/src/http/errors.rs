@@ -1,6 +1,8 @@
 //! Errors in OpenAI's form. Clients decide by status and `type` whether to try again, so both are
 //! chosen with care: `invalid_request_error` is never retried, whatever the status.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -12,30 +14,36 @@ use crate::request::RequestError;
 /// When a client may come again after a full queue or a missing pipeline, in seconds.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
 
+/// For what is no field's fault.
+pub(super) const NO_FIELD: Option<&str> = None;
+
 /// An error on its way to a client.
 #[derive(Debug)]
 pub(crate) struct ApiError {
     pub(super) status: StatusCode,
     kind: &'static str,
     code: Option<&'static str>,
-    parameter: Option<&'static str>,
+    parameter: Option<Cow<'static, str>>,
     message: String,
 }
 
 impl ApiError {
     /// A parameter or the body is wrong.
-    pub(super) fn invalid(parameter: Option<&'static str>, message: impl Into<String>) -> Self {
+    pub(super) fn invalid<P>(parameter: Option<P>, message: impl Into<String>) -> Self
+    where
+        P: Into<Cow<'static, str>>,
+    {
         Self {
             status: StatusCode::BAD_REQUEST,
             kind: "invalid_request_error",
             code: None,
-            parameter,
+            parameter: parameter.map(Into::into),
             message: message.into(),
         }
     }
 
     /// A feature that is not there, and whose absence would change the answer.
-    pub(super) fn unsupported(parameter: &'static str, what: &str) -> Self {
+    pub(super) fn unsupported(parameter: impl Into<Cow<'static, str>>, what: &str) -> Self {
         let message = format!("{what} is not supported by this server");
         Self { code: Some("unsupported_value"), ..Self::invalid(Some(parameter), message) }
     }
@@ -45,20 +53,20 @@ impl ApiError {
         Self {
             status: StatusCode::NOT_FOUND,
             kind: "not_found_error",
-            ..Self::invalid(None, message)
+            ..Self::invalid(NO_FIELD, message)
         }
     }
 
     /// Another method was meant.
     pub(super) fn method_not_allowed() -> Self {
-        let error = Self::invalid(None, "this method is not allowed here");
+        let error = Self::invalid(NO_FIELD, "this method is not allowed here");
         Self { status: StatusCode::METHOD_NOT_ALLOWED, ..error }
     }
 
     /// The request is meant for another host.
     pub(super) fn misdirected() -> Self {
         let message = "this server does not answer to that host name; use localhost or its address";
-        Self { status: StatusCode::MISDIRECTED_REQUEST, ..Self::invalid(None, message) }
+        Self { status: StatusCode::MISDIRECTED_REQUEST, ..Self::invalid(NO_FIELD, message) }
     }
 
     /// As many requests are open as may be.
@@ -69,8 +77,40 @@ impl ApiError {
             status: StatusCode::TOO_MANY_REQUESTS,
             kind: "rate_limit_error",
             code: Some("rate_limit_exceeded"),
-            ..Self::invalid(None, message)
+            ..Self::invalid(NO_FIELD, message)
         }
+    }
+
+    /// The bodies that are open already take all the memory there is for them.
+    pub(super) fn no_room_for_body() -> Self {
+        let message = "other requests' bodies take all the memory there is for them; try again \
+                       later";
+        Self {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            kind: "rate_limit_error",
+            code: Some("rate_limit_exceeded"),
+            ..Self::invalid(NO_FIELD, message)
+        }
+    }
+
+    /// More token ids than the context holds, of which the rest was not read.
+    pub(super) fn context_length(parameter: Option<String>, context: usize) -> Self {
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, the prompt has \
+             more token ids than that."
+        );
+        Self { code: Some("context_length_exceeded"), ..Self::invalid(parameter, message) }
+    }
+
+    /// The body is compressed or otherwise encoded.
+    pub(super) fn encoded(encoding: &str) -> Self {
+        let message = format!("the body has content-encoding {encoding}; send it without one");
+        Self { status: StatusCode::UNSUPPORTED_MEDIA_TYPE, ..Self::invalid(NO_FIELD, message) }
+    }
+
+    /// `Host` is missing, given twice, or is another than the target's.
+    pub(super) fn host(message: &'static str) -> Self {
+        Self::invalid(NO_FIELD, message)
     }
 
     /// The body is longer than allowed.
@@ -78,7 +118,7 @@ impl ApiError {
         Self {
             status: StatusCode::PAYLOAD_TOO_LARGE,
             kind: "request_too_large",
-            ..Self::invalid(None, format!("the body may have {limit_bytes} bytes"))
+            ..Self::invalid(NO_FIELD, format!("the body may have {limit_bytes} bytes"))
         }
     }
 
@@ -86,7 +126,7 @@ impl ApiError {
     pub(super) fn media_type() -> Self {
         Self {
             status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            ..Self::invalid(None, "the body must be application/json")
+            ..Self::invalid(NO_FIELD, "the body must be application/json")
         }
     }
 
@@ -95,7 +135,7 @@ impl ApiError {
         Self {
             status: StatusCode::REQUEST_TIMEOUT,
             kind: "timeout_error",
-            ..Self::invalid(None, "the body did not arrive in time")
+            ..Self::invalid(NO_FIELD, "the body did not arrive in time")
         }
     }
 
@@ -143,8 +183,8 @@ impl From<RequestError> for ApiError {
             }
         };
         let parameter = match &error {
-            RequestError::Invalid { parameter, .. } => Some(*parameter),
-            RequestError::UnknownModel { .. } => Some("model"),
+            RequestError::Invalid { parameter, .. } => Some(parameter.clone()),
+            RequestError::UnknownModel { .. } => Some("model".into()),
             _ => None,
         };
         Self { status, kind, code, parameter, message: node::Chain(&error).to_string() }

@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use axum::extract::{Request, State};
-use axum::http::header;
+use axum::http::{Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
@@ -49,19 +49,38 @@ fn host_of(authority: &str) -> &str {
     authority.rsplit_once(':').map_or(authority, |(host, _)| host)
 }
 
-/// Refuses requests that are meant for somebody else with 421. One that names no host at all is
-/// from no browser.
+/// Refuses requests that are meant for somebody else with 421, and those that do not say it as
+/// RFC 9112 demands with 400.
 pub(super) async fn check(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
-    let authority = match request.headers().get(header::HOST) {
-        // Bytes that are no text are no name of ours.
-        Some(host) => Some(host.to_str().unwrap_or_default()),
-        // HTTP/2 says it in the request's target.
-        None => request.uri().authority().map(|authority| authority.as_str()),
-    };
-    if authority.is_some_and(|authority| !hosts.allow(authority)) {
-        return ApiError::misdirected().into_response();
+    match authority(&request) {
+        Err(message) => ApiError::host(message).into_response(),
+        Ok(Some(authority)) if !hosts.allow(authority) => ApiError::misdirected().into_response(),
+        Ok(_) => next.run(request).await,
     }
-    next.run(request).await
+}
+
+/// Whom a request names: by `Host`, by its target, or by both if they agree (RFC 9112 section 3.2).
+/// `None` only for HTTP/1.0, which has no `Host`: such a request is served, since no browser sends
+/// it and whoever can send it could as well name us.
+fn authority(request: &Request) -> Result<Option<&str>, &'static str> {
+    // HTTP/2 says it in the target, and HTTP/1 may (absolute form).
+    let target = request.uri().authority().map(|authority| authority.as_str());
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err("the request has more than one Host header");
+    }
+    // Bytes that are no text are no name of ours.
+    let host = host.map(|host| host.to_str().unwrap_or_default());
+    match (host, target) {
+        (Some(host), Some(target)) if !host.eq_ignore_ascii_case(target) => {
+            Err("the Host header and the request's target name different hosts")
+        }
+        (None, None) if request.version() > Version::HTTP_10 => {
+            Err("the request has no Host header")
+        }
+        (host, target) => Ok(host.or(target)),
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use proto::generate::Logprobs;
 use serde_json::{Value, json};
 
+use crate::text::{Detokenizer, Text};
+
 /// For chat: one object for each token.
 pub(super) fn for_chat<'a>(logprobs: impl Iterator<Item = &'a Logprobs>) -> Value {
     let content: Vec<Value> = logprobs
@@ -30,28 +32,63 @@ fn entry_of(bytes: &[u8], logprob: f32, top: Option<Vec<Value>>) -> Value {
     entry
 }
 
+/// The end of a text that grows by tokens, for `text_offset`. Tokens may cut characters, so only
+/// the text as a whole says where one begins: a token stands at the first character that is not
+/// certain before it comes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TextEnd {
+    /// Characters that are certain.
+    characters: usize,
+    detokenizer: Detokenizer,
+}
+
+impl TextEnd {
+    fn push(&mut self, bytes: &[u8]) {
+        self.characters += self.detokenizer.push(bytes).chars().count();
+    }
+
+    /// The text ends here: what was begun becomes a replacement character, in it as here.
+    fn finish(&mut self) {
+        self.characters += self.detokenizer.finish().chars().count();
+    }
+}
+
 /// For plain completions: four lists of one entry for each token.
-#[derive(Default)]
-pub(super) struct ForCompletion {
+pub(super) struct ForCompletion<'a> {
+    text: &'a Text,
+    /// Of the text before the next token.
+    end: &'a mut TextEnd,
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
     text_offset: Vec<usize>,
-    /// Characters before the next token.
-    offset: usize,
 }
 
-impl ForCompletion {
-    /// Lists whose first token begins `offset` characters into the text.
-    pub(super) fn from_offset(offset: usize) -> Self {
-        Self { offset, ..Self::default() }
+impl<'a> ForCompletion<'a> {
+    /// Lists of the tokens that follow `end`.
+    pub(super) fn new(text: &'a Text, end: &'a mut TextEnd) -> Self {
+        Self {
+            text,
+            end,
+            tokens: Vec::new(),
+            token_logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
+            text_offset: Vec::new(),
+        }
     }
 
-    /// A token of the prompt; the first has no probability. Its candidates are not known, and a
-    /// list of the token alone would say that it is the most probable one: evaluation harnesses
-    /// read that as a greedy answer.
-    pub(super) fn push_prompt(&mut self, token: String, logprob: Option<f32>) {
-        self.push(token, logprob.map(finite), None);
+    /// The tokens of the prompt, and the scores of those after the first, which has none. Their
+    /// candidates are not known, and a list of the token alone would say that it is the most
+    /// probable one: evaluation harnesses read that as a greedy answer.
+    pub(super) fn push_prompt(&mut self, tokens: &[u32], scores: &[Logprobs]) {
+        let mut scores = scores.iter();
+        for (index, &token) in tokens.iter().enumerate() {
+            let score = if index == 0 { None } else { scores.next() };
+            let name = text(self.text.token_text(token));
+            self.push(token, name, score.map(|score| finite(score.logprob)), None);
+        }
+        // The answer's text begins with whole characters of its own.
+        self.end.finish();
     }
 
     /// A token of the answer.
@@ -60,12 +97,7 @@ impl ForCompletion {
         for candidate in &entry.top {
             top.entry(text(&candidate.token_bytes)).or_insert(finite(candidate.logprob));
         }
-        self.push(text(&entry.token_bytes), Some(finite(entry.logprob)), Some(top));
-    }
-
-    /// Characters of all tokens so far.
-    pub(super) fn offset(&self) -> usize {
-        self.offset
+        self.push(entry.token, text(&entry.token_bytes), Some(finite(entry.logprob)), Some(top));
     }
 
     pub(super) fn into_json(self) -> Value {
@@ -77,10 +109,17 @@ impl ForCompletion {
         })
     }
 
-    fn push(&mut self, token: String, logprob: Option<f32>, top: Option<BTreeMap<String, f32>>) {
-        self.text_offset.push(self.offset);
-        self.offset += token.chars().count();
-        self.tokens.push(token);
+    /// A special token has a name but adds nothing to the text.
+    fn push(
+        &mut self,
+        token: u32,
+        name: String,
+        logprob: Option<f32>,
+        top: Option<BTreeMap<String, f32>>,
+    ) {
+        self.text_offset.push(self.end.characters);
+        self.end.push(self.text.token_text(token));
+        self.tokens.push(name);
         self.token_logprobs.push(logprob);
         self.top_logprobs.push(top);
     }
@@ -93,4 +132,58 @@ fn text(bytes: &[u8]) -> String {
 /// JSON has no infinities: OpenAI writes -9999 for what cannot be drawn.
 fn finite(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob } else { -9999.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::generate::Prompt;
+
+    use super::*;
+    use crate::text::tests::text_with;
+
+    fn offsets(text: &Text, prompt: &[u32], answer: &[u32]) -> Vec<u64> {
+        let entry = |&token: &u32| Logprobs { token, ..Logprobs::default() };
+        let scores: Vec<Logprobs> = prompt.iter().skip(1).map(entry).collect();
+        let mut end = TextEnd::default();
+        let mut lists = ForCompletion::new(text, &mut end);
+        lists.push_prompt(prompt, &scores);
+        // In a stream every token has lists of its own.
+        let mut all = lists.into_json();
+        for token in answer {
+            let mut lists = ForCompletion::new(text, &mut end);
+            lists.push_answer(&entry(token));
+            let next = lists.into_json()["text_offset"][0].clone();
+            all["text_offset"].as_array_mut().unwrap().push(next);
+        }
+        let listed = all["text_offset"].as_array().unwrap();
+        listed.iter().map(|offset| offset.as_u64().unwrap()).collect()
+    }
+
+    #[test]
+    fn offsets_are_those_of_the_text_as_a_whole() {
+        let text = text_with("");
+        let prompt = Prompt::Text("a😀b g".into());
+        let ids = text.encode(&prompt).unwrap();
+        // BOS, a, four bytes of one character, b, then what is left.
+        let found = offsets(&text, &ids, &[]);
+        assert_eq!(found[..8], [0, 0, 1, 1, 1, 1, 2, 3], "{ids:?}");
+        assert_eq!(text.decode(&ids), "a😀b g");
+        // Cut anywhere, the answer begins after what the prompt's text shows: a character that
+        // was begun is one replacement character.
+        for cut in 0..=ids.len() {
+            let (head, tail) = ids.split_at(cut);
+            let found = offsets(&text, head, tail);
+            if let Some(&first) = found.get(cut) {
+                assert_eq!(first as usize, text.decode(head).chars().count(), "{cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_special_token_in_an_answer_moves_nothing() {
+        let text = text_with("");
+        let letters = text.encode(&Prompt::Text("ab".into())).unwrap();
+        let [bos, a, b] = letters[..] else { panic!("{letters:?}") };
+        assert_eq!(offsets(&text, &[bos, a], &[bos, bos, b, a]), [0, 0, 1, 1, 1, 2]);
+    }
 }

@@ -1,13 +1,25 @@
 //! Bodies as real clients send them, and errors as they expect them.
 
+use serde::de::MapAccess;
 use serde_json::{Value, json};
 
 use super::errors::ApiError;
+use super::json::{self, FromBody, Object};
 use super::types::Parameters;
 use crate::request::RequestError;
 
+impl FromBody for Parameters {
+    fn read<'de, A: MapAccess<'de>>(mut object: Object<'_, A>) -> Result<Self, A::Error> {
+        let mut parameters = Self::default();
+        while let Some(name) = object.name()? {
+            parameters.field(&name, &mut object)?;
+        }
+        Ok(parameters)
+    }
+}
+
 fn parameters(body: Value) -> Parameters {
-    serde_json::from_value(body).unwrap()
+    json::parse(body.to_string().as_bytes(), 16).unwrap()
 }
 
 #[test]
@@ -17,8 +29,8 @@ fn null_is_absent_and_unknown_fields_are_ignored() {
         "n": null, "logit_bias": null, "stream": null, "stream_options": null,
         "user": "me", "metadata": {"a": 1}, "store": false, "reasoning_effort": "low",
     }));
-    assert_eq!(null.request().unwrap(), parameters(json!({})).request().unwrap());
     assert_eq!(null.choices().unwrap(), 1);
+    assert_eq!(null.request().unwrap(), parameters(json!({})).request().unwrap());
 }
 
 #[test]
@@ -45,8 +57,8 @@ fn what_would_change_the_answer_is_refused_by_name() {
         (json!({"n": 0}), "n"),
         (json!({"n": 5}), "n"),
         (json!({"best_of": 3}), "best_of"),
-        (json!({"logit_bias": {"x": 1}}), "logit_bias"),
         (json!({"guided_json": {}}), "guided_json"),
+        (json!({"guided_choice": ["a", ["b"]]}), "guided_choice"),
         (json!({"structured_outputs": {}}), "structured_outputs"),
         (json!({"skip_special_tokens": false}), "skip_special_tokens"),
     ] {

@@ -37,7 +37,12 @@ fn numbers_keep_to_their_ranges() {
         ("temperature", |s, v| s.temperature = Some(v), &[0.0, 2.0], &[-0.1, 2.1]),
         ("top_p", |s, v| s.top_p = Some(v), &[1e-9, 1.0], &[0.0, -1.0, 1.01]),
         ("min_p", |s, v| s.min_p = Some(v), &[0.0, 1.0], &[-0.1, 1.1]),
-        ("repetition_penalty", |s, v| s.repetition_penalty = Some(v), &[0.1, 10.0], &[0.0, 10.1]),
+        (
+            "repetition_penalty",
+            |s, v| s.repetition_penalty = Some(v),
+            &[0.01, 0.1, 10.0],
+            &[0.0, 1e-45, 1e-38, 0.009, -1.0, 10.1],
+        ),
         ("presence_penalty", |s, v| s.presence_penalty = Some(v), &[-2.0, 2.0], &[-2.1, 2.1]),
         ("frequency_penalty", |s, v| s.frequency_penalty = Some(v), &[-2.0, 2.0], &[-2.1, 2.1]),
     ];
@@ -60,7 +65,7 @@ fn numbers_keep_to_their_ranges() {
 #[test]
 fn lists_and_ids_keep_to_their_bounds() {
     type Change = fn(&mut GenerateRequest);
-    let cases: [(&str, Change); 16] = [
+    let cases: [(&str, Change); 17] = [
         ("prompt", |r| r.prompt = Prompt::Tokens(vec![])),
         ("prompt", |r| r.prompt = Prompt::Tokens(vec![100])),
         ("messages", |r| {
@@ -71,6 +76,12 @@ fn lists_and_ids_keep_to_their_bounds() {
             r.prompt = Prompt::Conversation {
                 messages: vec![ChatMessage::default(); limits::CHAT_MESSAGES + 1],
                 template_arguments_json: String::new(),
+            }
+        }),
+        ("chat_template_kwargs", |r| {
+            r.prompt = Prompt::Conversation {
+                messages: vec![ChatMessage::default()],
+                template_arguments_json: " ".repeat(limits::TEMPLATE_ARGUMENT_BYTES + 1),
             }
         }),
         ("stop", |r| r.stop = vec!["x".into(); 5]),
@@ -89,7 +100,11 @@ fn lists_and_ids_keep_to_their_bounds() {
     for (name, change) in cases {
         let mut request = request();
         change(&mut request);
-        match check(request, &model()).unwrap_err() {
+        let checked = check(request, &model()).and_then(|checked| match &checked.prompt {
+            Prompt::Tokens(tokens) => check_lengths(tokens, checked.max_tokens, &model()),
+            _ => Ok(()),
+        });
+        match checked.unwrap_err() {
             RequestError::Invalid { parameter, .. } => assert_eq!(parameter, name),
             other => panic!("{name}: {other:?}"),
         }
@@ -130,6 +145,28 @@ fn too_long_is_said_in_the_words_that_clients_look_for() {
         assert!(matches!(error, RequestError::ContextLength { .. }));
         let words = error.to_string();
         assert!(words.starts_with("This model's maximum context length is 16 tokens"), "{words}");
+    }
+}
+
+#[test]
+fn a_prompt_without_an_answer_may_fill_the_context() {
+    check_lengths(&[5; 16], Some(0), &model()).unwrap();
+    let error = check_lengths(&[5; 17], Some(0), &model()).unwrap_err();
+    assert!(matches!(error, RequestError::ContextLength { .. }));
+}
+
+#[test]
+fn what_is_wrong_with_a_conversation_is_said_of_the_field_that_was_sent() {
+    for (error, name) in [
+        (TextError::Role { index: 2, role: "bot".into() }, "messages[2].role"),
+        (TextError::Arguments, "chat_template_kwargs"),
+        (TextError::NoTemplate, "messages"),
+        (TextError::NoTokenizer, "prompt"),
+    ] {
+        let RequestError::Invalid { parameter, .. } = RequestError::of_text(error) else {
+            panic!("{name}");
+        };
+        assert_eq!(parameter, name);
     }
 }
 

@@ -4,7 +4,7 @@
 ///
 /// What comes out, joined, is what `String::from_utf8_lossy` makes of all the bytes: however
 /// they were cut, an impossible sequence becomes one U+FFFD.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Detokenizer {
     /// The beginning of a character: at most three bytes.
     held: Vec<u8>,
