@@ -20,6 +20,7 @@ pub mod models;
 pub mod pipeline;
 mod progress;
 mod random;
+pub mod score;
 pub mod settings;
 
 pub use commands::run;

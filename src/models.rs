@@ -9,6 +9,8 @@ use std::time::UNIX_EPOCH;
 use model::synth::ParseShapeError;
 use model::{ImportError, ImportOptions, Progress, Store, StoreError, SynthError, SynthShape};
 
+use crate::score;
+
 /// The name under which the bundled model is asked for.
 pub const BUNDLED: &str = "bundled";
 
@@ -157,8 +159,15 @@ fn imported(
     if store.join(MANIFEST).is_file() {
         return Ok(store);
     }
-    match model::import(source, &store, &ImportOptions::default(), progress) {
-        Ok(_) => Ok(store),
+    match score::import_once(source, &store, &ImportOptions::default(), progress) {
+        Ok(scored) => {
+            // Nobody reads the notes of what is imported on the way.
+            let notes = scored.imported.notes.iter();
+            notes.filter_map(|note| note.strip_prefix("warning: ")).for_each(|note| {
+                tracing::warn!(model = %source.display(), "{note}");
+            });
+            Ok(store)
+        }
         // Somebody else was quicker: stores appear whole, so theirs is as good.
         Err(_) if store.join(MANIFEST).is_file() => Ok(store),
         Err(error) => Err(ModelsError::Import { path: source.to_owned(), source: error }),

@@ -87,6 +87,9 @@ impl fmt::Display for I2sLayout {
 }
 
 impl I2sLayout {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Of128In32, Self::Of64In16];
+
     fn block_bytes(self) -> usize {
         match self {
             Self::Of128In32 => 32,

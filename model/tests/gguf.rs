@@ -348,7 +348,7 @@ fn the_layout_of_arm_builds_is_read_when_it_is_asked_for() {
     };
     let asked = with(Some("64x16".parse().unwrap())).unwrap();
     assert_eq!(asked.imported.id, expected.imported.id);
-    assert!(asked.notes("layout of I2_S: 64x16, as asked for"));
+    assert!(asked.notes("layout of I2_S: 64x16, as chosen"));
 
     // Nothing is guessed: without being asked, the usual layout is read, and the model is another.
     let unasked = with(None).unwrap();

@@ -34,7 +34,7 @@ fn the_flags_that_scripts_rely_on_exist() {
          --threads 2 --kv-type f32 --among 15 --json",
         "tercet eval --model m --text f --window 256 --stages 2 --kv-type f16 --json",
         "tercet eval --tokens-file f",
-        "tercet import src store --name n --i2s-layout 64x16 --activation relu2 --scales inverted",
+        "tercet import src store --name n --i2s-layout 64x16 --activation relu2 --scales inverted --no-score",
         "tercet model ls",
         "tercet model show s --json",
         "tercet model verify s",

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::Failure;
 use crate::models::ModelsError;
 use crate::progress::Progress;
+use crate::score::{self, Score, Scored};
 
 /// Turns a checkpoint into a store.
 ///
@@ -41,6 +42,10 @@ pub(crate) struct ImportCommand {
     /// by a converter that divides by them [default: refused if they look inverted]
     #[arg(long, value_name = "KIND")]
     scales: Option<Scales>,
+    /// Do not score a short English text with the model: by the score it is told whether the model
+    /// was read rightly, and which layout its I2_S tensors have
+    #[arg(long)]
+    no_score: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -54,6 +59,8 @@ struct Report<'a> {
     name: &'a str,
     format: &'a str,
     notes: &'a [String],
+    /// What a text scored, if that was told.
+    score: Option<Score>,
 }
 
 /// Runs the command.
@@ -65,12 +72,18 @@ pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
         scales: command.scales,
     };
     let mut progress = Progress::new("importing", command.json);
-    let imported = model::import(&command.source, &command.store, &options, &mut |report| {
+    let mut show = |report: &model::Progress<'_>| {
         progress.show(report.what, report.done, report.total);
-    });
+    };
+    let (source, store) = (&command.source, &command.store);
+    let scored = match command.no_score {
+        true => model::import(source, store, &options, &mut show)
+            .map(|imported| Scored { imported, score: None }),
+        false => score::import(source, store, &options, &mut show),
+    };
     progress.finish();
-    let imported =
-        imported.map_err(|source| ModelsError::Import { path: command.source.clone(), source })?;
+    let Scored { imported, score } =
+        scored.map_err(|error| ModelsError::Import { path: source.clone(), source: error })?;
     let mut writer = TextWriter::stdout();
     if command.json {
         writer.json(&Report {
@@ -79,6 +92,7 @@ pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
             name: &imported.config.name,
             format: &imported.format,
             notes: &imported.notes,
+            score,
         })?;
     } else {
         writer.text(&words(&imported))?;

@@ -184,7 +184,7 @@ fn i2s_layout(
     match options.i2s_layout {
         Some(_) if !is_there => Err(ImportError::NoI2s),
         Some(layout) => {
-            notes.push(format!("layout of I2_S: {layout}, as asked for"));
+            notes.push(format!("layout of I2_S: {layout}, as chosen"));
             Ok(layout)
         }
         None => Ok(I2sLayout::default()),
