@@ -72,10 +72,11 @@ impl BundledModel {
 pub fn import_bundled(cache_dir: &Path) -> Result<PathBuf, ImportError> {
     let model = bundled();
     let dest = cache_dir.join(model.store_name());
-    // A store appears whole or not at all: one that is there and does not open is damaged. (Looked
-    // at in this order, it cannot be one that another process just finished.)
+    // A store appears whole or not at all: one that is there and is not whole is damaged, or of before
+    // there were digests. (Looked at in this order, it cannot be one that another process just
+    // finished.)
     let is_there = dest.exists();
-    if Store::open(&dest).is_ok() {
+    if is_whole(&dest) {
         return Ok(dest);
     }
     let write_error = |action, path: &Path, source| {
@@ -102,11 +103,18 @@ pub fn import_bundled(cache_dir: &Path) -> Result<PathBuf, ImportError> {
     match import(&source, &dest, &options, &mut |_| {}) {
         Ok(_) => Ok(dest),
         // Another process was quicker, and made the same.
-        Err(ImportError::Write(WriteError::Exists { .. })) if Store::open(&dest).is_ok() => {
-            Ok(dest)
-        }
+        Err(ImportError::Write(WriteError::Exists { .. })) if is_whole(&dest) => Ok(dest),
         Err(error) => Err(error),
     }
+}
+
+/// Whether a store is there and nothing in it is another bit than when it was made: it is small.
+fn is_whole(dest: &Path) -> bool {
+    let verified = Store::open(dest).and_then(|store| {
+        store.verify_files(|_| {})?;
+        Ok(store.manifest().has_digest())
+    });
+    verified.unwrap_or(false)
 }
 
 /// A directory that is removed when it is no longer needed.

@@ -1,4 +1,4 @@
-//! Files of the outside: mapped whole, or read up to a limit. The only `unsafe` of this crate.
+//! Files of the outside: mapped whole, or read up to a limit.
 #![expect(unsafe_code, reason = "memory maps")]
 
 use std::fs::{self, File, FileType, OpenOptions};
@@ -12,35 +12,98 @@ use std::sync::Arc;
 use memmap2::UncheckedAdvice;
 use memmap2::{Advice, Mmap, MmapMut};
 
+use crate::identity::Identity;
+use crate::sigbus::Named;
+
 /// Bytes of a file that are resident beside their copy: a few huge pages.
 const COPIED_BYTES: usize = 16 << 20;
+
+/// Bytes that are read in before they are hashed: much enough for a disk and for many threads.
+const HASHED_BYTES: usize = 16 << 20;
+
+/// Fewer bytes are hashed sooner by one thread than handed out to many.
+const HASHED_ALONE_BYTES: usize = 1 << 20;
 
 /// A file mapped read-only, or a copy of one in private memory. An empty file is an empty map. Clones
 /// share the memory.
 #[derive(Clone, Debug)]
 pub(crate) struct MappedFile {
-    map: Option<Arc<Mmap>>,
+    region: Option<Arc<Region>>,
+}
+
+#[derive(Debug)]
+struct Region {
+    /// Forgotten before the map goes.
+    _named: Option<Named>,
+    map: Mmap,
+    /// What is mapped; `None` for a copy, which no file can change.
+    file: Option<File>,
 }
 
 impl MappedFile {
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let (file, found_bytes) = open_regular(path)?;
         if found_bytes == 0 {
-            return Ok(Self { map: None });
+            return Ok(Self { region: None });
         }
-        // SAFETY: the map is read-only and private to this value; files of a store never change
-        // after they are renamed into place, and whoever shortens a file under a reader is told by
-        // the documentation of stores that the reader dies of SIGBUS.
+        // SAFETY: the map is read-only and private to this value. Its bytes may change while they
+        // are read, if somebody writes to the file: every value of them is a valid one of the
+        // integers and floats that they are read as, and what they are used for is checked against
+        // `identity`. If the file is cut short, reading ends the process: see `sigbus`.
         let map = unsafe { Mmap::map(&file)? };
         // Before anything is read: what is read first decides on what pages the file is cached.
         advise_huge_pages(|advice| map.advise(advice));
-        Ok(Self { map: Some(Arc::new(map)) })
+        let named = Some(Named::new(&map, path));
+        Ok(Self { region: Some(Arc::new(Region { _named: named, map, file: Some(file) })) })
+    }
+
+    /// What the mapped file is at this moment; `None` for a copy.
+    pub(crate) fn identity(&self) -> io::Result<Option<Identity>> {
+        self.file().map(Identity::of).transpose()
+    }
+
+    /// [`Self::identity`], such that whatever is written from now on changes it.
+    pub(crate) fn settled_identity(&self) -> io::Result<Option<Identity>> {
+        self.file().map(Identity::settled).transpose()
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.region.as_ref().and_then(|region| region.file.as_ref())
+    }
+
+    fn map(&self) -> Option<&Mmap> {
+        self.region.as_ref().map(|region| &region.map)
+    }
+
+    /// BLAKE3 of the bytes, which are read into memory on the way, by the threads of the pool that the
+    /// caller is in. `done` is told of every piece how many bytes it has.
+    pub(crate) fn hash(&self, done: &mut dyn FnMut(u64)) -> [u8; 32] {
+        let mut hash = blake3::Hasher::new();
+        for (at, piece) in self.bytes().chunks(HASHED_BYTES).enumerate() {
+            self.populate_range(at * HASHED_BYTES, piece.len());
+            match piece.len() < HASHED_ALONE_BYTES {
+                true => hash.update(piece),
+                false => hash.update_rayon(piece),
+            };
+            done(piece.len() as u64);
+        }
+        hash.finalize().into()
+    }
+
+    fn populate_range(&self, offset: usize, len: usize) {
+        #[cfg(target_os = "linux")]
+        if let Some(map) = self.map().filter(|_| self.file().is_some()) {
+            // Without it the pages come one by one as they are read.
+            let _ = map.advise_range(Advice::PopulateRead, offset, len);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, len);
     }
 
     /// The same bytes in memory of this process alone, on huge pages if the system has them. The
     /// calling thread writes every page first, and so decides on whose memory node they are.
     pub(crate) fn copied(&self) -> io::Result<Self> {
-        let Some(from) = &self.map else { return Ok(Self { map: None }) };
+        let Some(from) = self.map() else { return Ok(Self { region: None }) };
         let mut map = MmapMut::map_anon(from.len())?;
         advise_huge_pages(|advice| map.advise(advice));
         for (at, piece) in map.chunks_mut(COPIED_BYTES).enumerate() {
@@ -53,22 +116,23 @@ impl MappedFile {
                 from.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, piece.len())
             };
         }
-        Ok(Self { map: Some(Arc::new(map.make_read_only()?)) })
+        let map = map.make_read_only()?;
+        Ok(Self { region: Some(Arc::new(Region { _named: None, map, file: None })) })
     }
 
     /// Keeps the bytes in memory, whatever else wants it.
     pub(crate) fn lock(&self) -> io::Result<()> {
-        self.map.as_ref().map_or(Ok(()), |map| map.lock())
+        self.map().map_or(Ok(()), Mmap::lock)
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        self.map.as_ref().map(|map| &***map).unwrap_or_default()
+        self.map().map(|map| &**map).unwrap_or_default()
     }
 
     /// Reads the file into memory, if it is not there, and maps all of it: bytes that will be read
     /// again and again.
     pub(crate) fn populate(&self) {
-        let Some(map) = &self.map else { return };
+        let Some(map) = self.map() else { return };
         #[cfg(target_os = "linux")]
         if map.advise(Advice::PopulateRead).is_ok() {
             return;
@@ -79,7 +143,7 @@ impl MappedFile {
 
     /// Tells the kernel that the bytes will be read front to back soon.
     pub(crate) fn advise_sequential(&self) {
-        if let Some(map) = &self.map {
+        if let Some(map) = self.map() {
             // Advice is only that: a kernel that refuses it changes nothing.
             let _ = map.advise(Advice::Sequential);
         }

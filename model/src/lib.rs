@@ -15,15 +15,18 @@ pub mod config;
 mod file;
 pub mod gguf;
 pub mod id;
+mod identity;
 pub mod import;
 mod layout;
 pub mod manifest;
 mod progress;
 pub mod safetensors;
 pub mod shard;
+mod sigbus;
 mod staging;
 pub mod store;
 pub mod synth;
+mod weights;
 mod writer;
 
 pub use bundled::{BundledModel, bundled, import_bundled};
@@ -39,3 +42,4 @@ pub use shard::{
 pub use staging::WriteError;
 pub use store::{Store, StoreError, find_stores};
 pub use synth::{SynthError, SynthShape, synth};
+pub use weights::{FileWatch, WeightFile};

@@ -93,6 +93,9 @@ pub struct Provenance {
 }
 
 /// The contents of `manifest.json`.
+///
+/// A field that is added must be one that is left out where it is absent
+/// (`#[serde(default, skip_serializing_if = …)]`): else the digests of older stores are wrong.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -116,6 +119,9 @@ pub struct Manifest {
     pub provenance: Provenance,
     /// The shards: embedding, head unless tied, norm, screen of the head, layers.
     pub files: Vec<FileEntry>,
+    /// Hash of all of the above; absent in stores of before there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<FileHash>,
 }
 
 /// Why a manifest cannot be used.
@@ -152,6 +158,17 @@ pub enum ManifestError {
         expected: String,
         /// The name that is there.
         found: String,
+    },
+    /// Something in it is not what it was when the store was made.
+    #[error(
+        "its content has hash {found}, it says {expected}: it is damaged or was edited, import the \
+         model again"
+    )]
+    Digest {
+        /// The hash of what it holds. Boxed as the other: an error is to be small.
+        found: Box<FileHash>,
+        /// The hash that it names.
+        expected: Box<FileHash>,
     },
     /// A text is longer than it may be.
     #[error("{field} has {found_bytes} bytes, at most {most_bytes} are accepted")]
@@ -191,7 +208,36 @@ impl Manifest {
         manifest.config.validate().map_err(ManifestError::Config)?;
         manifest.check_files()?;
         manifest.check_texts()?;
+        manifest.check_digest()?;
         Ok(manifest)
+    }
+
+    /// The same with the digest of what it holds.
+    pub fn with_digest(self) -> Self {
+        let digest = Some(self.content_digest());
+        Self { digest, ..self }
+    }
+
+    /// Whether a changed bit anywhere in it would be noticed when it is read.
+    pub fn has_digest(&self) -> bool {
+        self.digest.is_some()
+    }
+
+    fn check_digest(&self) -> Result<(), ManifestError> {
+        let Some(expected) = self.digest else { return Ok(()) };
+        let found = self.content_digest();
+        if found == expected {
+            return Ok(());
+        }
+        Err(ManifestError::Digest { found: found.into(), expected: expected.into() })
+    }
+
+    /// BLAKE3 of the manifest without its digest, as JSON without spaces. Reading and writing change no
+    /// number: floats are written as the decimals of the same f64.
+    fn content_digest(&self) -> FileHash {
+        let content = Self { digest: None, ..self.clone() };
+        let json = serde_json::to_vec(&content).expect("a manifest is plain data");
+        FileHash(blake3::hash(&json).into())
     }
 
     /// The entry of a shard by its name.

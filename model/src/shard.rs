@@ -1,8 +1,8 @@
-//! The shards of a store, mapped and checked once: after that, handing out weights costs nothing.
+//! The shards of a store, mapped, verified and checked once: after that, handing out weights costs nothing.
 
 use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kernels::{
     ColumnPacker, FloatKind, FloatMatrix, LayoutError, ScreenMatrix, TernaryColumns, TernaryMatrix,
@@ -10,11 +10,11 @@ use kernels::{
 };
 
 use crate::config::ModelConfig;
-use crate::file::MappedFile;
 use crate::id::{PartDigest, PartHasher};
 use crate::layout::{self, ALIGNMENT, DOWN_COLUMNS, Norm, PACKED_TENSORS, Projection, WEIGHT};
 use crate::manifest::Layout;
 use crate::safetensors::{Dtype, NewTensor, SafetensorsError, Table};
+use crate::weights::WeightFile;
 
 /// Why a shard cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -116,8 +116,7 @@ pub enum ShardError {
 /// A mapped shard whose tensors are exactly the expected ones. Clones share the memory.
 #[derive(Clone, Debug)]
 struct Shard {
-    file: MappedFile,
-    path: PathBuf,
+    file: WeightFile,
     /// Byte ranges in the order in which the tensors were asked for.
     ranges: Vec<Range<usize>>,
     table: Table,
@@ -125,7 +124,7 @@ struct Shard {
 
 impl Shard {
     /// Checks the header of a mapped file against `tensors`.
-    fn check(file: MappedFile, path: &Path, tensors: &[NewTensor]) -> Result<Self, ShardError> {
+    fn check(file: WeightFile, tensors: &[NewTensor]) -> Result<Self, ShardError> {
         let table = Table::parse(file.bytes()).map_err(ShardError::Container)?;
         let current = Layout::current();
         let (name, version) = layout::layout_of(&table.metadata);
@@ -157,7 +156,7 @@ impl Shard {
         if let Some(tensor) = table.tensors.keys().find(|name| !known(name)) {
             return Err(ShardError::Unknown { tensor: tensor.clone() });
         }
-        Ok(Self { file, path: path.to_owned(), ranges, table })
+        Ok(Self { file, ranges, table })
     }
 
     fn bytes(&self, tensor: usize) -> &[u8] {
@@ -221,13 +220,9 @@ pub struct LayerWeights<'a> {
 }
 
 impl LayerShard {
-    pub(crate) fn new(
-        file: MappedFile,
-        path: &Path,
-        config: &ModelConfig,
-    ) -> Result<Self, ShardError> {
+    pub(crate) fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
         let tensors = layout::layer_tensors(config).ok_or(ShardError::Missing { tensor: "q" })?;
-        let shard = Shard::check(file, path, &tensors)?;
+        let shard = Shard::check(file, &tensors)?;
         for (tensor, expected) in layout::packed_tensors() {
             let found = layout::layout_of_tensor(&shard.table.metadata, tensor);
             if found != expected {
@@ -279,7 +274,7 @@ impl LayerShard {
 
     /// Reads the weights into memory now, if they are not there: what computes shall not wait for a disk.
     pub fn populate(&self) {
-        self.shard.file.populate();
+        self.shard.file.mapped().populate();
     }
 
     /// Keeps the weights in memory, whatever else wants it.
@@ -288,12 +283,17 @@ impl LayerShard {
     ///
     /// If the system does not let this process lock so much.
     pub fn lock(&self) -> io::Result<()> {
-        self.shard.file.lock()
+        self.shard.file.mapped().lock()
     }
 
-    /// The file that is mapped.
+    /// The file whose bytes these are.
+    pub fn file(&self) -> &WeightFile {
+        &self.shard.file
+    }
+
+    /// Its path.
     pub fn path(&self) -> &Path {
-        &self.shard.path
+        self.shard.file.path()
     }
 
     /// The bytes of the whole file.
@@ -365,14 +365,14 @@ struct FloatShard {
 }
 
 impl FloatShard {
-    fn new(file: MappedFile, path: &Path, config: &ModelConfig) -> Result<Self, ShardError> {
+    fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
         // Either type is valid, so the file says which.
         let table = Table::parse(file.bytes()).map_err(ShardError::Container)?;
         let kind = match table.tensors.get(WEIGHT).map(|tensor| tensor.dtype) {
             Some(Dtype::F16) => FloatKind::F16,
             _ => FloatKind::Bf16,
         };
-        let shard = Shard::check(file, path, &[layout::float_tensor(config, kind)])?;
+        let shard = Shard::check(file, &[layout::float_tensor(config, kind)])?;
         let (rows, cols) = (config.vocab as usize, config.hidden as usize);
         Ok(Self { shard, kind, rows, cols })
     }
@@ -405,12 +405,13 @@ impl FloatShard {
 pub struct EmbeddingShard(FloatShard);
 
 impl EmbeddingShard {
-    pub(crate) fn new(
-        file: MappedFile,
-        path: &Path,
-        config: &ModelConfig,
-    ) -> Result<Self, ShardError> {
-        FloatShard::new(file, path, config).map(Self)
+    pub(crate) fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
+        FloatShard::new(file, config).map(Self)
+    }
+
+    /// The file whose bytes these are.
+    pub fn file(&self) -> &WeightFile {
+        &self.0.shard.file
     }
 
     /// One row per token, `[vocab, hidden]`.
@@ -439,7 +440,7 @@ impl EmbeddingShard {
     ///
     /// If the system does not let this process lock so much.
     pub fn lock(&self) -> io::Result<()> {
-        self.0.shard.file.lock()
+        self.0.shard.file.mapped().lock()
     }
 
     pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
@@ -452,12 +453,13 @@ impl EmbeddingShard {
 pub struct HeadShard(FloatShard);
 
 impl HeadShard {
-    pub(crate) fn new(
-        file: MappedFile,
-        path: &Path,
-        config: &ModelConfig,
-    ) -> Result<Self, ShardError> {
-        FloatShard::new(file, path, config).map(Self)
+    pub(crate) fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
+        FloatShard::new(file, config).map(Self)
+    }
+
+    /// The file whose bytes these are.
+    pub fn file(&self) -> &WeightFile {
+        &self.0.shard.file
     }
 
     /// One row per token, `[vocab, hidden]`.
@@ -476,7 +478,7 @@ impl HeadShard {
 
     /// Reads the matrix into memory now, if it is not there: what computes shall not wait for a disk.
     pub fn populate(&self) {
-        self.0.shard.file.populate();
+        self.0.shard.file.mapped().populate();
     }
 
     /// Keeps the matrix in memory, whatever else wants it.
@@ -485,7 +487,7 @@ impl HeadShard {
     ///
     /// If the system does not let this process lock so much.
     pub fn lock(&self) -> io::Result<()> {
-        self.0.shard.file.lock()
+        self.0.shard.file.mapped().lock()
     }
 
     pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
@@ -498,12 +500,13 @@ impl HeadShard {
 pub struct NormShard(Shard);
 
 impl NormShard {
-    pub(crate) fn new(
-        file: MappedFile,
-        path: &Path,
-        config: &ModelConfig,
-    ) -> Result<Self, ShardError> {
-        Shard::check(file, path, &[layout::norm_tensor(config)]).map(Self)
+    pub(crate) fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
+        Shard::check(file, &[layout::norm_tensor(config)]).map(Self)
+    }
+
+    /// The file whose bytes these are.
+    pub fn file(&self) -> &WeightFile {
+        &self.0.file
     }
 
     /// The weights, `[hidden]`.
@@ -526,7 +529,7 @@ impl NormShard {
     ///
     /// If the system does not let this process lock so much.
     pub fn lock(&self) -> io::Result<()> {
-        self.0.file.lock()
+        self.0.file.mapped().lock()
     }
 
     pub(crate) fn verify(&self) -> Result<PartDigest, ShardError> {
@@ -546,14 +549,15 @@ pub struct ScreenShard {
 }
 
 impl ScreenShard {
-    pub(crate) fn new(
-        file: MappedFile,
-        path: &Path,
-        config: &ModelConfig,
-    ) -> Result<Self, ShardError> {
+    pub(crate) fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
         let tensor = layout::screen_tensor(config).ok_or(ShardError::Missing { tensor: WEIGHT })?;
-        let shard = Shard::check(file, path, &[tensor])?;
+        let shard = Shard::check(file, &[tensor])?;
         Ok(Self { shard, rows: config.vocab as usize, cols: config.hidden as usize })
+    }
+
+    /// The file whose bytes these are.
+    pub fn file(&self) -> &WeightFile {
+        &self.shard.file
     }
 
     /// One row per token, `[vocab, hidden]`.
@@ -572,7 +576,7 @@ impl ScreenShard {
 
     /// Reads the screen into memory now, if it is not there: what computes shall not wait for a disk.
     pub fn populate(&self) {
-        self.shard.file.populate();
+        self.shard.file.mapped().populate();
     }
 
     /// Keeps the screen in memory, whatever else wants it.
@@ -581,7 +585,7 @@ impl ScreenShard {
     ///
     /// If the system does not let this process lock so much.
     pub fn lock(&self) -> io::Result<()> {
-        self.shard.file.lock()
+        self.shard.file.mapped().lock()
     }
 
     fn view(&self) -> ScreenMatrix<'_> {

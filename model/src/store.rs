@@ -1,20 +1,26 @@
 //! A directory that holds a model: opening it, handing out its shards, verifying it.
 //!
-//! A store never changes after it was renamed into place. Whoever shortens a mapped file under a
-//! running program ends that program (SIGBUS): replace a store by renaming, never by writing.
+//! Every shard is compared with the manifest before it is handed out, and the manifest with its own
+//! digest. A store never changes after it was renamed into place: replace it by renaming, never by
+//! writing. Whoever writes to it under a running program is noticed (`weights`), whoever shortens a
+//! mapped file ends that program (`sigbus`).
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::ModelConfig;
 use crate::file::{MappedFile, read_limited};
 use crate::id::{ContentText, ModelId, model_id};
+use crate::identity::Identity;
 use crate::layout::{
     EMBEDDING_FILE, HEAD_FILE, MANIFEST_FILE, NORM_FILE, SCREEN_FILE, TOKENIZER_FILE, layer_file,
 };
 use crate::manifest::{FileEntry, FileHash, MANIFEST_BYTES_MAX, Manifest, ManifestError};
 use crate::progress::Progress;
 use crate::shard::{EmbeddingShard, HeadShard, LayerShard, NormShard, ScreenShard, ShardError};
+use crate::weights::{WeightFile, check_hash};
 
 /// Longest `tokenizer.json`: several times the largest in use.
 pub const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
@@ -65,6 +71,12 @@ pub enum StoreError {
         /// What the manifest says.
         expected: FileHash,
     },
+    /// A file is being written to.
+    #[error("{} changed while it was read: replace a store by renaming, never by writing", path.display())]
+    Changing {
+        /// The file.
+        path: PathBuf,
+    },
     /// The content is not that of the model that the manifest names.
     #[error("{} holds model {found}, its manifest says {expected}", path.display())]
     Id {
@@ -98,6 +110,8 @@ pub enum StoreError {
 pub struct Store {
     dir: PathBuf,
     manifest: Manifest,
+    /// What each file was when its content was last found right. Clones of a store share it.
+    verified: Arc<Mutex<BTreeMap<String, Identity>>>,
 }
 
 impl Store {
@@ -117,7 +131,7 @@ impl Store {
         };
         let manifest =
             Manifest::parse(&json).map_err(|source| StoreError::Manifest { path, source })?;
-        let store = Self { dir: dir.to_owned(), manifest };
+        let store = Self { dir: dir.to_owned(), manifest, verified: Arc::default() };
         for file in store.files() {
             let path = dir.join(&file.name);
             match std::fs::metadata(&path) {
@@ -148,7 +162,7 @@ impl Store {
         self.manifest.id
     }
 
-    /// Maps a layer.
+    /// Maps a layer, and compares it with the manifest, if it was changed since that was last done.
     ///
     /// # Errors
     ///
@@ -161,7 +175,7 @@ impl Store {
         self.shard(&layer_file(layer), LayerShard::new)
     }
 
-    /// Maps the embedding.
+    /// Maps the embedding and compares it as a layer.
     ///
     /// # Errors
     ///
@@ -170,7 +184,7 @@ impl Store {
         self.shard(EMBEDDING_FILE, EmbeddingShard::new)
     }
 
-    /// Maps the head; of a tied model, the embedding's file.
+    /// Maps the head (of a tied model, the embedding's file) and compares it as a layer.
     ///
     /// # Errors
     ///
@@ -180,7 +194,7 @@ impl Store {
         self.shard(name, HeadShard::new)
     }
 
-    /// Maps the final norm.
+    /// Maps the final norm and compares it as a layer.
     ///
     /// # Errors
     ///
@@ -189,7 +203,7 @@ impl Store {
         self.shard(NORM_FILE, NormShard::new)
     }
 
-    /// Maps the screen of the head; `None` if the model is too wide for one.
+    /// Maps the screen of the head and compares it as a layer; `None` if the model is too wide for one.
     ///
     /// # Errors
     ///
@@ -209,7 +223,7 @@ impl Store {
         let path = self.dir.join(TOKENIZER_FILE);
         let json = read_limited(&path, TOKENIZER_BYTES_MAX)
             .map_err(|source| StoreError::Read { path: path.clone(), source })?;
-        check_hash(path, file, &json)?;
+        check_hash(&path, file.blake3, blake3::hash(&json).into())?;
         Ok(Some(json))
     }
 
@@ -233,6 +247,31 @@ impl Store {
         self.file_bytes(SCREEN_FILE)
     }
 
+    /// Whether nothing in it is another bit than when it was made: compares every file with the manifest,
+    /// by the threads of the pool that the caller is in. Shards that are opened afterwards are not
+    /// read again, unless they were changed. A store whose manifest has no digest, as those of before,
+    /// is verified as by [`Self::verify`], which takes many times as long.
+    ///
+    /// `progress` is told bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] with the first file that is wrong.
+    pub fn verify_files(&self, mut progress: impl FnMut(&Progress<'_>)) -> Result<(), StoreError> {
+        if !self.manifest.has_digest() {
+            return self.verify(progress);
+        }
+        let total = self.manifest.files.iter().map(|file| file.bytes).sum();
+        let mut done = 0;
+        for file in &self.manifest.files {
+            self.open_file(file, &mut |bytes| {
+                done += bytes;
+                progress(&Progress { what: &file.name, done, total });
+            })?;
+        }
+        self.tokenizer_json().map(drop)
+    }
+
     /// Reads everything: hashes of files, codes of every matrix, floats, and the model's id.
     ///
     /// # Errors
@@ -243,7 +282,7 @@ impl Store {
         let mut parts = Vec::new();
         for (done, file) in self.manifest.files.iter().enumerate() {
             progress(&Progress { what: &file.name, done: done as u64, total: names });
-            self.check_content(file)?;
+            self.verified().remove(&file.name);
             let path = self.dir.join(&file.name);
             let shard_error = |source| StoreError::Shard { path, source };
             if file.name == SCREEN_FILE {
@@ -296,35 +335,43 @@ impl Store {
         }
     }
 
-    fn check_content(&self, file: &FileEntry) -> Result<(), StoreError> {
+    fn verified(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Identity>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Maps a file and compares it with its entry, unless that was done and it is unchanged since.
+    fn open_file(
+        &self,
+        file: &FileEntry,
+        done: &mut dyn FnMut(u64),
+    ) -> Result<WeightFile, StoreError> {
         let path = self.dir.join(&file.name);
-        let mapped = MappedFile::open(&path)
-            .map_err(|source| StoreError::Read { path: path.clone(), source })?;
-        mapped.advise_sequential();
-        check_hash(path, file, mapped.bytes())
+        let read_error = |source| StoreError::Read { path: path.clone(), source };
+        let mapped = MappedFile::open(&path).map_err(read_error)?;
+        self.check_size(path.clone(), file, mapped.bytes().len() as u64)?;
+        let known = self.verified().get(&file.name).copied();
+        let opened = WeightFile::verified(mapped, path, file.blake3, known, done)?;
+        if let Some(identity) = opened.identity() {
+            self.verified().insert(file.name.clone(), identity);
+        }
+        Ok(opened)
     }
 
     fn shard<T>(
         &self,
         name: &str,
-        check: impl FnOnce(MappedFile, &Path, &ModelConfig) -> Result<T, ShardError>,
+        check: impl FnOnce(WeightFile, &ModelConfig) -> Result<T, ShardError>,
     ) -> Result<T, StoreError> {
         let path = self.dir.join(name);
-        let read_error = |source| StoreError::Read { path: path.clone(), source };
-        let mapped = MappedFile::open(&path).map_err(read_error)?;
-        if let Some(file) = self.manifest.file(name) {
-            self.check_size(path.clone(), file, mapped.bytes().len() as u64)?;
+        let file = self.manifest.file(name).expect("a manifest names every file of its shape");
+        let opened = self.open_file(file, &mut |_| {})?;
+        let shard = check(opened.clone(), self.config())
+            .map_err(|source| StoreError::Shard { path: path.clone(), source })?;
+        // What was read to check it was what had been compared.
+        if !opened.is_unchanged() {
+            return Err(StoreError::Changing { path });
         }
-        check(mapped, &path, self.config())
-            .map_err(|source| StoreError::Shard { path: path.clone(), source })
-    }
-}
-
-fn check_hash(path: PathBuf, file: &FileEntry, bytes: &[u8]) -> Result<(), StoreError> {
-    let found = FileHash(blake3::hash(bytes).into());
-    match found == file.blake3 {
-        true => Ok(()),
-        false => Err(StoreError::Hash { path, found, expected: file.blake3 }),
+        Ok(shard)
     }
 }
 

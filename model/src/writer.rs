@@ -141,7 +141,9 @@ pub(crate) fn write_store<C: Content>(
         eos_token_text: text.eos_text,
         provenance: content.provenance(),
         files,
-    };
+        digest: None,
+    }
+    .with_digest();
     let mut json = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
     json.push(b'\n');
     write_whole(&staging, MANIFEST_FILE, &json)?;

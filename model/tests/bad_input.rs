@@ -541,7 +541,17 @@ fn damaged_stores_are_refused() {
     restore(manifest, &edit("embed.safetensors", "../embed"), "file ../embed in place of embed");
     restore(manifest, &edit("\"layers\": 2", "\"layers\": 3"), "file none in place of layer-0002");
     restore(manifest, &edit("\"layers\": 2", "\"layers\": 99999999"), "the number of layers is");
-    restore(manifest, &edit("\"context\": 4096", "\"context\": 4095"), "its manifest says");
+    restore(manifest, &edit("\"context\": 4096", "\"context\": 4095"), "damaged or was edited");
+    let other_context = |seal: fn(Manifest) -> Manifest| {
+        move |bytes: &mut Vec<u8>| {
+            edit("\"context\": 4096", "\"context\": 4095")(bytes);
+            let changed: Manifest = serde_json::from_slice(bytes).unwrap();
+            *bytes = serde_json::to_vec(&seal(changed)).unwrap();
+        }
+    };
+    restore(manifest, &other_context(Manifest::with_digest), "its manifest says");
+    let without = |changed| Manifest { digest: None, ..changed };
+    restore(manifest, &other_context(without), "its manifest says");
     restore(manifest, &edit("\"context\"", "\"surprise\": 1, \"context\""), "unknown field");
     fs::remove_file(dest.join(layer)).unwrap();
     problem("failed to read");

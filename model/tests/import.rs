@@ -133,4 +133,10 @@ fn the_bundled_model_is_made_once_and_by_many_at_once() {
     // Damage is noticed and repaired.
     std::fs::remove_file(stores[0].join("norm.safetensors")).unwrap();
     Store::open(&import_bundled(&cache).unwrap()).unwrap();
+    // So is a wrong bit in a file of the right length.
+    let layer = stores[0].join("layer-0001.safetensors");
+    let mut bytes = std::fs::read(&layer).unwrap();
+    bytes[5000] ^= 8;
+    std::fs::write(&layer, bytes).unwrap();
+    Store::open(&import_bundled(&cache).unwrap()).unwrap().verify(|_| {}).unwrap();
 }

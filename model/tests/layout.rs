@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use model::{Store, import_bundled, synth};
+use model::{Manifest, Store, import_bundled, synth};
 
 /// A random store.
 fn tiny(dir: &Path) -> PathBuf {
@@ -26,7 +26,7 @@ fn failure(store: &Path) -> String {
     text
 }
 
-/// Changes the bytes of a file of the store, and in the manifest the hash of the file.
+/// Changes the bytes of a file of the store, and in the manifest the hash of the file and the digest.
 fn exchange(store: &Path, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
     let (path, manifest) = (store.join(name), store.join("manifest.json"));
     let mut bytes = fs::read(&path).unwrap();
@@ -34,8 +34,9 @@ fn exchange(store: &Path, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
     change(&mut bytes);
     fs::write(path, &bytes).unwrap();
     let text = fs::read_to_string(&manifest).unwrap();
-    fs::write(manifest, text.replace(old.as_str(), blake3::hash(&bytes).to_hex().as_str()))
-        .unwrap();
+    let text = text.replace(old.as_str(), blake3::hash(&bytes).to_hex().as_str());
+    let changed: Manifest = serde_json::from_str(&text).unwrap();
+    fs::write(manifest, serde_json::to_vec_pretty(&changed.with_digest()).unwrap()).unwrap();
 }
 
 fn replace(bytes: &mut [u8], from: &str, to: &str) {
