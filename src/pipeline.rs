@@ -58,6 +58,14 @@ pub enum PipelineError {
         /// Why.
         source: EngineError,
     },
+    /// Somebody wrote to the weights meanwhile.
+    #[error("stage {stage} refuses to compute")]
+    Weights {
+        /// Index of the stage.
+        stage: u32,
+        /// Why.
+        source: EngineError,
+    },
     /// A row was not computed.
     #[error("the tokens from position {position} on were not computed ({status:?}): {detail}")]
     Row {
@@ -113,12 +121,15 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// [`PipelineError::Row`] if any row was not computed.
+    /// [`PipelineError::Row`] if any row was not computed, [`PipelineError::Weights`] if the weights
+    /// are not any more what they were.
     pub fn forward(&mut self, rows: &[Row]) -> Result<Vec<RowValue>, PipelineError> {
         let mut activations = Vec::new();
         let mut values = Vec::new();
-        for engine in &mut self.engines {
-            let output = engine.forward(rows, &activations);
+        for (stage, engine) in (0..).zip(&mut self.engines) {
+            let output = engine
+                .forward_verified(rows, &activations)
+                .map_err(|source| PipelineError::Weights { stage, source })?;
             let refused = output.rows.iter().zip(rows).find(|(out, _)| out.status != RowStatus::Ok);
             if let Some((outcome, row)) = refused {
                 return Err(PipelineError::Row {

@@ -144,8 +144,16 @@ const CLOSING_TIME: Duration = Duration::from_secs(3);
 const MIN_KV_TOKENS: u32 = 2048;
 
 fn open_model(config: &Config) -> Result<model::Store, RunError> {
-    model::Store::open(&config.model)
-        .map_err(|source| RunError::Model { path: config.model.clone(), source })
+    let open = || {
+        let store = model::Store::open(&config.model)?;
+        if !store.manifest().has_digest() {
+            // Nothing else tells that the numbers in an older manifest are right. Reads all weights,
+            // before there is anything else to do.
+            store.verify(|_| {})?;
+        }
+        Ok(store)
+    };
+    open().map_err(|source| RunError::Model { path: config.model.clone(), source })
 }
 
 async fn bind(service: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {

@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,9 @@ use proto::step::Step;
 use tokio::sync::mpsc;
 use tracing::Span;
 
+use crate::engine::EngineError;
 use crate::executor::{Executed, Executor};
+use crate::reserve::Charge;
 
 /// Steps that one epoch may have in flight at most: 1.5 a stage and one more, for any pipeline.
 pub(crate) const IN_FLIGHT_MAX: u32 = 1024;
@@ -23,11 +26,15 @@ const JOBS_MAX: usize = 2 * IN_FLIGHT_MAX as usize;
 /// What an engine's thread runs.
 pub(crate) trait Compute: Send + 'static {
     /// One step, from its checks to its records.
-    fn compute(&mut self, step: Step, expired: bool) -> Executed;
+    ///
+    /// # Errors
+    ///
+    /// Why nothing that this machine computes may be used, now or ever.
+    fn compute(&mut self, step: Step, expired: bool) -> Result<Executed, EngineError>;
 }
 
 impl Compute for Executor {
-    fn compute(&mut self, step: Step, expired: bool) -> Executed {
+    fn compute(&mut self, step: Step, expired: bool) -> Result<Executed, EngineError> {
         self.execute(step, expired)
     }
 }
@@ -58,16 +65,21 @@ pub(crate) struct Outcome {
     pub(crate) wait: Duration,
 }
 
-/// An engine's thread panicked. The process stops: its state may be anything.
+/// Why an engine computes no more. The process stops: its state may be anything.
 #[derive(Debug, thiserror::Error)]
-#[error("the engine's thread panicked: {message}")]
-pub(crate) struct EngineFailure {
-    message: String,
+pub(crate) enum EngineFailure {
+    /// Its thread panicked.
+    #[error("the engine's thread panicked: {message}")]
+    Panicked { message: String },
+    /// What it computes with is wrong.
+    #[error("the engine refuses to compute")]
+    Refused(#[source] EngineError),
 }
 
 impl EngineFailure {
+    /// Of a panic.
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into() }
+        Self::Panicked { message: message.into() }
     }
 }
 
@@ -90,17 +102,35 @@ pub(crate) struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Moves an engine to its own thread. A panic there goes to `failures`.
+    /// Moves an engine to its own thread. A panic there goes to `failures`, and so does why it refuses
+    /// to compute.
     ///
     /// # Errors
     ///
     /// If the system gives no thread.
+    #[cfg(test)]
     pub(crate) fn start(
-        mut engine: impl Compute,
+        engine: impl Compute,
+        failures: mpsc::Sender<EngineFailure>,
+    ) -> io::Result<Self> {
+        Self::start_charged(engine, None, failures)
+    }
+
+    /// [`Self::start`] of an engine whose memory is counted: `charge` is dropped once it is free.
+    ///
+    /// # Errors
+    ///
+    /// If the system gives no thread.
+    pub(crate) fn start_charged(
+        engine: impl Compute,
+        charge: Option<Arc<Charge>>,
         failures: mpsc::Sender<EngineFailure>,
     ) -> io::Result<Self> {
         let (jobs, mut queue) = mpsc::channel::<Job>(JOBS_MAX);
         thread::Builder::new().name("engine".into()).spawn(move || {
+            // Dropped in the opposite order: first the engine, then what counts its memory.
+            let _charge = charge;
+            let mut engine = engine;
             while let Some(job) = queue.blocking_recv() {
                 // The stage may have been retired while the job waited: do not work for nobody.
                 if job.reply.is_closed() {
@@ -108,14 +138,17 @@ impl EngineHandle {
                 }
                 // The engine is not used again after a panic, so what it left half done is
                 // never seen.
-                match catch_unwind(AssertUnwindSafe(|| run(&mut engine, job))) {
-                    Ok((reply, outcome)) => drop(reply.blocking_send(outcome)),
-                    Err(panic) => {
-                        // One failure stops the process; a second one adds nothing.
-                        drop(failures.try_send(EngineFailure::new(message_of(&*panic))));
-                        return;
+                let failure = match catch_unwind(AssertUnwindSafe(|| run(&mut engine, job))) {
+                    Ok(Ok((reply, outcome))) => {
+                        drop(reply.blocking_send(outcome));
+                        continue;
                     }
-                }
+                    Ok(Err(refusal)) => EngineFailure::Refused(refusal),
+                    Err(panic) => EngineFailure::new(message_of(&*panic)),
+                };
+                // One failure stops the process; a second one adds nothing.
+                drop(failures.try_send(failure));
+                return;
             }
         })?;
         Ok(Self { jobs })
@@ -134,12 +167,14 @@ impl EngineHandle {
     }
 }
 
-fn run(engine: &mut impl Compute, job: Job) -> (mpsc::Sender<Outcome>, Outcome) {
+type Computed = Result<(mpsc::Sender<Outcome>, Outcome), EngineError>;
+
+fn run(engine: &mut impl Compute, job: Job) -> Computed {
     let Job { step, arrived, deadline, spans, reply } = job;
     let start = Instant::now();
-    let executed = engine.compute(step, start >= deadline);
+    let executed = engine.compute(step, start >= deadline)?;
     let (compute, wait) = (start.elapsed(), start.saturating_duration_since(arrived));
-    (reply, Outcome { executed, deadline, spans, compute, wait })
+    Ok((reply, Outcome { executed, deadline, spans, compute, wait }))
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {

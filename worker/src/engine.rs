@@ -37,7 +37,7 @@ use std::{io, mem};
 
 use bytes::Bytes;
 use kernels::Backend;
-use model::{ModelConfig, StoreError};
+use model::{ModelConfig, StoreError, WeightFile};
 use proto::plan::KvType;
 use proto::step::{Output, Row, RowStatus, RowValue};
 
@@ -52,6 +52,10 @@ pub use self::profile::{Clock, StepProfile};
 use self::rows::Batch;
 use self::shared::{Buffer, NoMemory};
 pub use self::stage_model::StageModel;
+pub(crate) use self::stage_model::stage_weight_bytes;
+
+/// Times that a step is computed before weights to which somebody writes all the time are given up.
+const VERIFIED_TRIES: usize = 3;
 
 /// How an engine computes. None of it but the KV type changes a result.
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +142,13 @@ pub enum EngineError {
     /// The store does not give the weights.
     #[error("failed to open the weights of a stage")]
     Store(#[from] StoreError),
+    /// The weights are not any more what they were when they were opened.
+    #[error("the weights of a stage were changed while it served")]
+    Changed(#[source] StoreError),
+    /// Somebody writes to the files all the time, though what they hold was right whenever it was
+    /// compared.
+    #[error("the files of a stage's weights are written to all the time")]
+    Restless,
     /// Something must be at least one.
     #[error("{what} must be at least 1")]
     Zero {
@@ -309,6 +320,67 @@ impl Engine {
     /// If `input` has another length.
     pub fn draw(&mut self, rows: &[Row], input: &[f32]) -> StepOutput {
         self.step(rows, input, Work::Draw, None)
+    }
+
+    /// [`Self::forward`] with weights that nobody wrote to meanwhile: a step during which somebody did is
+    /// computed again if they are what they were after all (a file got another name, or other rights).
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Changed`] if they are not, and [`EngineError::Restless`]. Nothing of the step may
+    /// be used, and the engine no more.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::forward`].
+    pub fn forward_verified(
+        &mut self,
+        rows: &[Row],
+        input: &[f32],
+    ) -> Result<StepOutput, EngineError> {
+        self.step_verified(rows, input, Work::Layers)
+    }
+
+    /// [`Self::draw`] with weights that nobody wrote to meanwhile: see [`Self::forward_verified`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::forward_verified`].
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::draw`].
+    pub fn draw_verified(
+        &mut self,
+        rows: &[Row],
+        input: &[f32],
+    ) -> Result<StepOutput, EngineError> {
+        self.step_verified(rows, input, Work::Draw)
+    }
+
+    fn step_verified(
+        &mut self,
+        rows: &[Row],
+        input: &[f32],
+        work: Work,
+    ) -> Result<StepOutput, EngineError> {
+        for _ in 0..VERIFIED_TRIES {
+            let output = self.step(rows, input, work, None);
+            // Of what came before it is known already: looked at after the last read of a weight.
+            if self.models.iter().all(StageModel::is_unchanged) {
+                return Ok(output);
+            }
+            let models = &self.models;
+            let verify = || models.iter().try_for_each(StageModel::verify_changed);
+            self.pool.install(verify).map_err(EngineError::Changed)?;
+            // The step writes what it wrote to the same places of the KV cache.
+        }
+        Err(EngineError::Restless)
+    }
+
+    /// The files whose bytes the weights are, those of all copies.
+    pub fn weight_files(&self) -> Vec<WeightFile> {
+        self.models.iter().flat_map(StageModel::files).cloned().collect()
     }
 
     /// [`Self::forward`], and what it spent its time on as told by `clock`.

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use proto::limits;
 use proto::step::{Output, RowStatus, RowValue, Step};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineError};
 use crate::session::{RowLimits, Sessions};
 
 /// Room in a result's message for everything that is not logits.
@@ -45,13 +45,22 @@ impl Executor {
 
     /// Runs one step. The sizes of `step` were checked: at most `max_step_tokens`, activations
     /// exactly for its tokens.
-    pub(crate) fn execute(&mut self, mut step: Step, expired: bool) -> Executed {
+    ///
+    /// # Errors
+    ///
+    /// If the weights are not any more what they were: nothing of the step may leave, and there must
+    /// be no other.
+    pub(crate) fn execute(
+        &mut self,
+        mut step: Step,
+        expired: bool,
+    ) -> Result<Executed, EngineError> {
         if step.is_draw() {
             return self.draw(step, expired);
         }
         let admitted = self.sessions.admit(&mut step.rows, expired);
         self.take_input(&step);
-        let output = self.engine.forward(&step.rows, &self.input);
+        let output = self.engine.forward_verified(&step.rows, &self.input)?;
         let mut values = Vec::with_capacity(step.rows.len());
         for (row, outcome) in step.rows.iter_mut().zip(output.rows) {
             row.status = outcome.status;
@@ -60,12 +69,12 @@ impl Executor {
         }
         self.sessions.commit(&mut step.rows, admitted, &step.ended_sequences);
         step.activations = little_endian(&output.activations);
-        Executed { step, values, filled_blocks: self.sessions.filled_blocks() }
+        Ok(Executed { step, values, filled_blocks: self.sessions.filled_blocks() })
     }
 
     /// Draws from the residual streams that the step brings. It has no part in what blocks hold: a
     /// row is a function of what comes with it.
-    fn draw(&mut self, mut step: Step, expired: bool) -> Executed {
+    fn draw(&mut self, mut step: Step, expired: bool) -> Result<Executed, EngineError> {
         let mut refuse = |status: RowStatus, detail: &str| {
             for row in step.rows.iter_mut().filter(|row| row.status == RowStatus::Ok) {
                 row.status = status;
@@ -78,7 +87,7 @@ impl Executor {
             refuse(RowStatus::Invalid, "this stage has no head to draw with");
         }
         self.take_input(&step);
-        let output = self.engine.draw(&step.rows, &self.input);
+        let output = self.engine.draw_verified(&step.rows, &self.input)?;
         let mut values = Vec::with_capacity(step.rows.len());
         for (row, outcome) in step.rows.iter_mut().zip(output.rows) {
             row.status = outcome.status;
@@ -89,7 +98,7 @@ impl Executor {
             values.push(outcome.value);
         }
         step.activations = Bytes::new();
-        Executed { step, values, filled_blocks: self.sessions.filled_blocks() }
+        Ok(Executed { step, values, filled_blocks: self.sessions.filled_blocks() })
     }
 
     fn take_input(&mut self, step: &Step) {

@@ -24,6 +24,7 @@ mod grpc;
 mod known_answer;
 mod link;
 pub mod measure;
+mod reserve;
 mod run;
 mod service;
 mod session;
@@ -33,6 +34,7 @@ mod telemetry;
 #[cfg(test)]
 mod tests;
 mod topology;
+mod weights;
 mod witness;
 
 pub use config::{Config, ConfigError};

@@ -201,6 +201,7 @@ mod tests {
 
     use super::*;
     use crate::bridge::{Compute, EngineHandle};
+    use crate::engine::EngineError;
     use crate::executor::Executed;
     use crate::tests::harness;
 
@@ -229,8 +230,8 @@ mod tests {
     struct Echo;
 
     impl Compute for Echo {
-        fn compute(&mut self, step: Step, _expired: bool) -> Executed {
-            Executed { step, values: Vec::new(), filled_blocks: 0 }
+        fn compute(&mut self, step: Step, _expired: bool) -> Result<Executed, EngineError> {
+            Ok(Executed { step, values: Vec::new(), filled_blocks: 0 })
         }
     }
 

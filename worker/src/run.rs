@@ -3,10 +3,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kernels::{Backend, KERNEL_REVISION, Refusal};
-use model::Store;
+use model::{Progress, Store};
 use node::Chain;
 use node::membership::{Membership, MembershipError, Registration};
 use node::observe::{Condition, Health};
@@ -27,7 +27,7 @@ use crate::error::RunError;
 use crate::measure::measure_layer_ns;
 use crate::service::{Identity, Service};
 use crate::witness::{LeaderKey, Witness};
-use crate::{grpc, known_answer, standby, telemetry};
+use crate::{grpc, known_answer, standby, telemetry, weights};
 
 /// A draining worker to which nobody sent a step for so long is idle: longer than a step of a
 /// large model takes to go round its pipeline.
@@ -35,6 +35,9 @@ const DRAIN_QUIET: Duration = Duration::from_secs(3);
 
 /// How long the registry may take before that is said.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
+
+/// How often a start that verifies a large model says how far it is.
+const VERIFY_REPORT: Duration = Duration::from_secs(3);
 
 /// How long leaving the registry may take; the lease ends by itself if the registry is away.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -62,8 +65,13 @@ pub async fn run(
     let id = config.worker_id()?.to_string();
     let checks = config.clone();
     let checked = tokio::task::spawn_blocking(move || check_machine(&checks));
+    // Reading a large model from a slow disk takes minutes, in which the process must be able to end.
+    let Some(checked) = stop.run_until_cancelled(checked).await else {
+        tracing::info!(worker = id, "stopped before its models were verified");
+        return Ok(());
+    };
     let Checked { engine, known_answer, stores, models, working_bytes } =
-        checked.await.map_err(RunError::StartUp)??;
+        checked.map_err(RunError::StartUp)??;
     let listener = listen(config.listen).await?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
     let observer = match config.http {
@@ -88,6 +96,7 @@ pub async fn run(
     telemetry::describe();
     telemetry::build_info(&id, engine.backend.isa());
     let (failures, failed) = mpsc::channel(1);
+    let watch_failures = failures.clone();
     let closing = CancellationToken::new();
     let identity = Identity {
         id: id.clone(),
@@ -107,6 +116,8 @@ pub async fn run(
     let mut tasks = Supervisor::new(stop.child_token());
     tasks.spawn("grpc", |_| async move { serving.await.map_err(TaskError::from) });
     tasks.spawn("engine", |_| watch_engines(failed, closing.clone()));
+    let watched = service.clone();
+    tasks.spawn("weights", |stop| weights::look_after(watched, watch_failures, stop));
     if let Some(listener) = observer {
         let router = node::observe::router(condition.clone());
         let closing = closing.clone();
@@ -170,7 +181,8 @@ struct Checked {
     working_bytes: u64,
 }
 
-/// Opens the stores, proves the kernels and times a layer. Takes about a second: it computes.
+/// Proves the kernels, opens and verifies the stores, and times a layer. Reads all weights, and computes
+/// for about a second.
 fn check_machine(config: &Config) -> Result<Checked, RunError> {
     let backend = config.backend()?;
     let engine = EngineConfig {
@@ -210,6 +222,7 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
             tracing::info!(model = %id, path = %path.display(), "a second store of this model");
             continue;
         }
+        verify(&store)?;
         let times = measure_layer_ns(&store, &engine).map_err(RunError::Measure)?;
         tracing::info!(model = %id, path = %path.display(), ?times, "store opened");
         models.push(WorkerModel {
@@ -225,6 +238,23 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
     Ok(Checked { engine, known_answer, stores, models, working_bytes })
 }
 
+/// Compares everything in a store with its manifest, and says how it goes on and how long it took.
+fn verify(store: &Store) -> Result<(), RunError> {
+    let path = store.dir().display();
+    let begin = Instant::now();
+    let (mut read, mut said) = (0, begin);
+    store.verify_files(|report| {
+        read = report.done;
+        if said.elapsed() >= VERIFY_REPORT {
+            said = Instant::now();
+            let Progress { what, done, total } = report;
+            tracing::info!(%path, file = what, done, total, "verifying");
+        }
+    })?;
+    tracing::info!(%path, bytes = read, took = ?begin.elapsed(), "verified");
+    Ok(())
+}
+
 async fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
     TcpListener::bind(address).await.map_err(|source| listen_error(address, source))
 }
@@ -237,7 +267,7 @@ fn encode(record: &WorkerRecord) -> Result<bytes::Bytes, RunError> {
     serde_json::to_vec(record).map(bytes::Bytes::from).map_err(RunError::Record)
 }
 
-/// Ends when an engine's thread panicked, and then ends every stream at once: nobody must wait
+/// Ends when an engine's thread panicked or refuses to compute, and then ends every stream at once: nobody must wait
 /// for a result that will not come.
 async fn watch_engines(
     mut failed: mpsc::Receiver<EngineFailure>,
@@ -246,6 +276,7 @@ async fn watch_engines(
     tokio::select! {
         failure = failed.recv() => match failure {
             Some(failure) => {
+                tracing::error!(error = %Chain(&failure), "this worker ends");
                 closing.cancel();
                 Err(failure.into())
             }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kernels::KERNEL_REVISION;
-use model::Store;
+use model::{Store, WeightFile};
 use proto::ids::{
     Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, StepId, Term,
 };
@@ -16,14 +16,17 @@ use proto::limits;
 use proto::plan::KvType;
 use proto::step::{Prepare, StepHeader};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
-use crate::engine::{Engine, EngineConfig, StageModel, kv_bytes, weight_copies, working_bytes};
+use crate::engine::{
+    Engine, EngineConfig, StageModel, kv_bytes, stage_weight_bytes, weight_copies, working_bytes,
+};
 use crate::error::ServiceError;
 use crate::executor::Executor;
 use crate::link;
+use crate::reserve::{Charge, Reserve, Shortage};
 use crate::session::epochs::{ControlCall, Epochs, PrepareAction, State, StepRefusal};
 use crate::stage::{ResultReader, Stage};
 use crate::witness::{Claim, Witness};
@@ -68,13 +71,23 @@ pub(crate) struct Prepared {
 /// An engine with everything that decides what it holds. Epochs that ask for the same share it:
 /// an unchanged stage keeps its KV.
 #[derive(Debug)]
-struct Holding {
+pub(crate) struct Holding {
     shape: HoldingShape,
     engine: EngineHandle,
     hidden: usize,
+    weights: Vec<WeightFile>,
     weight_bytes: u64,
     kv_bytes: u64,
-    working_bytes: u64,
+    /// Held by the engine's thread as well, until it has ended.
+    charge: Arc<Charge>,
+}
+
+/// An engine that is being built, or was and nobody took it yet: whoever asked for it may have gone
+/// away, and come back.
+#[derive(Debug)]
+struct Build {
+    shape: HoldingShape,
+    done: JoinHandle<Result<Holding, ServiceError>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +110,7 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.stage.retired().cancel();
+        self.stage.retire();
     }
 }
 
@@ -113,8 +126,10 @@ pub(crate) struct Service {
     identity: Identity,
     witness: Witness,
     held: Mutex<Held>,
-    /// One engine is built at a time.
-    preparing: tokio::sync::Mutex<()>,
+    /// One call prepares at a time, and one engine is built at a time. A call that is given up leaves
+    /// what it began to the next.
+    preparing: tokio::sync::Mutex<Option<Build>>,
+    reserve: Arc<Reserve>,
     failures: mpsc::Sender<EngineFailure>,
     executed: Arc<AtomicU64>,
     /// Every stream ends when it fires.
@@ -131,6 +146,7 @@ impl Service {
     ) -> Self {
         let epochs = Epochs::new(identity.incarnation);
         Self {
+            reserve: Reserve::new(identity.memory_bytes),
             identity,
             witness,
             held: Mutex::new(Held { epochs, running: Vec::new() }),
@@ -161,9 +177,9 @@ impl Service {
     ) -> Result<Prepared, ServiceError> {
         let claim = Claim { term: request.term, epoch: request.epoch, key };
         self.confirm(request.dst_incarnation, Some(&request.cluster_id), claim).await?;
-        let _one_at_a_time = self.preparing.lock().await;
+        let mut building = self.preparing.lock().await;
         let shape = self.check_request(&request)?;
-        let (same, beside_bytes) = {
+        let same = {
             let mut held = self.held();
             if held.epochs.prepare(&request)? == PrepareAction::Nothing {
                 let running = held.running.iter().find(|r| r.serves(request.epoch));
@@ -176,12 +192,11 @@ impl Service {
             let same = same.map(|running| running.holding.clone());
             // What was prepared and is now superseded makes room; what is active stays.
             held.forget_what_is_over();
-            let beside_bytes: u64 = held.running.iter().map(|r| r.holding.bytes()).sum();
-            (same, beside_bytes)
+            same
         };
         let holding = match same {
             Some(holding) => holding,
-            None => Arc::new(self.build(shape, beside_bytes).await?),
+            None => Arc::new(self.built(&mut building, shape).await?),
         };
         let prepared = self.prepared(&holding);
         let running = self.start(request.clone(), key, holding);
@@ -246,37 +261,94 @@ impl Service {
         stores.find(|store| store.id().0 == model.0).ok_or(ServiceError::UnknownModel { model })
     }
 
-    /// Maps weights and gets memory, off the async threads.
-    async fn build(&self, shape: HoldingShape, beside: u64) -> Result<Holding, ServiceError> {
-        let store = self.store(shape.model)?.clone();
-        let available_bytes = self.identity.memory_bytes.saturating_sub(beside);
-        let config = EngineConfig {
+    /// The engine of this shape: the one that an earlier call began, or a new one. May be given up at
+    /// any moment and called again.
+    async fn built(
+        &self,
+        building: &mut Option<Build>,
+        shape: HoldingShape,
+    ) -> Result<Holding, ServiceError> {
+        if let Some(other) = building.as_mut().filter(|build| build.shape != shape) {
+            // It cannot be stopped, and two at a time would need the memory of both.
+            drop((&mut other.done).await);
+            *building = None;
+        }
+        let build = match building {
+            Some(build) => build,
+            None => {
+                let charge = self.charge(&shape).await?;
+                building.insert(self.begin_build(shape, charge)?)
+            }
+        };
+        let built = (&mut build.done).await;
+        *building = None;
+        built.map_err(ServiceError::Build)?
+    }
+
+    /// Memory for an engine of this shape, beside what is held.
+    async fn charge(&self, shape: &HoldingShape) -> Result<Charge, ServiceError> {
+        let needed_bytes = self.needed_bytes(shape)?;
+        let kept_bytes = self.holdings().iter().map(|holding| holding.charge.bytes()).sum();
+        let taken = self.reserve.take(needed_bytes, kept_bytes).await;
+        taken.map_err(|Shortage { needed_bytes, available_bytes }| ServiceError::Memory {
+            needed_bytes,
+            available_bytes,
+        })
+    }
+
+    fn needed_bytes(&self, shape: &HoldingShape) -> Result<u64, ServiceError> {
+        let store = self.store(shape.model)?;
+        let config = self.engine_config(shape);
+        let has_head = shape.draws || shape.layers.end == store.config().layers;
+        let weights = stage_weight_bytes(store, &shape.layers, has_head)
+            .saturating_mul(weight_copies(&config));
+        let working = working_bytes(store.config(), has_head, &config);
+        Ok(weights.saturating_add(shape.kv_bytes(store)).saturating_add(working))
+    }
+
+    fn engine_config(&self, shape: &HoldingShape) -> EngineConfig {
+        EngineConfig {
             kv_type: shape.kv_type,
             kv_blocks: shape.kv_blocks,
             max_step_tokens: shape.max_step_tokens,
             ..self.identity.engine
-        };
+        }
+    }
+
+    /// Maps and verifies weights and gets memory, off the async threads.
+    fn begin_build(&self, shape: HoldingShape, charge: Charge) -> Result<Build, ServiceError> {
+        let store = self.store(shape.model)?.clone();
+        let config = self.engine_config(&shape);
         let failures = self.failures.clone();
+        let (of, charge) = (shape.clone(), Arc::new(charge));
         let build = move || {
-            let layer_count = shape.layers.end - shape.layers.start;
-            let kv_bytes = kv_bytes(store.config(), layer_count, shape.kv_type, shape.kv_blocks);
             let model = match shape.draws {
                 true => StageModel::open_to_draw(&store, shape.layers.clone())?,
                 false => StageModel::open(&store, shape.layers.clone())?,
             };
             let weight_bytes = model.weight_bytes().saturating_mul(weight_copies(&config));
-            let working_bytes = working_bytes(store.config(), model.has_head(), &config);
-            let needed_bytes = weight_bytes.saturating_add(kv_bytes).saturating_add(working_bytes);
-            if needed_bytes > available_bytes {
-                return Err(ServiceError::Memory { needed_bytes, available_bytes });
-            }
+            let kv_bytes = shape.kv_bytes(&store);
             let engine = Engine::new(model, config)?;
-            let hidden = engine.hidden();
+            let (hidden, weights) = (engine.hidden(), engine.weight_files());
             let executor = Executor::new(engine, store.config().context);
-            let engine = EngineHandle::start(executor, failures).map_err(ServiceError::Thread)?;
-            Ok(Holding { shape, engine, hidden, weight_bytes, kv_bytes, working_bytes })
+            let engine = EngineHandle::start_charged(executor, Some(charge.clone()), failures)
+                .map_err(ServiceError::Thread)?;
+            Ok(Holding { shape, engine, hidden, weights, weight_bytes, kv_bytes, charge })
         };
-        tokio::task::spawn_blocking(build).await.map_err(ServiceError::Build)?
+        Ok(Build { shape: of, done: tokio::task::spawn_blocking(build) })
+    }
+
+    /// What is held, each once.
+    pub(crate) fn holdings(&self) -> Vec<Arc<Holding>> {
+        let held = self.held();
+        let mut holdings: Vec<Arc<Holding>> = Vec::with_capacity(held.running.len());
+        for running in &held.running {
+            // An epoch that follows another may share its engine.
+            if !holdings.iter().any(|known| Arc::ptr_eq(known, &running.holding)) {
+                holdings.push(running.holding.clone());
+            }
+        }
+        holdings
     }
 
     fn start(
@@ -442,7 +514,33 @@ impl Running {
 }
 
 impl Holding {
-    fn bytes(&self) -> u64 {
-        self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.working_bytes)
+    /// The files whose bytes the engine computes with.
+    pub(crate) fn weight_files(&self) -> &[WeightFile] {
+        &self.weights
+    }
+}
+
+impl HoldingShape {
+    fn kv_bytes(&self, store: &Store) -> u64 {
+        let layer_count = self.layers.end.saturating_sub(self.layers.start);
+        kv_bytes(store.config(), layer_count, self.kv_type, self.kv_blocks)
+    }
+}
+
+#[cfg(test)]
+impl Service {
+    /// Bytes that engines have, also those that were retired a moment ago.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.reserve.used_bytes()
+    }
+
+    /// Waits until no engine has any memory.
+    pub(crate) async fn memory_is_free(&self) {
+        self.reserve.is_free().await;
+    }
+
+    /// Which task builds an engine, or did for nobody who is there any more.
+    pub(crate) async fn build_in_progress(&self) -> Option<tokio::task::Id> {
+        self.preparing.lock().await.as_ref().map(|build| build.done.id())
     }
 }

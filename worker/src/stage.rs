@@ -78,7 +78,8 @@ pub(crate) struct Stage {
     key: Mutex<Option<(CoordinatorKey, KeyDigest)>>,
     /// Width of the residual stream.
     hidden: usize,
-    engine: EngineHandle,
+    /// `None` once the epoch is over here: an engine's memory must not wait for who still has a stage.
+    engine: Mutex<Option<EngineHandle>>,
     outcomes: mpsc::Sender<Outcome>,
     outlet: Mutex<Outlet>,
     /// Something was queued to be sent.
@@ -112,7 +113,7 @@ impl Stage {
             prepare,
             key: Mutex::new(with_digest(key)),
             hidden,
-            engine,
+            engine: Mutex::new(Some(engine)),
             outcomes,
             outlet: Mutex::new(Outlet { ledger: Ledger::new(in_flight), reader: 0 }),
             queued: Notify::new(),
@@ -164,6 +165,12 @@ impl Stage {
     /// Whether who shows a key of this digest may send steps and read results.
     pub(crate) fn admits(&self, shown: Option<KeyDigest>) -> bool {
         lock(&self.key).is_none_or(|(_, digest)| Some(digest) == shown)
+    }
+
+    /// Ends the epoch here, and lets go of the engine.
+    pub(crate) fn retire(&self) {
+        lock(&self.engine).take();
+        self.retired.cancel();
     }
 
     /// Takes in a step whose header and checksum were judged, and says what became of it.
@@ -236,9 +243,14 @@ impl Stage {
                     spans,
                     reply: self.outcomes.clone(),
                 };
-                match self.engine.submit(job) {
-                    Ok(()) => accepted,
-                    Err(error) => {
+                let submitted = lock(&self.engine).as_ref().map(|engine| engine.submit(job));
+                match submitted {
+                    Some(Ok(())) => accepted,
+                    None => {
+                        outlet.ledger.withdraw(number);
+                        Ok((StepVerdict::Fenced, "the epoch is over".into()))
+                    }
+                    Some(Err(error)) => {
                         outlet.ledger.withdraw(number);
                         match error {
                             SubmitError::Full => busy(error.to_string()),

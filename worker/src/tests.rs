@@ -6,3 +6,4 @@ mod lifecycle;
 mod pipeline;
 mod refusals;
 mod strangers;
+mod weights;

@@ -9,9 +9,9 @@ use super::*;
 struct Machine<F>(F);
 
 impl<F: FnMut(&Step, bool) + Send + 'static> Compute for Machine<F> {
-    fn compute(&mut self, step: Step, expired: bool) -> Executed {
+    fn compute(&mut self, step: Step, expired: bool) -> Result<Executed, EngineError> {
         (self.0)(&step, expired);
-        Executed { step, values: Vec::new(), filled_blocks: 0 }
+        Ok(Executed { step, values: Vec::new(), filled_blocks: 0 })
     }
 }
 
@@ -102,4 +102,44 @@ async fn a_full_queue_refuses_and_retired_jobs_are_passed_over() {
     go.send(()).unwrap();
     drop((engine, go));
     assert_eq!(steps.recv().await, None, "nobody waited for the others");
+}
+
+#[tokio::test]
+async fn a_refusal_to_compute_is_reported_and_nothing_leaves() {
+    struct Refuses;
+    impl Compute for Refuses {
+        fn compute(&mut self, _: Step, _: bool) -> Result<Executed, EngineError> {
+            Err(EngineError::Restless)
+        }
+    }
+    let (failures, mut failed) = mpsc::channel(1);
+    let (reply, mut outcomes) = mpsc::channel(4);
+    let engine = EngineHandle::start(Refuses, failures).unwrap();
+    engine.submit(job(1, &reply, LONG)).unwrap();
+    engine.submit(job(2, &reply, LONG)).unwrap();
+    drop(reply);
+    let failure = failed.recv().await.unwrap();
+    assert!(matches!(failure, EngineFailure::Refused(EngineError::Restless)), "{failure}");
+    assert!(outcomes.recv().await.is_none(), "both jobs were dropped");
+}
+
+#[tokio::test]
+async fn memory_is_given_back_when_the_last_step_is_done() {
+    let reserve = crate::reserve::Reserve::new(10);
+    let charge = Arc::new(reserve.take(10, 0).await.unwrap());
+    let (failures, _) = mpsc::channel(1);
+    let (reply, _outcomes) = mpsc::channel(4);
+    let (go_on, wait) = std::sync::mpsc::channel::<()>();
+    let (began, mut begun) = mpsc::channel(1);
+    let machine = Machine(move |_: &Step, _| {
+        began.try_send(()).unwrap();
+        wait.recv().unwrap();
+    });
+    let engine = EngineHandle::start_charged(machine, Some(charge), failures).unwrap();
+    engine.submit(job(1, &reply, LONG)).unwrap();
+    begun.recv().await.unwrap();
+    drop(engine);
+    assert_eq!(reserve.used_bytes(), 10, "it still computes");
+    go_on.send(()).unwrap();
+    reserve.is_free().await;
 }

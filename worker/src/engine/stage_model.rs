@@ -1,11 +1,12 @@
-//! The weights of one stage, mapped. No arithmetic.
+//! The weights of one stage, mapped and verified. No arithmetic.
 
 use std::io;
 use std::ops::Range;
 
 use kernels::{FloatMatrix, ScreenMatrix};
 use model::{
-    EmbeddingShard, HeadShard, LayerShard, LayerWeights, ModelConfig, NormShard, ScreenShard, Store,
+    EmbeddingShard, HeadShard, LayerShard, LayerWeights, ModelConfig, NormShard, ScreenShard,
+    Store, StoreError, WeightFile,
 };
 
 use super::EngineError;
@@ -23,7 +24,7 @@ pub struct StageModel {
 }
 
 impl StageModel {
-    /// Maps the shards of `layers` and what belongs to them.
+    /// Maps the shards of `layers` and what belongs to them, and compares each with the manifest.
     ///
     /// # Errors
     ///
@@ -57,18 +58,7 @@ impl StageModel {
             false => None,
         };
         let screen = if has_head { store.screen()? } else { None };
-        let mut weight_bytes =
-            store.layer_bytes().saturating_mul(u64::from(layers.end - layers.start));
-        if is_first {
-            weight_bytes += store.embedding_bytes();
-        }
-        // A tied head is the embedding's matrix, in memory once.
-        if has_head && !(is_first && config.tied_head) {
-            weight_bytes += store.head_bytes();
-        }
-        if has_head {
-            weight_bytes += store.screen_bytes();
-        }
+        let weight_bytes = stage_weight_bytes(store, &layers, has_head);
         Ok(Self { config, layers, shards, embedding, end, screen, weight_bytes })
     }
 
@@ -115,6 +105,32 @@ impl StageModel {
         self.embedding.iter().try_for_each(EmbeddingShard::lock)?;
         self.screen.iter().try_for_each(ScreenShard::lock)?;
         self.end.iter().try_for_each(|(norm, head)| norm.lock().and_then(|()| head.lock()))
+    }
+
+    /// The files whose bytes these weights are.
+    pub(super) fn files(&self) -> impl Iterator<Item = &WeightFile> {
+        let shares = self.is_first() && self.config.tied_head;
+        let end = self.end.iter();
+        let end = end.flat_map(move |(norm, head)| {
+            [Some(norm.file()), (!shares).then(|| head.file())].into_iter().flatten()
+        });
+        let layers = self.shards.iter().map(LayerShard::file);
+        let embedding = self.embedding.iter().map(EmbeddingShard::file);
+        layers.chain(embedding).chain(end).chain(self.screen.iter().map(ScreenShard::file))
+    }
+
+    /// Whether nobody wrote to any of them since they were verified.
+    pub(super) fn is_unchanged(&self) -> bool {
+        self.files().all(WeightFile::is_unchanged)
+    }
+
+    /// Verifies those once more that somebody wrote to.
+    ///
+    /// # Errors
+    ///
+    /// The first that is not what it was.
+    pub(super) fn verify_changed(&self) -> Result<(), StoreError> {
+        self.files().filter(|file| !file.is_unchanged()).try_for_each(WeightFile::verify)
     }
 
     /// The whole model's shape.
@@ -171,6 +187,21 @@ impl StageModel {
     pub(super) fn screen(&self) -> Option<ScreenMatrix<'_>> {
         self.screen.as_ref().map(ScreenShard::matrix)
     }
+}
+
+/// Bytes of the weights of a stage, a tied head counted once.
+pub(crate) fn stage_weight_bytes(store: &Store, layers: &Range<u32>, has_head: bool) -> u64 {
+    let layer_count = u64::from(layers.end.saturating_sub(layers.start));
+    let is_first = layers.start == 0;
+    let embedding = if is_first { store.embedding_bytes() } else { 0 };
+    let (head, screen) = match has_head {
+        // A tied head is the embedding's matrix, in memory once.
+        true if is_first && store.config().tied_head => (0, store.screen_bytes()),
+        true => (store.head_bytes(), store.screen_bytes()),
+        false => (0, 0),
+    };
+    let layers = store.layer_bytes().saturating_mul(layer_count);
+    layers.saturating_add(embedding).saturating_add(head).saturating_add(screen)
 }
 
 /// The head; of a tied model whose embedding is here, in the same memory.

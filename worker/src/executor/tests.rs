@@ -59,16 +59,16 @@ fn check(failing: Row, activation: f32, status: RowStatus) {
     let end = failing.position + failing.tokens.len() as u32;
     let again = Row { output: Output::None, ..failing.clone() };
     let first = step(&executor, vec![row(0, 0, 5, Output::None)], 0.5);
-    assert_eq!(statuses(&executor.execute(first, false)), [RowStatus::Ok]);
+    assert_eq!(statuses(&executor.execute(first, false).unwrap()), [RowStatus::Ok]);
 
     let next = || row(0, end, 1, Output::None);
     let failed = step(&executor, vec![failing, next()], activation);
-    assert_eq!(statuses(&executor.execute(failed, false)), [status, RowStatus::NeedState]);
+    assert_eq!(statuses(&executor.execute(failed, false).unwrap()), [status, RowStatus::NeedState]);
     let on_it = step(&executor, vec![next()], 0.5);
-    assert_eq!(statuses(&executor.execute(on_it, false)), [RowStatus::NeedState]);
+    assert_eq!(statuses(&executor.execute(on_it, false).unwrap()), [RowStatus::NeedState]);
 
     let whole = step(&executor, vec![again, next()], 0.5);
-    assert_eq!(statuses(&executor.execute(whole, false)), [RowStatus::Ok; 2]);
+    assert_eq!(statuses(&executor.execute(whole, false).unwrap()), [RowStatus::Ok; 2]);
 }
 
 #[test]
@@ -88,12 +88,16 @@ fn what_the_engine_refuses_is_not_recorded() {
 fn a_failed_rewrite_takes_the_old_tokens_with_it() {
     let mut executor = later_stage();
     let first = step(&executor, vec![row(0, 0, 8, Output::None)], 0.5);
-    assert_eq!(statuses(&executor.execute(first, false)), [RowStatus::Ok]);
+    assert_eq!(statuses(&executor.execute(first, false).unwrap()), [RowStatus::Ok]);
     let rewrite = step(&executor, vec![row(0, 4, 4, Output::None)], f32::INFINITY);
-    assert_eq!(statuses(&executor.execute(rewrite, false)), [RowStatus::NotFinite]);
+    assert_eq!(statuses(&executor.execute(rewrite, false).unwrap()), [RowStatus::NotFinite]);
     for (position, status) in [(8, RowStatus::NeedState), (4, RowStatus::Ok)] {
         let row = row(0, position, 1, Output::None);
         let step = step(&executor, vec![row], 0.5);
-        assert_eq!(statuses(&executor.execute(step, false)), [status], "position {position}");
+        assert_eq!(
+            statuses(&executor.execute(step, false).unwrap()),
+            [status],
+            "position {position}"
+        );
     }
 }

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::bridge::EngineFailure;
 use crate::engine::{EngineConfig, Placement, Shortcuts};
 use crate::service::{Identity, Service};
 use crate::witness::{Leader, Reading, Source, Witness};
@@ -114,6 +115,16 @@ impl Worker {
     }
 
     pub(super) async fn start_with(id: &str, listen: &str, memory_bytes: u64) -> Self {
+        Self::start_on(id, listen, memory_bytes, store()).await.0
+    }
+
+    /// With a store of its own; the second is told why an engine failed.
+    pub(super) async fn start_on(
+        id: &str,
+        listen: &str,
+        memory_bytes: u64,
+        store: Store,
+    ) -> (Self, mpsc::Receiver<EngineFailure>) {
         let listener = TcpListener::bind(listen).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let incarnation = Incarnation(rand::random());
@@ -131,9 +142,9 @@ impl Worker {
             },
             memory_bytes,
             known_answer: KnownAnswer([7; 32]),
-            stores: vec![Arc::new(store())],
+            stores: vec![Arc::new(store)],
         };
-        let (failures, _) = mpsc::channel(1);
+        let (failures, failed) = mpsc::channel(1);
         let registry = Registry::new();
         let witness = Witness::new(registry.clone());
         let closing = CancellationToken::new();
@@ -145,7 +156,8 @@ impl Worker {
             drop(health);
         });
         let client = connect(&address).await;
-        Self { id: id.into(), incarnation, address, service, registry, client, tasks }
+        let id = id.into();
+        (Self { id, incarnation, address, service, registry, client, tasks }, failed)
     }
 
     /// Ends the process, as far as others can see.

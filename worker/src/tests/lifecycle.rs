@@ -25,7 +25,7 @@ use crate::{Config, RunError};
 
 type Ended = JoinSet<Result<(), RunError>>;
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     Config {
         id: Some("w1".parse().unwrap()),
         listen: "127.0.0.1:0".parse().unwrap(),
@@ -36,17 +36,17 @@ fn config() -> Config {
 }
 
 /// A worker, its registry, and how to stop it.
-struct Process {
+pub(super) struct Process {
     address: SocketAddr,
     watch: Watch,
     /// Of the coordinator that the tests play.
-    leadership: Leadership,
+    pub(super) leadership: Leadership,
     stop: CancellationToken,
     ended: Ended,
 }
 
 impl Process {
-    async fn start(config: Config) -> Self {
+    pub(super) async fn start(config: Config) -> Self {
         let membership = Memory::new();
         let keys = Keys::new("test");
         let mut watch = membership.watch(&keys.workers());
@@ -62,14 +62,14 @@ impl Process {
         Self { address, watch, leadership, stop, ended }
     }
 
-    async fn record(&mut self) -> WorkerRecord {
+    pub(super) async fn record(&mut self) -> WorkerRecord {
         match soon(self.watch.next()).await {
             Event::Put(entry) => serde_json::from_slice(&entry.value).unwrap(),
             other => panic!("{other:?} instead of a record"),
         }
     }
 
-    async fn end(mut self) -> Result<(), RunError> {
+    pub(super) async fn end(mut self) -> Result<(), RunError> {
         soon(self.ended.join_next()).await.unwrap().unwrap()
     }
 }
