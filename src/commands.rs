@@ -14,11 +14,13 @@ use std::time::Duration;
 
 use ::model::Store;
 use clap::Args;
+use node::signals::Interruption;
 use node::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use proto::plan::KvType;
 use worker::engine::{Placement, Shortcuts, WeightMemory};
 
 use crate::cli::{Cli, Command, DebugWhat, TelemetryArgs};
+use crate::failure::told_to_stop;
 use crate::progress::Progress;
 use crate::settings::{self, Flags};
 use crate::{Failure, models, pipeline};
@@ -38,6 +40,7 @@ const QUIET_LOG: &str = "warn,tercet::waiting=off";
 pub async fn run(cli: Cli) -> Result<(), Failure> {
     let Cli { telemetry, command } = cli;
     settings::check_variables().map_err(Failure::config)?;
+    node::signals::survive_file_size_limit()?;
     match command {
         // Servers read their telemetry from the same file as everything else.
         Command::Coordinator(command) => serve::coordinator(command, &telemetry).await,
@@ -46,18 +49,24 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         command => {
             let guard = start_telemetry("tercet-client", &quiet_telemetry(&telemetry)?)?;
             // Boxed: the futures of a whole cluster are large, and one is enough.
-            let outcome = Box::pin(run_client(command)).await;
+            let outcome = match command {
+                // Told to stop, it leaves well.
+                Command::Up(command) => Box::pin(up::run(command)).await,
+                command => {
+                    let interruption = interruption()?;
+                    Box::pin(run_client(command, &interruption)).await
+                }
+            };
             guard.shutdown(TELEMETRY_GRACE).await;
             outcome
         }
     }
 }
 
-async fn run_client(command: Command) -> Result<(), Failure> {
+async fn run_client(command: Command, interruption: &Interruption) -> Result<(), Failure> {
     match command {
-        Command::Up(command) => up::run(command).await,
         Command::Generate(command) => ask::generate(command).await,
-        Command::Chat(command) => ask::chat(command).await,
+        Command::Chat(command) => ask::chat(command, interruption).await,
         Command::Status(command) => ask::status(command).await,
         Command::Import(command) => import::run(&command),
         Command::Model(command) => model::run(command),
@@ -66,7 +75,9 @@ async fn run_client(command: Command) -> Result<(), Failure> {
         Command::Debug(command) => match command.what {
             DebugWhat::Logits(command) => logits::run(&command),
         },
-        Command::Coordinator(_) | Command::Worker(_) | Command::Completions(_) => Ok(()),
+        Command::Up(_) | Command::Coordinator(_) | Command::Worker(_) | Command::Completions(_) => {
+            Ok(())
+        }
     }
 }
 
@@ -113,6 +124,15 @@ impl ModelArgs {
             error => error.into(),
         })
     }
+}
+
+/// While it lives, a signal that asks to stop ends what this process writes, and nothing
+/// half-written is left; if it writes nothing, the process ends.
+fn interruption() -> Result<Interruption, Failure> {
+    Ok(Interruption::listen(|code| {
+        told_to_stop(code);
+        ::model::stop_writing()
+    })?)
 }
 
 /// How a model is cut and computed in this process.

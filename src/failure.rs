@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -14,6 +15,15 @@ use node::exit::Exit;
 
 /// How long the last sentence may take to be written: nobody may be reading, and the exit code tells too.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The exit code of a process that a signal told to stop; 0 while none did.
+static TOLD_TO_STOP: AtomicU8 = AtomicU8::new(0);
+
+/// A signal told this process to stop: it ends with `code`, which says so.
+pub(crate) fn told_to_stop(code: i32) {
+    // Codes of signals fit: they are 128 and less than 64 more.
+    TOLD_TO_STOP.store(u8::try_from(code).unwrap_or(u8::MAX), Ordering::SeqCst);
+}
 
 /// Why a command failed, with what that means for the exit code.
 ///
@@ -54,7 +64,10 @@ impl Failure {
             let _ = written.send(());
         });
         let _ = is_written.recv_timeout(REPORT_TIMEOUT);
-        self.exit.into()
+        match TOLD_TO_STOP.load(Ordering::SeqCst) {
+            0 => self.exit.into(),
+            code => code.into(),
+        }
     }
 }
 

@@ -39,7 +39,7 @@ pub use progress::Progress;
 pub use shard::{
     EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ScreenShard, ShardError,
 };
-pub use staging::WriteError;
+pub use staging::{WriteError, stop_writing};
 pub use store::{Store, StoreError, find_stores};
 pub use synth::{SynthError, SynthShape, synth};
 pub use weights::{FileWatch, WeightFile};

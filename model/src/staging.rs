@@ -10,7 +10,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::file::open_regular;
 use crate::manifest::{FileEntry, FileHash};
@@ -39,6 +39,9 @@ pub enum WriteError {
         /// The destination.
         path: PathBuf,
     },
+    /// The process was told to stop.
+    #[error("told to stop before the store was whole")]
+    Stopped,
     /// The operating system refused.
     #[error("failed to {action} {}", path.display())]
     Io {
@@ -49,6 +52,21 @@ pub enum WriteError {
         /// What the operating system said.
         source: io::Error,
     },
+}
+
+/// Stores that are being written by this process, and whether they are to be.
+static WRITING: AtomicU64 = AtomicU64::new(0);
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// Lets every store that this process writes fail at its next write, and leave nothing behind; for a
+/// process that is told to stop. Returns whether any is being written.
+pub fn stop_writing() -> bool {
+    STOPPED.store(true, Ordering::SeqCst);
+    WRITING.load(Ordering::SeqCst) > 0
+}
+
+fn go_on() -> Result<(), WriteError> {
+    if STOPPED.load(Ordering::SeqCst) { Err(WriteError::Stopped) } else { Ok(()) }
 }
 
 /// A store that is being written. Dropped before [`Staging::finish`], it disappears.
@@ -81,7 +99,9 @@ impl Staging {
             match Self::claim(&parent, &prefix) {
                 Ok(Some((partial, lock))) => {
                     let partial = Some(partial);
+                    WRITING.fetch_add(1, Ordering::SeqCst);
                     let staging = Self { dest: dest.to_owned(), parent, partial, _lock: lock };
+                    go_on()?;
                     fs::create_dir(staging.path("")).map_err(|source| error("create", source))?;
                     return Ok(staging);
                 }
@@ -118,6 +138,7 @@ impl Staging {
 
     /// Begins a file.
     pub(crate) fn create(&self, name: &str) -> Result<StagedFile, WriteError> {
+        go_on()?;
         let shown = self.dest.join(name);
         match File::create_new(self.path(name)) {
             Ok(file) => Ok(StagedFile {
@@ -135,6 +156,7 @@ impl Staging {
     /// Makes the store appear at its destination, durably.
     pub(crate) fn finish(mut self) -> Result<(), WriteError> {
         let error = |action, source| WriteError::Io { action, path: self.dest.clone(), source };
+        go_on()?;
         let store = self.path("");
         sync_dir(&store).map_err(|source| error("sync", source))?;
         // An empty directory would be replaced silently.
@@ -173,6 +195,7 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         self.remove();
+        WRITING.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -227,6 +250,7 @@ impl StagedFile {
     }
 
     fn flush(&mut self) -> Result<(), WriteError> {
+        go_on()?;
         self.file.write_all(&self.buffer).map_err(|source| self.error("write", source))?;
         self.hash.update(&self.buffer);
         self.bytes += self.buffer.len() as u64;

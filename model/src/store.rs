@@ -29,8 +29,18 @@ pub const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
+    /// There is nothing.
+    #[error("there is no directory {}", path.display())]
+    Missing {
+        /// What was named.
+        path: PathBuf,
+    },
     /// There is no manifest.
-    #[error("{} is not a model store: it has no {MANIFEST_FILE}", path.display())]
+    #[error(
+        "{} is not a model store: it has no {MANIFEST_FILE} (`tercet import` makes a store of a \
+         checkpoint)",
+        path.display()
+    )]
     NotAStore {
         /// The directory.
         path: PathBuf,
@@ -125,7 +135,11 @@ impl Store {
         let json = match read_limited(&path, MANIFEST_BYTES_MAX) {
             Ok(json) => json,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(StoreError::NotAStore { path: dir.to_owned() });
+                let path = dir.to_owned();
+                return Err(match dir.exists() {
+                    true => StoreError::NotAStore { path },
+                    false => StoreError::Missing { path },
+                });
             }
             Err(source) => return Err(StoreError::Read { path, source }),
         };

@@ -600,3 +600,13 @@ proptest! {
         refusal(&config, |config| Manifest::parse(config).map(|_| ()));
     }
 }
+
+#[test]
+fn a_store_that_is_not_there_is_told_from_a_directory_that_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = model::Store::open(&dir.path().join("nostore")).unwrap_err();
+    let words = missing.to_string();
+    assert!(words.starts_with("there is no directory ") && words.ends_with("nostore"), "{words}");
+    let empty = model::Store::open(dir.path()).unwrap_err().to_string();
+    assert!(empty.contains("is not a model store: it has no manifest.json"), "{empty}");
+}

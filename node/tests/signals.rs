@@ -23,11 +23,14 @@ fn main() {
     } else {
         the_first_signal_asks_and_the_second_ends();
         println!("test result: ok. the_first_signal_asks_and_the_second_ends");
+        what_was_ignored_at_the_start_is_ignored_still();
+        println!("test result: ok. what_was_ignored_at_the_start_is_ignored_still");
     }
 }
 
 /// Hears the first signal and does not stop for it.
 async fn be_deaf() {
+    node::signals::survive_file_size_limit().unwrap();
     let signals = Signals::listen().unwrap();
     println!("\n{LISTENING}");
     signals.stop().cancelled().await;
@@ -41,13 +44,19 @@ struct Process {
 }
 
 impl Process {
-    fn start() -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .arg(DEAF)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+    /// Starts the process under test, by way of `wrapper`.
+    fn start(wrapper: &[&str]) -> Self {
+        let own = std::env::current_exe().unwrap();
+        let mut command = match wrapper {
+            [] => Command::new(own),
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(own);
+                command
+            }
+        };
+        let mut child =
+            command.arg(DEAF).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut process = Self { child, lines };
         process.wait_for(LISTENING);
@@ -76,12 +85,31 @@ fn the_first_signal_asks_and_the_second_ends() {
         (Signal::SIGTERM, Signal::SIGTERM, 143),
         (Signal::SIGINT, Signal::SIGINT, 130),
         (Signal::SIGTERM, Signal::SIGINT, 130),
+        (Signal::SIGHUP, Signal::SIGTERM, 143),
+        (Signal::SIGXCPU, Signal::SIGHUP, 129),
     ] {
-        let mut process = Process::start();
+        let mut process = Process::start(&[]);
+        // Of no meaning, and no end.
+        process.send(Signal::SIGUSR1);
+        process.send(Signal::SIGUSR2);
+        process.send(Signal::SIGXFSZ);
         process.send(first);
         process.wait_for(ASKED);
         assert!(process.child.try_wait().unwrap().is_none(), "{first} only asks");
         process.send(second);
         assert_eq!(process.child.wait().unwrap().code(), Some(code), "{first}, {second}");
     }
+}
+
+/// As `nohup` starts a process, but for its files.
+fn what_was_ignored_at_the_start_is_ignored_still() {
+    let mut process = Process::start(&["sh", "-c", "trap '' HUP; exec \"$0\" \"$@\""]);
+    process.send(Signal::SIGHUP);
+    process.send(Signal::SIGHUP);
+    // Two that were heard would have ended it.
+    process.send(Signal::SIGTERM);
+    process.wait_for(ASKED);
+    assert!(process.child.try_wait().unwrap().is_none());
+    process.send(Signal::SIGTERM);
+    assert_eq!(process.child.wait().unwrap().code(), Some(143));
 }

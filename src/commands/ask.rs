@@ -9,6 +9,8 @@ use client::status::StatusArgs;
 use client::waiting::Notices;
 use client::{Client, CommandError};
 
+use node::signals::Interruption;
+
 use crate::commands::{ComputeArgs, ModelArgs};
 use crate::local::{LocalCluster, LocalOptions};
 use crate::pipeline::{blocks_for, check_stages};
@@ -164,9 +166,13 @@ pub(crate) async fn generate(command: GenerateCommand) -> Result<(), Failure> {
 }
 
 /// Runs `tercet chat`.
-pub(crate) async fn chat(command: ChatCommand) -> Result<(), Failure> {
+pub(crate) async fn chat(command: ChatCommand, interruption: &Interruption) -> Result<(), Failure> {
     let ChatCommand { chat, target } = command;
-    let run = async |client: &Client| client::chat::run(client, &chat).await;
+    let run = async |client: &Client| {
+        // From now on Ctrl-C stops an answer.
+        interruption.leave_interrupt();
+        client::chat::run(client, &chat).await
+    };
     target.with_client(chat.json, run).await
 }
 

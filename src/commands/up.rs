@@ -13,6 +13,7 @@ use proto::generate::{GenerateEvent, GenerateRequest, Prompt, Sampling};
 use proto::plan::KvType;
 use proto::status::ClusterStatus;
 use serde::Serialize;
+use tokio::task::JoinSet;
 
 use crate::Failure;
 use crate::commands::{ModelArgs, PlacementArgs, threads};
@@ -95,7 +96,17 @@ struct Ready<'a> {
 pub(crate) async fn run(command: UpCommand) -> Result<(), Failure> {
     let signals = Signals::listen()?;
     let stop = signals.stop();
-    let store = command.model.open(command.json)?;
+    // A store that is being made on the way disappears then.
+    let mut told = JoinSet::new();
+    let until = stop.clone();
+    told.spawn(async move {
+        until.cancelled().await;
+        ::model::stop_writing();
+    });
+    let store = match command.model.open(command.json) {
+        Err(_) if stop.is_cancelled() => return Ok(()),
+        opened => opened?,
+    };
     let options = command.options(store.dir(), store.config().layers)?;
     let started = stop.run_until_cancelled(LocalCluster::start(&options)).await;
     let mut cluster = match started {

@@ -338,3 +338,58 @@ fn up_answers_and_stops_when_told() {
     up.signal(nix::sys::signal::Signal::SIGINT);
     assert!(up.wait(std::time::Duration::from_secs(20)).success(), "{}", up.log());
 }
+
+/// `tercet` with `arguments`, started under a limit of the shell's.
+fn limited(limit: &str, arguments: &str) -> Output {
+    let tercet = tests::process::tercet();
+    let script = format!("ulimit {limit}; exec {} {arguments}", text(&tercet));
+    Command::new("bash").args(["-c", &script]).output().unwrap()
+}
+
+#[test]
+fn a_file_that_may_not_grow_is_an_error_and_nothing_is_left() {
+    let folder = TempDir::new().unwrap();
+    let store = folder.path().join("store");
+    // 64 KiB, less than one layer.
+    let output =
+        limited("-f 64", &format!("model synth --shape 2x256x512x4x2x4096 {}", text(&store)));
+    check(&output, FAILED, &["failed to write", "too large"]);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_signal_ends_what_is_written_and_nothing_is_left() {
+    use nix::sys::signal::Signal;
+    for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129)] {
+        let folder = TempDir::new().unwrap();
+        let store = folder.path().join("store");
+        let arguments = ["model", "synth", "--shape", "40x2048x8192x16x8x32000", text(&store)];
+        let mut making = Process::start("synth", &arguments);
+        let limit = std::time::Duration::from_secs(60);
+        tests::process::wait_for("a partial store", limit, || {
+            fs::read_dir(folder.path()).unwrap().next().map(drop)
+        });
+        making.signal(signal);
+        let ended = making.wait(limit);
+        assert_eq!(ended.code(), Some(code), "{}", making.log());
+        assert!(making.log().contains("told to stop"), "{}", making.log());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "{}", making.log());
+    }
+}
+
+#[test]
+fn too_little_memory_is_said_and_ends_no_process_at_once() {
+    // Megabytes of address space: from too little for anything to nearly enough for two workers.
+    for mib in [500, 880] {
+        let limit = format!("-v {}", mib * 1024);
+        let up =
+            "up --workers 2 --threads 1 --http 127.0.0.1:0 --grpc 127.0.0.1:0 --prompt x --once";
+        let output = limited(&limit, up);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(0) => {}
+            Some(FAILED) => assert!(stderr.contains("error: "), "{stderr}"),
+            _ => panic!("{mib} MiB: {:?}: {stderr}", output.status),
+        }
+    }
+}

@@ -215,6 +215,24 @@ fn unsafe_stands_where_it_may() {
     }
 }
 
+/// A chain of errors says each in turn: one whose words hold its source's says them twice.
+#[test]
+fn errors_do_not_repeat_their_sources() {
+    let mut errors = 0;
+    for (path, text) in sources() {
+        let code = shipped_code(&text);
+        for (at, _) in code.match_indices("#[error(") {
+            errors += 1;
+            let (words, item) = code[at..].split_once(")]").unwrap();
+            let item = item.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+            let holds_it = words.contains("{source")
+                || words.contains("{0") && (item.contains("#[from]") || item.contains("#[source]"));
+            assert!(!holds_it, "{path}: {words}");
+        }
+    }
+    assert!(errors > 100, "{errors} errors were looked at");
+}
+
 #[test]
 fn every_file_says_what_it_is() {
     for (path, text) in sources() {

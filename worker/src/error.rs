@@ -25,8 +25,14 @@ pub enum RunError {
     #[error("the worker's configuration is refused")]
     Config(#[from] ConfigError),
     /// There is nothing to compute with.
-    #[error("{} neither is a store nor holds one", path.display())]
+    #[error(
+        "{} {}: name a store, or a directory of stores, with --store or as store in [worker]",
+        path.display(),
+        if *exists { "neither is a store nor holds one" } else { "does not exist" }
+    )]
     NoStore {
+        /// Whether there is anything.
+        exists: bool,
         /// Where it looked.
         path: PathBuf,
     },

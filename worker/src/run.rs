@@ -209,7 +209,8 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
     let known_answer = known_answer::prove(backend)?;
     let paths = model::find_stores(&config.store);
     if paths.is_empty() {
-        return Err(RunError::NoStore { path: config.store.clone() });
+        let path = config.store.clone();
+        return Err(RunError::NoStore { exists: path.exists(), path });
     }
     let mut stores: Vec<Arc<Store>> = Vec::with_capacity(paths.len());
     let mut models = Vec::with_capacity(paths.len());

@@ -173,11 +173,21 @@ impl<'de> MapAccess<'de> for Entries {
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Problem> {
         let (key, node) =
             self.value.take().ok_or_else(|| Problem::custom("a value was read before its key"))?;
-        seed.deserialize(node).map_err(|problem| problem.below(&key))
+        let origin = node.value_origin();
+        // A value that was read and then refused is blamed on whoever set it, too.
+        seed.deserialize(node).map_err(|problem| match origin {
+            Some(origin) => problem.set_in(&origin).below(&key),
+            None => problem.below(&key),
+        })
     }
 }
 
 impl Node {
+    /// Where this was set, if it is a value and not a table of them.
+    fn value_origin(&self) -> Option<Origin> {
+        (!matches!(self.kind, Kind::Table(_))).then(|| self.origin.clone())
+    }
+
     /// Where the first value under this was set: a table may have several origins.
     fn leaf_origin(&self) -> &Origin {
         match &self.kind {

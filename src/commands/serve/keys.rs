@@ -153,9 +153,11 @@ fn what_a_key_may_be_does_not_depend_on_the_way_it_comes() {
                 assert_eq!(file.as_ref(), Ok(&flag), "{} {value:?}", key.key);
             }
             for value in key.bad {
-                for outcome in three_ways(key, role, value) {
+                let places = ["on the command line", "in the variable TERCET_", "tercet.toml: "];
+                for (outcome, place) in three_ways(key, role, value).into_iter().zip(places) {
                     let words = outcome.expect_err(&format!("{} {value:?}", key.key));
                     assert!(words.starts_with(&format!("wrong value for {}", key.key)), "{words}");
+                    assert!(words.contains(place), "{words}");
                     assert!(!words.contains("hunter2"), "a password is shown: {words}");
                     assert!(!words.contains('\n') && words.len() < 400, "{words}");
                 }

@@ -230,7 +230,10 @@ async fn what_keeps_a_worker_from_starting_is_said() {
     };
     let empty = tempfile::tempdir().unwrap();
     let nowhere = Config { store: empty.path().to_owned(), ..config() };
-    check(nowhere, "neither is a store nor holds one").await;
+    check(nowhere, "neither is a store nor holds one: name a store").await;
+    let missing = Config { store: empty.path().join("none"), ..config() };
+    check(missing, "none does not exist: name a store, or a directory of stores, with --store")
+        .await;
     check(Config { isa: Some("avx9".into()), ..config() }, "avx9").await;
     check(Config { threads: 0, ..config() }, "threads").await;
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
