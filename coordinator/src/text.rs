@@ -7,11 +7,9 @@
 //! ids ──token bytes──▶ Detokenizer (whole characters) ──▶ StopMatcher (held back) ──▶ text
 //! ```
 
-mod bounded;
 mod detokenize;
 mod guard;
-mod json;
-mod methods;
+mod jinja;
 mod stop;
 mod strftime;
 mod template;
@@ -24,6 +22,7 @@ use proto::generate::{ChatMessage, Prompt};
 
 pub(crate) use detokenize::Detokenizer;
 use guard::Guard;
+use jinja::Json;
 pub(crate) use stop::StopMatcher;
 pub use template::TemplateError;
 use template::{ChatTemplate, TemplateTexts};
@@ -222,9 +221,12 @@ pub enum TextSetupError {
 }
 
 /// An empty text is no arguments.
-fn parse_arguments(json: &str) -> Result<serde_json::Map<String, serde_json::Value>, TextError> {
+fn parse_arguments(json: &str) -> Result<Vec<(String, Json)>, TextError> {
     if json.is_empty() {
-        return Ok(serde_json::Map::new());
+        return Ok(Vec::new());
     }
-    serde_json::from_str(json).map_err(|_| TextError::Arguments)
+    match Json::parse(json) {
+        Ok(Json::Dict(arguments)) => Ok(arguments),
+        _ => Err(TextError::Arguments),
+    }
 }

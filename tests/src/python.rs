@@ -1,4 +1,4 @@
-//! A Python with OpenAI's client, made once beside the build.
+//! A Python with OpenAI's client and Jinja2, made once beside the build.
 
 use std::path::PathBuf;
 use std::process::Command;

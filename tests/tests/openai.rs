@@ -19,6 +19,18 @@ fn check(cluster: &Cluster, mode: &str) -> Command {
     command
 }
 
+/// The coordinator's own tests compare its language with what this writes.
+#[test]
+fn jinja2_itself_writes_what_the_cases_of_templates_expect() {
+    let folder = repository().join("coordinator/tests/jinja");
+    let mut command = Command::new(python::with_openai());
+    let output = command.arg(folder.join("render.py")).arg(&folder).arg("--check").output();
+    let output = output.unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("cases agree"), "{told}");
+}
+
 #[test]
 fn the_client_lists_completes_and_chats_as_the_command_line_does() {
     let cluster = Cluster::start(bundled_store(), 3, 3);

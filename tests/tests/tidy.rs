@@ -26,7 +26,7 @@ const ARROWS: [(&str, &str, &[&str]); 9] = [
 ];
 
 /// Dependency, the rooms whose shipped code may name it. `tests` may use everything.
-const HOMES: [(&str, &[&str]); 13] = [
+const HOMES: [(&str, &[&str]); 12] = [
     ("etcd-client", &["node"]),
     ("opentelemetry", &["node"]),
     ("opentelemetry_sdk", &["node"]),
@@ -37,7 +37,6 @@ const HOMES: [(&str, &[&str]); 13] = [
     ("memmap2", &["model"]),
     ("rayon", &["worker"]),
     ("tokenizers", &["coordinator"]),
-    ("minijinja", &["coordinator"]),
     ("axum", &["coordinator", "node"]),
     ("tonic", &["client", "coordinator", "node", "proto", "worker"]),
 ];

@@ -14,9 +14,10 @@ use super::TextError;
 
 /// Characters that stand in for others: private-use, so that no template gives them a meaning
 /// and changing case leaves them alone.
-const STAND_INS: std::ops::RangeInclusive<u32> = 0xF_0000..=0xF_FFFD;
+pub(super) const STAND_INS: std::ops::RangeInclusive<u32> = 0xF_0000..=0xF_FFFD;
 
 /// The stand-ins of one conversation; empty when its texts are harmless.
+#[derive(Default)]
 pub(crate) struct Guard {
     /// (letter, stand-in), one for each distinct first letter of a special token.
     pairs: Vec<(char, char)>,

@@ -1,0 +1,157 @@
+//! Values as Python's `str` and `repr` write them.
+
+use super::Failure;
+use super::meter::Writer;
+use super::value::{Object, Range, Value, View};
+use crate::text::guard::STAND_INS;
+
+/// Writes `str(value)`.
+pub(super) fn str(out: &mut Writer, value: &Value) -> Result<(), Failure> {
+    match value {
+        Value::Undefined(_) => Ok(()),
+        Value::Text(text) => out.push_str(&text.text),
+        _ => repr(out, value),
+    }
+}
+
+/// Writes `repr(value)`. A value's height is bounded, so this recursion is.
+pub(super) fn repr(out: &mut Writer, value: &Value) -> Result<(), Failure> {
+    match value {
+        Value::Undefined(_) => out.push_str("Undefined"),
+        Value::None => out.push_str("None"),
+        Value::Bool(true) => out.push_str("True"),
+        Value::Bool(false) => out.push_str("False"),
+        Value::Int(_) => out.push_str(&value.as_int().unwrap_or_default().to_string()),
+        Value::Float(value) => out.push_str(&float(*value)),
+        Value::Text(text) if text.safe => {
+            out.push_str("Markup(")?;
+            quoted(out, &text.text)?;
+            out.push(')')
+        }
+        Value::Text(text) => quoted(out, &text.text),
+        Value::List(items) => {
+            out.push('[')?;
+            list(out, items)?;
+            out.push(']')
+        }
+        Value::Tuple(items) => {
+            out.push('(')?;
+            list(out, items)?;
+            out.push_str(if items.len() == 1 { ",)" } else { ")" })
+        }
+        Value::Dict(dict) => {
+            out.push('{')?;
+            for (index, (key, value)) in dict.entries.iter().enumerate() {
+                out.push_str(if index > 0 { ", " } else { "" })?;
+                repr(out, key)?;
+                out.push_str(": ")?;
+                repr(out, value)?;
+            }
+            out.push('}')
+        }
+        Value::Object(object) => object_repr(out, value, object),
+    }
+}
+
+fn list(out: &mut Writer, items: &[Value]) -> Result<(), Failure> {
+    for (index, item) in items.iter().enumerate() {
+        out.push_str(if index > 0 { ", " } else { "" })?;
+        repr(out, item)?;
+    }
+    Ok(())
+}
+
+fn object_repr(out: &mut Writer, value: &Value, object: &Object) -> Result<(), Failure> {
+    match object {
+        Object::Range(Range { start, stop, step, .. }) => {
+            let step = if *step == 1 { String::new() } else { format!(", {step}") };
+            out.push_str(&format!("range({start}, {stop}{step})"))
+        }
+        Object::Loop(state) => {
+            let (index, length) = (state.index0.get() + 1, state.items.len());
+            out.push_str(&format!("<LoopContext {index}/{length}>"))
+        }
+        Object::View { kind, dict } => {
+            out.push_str(value.type_name())?;
+            out.push_str("([")?;
+            for (index, (key, value)) in dict.entries.iter().enumerate() {
+                out.push_str(if index > 0 { ", " } else { "" })?;
+                match kind {
+                    View::Keys => repr(out, key)?,
+                    View::Values => repr(out, value)?,
+                    View::Items => {
+                        out.push('(')?;
+                        repr(out, key)?;
+                        out.push_str(", ")?;
+                        repr(out, value)?;
+                        out.push(')')?;
+                    }
+                }
+            }
+            out.push_str("])")
+        }
+        // Python writes addresses of memory here.
+        _ => Err(Failure::new(format!("a {} has no text", value.type_name()))),
+    }
+}
+
+/// A text in quotes with Python's escapes.
+fn quoted(out: &mut Writer, text: &str) -> Result<(), Failure> {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(quote)?;
+    let mut plain_from = 0;
+    for (at, character) in text.char_indices() {
+        let escaped = match character {
+            '\\' => "\\\\".to_owned(),
+            '\n' => "\\n".to_owned(),
+            '\r' => "\\r".to_owned(),
+            '\t' => "\\t".to_owned(),
+            _ if character == quote => format!("\\{quote}"),
+            _ if is_printable(character) => continue,
+            _ => match u32::from(character) {
+                code @ 0..=0xff => format!("\\x{code:02x}"),
+                code @ 0x100..=0xffff => format!("\\u{code:04x}"),
+                code => format!("\\U{code:08x}"),
+            },
+        };
+        out.push_str(&text[plain_from..at])?;
+        out.push_str(&escaped)?;
+        plain_from = at + character.len_utf8();
+    }
+    out.push_str(&text[plain_from..])?;
+    out.push(quote)
+}
+
+/// Whether `repr` writes a character as it is. Characters that no Unicode version has given a
+/// meaning to count as printable, and so do the stand-ins for the first letters of special tokens:
+/// escaped, they would not be found again.
+pub(super) fn is_printable(character: char) -> bool {
+    let code = u32::from(character);
+    let format = matches!(code,
+        0xad | 0x600..=0x605 | 0x61c | 0x6dd | 0x70f | 0x890 | 0x891 | 0x8e2 | 0x180e
+        | 0x200b..=0x200f | 0x202a..=0x202e | 0x2060..=0x2064 | 0x2066..=0x206f | 0xfeff
+        | 0xfff9..=0xfffb | 0x110bd | 0x110cd | 0x13430..=0x13438 | 0x1bca0..=0x1bca3
+        | 0x1d173..=0x1d17a | 0xe0001 | 0xe0020..=0xe007f);
+    let private = matches!(code, 0xe000..=0xf8ff | 0xf0000..) && !STAND_INS.contains(&code);
+    let blank = character != ' ' && character.is_whitespace();
+    !(character.is_control() || format || private || blank)
+}
+
+/// `repr` of a float: the shortest digits that read back the same.
+pub(super) fn float(value: f64) -> String {
+    if value.is_nan() {
+        return "nan".into();
+    }
+    if value.is_infinite() {
+        return if value > 0.0 { "inf" } else { "-inf" }.into();
+    }
+    let shortest = format!("{value:e}");
+    let (digits, exponent) = shortest.split_once('e').unwrap_or((&shortest, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        let fixed = format!("{value}");
+        if fixed.contains('.') { fixed } else { fixed + ".0" }
+    } else {
+        format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+    }
+}
