@@ -13,6 +13,9 @@ pub const CLUSTER_NAME_BYTES: usize = 64;
 /// name has up to 64 bytes, and a port follows it.
 pub const WORKER_ID_BYTES: usize = 128;
 
+/// Bytes of the longest name of a model, as stores have them.
+pub const MODEL_NAME_BYTES: usize = 256;
+
 /// Characters of a refused name that an error shows: enough to recognise it.
 const SHOWN_CHARS: usize = 80;
 
@@ -26,6 +29,30 @@ pub struct NameError {
     what: &'static str,
     most_bytes: usize,
     found: String,
+}
+
+/// A text that cannot name a model.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a model's name must be 1 to {MODEL_NAME_BYTES} bytes without control characters and without \
+     blanks around it, found {found:?}"
+)]
+pub struct ModelNameError {
+    found: String,
+}
+
+/// The name that a person gives a model. Clients ask for it and terminals show it; unlike other names
+/// it is no part of a key, so `org/model 2B` is one.
+///
+/// # Errors
+///
+/// [`ModelNameError`].
+pub fn model_name(text: &str) -> Result<String, ModelNameError> {
+    let is_plain = text.trim() == text && !text.chars().any(char::is_control);
+    if is_plain && (1..=MODEL_NAME_BYTES).contains(&text.len()) {
+        return Ok(text.to_owned());
+    }
+    Err(ModelNameError { found: text.chars().take(SHOWN_CHARS).collect() })
 }
 
 /// Checks the one rule that all names have in common: no character that means something in a
@@ -116,6 +143,17 @@ mod tests {
             let error = bad.parse::<ClusterName>().unwrap_err().to_string();
             assert!(error.contains("1 to 64 letters") && error.len() < 250, "{error}");
             assert!(bad.parse::<WorkerId>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_model_may_be_called_almost_anything_that_can_be_shown() {
+        for good in ["a", "microsoft/bitnet-b1.58-2B-4T", "Modèle 2", &"x".repeat(256)] {
+            assert_eq!(model_name(good).unwrap(), good);
+        }
+        for bad in ["", " ", " a", "a ", "a\nb", "\u{1b}[2J", "a\0", &"x".repeat(257)] {
+            let error = model_name(bad).unwrap_err().to_string();
+            assert!(error.starts_with("a model's name must be") && error.len() < 400, "{error}");
         }
     }
 

@@ -67,6 +67,7 @@ fn wrong_usage_is_two() {
         "tercet eval",
         "tercet eval --text a --tokens-file b",
         "tercet import src store --i2s-layout 64",
+        "tercet import src store --name=",
         "tercet import src store --activation gelu",
         "tercet import src store --scales upside-down",
         "tercet model synth --shape 2x3 store",

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use client::command::TextWriter;
 use model::{Activation, I2sLayout, ImportOptions, Imported, Scales};
+use proto::names::model_name;
 use serde::Serialize;
 
 use crate::Failure;
@@ -28,7 +29,7 @@ pub(crate) struct ImportCommand {
     #[arg(value_name = "STORE")]
     store: PathBuf,
     /// Name of the model, in place of the one that the source suggests
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = model_name)]
     name: Option<String>,
     /// Order of the codes in I2_S tensors, which no file states: 128x32, or 64x16 for files made by
     /// bitnet.cpp on ARM after November 2025 [default: 128x32]

@@ -1,6 +1,7 @@
 //! Requests on their way into the scheduler, and those that wait for a pipeline to be there.
 
 use proto::BLOCK_TOKENS;
+use proto::status::WaitCause;
 use tokio::sync::oneshot;
 
 use super::{Admitted, Driver, RequestError, Submission, stopping};
@@ -27,8 +28,11 @@ impl Driver {
             let since = self.now();
             let outcome = self.admit(submission, since);
             let _ = reply.send(outcome);
-        } else if let Some(reason) = &self.no_plan {
-            let _ = reply.send(Err(RequestError::Unavailable { reason: reason.clone() }));
+        } else if let Some(told) = &self.no_plan {
+            // What was told may have changed, and who leads may have become known since.
+            let lasts = self.waiting().filter(|waiting| waiting.cause != WaitCause::Starting);
+            let reason = lasts.map_or_else(|| told.clone(), |waiting| waiting.detail);
+            let _ = reply.send(Err(RequestError::Unavailable { reason }));
         } else if self.parked.len() >= self.config.limits.waiting_requests as usize {
             let limit = self.config.limits.waiting_requests;
             let _ = reply.send(Err(RequestError::Full { limit }));
