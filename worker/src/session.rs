@@ -166,6 +166,7 @@ impl Sessions {
         }
         for &sequence in ended {
             self.generations.end(sequence);
+            self.blocks.end(sequence);
         }
     }
 

@@ -86,6 +86,34 @@ fn rewinding_and_running_again_are_allowed() {
 }
 
 #[test]
+fn the_work_of_a_step_does_not_grow_with_the_context() {
+    let blocks = 128;
+    let limits = RowLimits { kv_blocks: blocks, context: blocks * BLOCK_TOKENS, ..LIMITS };
+    let mut sessions = Sessions::new(limits);
+    let pool: Vec<u32> = (0..blocks).collect();
+    let mut end = 0;
+    while end + 64 <= 120 * BLOCK_TOKENS {
+        assert_eq!(
+            send_one(&mut sessions, row(1, end, 64, &blocks_for(end + 64, &pool))),
+            RowStatus::Ok
+        );
+        end += 64;
+    }
+    let before = sessions.blocks.visited();
+    for position in end..end + 40 {
+        let named = blocks_for(position + 1, &pool);
+        assert_eq!(send_one(&mut sessions, row(1, position, 1, &named)), RowStatus::Ok);
+    }
+    let visited = sessions.blocks.visited() - before;
+    // Before and after the engine, the last block or the two about a border.
+    assert!(visited <= 4 * 40, "{visited} records were looked at for 40 tokens");
+    // What is known is forgotten when a block behind it is used by another.
+    assert_eq!(send_one(&mut sessions, row(2, 0, 5, &[7])), RowStatus::Ok);
+    let named = blocks_for(end + 41, &pool);
+    assert_eq!(send_one(&mut sessions, row(1, end + 40, 1, &named)), RowStatus::NeedState);
+}
+
+#[test]
 fn a_full_block_is_shared_by_sequences_that_agree() {
     let mut sessions = Sessions::new(LIMITS);
     assert_eq!(send_one(&mut sessions, row(1, 0, 32, &[5])), RowStatus::Ok);
@@ -303,6 +331,7 @@ proptest! {
                 row.status = RowStatus::NotFinite;
             }
             sessions.commit(&mut rows, admitted, &[]);
+            prop_assert_eq!(sessions.filled_blocks(), sessions.blocks.count_filled());
             for (row, read) in rows.iter().zip(reads) {
                 if row.status == RowStatus::Ok {
                     prop_assert!(read, "a wrong prefix was accepted: {row:?}");
