@@ -66,6 +66,8 @@ pub(crate) enum Command {
 /// A request on its way to the scheduler.
 pub(crate) struct Submission {
     pub(crate) request: crate::scheduler::Request,
+    /// When its head arrived.
+    pub(crate) arrived: Instant,
     /// `request.max_tokens` is to be filled in: as many as context and KV hold.
     pub(crate) as_many_as_fit: bool,
     /// From now to the last token.
@@ -94,8 +96,7 @@ impl DriverHandle {
     pub(crate) async fn submit(&self, submission: Submission) -> Result<Admitted, RequestError> {
         let (reply, admitted) = oneshot::channel();
         self.tell(Command::Submit { submission: Box::new(submission), reply }).await;
-        let outcome = admitted.await.unwrap_or_else(|_| Err(stopping()));
-        outcome.inspect_err(|error| metrics::failed(error.kind()))
+        admitted.await.unwrap_or_else(|_| Err(stopping()))
     }
 
     /// How things are.
@@ -280,8 +281,9 @@ impl Driver {
             Command::Submit { submission, reply } => self.submit(*submission, reply),
             Command::Finish { sequence, reply } => {
                 let now = self.now();
-                self.clients.finish(sequence, now);
-                let _ = reply.send(self.scheduler.finish(sequence, now));
+                let timings = self.scheduler.finish(sequence, now);
+                self.clients.finish(sequence, timings.unwrap_or_default(), now);
+                let _ = reply.send(timings);
             }
             Command::Status { reply } => {
                 let _ = reply.send(self.status());
@@ -492,7 +494,7 @@ pub(crate) mod testing {
     /// One answer and its driver's side.
     pub(crate) fn tokens() -> (Feed, Tokens) {
         let mut clients = Clients::default();
-        let tokens = clients.add(SequenceId(1), Tick::ZERO);
+        let tokens = clients.add(SequenceId(1), Tick::ZERO, 1);
         (Feed(clients), tokens)
     }
 

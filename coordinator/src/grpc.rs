@@ -10,15 +10,19 @@ use proto::convert;
 use proto::pb;
 use proto::pb::inference_server::{Inference, InferenceServer};
 use tokio_util::sync::CancellationToken;
+use tonic::codegen::http;
 use tonic::transport::Server;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tower::limit::GlobalConcurrencyLimitLayer;
+use tower::util::MapFutureLayer;
 use tracing::Instrument;
 
 use crate::answer::Answer;
+use crate::arrival;
 use crate::connections::Connections;
+use crate::metrics;
 use crate::request::RequestError;
 use crate::service::{Service, Wanted};
 use crate::spans::request_span;
@@ -75,6 +79,7 @@ pub(crate) async fn serve(
         .initial_stream_window_size(ANSWER_WINDOW_BYTES)
         .initial_connection_window_size(proto::limits::CONNECTION_WINDOW_BYTES)
         .timeout(limits.wait + ARRIVAL_PATIENCE)
+        .layer(MapFutureLayer::new(count_refusals))
         .layer(GlobalConcurrencyLimitLayer::new(limits.requests))
         .add_service(inference)
         .add_service(health_service)
@@ -155,6 +160,41 @@ fn events(answer: Answer) -> impl Stream<Item = Result<pb::GenerateEvent, Status
             Err(error) => (Err(status_of(&error)), None),
         })
     })
+}
+
+/// Waits for an answer to begin and counts it if it was refused: then the status stands in the
+/// headers. What breaks off later has it in the trailers, and is counted where it broke.
+fn count_refusals<B, E>(
+    call: impl Future<Output = Result<http::Response<B>, E>>,
+) -> impl Future<Output = Result<http::Response<B>, E>> {
+    arrival::scope(async move {
+        let arrived = arrival::of_this_request();
+        let outcome = call.await;
+        if let Ok(response) = &outcome
+            && let Some(status) = Status::from_header_map(response.headers())
+            && status.code() != Code::Ok
+        {
+            metrics::refused(cause_of(status.code()), "grpc", "grpc", arrived.elapsed());
+        }
+        outcome
+    })
+}
+
+/// As it is counted.
+fn cause_of(code: Code) -> &'static str {
+    match code {
+        Code::InvalidArgument => "invalid_request",
+        Code::OutOfRange => "body_too_large",
+        Code::Unimplemented => "unknown_route",
+        Code::NotFound => "model_not_found",
+        Code::FailedPrecondition => "class_mismatch",
+        Code::ResourceExhausted => "rate_limit_exceeded",
+        Code::Unavailable => "service_unavailable",
+        Code::DeadlineExceeded | Code::Cancelled => "timeout",
+        Code::PermissionDenied | Code::Unauthenticated => "not_authorized",
+        Code::Internal | Code::Unknown | Code::DataLoss | Code::Aborted => "internal",
+        Code::Ok | Code::AlreadyExists => "other",
+    }
 }
 
 /// The one map from errors to gRPC statuses.

@@ -87,13 +87,14 @@ pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
         .route("/ready", get(observe::ready))
         .route("/readyz", get(observe::ready))
         .route("/version", get(observe::version))
-        .route("/metrics", get(observe::metrics))
+        .route("/metrics", get(observe::metrics_page))
         .fallback(async || ApiError::not_found("there is no such page"))
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
         .with_state(Api { service, bodies })
         .layer(middleware::from_fn_with_state(limits.hosts, host::check))
         .layer(middleware::from_fn(with_request_id))
         .layer(CatchPanicLayer::custom(|_| errors::panicked()))
+        .layer(middleware::from_fn(observe::count_refusals))
 }
 
 /// Reads a body as the handler of `path` does, for a model of `context` tokens: for tests and

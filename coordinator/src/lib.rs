@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 mod answer;
+mod arrival;
 mod config;
 mod connections;
 mod driver;

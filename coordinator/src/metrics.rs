@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use ::metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
+use proto::generate::Timings;
+
 use crate::scheduler::QueueStats;
 
 /// Says once what every metric means.
@@ -19,11 +21,39 @@ pub(crate) fn describe() {
     describe_counter!("tercet_prompt_tokens_total", "prompt tokens computed");
     describe_counter!("tercet_generation_tokens_total", "tokens sampled");
     describe_counter!("tercet_request_success_total", "answers that ended, by why");
-    describe_counter!("tercet_request_failure_total", "answers that broke off or were refused");
+    describe_counter!(
+        "tercet_request_failure_total",
+        "answers that were taken and broke off, by why; requests that were refused are not among them"
+    );
+    describe_counter!(
+        "tercet_requests_refused_total",
+        "requests that were refused before an answer was taken, by cause, protocol and endpoint"
+    );
+    describe_histogram!(
+        "tercet_request_refusal_seconds",
+        "from the arrival of a request's head to its refusal, by cause"
+    );
+    describe_histogram!("tercet_request_queue_seconds", "from submission to the reserving of KV");
+    describe_histogram!(
+        "tercet_request_prefill_seconds",
+        "from the reserving of KV to the first token"
+    );
+    describe_histogram!("tercet_request_decode_seconds", "from the first token to the last");
+    describe_histogram!(
+        "tercet_request_prompt_tokens",
+        "tokens of the prompts of answers that ended"
+    );
+    describe_histogram!("tercet_request_generation_tokens", "tokens of answers that ended");
     describe_counter!("tercet_request_cancelled_total", "answers whose clients went away");
-    describe_histogram!("tercet_time_to_first_token_seconds", "from arrival to the first token");
+    describe_histogram!(
+        "tercet_time_to_first_token_seconds",
+        "from the arrival of a request's head to its first token"
+    );
     describe_histogram!("tercet_inter_token_latency_seconds", "between tokens of one answer");
-    describe_histogram!("tercet_e2e_request_latency_seconds", "from arrival to the last token");
+    describe_histogram!(
+        "tercet_e2e_request_latency_seconds",
+        "from the arrival of a request's head to its last token"
+    );
     describe_histogram!("tercet_stage_compute_seconds", "of one step in one stage's engine");
     describe_histogram!("tercet_stage_wait_seconds", "of one step before one stage's engine");
     gauge!("tercet_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
@@ -64,13 +94,48 @@ pub(crate) fn next_token(since_last: Duration) {
     histogram!("tercet_inter_token_latency_seconds").record(since_last);
 }
 
-/// An answer ended.
-pub(crate) fn finished(reason: &'static str, since_arrival: Duration) {
-    counter!("tercet_request_success_total", "finished_reason" => reason).increment(1);
-    histogram!("tercet_e2e_request_latency_seconds").record(since_arrival);
+/// What an answer took that ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    pub(crate) reason: &'static str,
+    /// Since the request's head arrived.
+    pub(crate) since_arrival: Duration,
+    pub(crate) timings: Timings,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) generated_tokens: u32,
 }
 
-/// An answer broke off, or a request was refused.
+/// An answer ended.
+pub(crate) fn finished(ended: Ended) {
+    let Ended { reason, since_arrival, timings, prompt_tokens, generated_tokens } = ended;
+    counter!("tercet_request_success_total", "finished_reason" => reason).increment(1);
+    histogram!("tercet_e2e_request_latency_seconds").record(since_arrival);
+    let seconds = Duration::from_micros;
+    histogram!("tercet_request_queue_seconds").record(seconds(timings.queue_us));
+    histogram!("tercet_request_prefill_seconds").record(seconds(timings.prefill_us));
+    histogram!("tercet_request_decode_seconds").record(seconds(timings.decode_us));
+    histogram!("tercet_request_prompt_tokens").record(f64::from(prompt_tokens));
+    histogram!("tercet_request_generation_tokens").record(f64::from(generated_tokens));
+}
+
+/// A request was refused: no answer was taken for it. All three are of closed sets.
+pub(crate) fn refused(
+    cause: &'static str,
+    protocol: &'static str,
+    endpoint: &'static str,
+    since_arrival: Duration,
+) {
+    counter!(
+        "tercet_requests_refused_total",
+        "cause" => cause,
+        "protocol" => protocol,
+        "endpoint" => endpoint,
+    )
+    .increment(1);
+    histogram!("tercet_request_refusal_seconds", "cause" => cause).record(since_arrival);
+}
+
+/// An answer broke off.
 pub(crate) fn failed(kind: &'static str) {
     counter!("tercet_request_failure_total", "error_type" => kind).increment(1);
 }

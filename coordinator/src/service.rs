@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use tracing::Span;
 
 use crate::answer::{Answer, AnswerParts};
+use crate::arrival;
 use crate::driver::{DriverHandle, Submission};
 use crate::request::{self, Checked, RequestError, ServedModel};
 use crate::scheduler;
@@ -203,6 +204,7 @@ impl Service {
                 deadline: None,
                 traceparent: node::telemetry::propagation::traceparent(&span).unwrap_or_default(),
             },
+            arrived: arrival::of_this_request(),
             as_many_as_fit: checked.max_tokens.is_none(),
             time_limit: deadline,
             class: checked.class,

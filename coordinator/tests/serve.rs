@@ -578,6 +578,7 @@ async fn without_a_worker_requests_get_a_clear_503() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn http_speaks_as_openai_does() {
+    node::metrics::install().unwrap();
     let cluster = Cluster::start(1, 1).await;
     cluster.until_ready(true).await;
     let ask = |method: &'static str, path: &'static str, body: &'static str| {
@@ -678,7 +679,31 @@ async fn http_speaks_as_openai_does() {
     assert!(response.starts_with("HTTP/1.1 415"), "{response}");
     assert!(response.contains("gzip"), "{response}");
     assert!(ask("GET", "/health", "").await.starts_with("HTTP/1.1 200"));
-    assert!(ask("GET", "/metrics", "").await.starts_with("HTTP/1.1 200"));
+    let wrong = pb::GenerateRequest { model: "other".into(), ..tokens(&[9], 1) };
+    assert_eq!(generate(&cluster, wrong).await.unwrap_err().code(), tonic::Code::NotFound);
+    let wrong = tokens(&[9], u32::MAX);
+    assert_eq!(generate(&cluster, wrong).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+    let metrics = ask("GET", "/metrics", "").await;
+    assert!(metrics.starts_with("HTTP/1.1 200"));
+    for (cause, protocol, endpoint) in [
+        ("invalid_request", "http", "completions"),
+        ("invalid_request", "http", "chat_completions"),
+        ("unsupported_value", "http", "chat_completions"),
+        ("model_not_found", "http", "completions"),
+        ("body_too_large", "http", "completions"),
+        ("media_type", "http", "completions"),
+        ("unknown_route", "http", "other"),
+        ("model_not_found", "grpc", "grpc"),
+        ("invalid_request", "grpc", "grpc"),
+    ] {
+        let labels = [("cause", cause), ("protocol", protocol), ("endpoint", endpoint)]
+            .map(|(label, value)| format!(r#"{label}="{value}""#));
+        let is_it = |line: &&str| {
+            line.starts_with("tercet_requests_refused_total{")
+                && labels.iter().all(|label| line.contains(label.as_str()))
+        };
+        assert!(metrics.lines().any(|line| is_it(&line)), "{labels:?} in {metrics}");
+    }
     cluster.end().await;
 }
 

@@ -15,6 +15,12 @@ const SECONDS_BUCKETS: [f64; 18] = [
     60.0, 150.0, 600.0,
 ];
 
+/// Upper bounds of histograms of tokens of one request, up to the longest context there is.
+const TOKENS_BUCKETS: [f64; 18] = [
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0,
+    50000.0, 100000.0, 200000.0, 500000.0,
+];
+
 /// How often histograms are folded into their buckets, so that a process nobody scrapes does not
 /// keep every value it ever recorded.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -53,6 +59,9 @@ pub fn install() -> Result<(), MetricsError> {
     }
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Suffix("_tokens".to_owned()), &TOKENS_BUCKETS)
+        })
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|source| MetricsError::Install { source })?;
     let handle = RECORDER.get_or_init(|| handle);
@@ -60,6 +69,8 @@ pub fn install() -> Result<(), MetricsError> {
         "tercet_log_lines_lost_total",
         "Lines of the log that were lost because nobody read them."
     );
+    metrics::describe_gauge!("tercet_membership_reachable", "1 while etcd answers, 0 while not.");
+    metrics_process::Collector::default().describe();
     // A thread and not a task, for the recorder belongs to the process and not to a runtime.
     thread::Builder::new()
         .name("metrics".into())
@@ -73,8 +84,10 @@ pub fn install() -> Result<(), MetricsError> {
     Ok(())
 }
 
-/// Everything recorded so far in Prometheus's text format; empty before [`install`].
+/// Everything recorded so far, and what the process uses now (`process_*`), in Prometheus's text
+/// format; empty before [`install`].
 pub fn render() -> String {
+    metrics_process::Collector::default().collect();
     metrics::counter!("tercet_log_lines_lost_total").absolute(telemetry::lost_lines());
     RECORDER.get().map(PrometheusHandle::render).unwrap_or_default()
 }

@@ -204,6 +204,22 @@ fn generated_types_stay_at_the_door() {
 }
 
 #[test]
+fn every_metric_is_in_its_page() {
+    let page = fs::read_to_string(root().join("docs/metrics.md")).unwrap();
+    let mut found = 0;
+    for (path, text) in sources().iter().filter(|(path, _)| !is_test(path)) {
+        for name in shipped_code(text).split('"').filter(|text| {
+            let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+            text.starts_with("tercet_") && text.chars().all(is_name)
+        }) {
+            found += 1;
+            assert!(page.contains(&format!("`{name}`")), "{name} of {path} is not documented");
+        }
+    }
+    assert!(found > 50, "only {found} names were found");
+}
+
+#[test]
 fn unsafe_stands_where_it_may() {
     for (path, text) in sources().iter().filter(|(path, _)| !is_test(path)) {
         let may = UNSAFE_PLACES.iter().any(|place| path.starts_with(place));

@@ -79,7 +79,8 @@ impl Driver {
     }
 
     fn admit(&mut self, submission: Submission, since: Tick) -> Result<Admitted, RequestError> {
-        let Submission { mut request, as_many_as_fit, time_limit, class: wanted } = submission;
+        let Submission { mut request, arrived, as_many_as_fit, time_limit, class: wanted } =
+            submission;
         let Some(class) = self.pipeline.as_ref().map(|pipeline| pipeline.class) else {
             return Err(RequestError::Unavailable { reason: "no pipeline is serving".into() });
         };
@@ -92,11 +93,12 @@ impl Driver {
             request.max_tokens = limit.saturating_sub(request.prompt.len() as u32).max(1);
         }
         request.deadline = Some(since + time_limit);
-        let max_tokens = request.max_tokens;
+        let (max_tokens, prompt_tokens) = (request.max_tokens, request.prompt.len() as u32);
+        let arrived = Tick(arrived.saturating_duration_since(self.started));
         let now = self.now();
         match self.scheduler.submit(request, now) {
             Ok(sequence) => {
-                let tokens = self.clients.add(sequence, since);
+                let tokens = self.clients.add(sequence, arrived, prompt_tokens);
                 Ok(Admitted { class, max_tokens, answer: Ok(tokens) })
             }
             Err(Rejected::Complete { finish }) => {

@@ -120,8 +120,23 @@ pub(crate) struct Clients {
 struct Client {
     events: mpsc::Sender<TokenEvent>,
     end: oneshot::Sender<Result<End, RequestError>>,
-    since: Tick,
+    /// When the head of its request arrived.
+    arrived: Tick,
     last_token: Option<Tick>,
+    prompt_tokens: u32,
+    generated_tokens: u32,
+}
+
+impl Client {
+    fn ended(&self, reason: FinishReason, timings: Timings, now: Tick) -> metrics::Ended {
+        metrics::Ended {
+            reason: reason.name(),
+            since_arrival: now.since(self.arrived),
+            timings,
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated_tokens,
+        }
+    }
 }
 
 /// What to do about a sequence after something was told.
@@ -135,11 +150,19 @@ pub(crate) enum Then {
 }
 
 impl Clients {
-    /// Someone waits for a sequence from now on.
-    pub(crate) fn add(&mut self, sequence: SequenceId, since: Tick) -> Tokens {
+    /// Someone waits for a sequence from now on, whose request arrived at `arrived`.
+    pub(crate) fn add(
+        &mut self,
+        sequence: SequenceId,
+        arrived: Tick,
+        prompt_tokens: u32,
+    ) -> Tokens {
         let (events, their_events) = mpsc::channel(MAX_TOKENS_BEHIND);
         let (end, their_end) = oneshot::channel();
-        self.waiting.insert(sequence, Client { events, end, since, last_token: None });
+        let last_token = None;
+        let client =
+            Client { events, end, arrived, last_token, prompt_tokens, generated_tokens: 0 };
+        self.waiting.insert(sequence, client);
         Tokens { sequence, events: their_events, end: their_end }
     }
 
@@ -152,8 +175,9 @@ impl Clients {
                 self.pass_on(sequence, TokenEvent::PromptScores(scores))
             }
             EmissionEvent::Token { index, sampled } => {
+                client.generated_tokens += 1;
                 match client.last_token.replace(now) {
-                    None => metrics::first_token(now.since(client.since)),
+                    None => metrics::first_token(now.since(client.arrived)),
                     Some(last) => metrics::next_token(now.since(last)),
                 }
                 self.pass_on(sequence, TokenEvent::Token { index, sampled })
@@ -170,10 +194,10 @@ impl Clients {
     }
 
     /// The client ended the answer itself.
-    pub(crate) fn finish(&mut self, sequence: SequenceId, now: Tick) {
+    pub(crate) fn finish(&mut self, sequence: SequenceId, timings: Timings, now: Tick) {
         if let Some(client) = self.waiting.remove(&sequence) {
             self.finished += 1;
-            metrics::finished(FinishReason::Stop.name(), now.since(client.since));
+            metrics::finished(client.ended(FinishReason::Stop, timings, now));
         }
     }
 
@@ -216,7 +240,7 @@ impl Clients {
         match &outcome {
             Ok(end) => {
                 self.finished += 1;
-                metrics::finished(end.finish.reason.name(), now.since(client.since));
+                metrics::finished(client.ended(end.finish.reason, end.timings, now));
             }
             Err(error) => {
                 self.failed += 1;

@@ -272,7 +272,7 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
         let chunks = ChatChunks { id, logprobs: with_logprobs };
         return Ok(sse::respond(choices.events(), chunks, model, prompt_tokens, options));
     }
-    let answers = choices.whole().await?;
+    let answers = choices.whole().await.map_err(ApiError::broke_off)?;
     let render = move |_: &_| {
         Json(whole(&id, &model, with_logprobs, prompt_tokens, &answers)).into_response()
     };

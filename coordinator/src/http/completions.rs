@@ -203,7 +203,7 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
         let chunks = CompletionChunks { common, ends };
         return Ok(sse::respond(choices.events(), chunks, model, prompt_tokens, options));
     }
-    let answers = choices.whole().await?;
+    let answers = choices.whole().await.map_err(ApiError::broke_off)?;
     let render = move |_: &_| Json(common.whole(&model, prompt_tokens, &answers)).into_response();
     Ok(api.service.compute(render).await?)
 }

@@ -25,6 +25,8 @@ pub(crate) struct ApiError {
     code: Option<&'static str>,
     parameter: Option<Cow<'static, str>>,
     message: String,
+    /// An answer was taken and broke off: counted there, and no refusal.
+    broke_off: bool,
 }
 
 impl ApiError {
@@ -39,6 +41,7 @@ impl ApiError {
             code: None,
             parameter: parameter.map(Into::into),
             message: message.into(),
+            broke_off: false,
         }
     }
 
@@ -139,6 +142,19 @@ impl ApiError {
         }
     }
 
+    /// The answer broke off that had been taken.
+    pub(super) fn broke_off(error: RequestError) -> Self {
+        Self { broke_off: true, ..Self::from(error) }
+    }
+
+    /// What it is counted under: of a closed set.
+    fn cause(&self) -> &'static str {
+        match self.code {
+            Some(code) => code,
+            None => cause_of(self.status),
+        }
+    }
+
     /// `{"error": …}`, as a body and as the last event of a stream.
     pub(super) fn body(&self) -> Value {
         json!({
@@ -187,17 +203,50 @@ impl From<RequestError> for ApiError {
             RequestError::UnknownModel { .. } => Some("model".into()),
             _ => None,
         };
-        Self { status, kind, code, parameter, message: node::Chain(&error).to_string() }
+        let message = node::Chain(&error).to_string();
+        Self { status, kind, code, parameter, message, broke_off: false }
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
+        let refused =
+            if self.broke_off { Outcome::BrokeOff } else { Outcome::Refused(self.cause()) };
+        response.extensions_mut().insert(refused);
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
         }
         response
+    }
+}
+
+/// What became of a request that ends in an error; goes with the response to where it is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// No answer was taken, for this cause.
+    Refused(&'static str),
+    /// One was, and broke off.
+    BrokeOff,
+}
+
+/// The cause of a refusal that says no more than its status.
+pub(super) fn cause_of(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::BAD_REQUEST => "invalid_request",
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "not_authorized",
+        StatusCode::NOT_FOUND => "unknown_route",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        StatusCode::REQUEST_TIMEOUT => "body_timeout",
+        StatusCode::LENGTH_REQUIRED => "length_required",
+        StatusCode::PAYLOAD_TOO_LARGE => "body_too_large",
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => "media_type",
+        StatusCode::MISDIRECTED_REQUEST => "misdirected",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
+        StatusCode::SERVICE_UNAVAILABLE => "service_unavailable",
+        StatusCode::GATEWAY_TIMEOUT => "timeout",
+        status if status.is_server_error() => "internal",
+        _ => "other",
     }
 }
 

@@ -1,20 +1,23 @@
 //! What watches a process: health, readiness, version, metrics.
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::{Query, Request, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use proto::status::{WaitCause, Waiting};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::Api;
+use super::errors::{Outcome, cause_of};
+use crate::{arrival, metrics};
 
 /// Prometheus's text format.
 const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Our names and vLLM's, where the meaning is the same.
-const VLLM_NAMES: [(&str, &str); 9] = [
+const VLLM_NAMES: [(&str, &str); 14] = [
     ("tercet_requests_running", "vllm:num_requests_running"),
     ("tercet_requests_waiting", "vllm:num_requests_waiting"),
     ("tercet_kv_cache_usage_ratio", "vllm:kv_cache_usage_perc"),
@@ -24,6 +27,11 @@ const VLLM_NAMES: [(&str, &str); 9] = [
     ("tercet_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
     ("tercet_inter_token_latency_seconds", "vllm:inter_token_latency_seconds"),
     ("tercet_e2e_request_latency_seconds", "vllm:e2e_request_latency_seconds"),
+    ("tercet_request_queue_seconds", "vllm:request_queue_time_seconds"),
+    ("tercet_request_prefill_seconds", "vllm:request_prefill_time_seconds"),
+    ("tercet_request_decode_seconds", "vllm:request_decode_time_seconds"),
+    ("tercet_request_prompt_tokens", "vllm:request_prompt_tokens"),
+    ("tercet_request_generation_tokens", "vllm:request_generation_tokens"),
 ];
 
 /// The process lives: 200, whatever it can serve.
@@ -58,7 +66,7 @@ pub(super) struct MetricsQuery {
 }
 
 /// Prometheus's text; with `?compat=vllm` also under vLLM's names.
-pub(super) async fn metrics(Query(query): Query<MetricsQuery>) -> impl IntoResponse {
+pub(super) async fn metrics_page(Query(query): Query<MetricsQuery>) -> impl IntoResponse {
     let mut text = node::metrics::render();
     if query.compat.as_deref() == Some("vllm") {
         text.push_str(&vllm_aliases(&text));
@@ -66,32 +74,223 @@ pub(super) async fn metrics(Query(query): Query<MetricsQuery>) -> impl IntoRespo
     ([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], text)
 }
 
-/// The samples of `text` that vLLM has too, under its names.
+/// Counts a request that was refused, at the one place that every response passes, and notes when
+/// its head arrived.
+pub(super) async fn count_refusals(request: Request, next: Next) -> Response {
+    let endpoint = endpoint_of(request.uri().path());
+    arrival::scope(async move {
+        let arrived = arrival::of_this_request();
+        let response = next.run(request).await;
+        let status = response.status();
+        let cause = match response.extensions().get::<Outcome>() {
+            Some(Outcome::Refused(cause)) => Some(*cause),
+            Some(Outcome::BrokeOff) => None,
+            // That it is not ready is what a probe asked for.
+            None if endpoint == PROBES => None,
+            None => {
+                (status.is_client_error() || status.is_server_error()).then(|| cause_of(status))
+            }
+        };
+        if let Some(cause) = cause {
+            metrics::refused(cause, "http", endpoint, arrived.elapsed());
+        }
+        response
+    })
+    .await
+}
+
+/// What is asked by those who watch.
+const PROBES: &str = "probes";
+
+/// The label of a path: of a closed set, whatever is asked for.
+fn endpoint_of(path: &str) -> &'static str {
+    match path {
+        "/v1/completions" => "completions",
+        "/v1/chat/completions" => "chat_completions",
+        "/health" | "/livez" | "/ping" | "/ready" | "/readyz" | "/version" | "/metrics" => PROBES,
+        path if path == "/v1/models" || path.starts_with("/v1/models/") => "models",
+        _ => "other",
+    }
+}
+
+/// The families of `text` that vLLM has too, under its names, with their `HELP` and `TYPE`.
 fn vllm_aliases(text: &str) -> String {
     let mut aliases = String::new();
-    for line in text.lines().filter(|line| !line.starts_with('#')) {
+    for line in text.lines() {
+        let (before, line) = match line.split_at_checked("# HELP ".len()) {
+            Some((comment @ ("# HELP " | "# TYPE "), line)) => (comment, line),
+            _ => ("", line),
+        };
         // Longer names are no prefixes of shorter ones, and suffixes (`_bucket`) stay.
         let alias = VLLM_NAMES.iter().find_map(|(ours, theirs)| {
             let rest = line.strip_prefix(ours)?;
-            rest.starts_with(['{', ' ', '_']).then(|| format!("{theirs}{rest}\n"))
+            is_of_the_family(rest).then(|| format!("{before}{theirs}{rest}\n"))
         });
         aliases.extend(alias);
     }
     aliases
 }
 
+/// Whether what follows a family's name in a line is not the rest of a longer name.
+fn is_of_the_family(rest: &str) -> bool {
+    let rest = ["_bucket", "_sum", "_count"]
+        .iter()
+        .find_map(|suffix| rest.strip_prefix(suffix))
+        .unwrap_or(rest);
+    rest.starts_with(['{', ' '])
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     #[test]
-    fn aliases_keep_labels_and_suffixes() {
-        let text = "# TYPE tercet_requests_running gauge\ntercet_requests_running 3\n\
+    fn aliases_keep_comments_labels_and_suffixes() {
+        let text = "# HELP tercet_requests_running that run\n# TYPE tercet_requests_running gauge\n\
+                    tercet_requests_running 3\n\n\
                     tercet_request_success_total{finished_reason=\"stop\"} 2\n\
-                    tercet_time_to_first_token_seconds_bucket{le=\"1\"} 4\nother 1\n";
-        let want = "vllm:num_requests_running 3\n\
+                    tercet_time_to_first_token_seconds_bucket{le=\"1\"} 4\n\
+                    tercet_requests_running_late 1\nother 1\n";
+        let want = "# HELP vllm:num_requests_running that run\n\
+                    # TYPE vllm:num_requests_running gauge\n\
+                    vllm:num_requests_running 3\n\
                     vllm:request_success_total{finished_reason=\"stop\"} 2\n\
                     vllm:time_to_first_token_seconds_bucket{le=\"1\"} 4\n";
         assert_eq!(vllm_aliases(text), want);
+    }
+
+    /// The grammar of an exposition: each family has one `HELP` and one `TYPE` before its samples,
+    /// which stand together and differ in their labels; histograms have their three kinds.
+    fn check(text: &str) -> BTreeMap<&str, &str> {
+        let mut helps = Vec::new();
+        let mut types = BTreeMap::new();
+        let mut series = std::collections::BTreeSet::new();
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            if let Some(help) = line.strip_prefix("# HELP ") {
+                let (name, words) = help.split_once(' ').unwrap();
+                assert!(!words.trim().is_empty() && !helps.contains(&name), "{line}");
+                helps.push(name);
+            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = kind.split_once(' ').unwrap();
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+                assert!(helps.contains(&name), "{name} has no HELP before its TYPE");
+                assert!(types.insert(name, kind).is_none(), "{name} has two TYPEs");
+            } else {
+                let (sample, value) = line.rsplit_once(' ').unwrap();
+                assert!(series.insert(sample), "{sample} stands twice");
+                value.parse::<f64>().unwrap();
+                let name = sample.split('{').next().unwrap();
+                let family = ["_bucket", "_sum", "_count"]
+                    .iter()
+                    .filter_map(|suffix| name.strip_suffix(suffix))
+                    .find(|family| types.get(family) == Some(&"histogram"))
+                    .unwrap_or(name);
+                let kind = types.get(family).unwrap_or_else(|| panic!("{name} has no TYPE"));
+                assert_eq!(*kind == "histogram", family != name, "{line}");
+                if *kind == "counter" {
+                    assert!(name.ends_with("_total"), "{line}");
+                }
+            }
+        }
+        types
+    }
+
+    #[test]
+    fn every_family_has_help_and_type_is_documented_and_has_its_alias() {
+        node::metrics::install().unwrap();
+        crate::metrics::describe();
+        crate::metrics::queue(crate::scheduler::QueueStats::default(), 0);
+        crate::metrics::membership(1, 1, true);
+        let second = std::time::Duration::from_secs(1);
+        crate::metrics::stage_time(0, second, second);
+        crate::metrics::first_token(second);
+        crate::metrics::next_token(second);
+        crate::metrics::finished(crate::metrics::Ended {
+            reason: "stop",
+            since_arrival: second,
+            timings: proto::generate::Timings::default(),
+            prompt_tokens: 3,
+            generated_tokens: 4,
+        });
+        crate::metrics::refused("invalid_request", "http", "completions", second);
+        crate::metrics::failed("lost");
+        crate::metrics::cancelled();
+        let text = node::metrics::render();
+        let whole = format!("{text}{}", vllm_aliases(&text));
+        let types = check(&whole);
+        let page = include_str!("../../../docs/metrics.md");
+        for family in types.keys() {
+            assert!(page.contains(&format!("`{family}`")), "{family} is not in docs/metrics.md");
+        }
+        for (ours, theirs) in VLLM_NAMES {
+            assert!(types.contains_key(ours), "{ours} is gone");
+            assert_eq!(types.get(ours), types.get(theirs), "{theirs}");
+        }
+        for name in ["cpu_seconds_total", "resident_memory_bytes", "open_fds", "threads"] {
+            assert!(types.contains_key(format!("process_{name}").as_str()), "process_{name}");
+        }
+    }
+
+    /// How often a refusal was counted.
+    fn counted(cause: &str, endpoint: &str) -> u64 {
+        let text = node::metrics::render();
+        let (cause, endpoint) = (format!("cause=\"{cause}\""), format!("endpoint=\"{endpoint}\""));
+        let line = text.lines().find(|line| {
+            line.starts_with("tercet_requests_refused_total{")
+                && line.contains(&cause)
+                && line.contains(&endpoint)
+        });
+        line.map_or(0, |line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_counted_once_and_what_broke_off_is_not() {
+        use axum::Router;
+        use axum::body::Body;
+        use axum::routing::get;
+        use tower::ServiceExt;
+
+        use super::super::errors::ApiError;
+        use crate::request::RequestError;
+
+        node::metrics::install().unwrap();
+        let lost = || RequestError::Lost { reason: "gone".into() };
+        let router = Router::new()
+            .route("/v1/models/full", get(async || ApiError::busy(3)))
+            .route("/v1/models/bare", get(async || StatusCode::LENGTH_REQUIRED))
+            .route("/v1/models/lost", get(async move || ApiError::broke_off(lost())))
+            .route("/v1/models/fine", get(async || "fine"))
+            .route("/ready", get(async || StatusCode::SERVICE_UNAVAILABLE))
+            .layer(axum::middleware::from_fn(count_refusals));
+        let ask = async |path: &str| {
+            let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+            router.clone().oneshot(request).await.unwrap().status().as_u16()
+        };
+        let names = [
+            ("rate_limit_exceeded", "models"),
+            ("length_required", "models"),
+            ("service_unavailable", "models"),
+            ("service_unavailable", "probes"),
+            ("unknown_route", "other"),
+        ];
+        let count = || names.map(|(cause, endpoint)| counted(cause, endpoint));
+        let before = count();
+        for (path, status) in [
+            ("/v1/models/full", 429),
+            ("/v1/models/full", 429),
+            ("/v1/models/bare", 411),
+            ("/v1/models/lost", 503),
+            ("/v1/models/fine", 200),
+            ("/ready", 503),
+            ("/nowhere", 404),
+        ] {
+            assert_eq!(ask(path).await, status, "{path}");
+        }
+        let after = count();
+        let grown: Vec<u64> =
+            after.iter().zip(before).map(|(after, before)| after - before).collect();
+        assert_eq!(grown, [2, 1, 0, 0, 1]);
     }
 }
