@@ -10,7 +10,7 @@ use proto::ids::NumericsClass;
 use proto::limits;
 use proto::step::SamplingParameters;
 
-use crate::text::TextError;
+use crate::text::{TemplateError, TextError};
 
 #[cfg(test)]
 mod tests;
@@ -101,7 +101,10 @@ impl RequestError {
             TextError::TooLong { context, .. } => {
                 Self::PromptBytes { context, detail: error.to_string() }
             }
-            TextError::Encode(_) => Self::Internal { message: node::Chain(&error).to_string() },
+            TextError::Encode(_)
+            | TextError::Template(TemplateError::Thread(_) | TemplateError::Panicked) => {
+                Self::Internal { message: node::Chain(&error).to_string() }
+            }
             TextError::Role { index, .. } => {
                 Self::invalid(format!("messages[{index}].role"), error.to_string())
             }
