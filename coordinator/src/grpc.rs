@@ -135,6 +135,8 @@ impl Inference for InferenceApi {
         let span = request_span(&request, &self.service.model.name, 1, true);
         propagation::extract(&span, &metadata);
         let started = async {
+            // Of what was decoded; dropped when the texts are tokens.
+            let _room = self.service.room_for(&request)?;
             let prepared = self.service.prepare(request, Wanted::Answer).await?;
             self.service.start(&prepared, 0, span.clone()).await
         };
@@ -206,7 +208,7 @@ fn status_of(error: &RequestError) -> Status {
         | RequestError::PromptBytes { .. } => Status::invalid_argument(message),
         RequestError::UnknownModel { .. } => Status::not_found(message),
         RequestError::ClassMismatch { .. } => Status::failed_precondition(message),
-        RequestError::Full { .. } => Status::resource_exhausted(message),
+        RequestError::Full { .. } | RequestError::NoMemory => Status::resource_exhausted(message),
         RequestError::Unavailable { .. } | RequestError::Lost { .. } => {
             Status::unavailable(message)
         }

@@ -74,7 +74,8 @@ pub(crate) struct Limits {
 pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
     let open =
         OpenRequests { room: Arc::new(Semaphore::new(limits.requests)), limit: limits.requests };
-    let bodies = Arc::new(Bodies::new(limits.body_bytes, service.model.context as usize));
+    let context = service.model.context as usize;
+    let bodies = Arc::new(Bodies::new(limits.body_bytes, context, service.memory()));
     Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))

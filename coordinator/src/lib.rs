@@ -27,6 +27,7 @@ mod driver;
 mod error;
 mod grpc;
 mod http;
+mod memory;
 mod metrics;
 mod request;
 mod service;
@@ -96,11 +97,13 @@ pub async fn run(
     };
     let (driver, handle) = driver::Driver::new(driver_config, keys, membership, stop.child_token());
     let deadline = config.limits.request_deadline.get();
-    let service = Arc::new(service::Service::new(model, text, handle, deadline));
+    let body_bytes = usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX);
+    let memory = memory::Memory::for_requests(body_bytes.max(proto::limits::CLIENT_MESSAGE_BYTES));
+    let service = Arc::new(service::Service::new(model, text, handle, deadline, memory));
     // Beyond what may wait and run a request could only be refused.
     let requests = (config.limits.waiting_requests + config.limits.running_requests) as usize;
     let http_limits = http::Limits {
-        body_bytes: usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX),
+        body_bytes,
         requests,
         hosts: http::Hosts::of(http, config.advertise.as_ref().map(HostPort::host)),
     };

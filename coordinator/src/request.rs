@@ -69,6 +69,9 @@ pub(crate) enum RequestError {
     /// As many wait as may.
     #[error("{limit} requests are waiting already, the most that may; try again later")]
     Full { limit: u32 },
+    /// Other requests hold all the memory that there is for them.
+    #[error("other requests take all the memory there is for them; try again later")]
+    NoMemory,
     /// Nothing can take the request now.
     #[error("{reason}")]
     Unavailable { reason: String },
@@ -124,6 +127,7 @@ impl RequestError {
             Self::UnknownModel { .. } => "model_not_found",
             Self::ClassMismatch { .. } => "class_mismatch",
             Self::Full { .. } => "queue_full",
+            Self::NoMemory => "no_memory",
             Self::Unavailable { .. } => "unavailable",
             Self::Lost { .. } => "pipeline_lost",
             Self::TimedOut { .. } => "timeout",

@@ -11,6 +11,7 @@ use tracing::Span;
 use crate::answer::{Answer, AnswerParts};
 use crate::arrival;
 use crate::driver::{DriverHandle, Submission};
+use crate::memory::{Memory, Room};
 use crate::request::{self, Checked, RequestError, ServedModel};
 use crate::scheduler;
 use crate::text::Text;
@@ -37,6 +38,7 @@ pub(crate) struct Service {
     rendering: Arc<Semaphore>,
     /// The longest that a request may take.
     request_deadline: Duration,
+    memory: Arc<Memory>,
 }
 
 /// A request with its prompt in tokens: what every choice of it starts from.
@@ -71,6 +73,7 @@ impl Service {
         text: Text,
         driver: DriverHandle,
         request_deadline: Duration,
+        memory: Arc<Memory>,
     ) -> Self {
         Self {
             model,
@@ -79,6 +82,7 @@ impl Service {
             encoding: Arc::new(Semaphore::new(ENCODING_AT_ONCE)),
             rendering: Arc::new(Semaphore::new(RENDERING_AT_ONCE)),
             request_deadline,
+            memory,
         }
     }
 
@@ -134,6 +138,27 @@ impl Service {
         self.off_thread(&self.rendering, 1, work).await
     }
 
+    /// What requests hold together.
+    pub(crate) fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.memory)
+    }
+
+    /// The memory for a request that has arrived.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::NoMemory`]
+    pub(crate) fn room_for(&self, request: &GenerateRequest) -> Result<Room, RequestError> {
+        let ids = match &request.prompt {
+            Prompt::Tokens(tokens) => tokens.len(),
+            Prompt::Text(_) | Prompt::Conversation { .. } => 0,
+        };
+        let ids = ids + request.received_ids.len();
+        let mut room = Room::default();
+        room.grow(&self.memory, prompt_bytes(&request.prompt) + ids * size_of::<u32>())?;
+        Ok(room)
+    }
+
     /// The model's text.
     pub(crate) fn text(&self) -> Arc<Text> {
         Arc::clone(&self.text)
@@ -175,7 +200,7 @@ impl Service {
         let mut sampling = checked.sampling.clone();
         (sampling.seed, sampling.choice) = (prepared.seed, choice);
         let deadline = checked.deadline.unwrap_or(Duration::MAX).min(self.request_deadline);
-        let mut answer = Answer::new(AnswerParts {
+        let parts = AnswerParts {
             text: Arc::clone(&self.text),
             driver: self.driver.clone(),
             model: self.model.name.clone(),
@@ -190,7 +215,13 @@ impl Service {
             logprobs: sampling.top_logprobs.is_some(),
             score_prompt: checked.score_prompt,
             span: span.clone(),
-        });
+        };
+        let mut answer = if parts.received.is_empty() {
+            Answer::new(parts)
+        } else {
+            // All that the client has is replayed.
+            self.compute(move |_| Answer::new(parts)).await?
+        };
         let submission = Submission {
             request: scheduler::Request {
                 prompt: prepared.prompt.clone(),

@@ -573,6 +573,11 @@ async fn without_a_worker_requests_get_a_clear_503() {
     assert!(response.starts_with("HTTP/1.1 503"), "{response}");
     assert!(response.to_lowercase().contains("retry-after: 1"), "{response}");
     assert_eq!(json_of(&response)["error"]["type"], "overloaded_error");
+    // Refused before a text of it is built.
+    let endless = pb::GenerateRequest { stop: vec![String::new(); 1_000_000], ..tokens(&[9], 1) };
+    let error = cluster.client().await.generate(endless).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert_eq!(error.message(), "stop may have a length of 4, found more");
     cluster.end().await;
 }
 

@@ -4,6 +4,7 @@
 //! [`pb`] is generated. Nothing outside the `grpc`, `link` and `workers` files of the other rooms
 //! may name it: inside, values are the domain types of this crate, valid by construction.
 
+pub mod codec;
 pub mod convert;
 pub mod generate;
 pub mod ids;

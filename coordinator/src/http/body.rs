@@ -7,26 +7,15 @@ use std::time::Duration;
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use futures::StreamExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 use super::errors::{ApiError, NO_FIELD};
 use super::json::{self, FromBody};
+use crate::memory::{Memory, Room, SMALL_BYTES};
 use crate::request::RequestError;
 
 /// How long a body may take to arrive: a full one at less than 1 Mbit/s.
 const BODY_PATIENCE: Duration = Duration::from_secs(30);
-
-/// Bytes of a body that count as small. Small ones are bounded by the number of open requests
-/// alone, 512 x 32 KiB = 16 MiB by default, so that those who send large ones, however slowly,
-/// cannot shut out the others.
-const SMALL_BYTES: usize = 32 << 10;
-
-/// Bytes beyond [`SMALL_BYTES`] of all bodies together: twelve of the largest by default. A body
-/// costs at most three times its bytes while it is parsed, so all of them stay below 200 MiB.
-const LARGE_BYTES: usize = 48 << 20;
-
-/// A permit of [`Bodies::large`] stands for so many bytes.
-const PERMIT_BYTES: usize = 1 << 10;
 
 /// Bodies that are parsed at once, of the small and of the large ones: more only take turns on the
 /// same cores. Small ones have turns of their own and so never wait for large ones.
@@ -37,7 +26,7 @@ const PARSED_AT_ONCE: usize = 2;
 pub(super) struct Bodies {
     limit_bytes: usize,
     context: usize,
-    large: Arc<Semaphore>,
+    memory: Arc<Memory>,
     parsing_small: Arc<Semaphore>,
     parsing_large: Arc<Semaphore>,
 }
@@ -49,19 +38,13 @@ pub(super) struct Held<T> {
     pub(super) room: Room,
 }
 
-/// The memory that one body holds.
-#[derive(Debug, Default)]
-pub(super) struct Room(Option<OwnedSemaphorePermit>);
-
 impl Bodies {
-    /// Bodies of at most `limit_bytes`, at least one of that size at once, for a model of
-    /// `context` tokens.
-    pub(super) fn new(limit_bytes: usize, context: usize) -> Self {
-        let permits = LARGE_BYTES.max(limit_bytes).div_ceil(PERMIT_BYTES);
+    /// Bodies of at most `limit_bytes` that share `memory`, for a model of `context` tokens.
+    pub(super) fn new(limit_bytes: usize, context: usize, memory: Arc<Memory>) -> Self {
         Self {
             limit_bytes,
             context,
-            large: Arc::new(Semaphore::new(permits)),
+            memory,
             parsing_small: Arc::new(Semaphore::new(PARSED_AT_ONCE)),
             parsing_large: Arc::new(Semaphore::new(PARSED_AT_ONCE)),
         }
@@ -124,28 +107,10 @@ impl Bodies {
                 let capacity = (2 * needed).min(most).max(needed);
                 bytes.reserve_exact(capacity - bytes.len());
             }
-            room.grow(&self.large, needed)?;
+            room.grow(&self.memory, needed)?;
             bytes.extend_from_slice(&frame);
         }
         Ok((bytes, room))
-    }
-}
-
-impl Room {
-    /// Takes what a body of so many bytes needs.
-    fn grow(&mut self, large: &Arc<Semaphore>, bytes: usize) -> Result<(), ApiError> {
-        let needed = bytes.saturating_sub(SMALL_BYTES).div_ceil(PERMIT_BYTES);
-        let held = self.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let Some(more) = needed.checked_sub(held).filter(|&more| more > 0) else { return Ok(()) };
-        let more = u32::try_from(more).map_err(|_| ApiError::no_room_for_body())?;
-        let more = Arc::clone(large)
-            .try_acquire_many_owned(more)
-            .map_err(|_| ApiError::no_room_for_body())?;
-        match &mut self.0 {
-            Some(held) => held.merge(more),
-            none => *none = Some(more),
-        }
-        Ok(())
     }
 }
 
@@ -185,6 +150,7 @@ mod tests {
 
     use super::super::json::Object;
     use super::*;
+    use crate::memory::LARGE_BYTES;
 
     /// The name of the thread that parsed.
     struct ParsedBy(std::thread::ThreadId);
@@ -225,7 +191,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_body_is_parsed_on_a_thread_of_the_runtime() {
-        let bodies = Bodies::new(4 << 20, 16);
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20));
         // This runtime has one thread: the test's own.
         for bytes in [16, SMALL_BYTES, 1 << 20] {
             let held = bodies.read_json::<ParsedBy>(request(&[], body_of(bytes).into())).await;
@@ -235,7 +201,7 @@ mod tests {
 
     #[tokio::test]
     async fn memory_of_large_bodies_is_bounded_and_small_ones_are_served_all_the_same() {
-        let bodies = Bodies::new(4 << 20, 16);
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20));
         let full = || request(&[], body_of(4 << 20).into());
         let mut held = Vec::new();
         let refused = loop {
@@ -254,7 +220,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_taken_is_refused_before_it_is_read() {
-        let bodies = Bodies::new(1 << 10, 16);
+        let bodies = Bodies::new(1 << 10, 16, Memory::for_requests(1 << 10));
         let never = || {
             let frames =
                 stream::poll_fn(|_| -> std::task::Poll<Option<Result<Bytes, Infallible>>> {

@@ -10,7 +10,7 @@ use proto::generate::{GenerateEvent, GenerateRequest, Prompt};
 use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Value, json};
 
-use super::body::{Held, Room};
+use super::body::Held;
 use super::choices::{Choices, Wanted, WholeAnswer};
 use super::errors::ApiError;
 use super::json::{Boolean, FromBody, Integer, Items, Maybe, Number, Object, Shape, Text, Wrong};
@@ -18,6 +18,7 @@ use super::logprobs::{ForCompletion, TextEnd};
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::Parameters;
 use super::{Api, idempotency_key, new_id, now_unix_s};
+use crate::memory::Room;
 use crate::request::RequestError;
 use crate::text::Text as ModelText;
 
@@ -185,7 +186,7 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
         let prompts = texts.into_iter().zip(tokens);
         prompts.map(|(given, tokens)| EchoedPrompt::new(text, tokens, given)).collect()
     };
-    let prompts = api.service.compute(echoed).await?;
+    let prompts = if echo { api.service.compute(echoed).await? } else { Vec::new() };
     // Only an echo goes on holding the texts.
     let room = echo.then_some(room);
     let common = Common {

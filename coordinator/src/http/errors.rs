@@ -84,18 +84,6 @@ impl ApiError {
         }
     }
 
-    /// The bodies that are open already take all the memory there is for them.
-    pub(super) fn no_room_for_body() -> Self {
-        let message = "other requests' bodies take all the memory there is for them; try again \
-                       later";
-        Self {
-            status: StatusCode::TOO_MANY_REQUESTS,
-            kind: "rate_limit_error",
-            code: Some("rate_limit_exceeded"),
-            ..Self::invalid(NO_FIELD, message)
-        }
-    }
-
     /// More token ids than the context holds, of which the rest was not read.
     pub(super) fn context_length(parameter: Option<String>, context: usize) -> Self {
         let message = format!(
@@ -185,7 +173,7 @@ impl From<RequestError> for ApiError {
             RequestError::ClassMismatch { .. } => {
                 (StatusCode::CONFLICT, "conflict_error", Some("class_mismatch"))
             }
-            RequestError::Full { .. } => {
+            RequestError::Full { .. } | RequestError::NoMemory => {
                 (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
             }
             RequestError::Unavailable { .. } | RequestError::Lost { .. } => {

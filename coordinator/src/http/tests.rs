@@ -84,6 +84,7 @@ fn errors_have_the_type_that_makes_clients_do_the_right_thing() {
             Some("model_not_found"),
         ),
         (RequestError::Full { limit: 3 }, 429, "rate_limit_error", Some("rate_limit_exceeded")),
+        (RequestError::NoMemory, 429, "rate_limit_error", Some("rate_limit_exceeded")),
         (unavailable, 503, "overloaded_error", Some("service_unavailable")),
         (RequestError::TimedOut { reason: "late".into() }, 504, "timeout_error", Some("timeout")),
         (RequestError::Internal { message: "x".into() }, 500, "server_error", None),
