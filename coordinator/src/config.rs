@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use node::config::{
     ByteSize, Duration, HostPort, ListenError, check_listen_address, deserialize_listen,
+    deserialize_optional_listen,
 };
 use proto::names::ClusterName;
 use proto::plan::KvType;
@@ -40,6 +41,13 @@ pub struct Config {
     /// Where the HTTP API listens.
     #[serde(deserialize_with = "deserialize_listen")]
     pub http: SocketAddr,
+    /// Where whoever watches the process is answered by a thread of its own (health, readiness,
+    /// metrics); absent: nowhere but beside the HTTP API.
+    #[serde(
+        deserialize_with = "deserialize_optional_listen",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub admin: Option<SocketAddr>,
     /// How others reach the gRPC API (`host:port`); absent: at the address that was bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<HostPort>,
@@ -69,7 +77,8 @@ pub struct LimitsConfig {
     pub kv_blocks: u32,
     /// Bytes of one HTTP request's body.
     pub body_bytes: ByteSize,
-    /// Connections of clients, of each of the two servers; more wait until one ends.
+    /// Connections of clients, of each of the two servers. A newcomer takes the place of one that
+    /// is silent or idle; if all are busy it is refused.
     pub connections: u32,
     /// The longest that one request may take, unless it asks for less.
     pub request_deadline: Duration,
@@ -86,6 +95,7 @@ impl Default for Config {
             stages: None,
             grpc: DEFAULT_GRPC,
             http: DEFAULT_HTTP,
+            admin: None,
             advertise: None,
             insecure: false,
             // Most answers end within it; the rest end with an error that says why.
@@ -145,7 +155,7 @@ pub enum ConfigError {
     /// An address that others reach.
     #[error("refusing to serve {service} (coordinator.{key})")]
     Listen {
-        /// gRPC or HTTP.
+        /// gRPC, HTTP or admin.
         service: &'static str,
         /// The key of its address.
         key: &'static str,
@@ -179,7 +189,9 @@ impl Config {
                 return Err(ConfigError::Range { field, found, least, most });
             }
         }
-        for (service, key, address) in [("gRPC", "grpc", self.grpc), ("HTTP", "http", self.http)] {
+        let api = [("gRPC", "grpc", self.grpc), ("HTTP", "http", self.http)];
+        let admin = self.admin.map(|address| ("admin", "admin", address));
+        for (service, key, address) in api.into_iter().chain(admin) {
             check_listen_address(address, self.insecure).map_err(|source| ConfigError::Listen {
                 service,
                 key,
@@ -207,6 +219,7 @@ mod tests {
             (Config { stages: Some(0), ..usable() }, "stages must be from 1"),
             (Config { limits: limits.clone(), ..usable() }, "limits.step_tokens"),
             (Config { http: "0.0.0.0:1".parse().unwrap(), ..usable() }, "refusing to serve HTTP"),
+            (Config { admin: "0.0.0.0:1".parse().ok(), ..usable() }, "refusing to serve admin"),
         ] {
             let error = config.validate().unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

@@ -42,6 +42,9 @@ pub enum RunError {
     /// The registry refused.
     #[error("failed to use the registry")]
     Membership(#[from] node::membership::MembershipError),
+    /// The descriptors of the gRPC API do not fit together: a fault of the build.
+    #[error("failed to set up gRPC reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
     /// A task failed.
     #[error("the coordinator stopped")]
     Stopped(#[from] node::SupervisorError),

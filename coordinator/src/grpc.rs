@@ -4,103 +4,103 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
+use axum::middleware::{self, Next};
 use futures::{Stream, stream};
+use node::serve::{CallLimits, Concurrency, Method, with_limits};
 use node::telemetry::propagation;
 use proto::convert;
 use proto::pb;
 use proto::pb::inference_server::{Inference, InferenceServer};
-use tokio_util::sync::CancellationToken;
-use tonic::codegen::http;
-use tonic::transport::Server;
+use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
-use tower::limit::GlobalConcurrencyLimitLayer;
-use tower::util::MapFutureLayer;
 use tracing::Instrument;
 
 use crate::answer::Answer;
 use crate::arrival;
-use crate::connections::Connections;
 use crate::metrics;
 use crate::request::RequestError;
 use crate::service::{Service, Wanted};
 use crate::spans::request_span;
 
-/// How often a quiet client is asked whether it lives: clients may be far away.
-const CLIENT_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
-
-/// How long a client may take to answer that.
-const CLIENT_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Bytes of the headers of one call.
-const HEADER_BYTES: u32 = 16 << 10;
-
-/// Flow control of one answer: hundreds of tokens. Beyond it the answer waits for its reader.
-const ANSWER_WINDOW_BYTES: u32 = 256 << 10;
-
 /// The name of the service in gRPC health.
 const SERVICE: &str = "tercet.v1.Inference";
 
-/// How long a request may take to arrive. [`Limits::wait`] is added: an answer begins after it.
-const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
+/// From the head of a call to the first byte of its message: clients send both together.
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a request may take to arrive: 4 MiB at 1.1 Mbit/s.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of all requests that have begun and are not here yet: four of the largest. Beyond it the
+/// oldest are cut.
+const UNFINISHED_BYTES: usize = 4 * proto::limits::CLIENT_MESSAGE_BYTES;
+
+/// Calls that have begun and whose request is not here yet, a kilobyte each. Beyond it the oldest
+/// are cut.
+const UNFINISHED_CALLS: usize = 1024;
+
+/// Bytes of a request for the status: it is empty.
+const SMALL_MESSAGE_BYTES: usize = 4 << 10;
 
 /// What requests may be.
 pub(crate) struct Limits {
-    /// Requests that are read or wait for their answer to begin at once; more are not read.
+    /// Requests that have arrived and wait for their answer to begin; more are refused.
     pub(crate) requests: usize,
     /// The longest that a request waits before its answer begins.
     pub(crate) wait: Duration,
 }
 
-/// Serves until `stop` fires and open answers have ended.
+/// The methods, within their limits. Only [`Inference::generate`] can be full: health, status and
+/// reflection never wait behind it.
 ///
 /// # Errors
 ///
-/// If the transport fails or the descriptors do not decode.
-pub(crate) async fn serve(
-    connections: Connections,
+/// If the descriptors do not decode.
+pub(crate) fn router(
     limits: Limits,
     service: Arc<Service>,
-    health: HealthReporter,
-    health_service: tonic_health::pb::health_server::HealthServer<
+    health: tonic_health::pb::health_server::HealthServer<
         impl tonic_health::pb::health_server::Health,
     >,
-    stop: CancellationToken,
-) -> Result<(), node::TaskError> {
-    let inference = InferenceServer::new(InferenceApi { service: Arc::clone(&service) })
+) -> Result<Router, tonic_reflection::server::Error> {
+    let inference = InferenceServer::new(InferenceApi { service })
         .max_decoding_message_size(proto::limits::CLIENT_MESSAGE_BYTES)
         .max_encoding_message_size(proto::limits::MESSAGE_BYTES);
-    let served = Server::builder()
-        .http2_keepalive_interval(Some(CLIENT_KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(CLIENT_KEEPALIVE_TIMEOUT))
-        .http2_max_header_list_size(HEADER_BYTES)
-        .max_concurrent_streams(proto::limits::STREAMS_PER_CONNECTION)
-        .initial_stream_window_size(ANSWER_WINDOW_BYTES)
-        .initial_connection_window_size(proto::limits::CONNECTION_WINDOW_BYTES)
-        .timeout(limits.wait + ARRIVAL_PATIENCE)
-        .layer(MapFutureLayer::new(count_refusals))
-        .layer(GlobalConcurrencyLimitLayer::new(limits.requests))
-        .add_service(inference)
-        .add_service(health_service)
-        .add_service(reflection()?.build_v1()?)
-        .add_service(reflection()?.build_v1alpha()?)
-        .serve_with_incoming_shutdown(connections.into_stream(), stop.clone().cancelled_owned());
-    tokio::select! {
-        outcome = served => Ok(outcome?),
-        () = report_health(health, &service) => Ok(()),
-    }
+    let routes = Routes::new(inference)
+        .add_service(health)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?);
+    let requests = Concurrency::until_answered(limits.requests);
+    let methods = vec![
+        Method::unary("/tercet.v1.Inference/Generate", proto::limits::CLIENT_MESSAGE_BYTES)
+            .with_concurrency(&requests),
+        Method::unary("/tercet.v1.Inference/Status", SMALL_MESSAGE_BYTES),
+    ];
+    let calls = CallLimits {
+        first_message: FIRST_MESSAGE_TIMEOUT,
+        whole_message: ARRIVAL_TIMEOUT,
+        unfinished_bytes: UNFINISHED_BYTES,
+        unfinished_messages: UNFINISHED_CALLS,
+        // Whatever waits longer says so itself.
+        answer: Some(limits.wait + ARRIVAL_TIMEOUT),
+    };
+    let router = with_limits(routes.into_axum_router(), methods, calls);
+    // Outermost: what the limits refuse is counted too.
+    Ok(router.layer(middleware::from_fn(count_refusals)))
 }
 
-fn reflection<'a>() -> Result<tonic_reflection::server::Builder<'a>, node::TaskError> {
-    Ok(tonic_reflection::server::Builder::configure()
+fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
+    tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET))
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
 }
 
 /// Says in gRPC health what the driver says of the pipeline. The process itself (`""`) serves as
 /// long as it answers. Ends never.
-async fn report_health(health: HealthReporter, service: &Service) {
+pub(crate) async fn report_health(health: HealthReporter, service: Arc<Service>) {
     let mut readiness = service.readiness();
     health.set_service_status("", ServingStatus::Serving).await;
     loop {
@@ -166,20 +166,18 @@ fn events(answer: Answer) -> impl Stream<Item = Result<pb::GenerateEvent, Status
 
 /// Waits for an answer to begin and counts it if it was refused: then the status stands in the
 /// headers. What breaks off later has it in the trailers, and is counted where it broke.
-fn count_refusals<B, E>(
-    call: impl Future<Output = Result<http::Response<B>, E>>,
-) -> impl Future<Output = Result<http::Response<B>, E>> {
+async fn count_refusals(request: axum::extract::Request, next: Next) -> axum::response::Response {
     arrival::scope(async move {
         let arrived = arrival::of_this_request();
-        let outcome = call.await;
-        if let Ok(response) = &outcome
-            && let Some(status) = Status::from_header_map(response.headers())
+        let response = next.run(request).await;
+        if let Some(status) = Status::from_header_map(response.headers())
             && status.code() != Code::Ok
         {
             metrics::refused(cause_of(status.code()), "grpc", "grpc", arrived.elapsed());
         }
-        outcome
+        response
     })
+    .await
 }
 
 /// As it is counted.

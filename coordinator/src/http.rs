@@ -18,37 +18,21 @@ mod types;
 mod tests;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{FromRef, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::connections::Connections;
 use crate::service::{Service, hex};
 use body::Bodies;
 use errors::ApiError;
 pub(crate) use host::Hosts;
-
-/// How long a client may take to send the headers of a request, or to begin a next one.
-const HEADER_PATIENCE: Duration = Duration::from_secs(10);
-
-/// How often a quiet HTTP/2 client is asked whether it lives.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
-
-/// Bytes of the headers of one HTTP/2 request.
-const HEADER_BYTES: u32 = 16 << 10;
 
 /// Characters of a client's own `x-request-id` that are sent back.
 const REQUEST_ID_CHARS: usize = 128;
@@ -58,6 +42,12 @@ const REQUEST_ID_CHARS: usize = 128;
 pub(crate) struct Api {
     service: Arc<Service>,
     bodies: Arc<Bodies>,
+}
+
+impl FromRef<Api> for Arc<Service> {
+    fn from_ref(api: &Api) -> Self {
+        Arc::clone(&api.service)
+    }
 }
 
 /// What requests may be.
@@ -82,13 +72,7 @@ pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
         .route_layer(middleware::from_fn_with_state(open, with_room))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
-        .route("/health", get(observe::health))
-        .route("/livez", get(observe::health))
-        .route("/ping", get(observe::health))
-        .route("/ready", get(observe::ready))
-        .route("/readyz", get(observe::ready))
-        .route("/version", get(observe::version))
-        .route("/metrics", get(observe::metrics_page))
+        .merge(watching())
         .fallback(async || ApiError::not_found("there is no such page"))
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
         .with_state(Api { service, bodies })
@@ -114,46 +98,31 @@ pub fn check_body(path: &str, body: &[u8], context: usize) -> Result<(), serde_j
     outcome.map_err(|error| error.body())
 }
 
-/// Serves until `stop` fires and open answers have ended.
-///
-/// # Errors
-///
-/// If no connection can be accepted any more; one that fails is its client's affair.
-pub(crate) async fn serve(
-    connections: Connections,
-    router: Router,
-    stop: CancellationToken,
-) -> Result<(), node::TaskError> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_PATIENCE);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(HEADER_PATIENCE)
-        .max_concurrent_streams(proto::limits::STREAMS_PER_CONNECTION)
-        .max_header_list_size(HEADER_BYTES);
-    let graceful = GracefulShutdown::new();
-    let mut open = JoinSet::new();
-    loop {
-        let stream = tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = connections.accept() => accepted?,
-        };
-        let service = TowerToHyperService::new(router.clone());
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-        let connection = graceful.watch(connection);
-        open.spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
-            }
-        });
-        // Forget those that have ended.
-        while open.try_join_next().is_some() {}
-    }
-    drop(connections);
-    graceful.shutdown().await;
-    Ok(())
+/// The routes of those who watch the process, for a server of their own.
+pub(crate) fn admin_router(service: Arc<Service>, hosts: Hosts) -> Router {
+    watching()
+        .fallback(async || ApiError::not_found("there is no such page"))
+        .method_not_allowed_fallback(async || ApiError::method_not_allowed())
+        .with_state(service)
+        .layer(middleware::from_fn_with_state(hosts, host::check))
+        .layer(CatchPanicLayer::custom(|_| errors::panicked()))
+}
+
+/// What watches a process. None of it waits for a request.
+fn watching<S>() -> Router<S>
+where
+    S: Clone + Send + Sync + 'static,
+    Arc<Service>: FromRef<S>,
+{
+    Router::new()
+        .route("/health", get(observe::health))
+        .route("/healthz", get(observe::health))
+        .route("/livez", get(observe::health))
+        .route("/ping", get(observe::health))
+        .route("/ready", get(observe::ready))
+        .route("/readyz", get(observe::ready))
+        .route("/version", get(observe::version))
+        .route("/metrics", get(observe::metrics_page))
 }
 
 /// Room for requests that have a body, and so hold memory.

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use node::Supervisor;
 use node::config::HostPort;
 use node::membership::Membership;
+use node::serve::{Options, Protocol, Timeouts};
 use proto::BLOCK_TOKENS;
 use proto::keys::Keys;
 use tokio::net::TcpListener;
@@ -22,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 mod answer;
 mod arrival;
 mod config;
-mod connections;
 mod driver;
 mod error;
 mod grpc;
@@ -57,6 +57,8 @@ pub struct Bound {
     pub grpc: SocketAddr,
     /// The HTTP API.
     pub http: SocketAddr,
+    /// The server of those who watch, if it was asked for.
+    pub admin: Option<SocketAddr>,
 }
 
 /// Serves one model until `stop` fires: campaigns, plans, answers clients.
@@ -80,11 +82,17 @@ pub async fn run(
         .map_err(|source| RunError::Text { path: config.model.clone(), source })?;
     let grpc_listener = bind("gRPC", config.grpc).await?;
     let http_listener = bind("HTTP", config.http).await?;
+    let admin_listener = match config.admin {
+        Some(address) => Some(bind("admin", address).await?),
+        None => None,
+    };
+    let admin = admin_listener.as_ref().map(|listener| local("admin", listener)).transpose()?;
     let (grpc, http) = (local("gRPC", &grpc_listener)?, local("HTTP", &http_listener)?);
     let made_up = Bytes::from(service::hex(&rand::random::<[u8; CLUSTER_ID_BYTES]>()));
     let cluster_id = membership.get_or_create(&keys.cluster_id(), made_up).await?.value;
     let cluster_id = String::from_utf8_lossy(&cluster_id).into_owned();
     metrics::describe();
+    node::serve::describe();
 
     let model = served_model(&store);
     let driver_config = driver::DriverConfig {
@@ -107,7 +115,10 @@ pub async fn run(
         requests,
         hosts: http::Hosts::of(http, config.advertise.as_ref().map(HostPort::host)),
     };
-    let router = http::router(Arc::clone(&service), http_limits);
+    let advertised = config.advertise.as_ref().map(HostPort::host);
+    let admin_router = admin
+        .map(|admin| http::admin_router(Arc::clone(&service), http::Hosts::of(admin, advertised)));
+    let http_router = http::router(Arc::clone(&service), http_limits);
     let grpc_limits = grpc::Limits { requests, wait: config.limits.wait.get() };
 
     // Fires when no answer is open any more: the servers outlive the driver, so that every client
@@ -115,28 +126,46 @@ pub async fn run(
     let answered = CancellationToken::new();
     let last_answer = answered.clone().drop_guard();
     let (health, health_service) = tonic_health::server::health_reporter();
+    let grpc_router = grpc::router(grpc_limits, Arc::clone(&service), health_service)?;
     let mut tasks = Supervisor::new(stop);
     tasks.spawn("driver", |_| async move {
         driver.run().await;
         drop(last_answer);
         Ok(())
     });
-    let connections = config.limits.connections;
-    let grpc_connections = connections::Connections::new(grpc_listener, connections);
-    let http_connections = connections::Connections::new(http_listener, connections);
-    let grpc_stop = answered.clone();
-    tasks.spawn("grpc", |_| {
-        grpc::serve(grpc_connections, grpc_limits, service, health, health_service, grpc_stop)
+    let connections = config.limits.connections as usize;
+    let options = |name, protocol| Options::new(name, protocol, connections);
+    let grpc_options = Options { timeouts: GRPC_TIMEOUTS, ..options("grpc", Protocol::Grpc) };
+    let http_options = options("http", Protocol::Http);
+    let (grpc_stop, http_stop) = (answered.clone(), answered.clone());
+    tasks.spawn("grpc", |_| async move {
+        tokio::select! {
+            () = node::serve::serve(grpc_listener, grpc_router, grpc_options, grpc_stop) => Ok(()),
+            () = grpc::report_health(health, service) => Ok(()),
+        }
     });
-    tasks.spawn("http", |_| http::serve(http_connections, router, answered));
-    tracing::info!(%grpc, %http, "serves");
+    tasks.spawn("http", |_| async move {
+        node::serve::serve(http_listener, http_router, http_options, http_stop).await;
+        Ok(())
+    });
+    if let (Some(listener), Some(router)) = (admin_listener, admin_router) {
+        tasks.spawn("admin", |_| async move {
+            let options = node::observe::options("admin");
+            Ok(node::serve::on_own_thread(listener, router, options, answered).await?)
+        });
+    }
+    tracing::info!(%grpc, %http, ?admin, "serves");
     if let Some(bound) = bound {
         // Nobody waits for it: their affair.
-        let _ = bound.send(Bound { grpc, http });
+        let _ = bound.send(Bound { grpc, http, admin });
     }
     let grace = config.shutdown_grace.get() + CLOSING_TIME;
     Ok(tasks.run(grace).await?)
 }
+
+/// Clients of gRPC keep a connection for as long as they live, and connect again unseen when it is
+/// closed in order: 15 minutes without a call is long.
+const GRPC_TIMEOUTS: Timeouts = Timeouts { idle: Duration::from_secs(900), ..Timeouts::USUAL };
 
 /// Random bytes of a cluster's id.
 const CLUSTER_ID_BYTES: usize = 16;

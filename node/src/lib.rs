@@ -1,4 +1,4 @@
-//! Being a good process: config, telemetry, supervisor, membership.
+//! Being a good process: config, telemetry, supervisor, membership, connections of clients.
 //!
 //! This room knows nothing of models, layers or requests: keys are strings and values are bytes.
 
@@ -8,6 +8,7 @@ pub mod exit;
 pub mod membership;
 pub mod metrics;
 pub mod observe;
+pub mod serve;
 pub mod signals;
 mod supervisor;
 pub mod telemetry;

@@ -1,8 +1,8 @@
 //! The small HTTP server that every process has for whoever watches it: `/metrics`, `/health`.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -10,11 +10,17 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+
+use crate::serve::{Options, Protocol};
 
 /// What `/metrics` is, to the letter that Prometheus expects.
 const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Connections of those who watch one process: probes, scrapers, people.
+const CONNECTIONS: usize = 32;
+
+/// How long their answers may take once the process has stopped.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// How a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,17 +66,10 @@ pub fn router(health: Health) -> Router {
     Router::new().route("/metrics", get(metrics)).route("/health", get(report)).with_state(health)
 }
 
-/// Serves `router` on `listener` until `stop` fires and open requests are answered.
-///
-/// # Errors
-///
-/// If the operating system takes the listener away.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    stop: CancellationToken,
-) -> io::Result<()> {
-    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+/// How a server of such a router treats its connections. A probe and a scrape need one each.
+pub fn options(name: &'static str) -> Options {
+    // Whoever watches is answered at once: what lingers is stuck.
+    Options { linger: Some(LINGER), ..Options::new(name, Protocol::Http, CONNECTIONS) }
 }
 
 async fn metrics() -> impl IntoResponse {

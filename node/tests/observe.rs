@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use node::observe::{self, Condition, Health};
+use node::serve::on_own_thread;
 use node::{Supervisor, metrics};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -29,7 +30,9 @@ async fn health_and_metrics_are_served_until_the_stop() {
     let health = Health::starting();
     let mut tasks = Supervisor::new(stop.clone());
     let router = observe::router(health.clone());
-    tasks.spawn("observe", |stop| async move { Ok(observe::serve(listener, router, stop).await?) });
+    tasks.spawn("observe", |stop| async move {
+        Ok(on_own_thread(listener, router, observe::options("observe"), stop).await?)
+    });
     let client = async {
         for (condition, code, body) in [
             (Condition::Starting, "503", r#"{"status":"starting"}"#),

@@ -59,14 +59,13 @@ pub const NAME_BYTES: usize = 256;
 /// Bytes of a text for people that travels with a status.
 pub const DETAIL_BYTES: usize = 1024;
 
-/// HTTP/2 streams that one connection may have open.
-pub const STREAMS_PER_CONNECTION: u32 = 256;
+/// HTTP/2 flow control of one stream: more than a LAN's bandwidth times delay (25 Gbit/s times
+/// 0.5 ms is 1.5 MB).
+pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 
-/// HTTP/2 flow control of one stream: more than a LAN's bandwidth times delay.
-pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-
-/// HTTP/2 flow control of one connection.
-pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// HTTP/2 flow control of one connection: it has one stream that carries much. So much may lie
+/// unread in a worker for each of them.
+pub const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 
 /// How often a quiet connection of the data plane is probed.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_millis(500);

@@ -65,6 +65,9 @@ pub(crate) struct CoordinatorCommand {
     /// Where the HTTP API listens [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
+    /// Where health, readiness and metrics are answered by a thread of their own [default: nowhere]
+    #[arg(long, value_name = "ADDR")]
+    admin: Option<String>,
     /// Exactly so many stages [default: what the planner finds best]
     #[arg(long, value_name = "S")]
     stages: Option<u32>,
@@ -145,6 +148,7 @@ impl CoordinatorCommand {
         flags.set("coordinator.model", path(self.model.as_ref()));
         flags.set("coordinator.grpc", self.grpc.clone());
         flags.set("coordinator.http", self.http.clone());
+        flags.set("coordinator.admin", self.admin.clone());
         flags.set("coordinator.stages", self.stages.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
         flags.set("coordinator.advertise", self.advertise.clone());
@@ -207,8 +211,9 @@ async fn run_coordinator(
         coordinator::run(settings.coordinator, keys, membership, Some(sender), signals.stop());
     // Said by this process alone: whoever started it on port 0 reads it from standard output.
     let saying = async {
-        let Ok(coordinator::Bound { grpc, http }) = bound.await else { return Ok(()) };
-        TextWriter::stdout().text(&format!("listening: gRPC {grpc}, HTTP {http}\n"))
+        let Ok(coordinator::Bound { grpc, http, admin }) = bound.await else { return Ok(()) };
+        let admin = admin.map(|admin| format!(", admin {admin}")).unwrap_or_default();
+        TextWriter::stdout().text(&format!("listening: gRPC {grpc}, HTTP {http}{admin}\n"))
     };
     let (ran, said) = tokio::join!(running, saying);
     ran?;

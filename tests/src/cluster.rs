@@ -183,5 +183,7 @@ fn listening(coordinator: &mut Process) -> (String, String) {
         rest.split_once('\n').map(|(line, _)| line.to_owned())
     });
     let (grpc, http) = line.split_once(", HTTP ").expect("both addresses in one line");
+    // With `--admin` a third follows.
+    let http = http.split_once(", ").map_or(http, |(http, _)| http);
     (grpc.into(), http.into())
 }

@@ -26,7 +26,7 @@ const ARROWS: [(&str, &str, &[&str]); 9] = [
 ];
 
 /// Dependency, the rooms whose shipped code may name it. `tests` may use everything.
-const HOMES: [(&str, &[&str]); 12] = [
+const HOMES: [(&str, &[&str]); 13] = [
     ("etcd-client", &["node"]),
     ("opentelemetry", &["node"]),
     ("opentelemetry_sdk", &["node"]),
@@ -38,6 +38,7 @@ const HOMES: [(&str, &[&str]); 12] = [
     ("rayon", &["worker"]),
     ("tokenizers", &["coordinator"]),
     ("axum", &["coordinator", "node"]),
+    ("hyper-util", &["node"]),
     ("tonic", &["client", "coordinator", "node", "proto", "worker"]),
 ];
 

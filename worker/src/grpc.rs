@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::Stream;
 use futures::stream::unfold;
+use node::serve::{CallLimits, Http2, Method, Options, Protocol, with_limits};
 use proto::convert::{
     WireError, decode_prepare, decode_step, decode_step_header, encode_reply, encode_result,
 };
@@ -16,8 +17,7 @@ use proto::step::{StepReply, StepVerdict};
 use proto::{limits, pb};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 use tonic_health::server::HealthReporter;
 
@@ -30,14 +30,38 @@ use crate::telemetry;
 /// Replies that may wait on one stream of steps; as many as steps may be in flight, twice.
 const REPLIES_MAX: usize = 2 * IN_FLIGHT_MAX as usize;
 
+/// Connections: a coordinator has a handful, the stage before and people one each.
+const CONNECTIONS: usize = 256;
+
 /// Calls that one connection may have open at a time: a coordinator has a handful.
-const CALLS_PER_CONNECTION: usize = 64;
+const CALLS_PER_CONNECTION: u32 = 64;
+
+/// Connections that may have the large windows of flow control: those of two pipelines, for a new
+/// one is made before the old one is gone. 64 MiB may be unread in them, and 15 MiB in the others.
+const ROOMY_CONNECTIONS: usize = 16;
 
 /// HTTP/2 header lists are method, path and a trace context.
 const HEADER_LIST_BYTES: u32 = 16 << 10;
 
-/// Streams that were reset and not yet accepted; more is an attack.
-const RESET_STREAMS_MAX: usize = 32;
+/// A preparation names every stage of the pipeline: 512 of them with all their names take less.
+const PREPARE_BYTES: usize = 1 << 20;
+
+/// What else is asked is a few numbers and names.
+const SMALL_MESSAGE_BYTES: usize = 16 << 10;
+
+/// What callers may have begun and not finished.
+const CALL_LIMITS: CallLimits = CallLimits {
+    // A caller sends its message with the call, or soon after.
+    first_message: Duration::from_secs(5),
+    // The largest needs half a second on the slowest network that is of use.
+    whole_message: Duration::from_secs(10),
+    // One of the largest and half of another: honest ones are a hundredth of that, and arrive in
+    // a millisecond.
+    unfinished_bytes: limits::MESSAGE_BYTES + limits::MESSAGE_BYTES / 2,
+    unfinished_messages: 1024,
+    // Preparing takes as long as reading the weights.
+    answer: None,
+};
 
 /// How long connections may take to close once all streams have ended.
 const LINGER: Duration = Duration::from_millis(500);
@@ -264,7 +288,8 @@ impl Edge {
     }
 }
 
-/// The server of one worker, and the way to say how it is.
+/// The server of one worker, and the way to say how it is. Steps may come for a whole epoch, or
+/// not at all; whatever else a caller begins must be whole in time.
 ///
 /// # Errors
 ///
@@ -272,7 +297,7 @@ impl Edge {
 pub(crate) fn serve(
     listener: TcpListener,
     service: Arc<Service>,
-) -> Result<(HealthReporter, impl Future<Output = Result<(), tonic::transport::Error>>), RunError> {
+) -> Result<(HealthReporter, impl Future<Output = ()>), RunError> {
     let closing = service.closing().clone();
     let (health, health_service) = tonic_health::server::health_reporter();
     let reflection = || {
@@ -285,34 +310,39 @@ pub(crate) fn serve(
     let stage = StageServer::new(StageService { service })
         .max_decoding_message_size(limits::MESSAGE_BYTES)
         .max_encoding_message_size(limits::MESSAGE_BYTES);
-    let router = Server::builder()
-        .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
-        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
-        .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
-        .http2_keepalive_interval(Some(limits::KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(limits::KEEPALIVE_TIMEOUT))
-        .http2_max_header_list_size(HEADER_LIST_BYTES)
-        .http2_max_pending_accept_reset_streams(Some(RESET_STREAMS_MAX))
-        .add_service(stage)
+    let routes = Routes::new(stage)
         .add_service(health_service)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let serving = async move {
-        let closed = closing.clone();
-        let server = router.serve_with_incoming_shutdown(incoming, closed.cancelled_owned());
-        let give_up = async {
-            closing.cancelled().await;
-            // A watcher of health keeps its stream open for ever: it is cut off.
-            tokio::time::sleep(LINGER).await;
-        };
-        tokio::select! {
-            served = server => served,
-            () = give_up => Ok(()),
-        }
-    };
-    Ok((health, serving))
+    let methods = vec![
+        Method::unary("/tercet.v1.Stage/Prepare", PREPARE_BYTES),
+        Method::unary("/tercet.v1.Stage/Activate", SMALL_MESSAGE_BYTES),
+        Method::unary("/tercet.v1.Stage/Retire", SMALL_MESSAGE_BYTES),
+        Method::unary("/tercet.v1.Stage/Describe", SMALL_MESSAGE_BYTES),
+        Method::unary("/tercet.v1.Stage/Results", SMALL_MESSAGE_BYTES),
+        // A pipeline that nobody asks anything is quiet.
+        Method::streaming("/tercet.v1.Stage/Steps", limits::MESSAGE_BYTES).with_quiet_clients(),
+    ];
+    let router = with_limits(routes.into_axum_router(), methods, CALL_LIMITS);
+    Ok((health, node::serve::serve(listener, router, options(), closing)))
+}
+
+/// What the worker does with its connections.
+fn options() -> Options {
+    let usual = Options::new("stage", Protocol::Grpc, CONNECTIONS);
+    Options {
+        http2: Http2 {
+            keepalive_interval: limits::KEEPALIVE_INTERVAL,
+            keepalive_timeout: limits::KEEPALIVE_TIMEOUT,
+            streams: CALLS_PER_CONNECTION,
+            stream_window_bytes: limits::STREAM_WINDOW_BYTES,
+            connection_window_bytes: limits::CONNECTION_WINDOW_BYTES,
+            roomy: ROOMY_CONNECTIONS,
+            header_bytes: HEADER_LIST_BYTES,
+        },
+        linger: Some(LINGER),
+        ..usual
+    }
 }
 
 /// Says whether the worker takes new work.

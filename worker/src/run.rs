@@ -94,6 +94,7 @@ pub async fn run(
         draining: false,
     };
     telemetry::describe();
+    node::serve::describe();
     telemetry::build_info(&id, engine.backend.isa());
     let (failures, failed) = mpsc::channel(1);
     let watch_failures = failures.clone();
@@ -114,7 +115,10 @@ pub async fn run(
 
     // The caller's token stays the caller's: a worker that fails stops nobody else.
     let mut tasks = Supervisor::new(stop.child_token());
-    tasks.spawn("grpc", |_| async move { serving.await.map_err(TaskError::from) });
+    tasks.spawn("grpc", |_| async move {
+        serving.await;
+        Ok(())
+    });
     tasks.spawn("engine", |_| watch_engines(failed, closing.clone()));
     let watched = service.clone();
     tasks.spawn("weights", |stop| weights::look_after(watched, watch_failures, stop));
@@ -122,7 +126,8 @@ pub async fn run(
         let router = node::observe::router(condition.clone());
         let closing = closing.clone();
         tasks.spawn("http", |_| async move {
-            Ok(node::observe::serve(listener, router, closing).await?)
+            let options = node::observe::options("observe");
+            Ok(node::serve::on_own_thread(listener, router, options, closing).await?)
         });
     }
     let key = keys.worker(&id);

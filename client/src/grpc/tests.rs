@@ -304,7 +304,7 @@ async fn a_server_of_both_versions_of_http_is_told_from_a_coordinator() {
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         let router = node::observe::router(condition);
-        node::observe::serve(listener, router, stop).await.unwrap();
+        node::serve::serve(listener, router, node::observe::options("observe"), stop).await;
     });
     let words = words_at(&endpoint).await;
     assert!(words.contains("answers HTTP, not gRPC"), "{words}");

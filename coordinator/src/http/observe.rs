@@ -1,5 +1,7 @@
 //! What watches a process: health, readiness, version, metrics.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::{Query, Request, State};
 use axum::http::{StatusCode, header};
@@ -9,8 +11,8 @@ use proto::status::{WaitCause, Waiting};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::Api;
 use super::errors::{Outcome, cause_of};
+use crate::service::Service;
 use crate::{arrival, metrics};
 
 /// Prometheus's text format.
@@ -40,11 +42,11 @@ pub(super) async fn health() -> impl IntoResponse {
 }
 
 /// A token has come through the active pipeline.
-pub(super) async fn ready(State(api): State<Api>) -> Response {
-    if *api.service.readiness().borrow() {
+pub(super) async fn ready(State(service): State<Arc<Service>>) -> Response {
+    if *service.readiness().borrow() {
         return Json(json!({ "status": "ready" })).into_response();
     }
-    let waiting = match api.service.status().await {
+    let waiting = match service.status().await {
         Ok(status) => status.waiting,
         Err(error) => Some(Waiting { cause: WaitCause::Starting, detail: error.to_string() }),
     };

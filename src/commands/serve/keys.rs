@@ -97,6 +97,13 @@ const KEYS: &[Key] = &[
         bad: BAD_LISTEN,
     },
     Key {
+        key: "coordinator.admin",
+        flag: "--admin",
+        roles: COORDINATOR,
+        good: GOOD_LISTEN,
+        bad: BAD_LISTEN,
+    },
+    Key {
         key: "worker.listen",
         flag: "--listen",
         roles: WORKER,

@@ -152,7 +152,7 @@ impl Worker {
         let (health, serving) = crate::grpc::serve(listener, service.clone()).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
-            serving.await.unwrap();
+            serving.await;
             drop(health);
         });
         let client = connect(&address).await;

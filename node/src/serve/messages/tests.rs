@@ -1,0 +1,281 @@
+//! Calls that begin and do not finish, on paused time.
+
+use std::convert::Infallible;
+
+use axum::Router;
+use axum::http::{Request, Response};
+use axum::routing::post;
+use futures::{FutureExt, SinkExt, channel::mpsc};
+use tonic::Code;
+use tower::ServiceExt;
+
+use super::super::grpc::{CallLimits, Concurrency, Method, with_limits};
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+type Sender = mpsc::Sender<Result<Bytes, Infallible>>;
+
+fn limits(message_bytes: usize, first: Option<Duration>) -> MessageLimits {
+    MessageLimits { message_bytes, first, whole: 10 * SECOND }
+}
+
+fn message(length: usize) -> Bytes {
+    let prefix = u32::try_from(length).unwrap().to_be_bytes();
+    [&[0], prefix.as_slice(), &vec![7; length]].concat().into()
+}
+
+fn call(limits: MessageLimits, all: &Arc<Unfinished>) -> (Sender, Messages) {
+    let (sender, receiver) = mpsc::channel(1 << 10);
+    (sender, Messages::new(Body::from_stream(receiver), limits, all, None))
+}
+
+async fn next(messages: &mut Messages) -> Option<Result<Bytes, Status>> {
+    let frame = poll_fn(|context| Pin::new(&mut *messages).poll_frame(context)).await?;
+    Some(frame.map(|frame| frame.into_data().unwrap()))
+}
+
+/// What has come so far, if anything has.
+fn now(messages: &mut Messages) -> Option<Result<Bytes, Status>> {
+    next(messages).now_or_never().flatten()
+}
+
+/// Bytes and messages that are unfinished.
+fn held(all: &Unfinished) -> (usize, usize) {
+    let begun = all.begun();
+    (begun.bytes, begun.messages.len())
+}
+
+async fn everything(messages: &mut Messages) -> Result<Vec<u8>, Status> {
+    let mut bytes = Vec::new();
+    while let Some(part) = next(messages).await {
+        bytes.extend_from_slice(&part?);
+    }
+    Ok(bytes)
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_pass_unchanged_however_they_are_cut() {
+    let all = Unfinished::new(1 << 20, 10);
+    let whole = [message(0), message(3), message(70_000), message(9)].concat();
+    for cut in [1, 2, 4, 5, 6, 7, 100, 4096, 5000, 70_000, whole.len()] {
+        let (mut sender, mut messages) = call(limits(70_000, None), &all);
+        let sending = async {
+            for part in whole.chunks(cut) {
+                sender.send(Ok(Bytes::copy_from_slice(part))).await.unwrap();
+            }
+            drop(sender);
+        };
+        let ((), passed) = futures::join!(sending, everything(&mut messages));
+        assert!(passed.unwrap() == whole, "cut into {cut}");
+        assert_eq!(held(&all), (0, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_part_passes_before_the_message_is_whole() {
+    let all = Unfinished::new(1 << 20, 10);
+    let (mut sender, mut messages) = call(limits(100, None), &all);
+    let whole = message(100);
+    sender.send(Ok(whole.slice(..104))).await.unwrap();
+    assert!(now(&mut messages).is_none());
+    assert_eq!(all.begun().bytes, 104);
+    sender.send(Ok(whole.slice(104..))).await.unwrap();
+    let mut passed = now(&mut messages).unwrap().unwrap().to_vec();
+    while let Some(part) = now(&mut messages) {
+        passed.extend_from_slice(&part.unwrap());
+    }
+    assert_eq!(passed, whole);
+    assert_eq!(all.begun().bytes, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_messages_are_bounded_and_the_oldest_goes() {
+    let all = Unfinished::new(1000, 10);
+    let mut calls: Vec<(Sender, Messages)> =
+        (0..8).map(|_| call(limits(1000, None), &all)).collect();
+    for (sender, messages) in &mut calls {
+        sender.send(Ok(message(900).slice(..400))).await.unwrap();
+        assert!(now(messages).is_none());
+        assert!(all.begun().bytes <= 1000);
+    }
+    assert_eq!(all.begun().messages.len(), 2);
+    for (index, (_, messages)) in calls.iter_mut().enumerate() {
+        match index {
+            0..6 => {
+                let status = now(messages).unwrap().unwrap_err();
+                assert_eq!(status.code(), Code::ResourceExhausted, "{index}");
+                assert!(messages.partial.parts.is_empty() && messages.partial.small.is_empty());
+            }
+            _ => assert!(now(messages).is_none(), "{index}"),
+        }
+    }
+    drop(calls);
+    assert_eq!(held(&all), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_finished_messages_before_outlives_those_that_never_did() {
+    let all = Unfinished::new(1000, 10);
+    let (mut honest, mut messages) = call(limits(1000, None), &all);
+    honest.send(Ok(message(10))).await.unwrap();
+    assert!(now(&mut messages).is_some());
+    honest.send(Ok(message(900).slice(..400))).await.unwrap();
+    assert!(now(&mut messages).is_none());
+    let mut strangers: Vec<(Sender, Messages)> =
+        (0..8).map(|_| call(limits(1000, None), &all)).collect();
+    for (sender, stranger) in &mut strangers {
+        sender.send(Ok(message(900).slice(..400))).await.unwrap();
+        assert!(now(stranger).is_none());
+    }
+    assert!(now(&mut messages).is_none(), "not cut");
+    honest.send(Ok(message(900).slice(400..))).await.unwrap();
+    assert!(now(&mut messages).unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_message_of_the_largest_size_always_passes() {
+    let all = Unfinished::new(1000, 1);
+    let (mut sender, mut messages) = call(limits(1000, None), &all);
+    for part in message(1000).chunks(10) {
+        sender.send(Ok(Bytes::copy_from_slice(part))).await.unwrap();
+        if let Some(passed) = now(&mut messages) {
+            passed.unwrap();
+        }
+    }
+    assert!(messages.proven);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_begun_must_end_in_time_and_dripping_does_not_help() {
+    let all = Unfinished::new(1000, 10);
+    let (mut sender, mut messages) = call(limits(1000, None), &all);
+    let dripping = async {
+        for byte in message(900) {
+            if sender.send(Ok(Bytes::copy_from_slice(&[byte]))).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(SECOND).await;
+        }
+    };
+    let started = Instant::now();
+    let reading = async {
+        let status = next(&mut messages).await.unwrap().unwrap_err();
+        drop(messages);
+        status
+    };
+    let (status, ()) = futures::join!(reading, dripping);
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert!(started.elapsed() < 12 * SECOND, "{:?}", started.elapsed());
+    // Between messages a stream may be quiet, and before the first if it has no deadline.
+    let (_sender, mut messages) = call(limits(1000, None), &all);
+    assert!(tokio::time::timeout(1000 * SECOND, next(&mut messages)).await.is_err());
+    let (_sender, mut messages) = call(limits(1000, Some(5 * SECOND)), &all);
+    assert_eq!(messages.first().await.unwrap_err().code(), Code::DeadlineExceeded);
+}
+
+#[tokio::test(start_paused = true)]
+async fn too_large_and_broken_off_are_said() {
+    let all = Unfinished::new(1000, 10);
+    let (mut sender, mut messages) = call(limits(100, None), &all);
+    sender.send(Ok(message(101).slice(..5))).await.unwrap();
+    let status = now(&mut messages).unwrap().unwrap_err();
+    assert_eq!(status.message(), "a message has 101 bytes, the most is 100");
+    let (mut sender, mut messages) = call(limits(100, None), &all);
+    sender.send(Ok(message(100).slice(..50))).await.unwrap();
+    drop(sender);
+    assert_eq!(next(&mut messages).await.unwrap().unwrap_err().code(), Code::InvalidArgument);
+}
+
+/// A server whose `/s/Slow` never answers and whose `/s/Quick` does.
+fn server(places: usize, unfinished_messages: usize) -> Router {
+    let limits = CallLimits {
+        first_message: 5 * SECOND,
+        whole_message: 10 * SECOND,
+        unfinished_bytes: 10_000,
+        unfinished_messages,
+        answer: Some(60 * SECOND),
+    };
+    let methods = vec![
+        Method::unary("/s/Slow", 1000).with_concurrency(&Concurrency::until_answered(places)),
+        Method::unary("/s/Quick", 1000),
+    ];
+    let router = Router::new()
+        .route("/s/Slow", post(async || std::future::pending::<()>().await))
+        .route("/s/Quick", post(async |body: Bytes| body));
+    with_limits(router, methods, limits)
+}
+
+async fn ask(server: &Router, path: &str, body: Body) -> Response<Body> {
+    server.clone().oneshot(Request::post(path).body(body).unwrap()).await.unwrap()
+}
+
+/// The status that an answer ends with.
+fn code(response: &Response<Body>) -> Code {
+    let code = response.headers().get("grpc-status").map(|code| Code::from_bytes(code.as_bytes()));
+    code.unwrap_or(Code::Ok)
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_calls_take_no_place_and_end_in_time() {
+    let server = server(2, 1000);
+    let half = |first: &'static [u8]| {
+        let server = server.clone();
+        async move {
+            let (mut sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+            sender.send(Ok(Bytes::from_static(first))).await.unwrap();
+            let response = ask(&server, "/s/Slow", Body::from_stream(receiver)).await;
+            drop(sender);
+            code(&response)
+        }
+    };
+    let started = Instant::now();
+    let halves = futures::future::join_all(
+        (0..600).map(|index| half([b"".as_slice(), b"\0\0\0\0\x09half"][index % 2])),
+    );
+    let honest = async {
+        tokio::time::sleep(SECOND).await;
+        for _ in 0..10 {
+            let response = ask(&server, "/s/Quick", Body::from(message(3))).await;
+            let body = axum::body::to_bytes(response.into_body(), 100).await.unwrap();
+            assert_eq!(body, message(3));
+        }
+        // Both places are free: these two wait for their answer, a third hears at once.
+        let slow = || ask(&server, "/s/Slow", Body::from(message(3)));
+        let two = futures::future::join(slow(), slow());
+        let third = async {
+            tokio::time::sleep(SECOND).await;
+            let asked = Instant::now();
+            assert_eq!(code(&slow().await), Code::ResourceExhausted);
+            assert_eq!(asked.elapsed(), Duration::ZERO);
+        };
+        let (two, ()) = futures::join!(two, third);
+        assert_eq!((code(&two.0), code(&two.1)), (Code::DeadlineExceeded, Code::DeadlineExceeded));
+        started.elapsed()
+    };
+    let (codes, honest) = futures::join!(async { (halves.await, started.elapsed()) }, honest);
+    assert!(codes.0.iter().all(|code| *code == Code::DeadlineExceeded));
+    assert!(codes.1 < 11 * SECOND && honest >= 60 * SECOND, "{:?} {honest:?}", codes.1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn beyond_so_many_half_calls_the_oldest_makes_room() {
+    let server = server(2, 4);
+    let (_sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+    let oldest = ask(&server, "/s/Quick", Body::from_stream(receiver));
+    let others = futures::future::join_all((0..4).map(|_| async {
+        let (_sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+        ask(&server, "/s/Quick", Body::from_stream(receiver)).await
+    }));
+    let (oldest, others) = futures::join!(oldest, others);
+    assert_eq!(code(&oldest), Code::ResourceExhausted);
+    assert!(others.iter().all(|other| code(other) != Code::ResourceExhausted));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unknown_method_waits_for_nothing() {
+    let (_sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+    let started = Instant::now();
+    let response = ask(&server(1, 1), "/s/Other", Body::from_stream(receiver)).await;
+    assert_eq!((code(&response), started.elapsed()), (Code::Unimplemented, Duration::ZERO));
+}

@@ -1,0 +1,155 @@
+//! Which requests of a connection are open, and which have arrived: noted round the router.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::http::{HeaderValue, Request, Response, Version, header};
+use http_body::{Frame, SizeHint};
+use tonic::transport::server::TcpConnectInfo;
+use tower::{Service, ServiceExt};
+
+use super::table::{Activity, Call};
+
+/// Clients are told to let go of an idle connection this much before we do, so that none sends a
+/// request into a connection that is being closed.
+const KEEP_ALIVE_MARGIN: Duration = Duration::from_secs(5);
+
+/// Says that a request is here, for whoever knows better than the end of its body: a stream of
+/// messages has arrived with the first.
+#[derive(Clone, Debug)]
+pub(super) struct Arrival(Arc<Call>);
+
+impl Arrival {
+    pub(super) fn mark(&self) {
+        self.0.arrived();
+    }
+}
+
+/// The router of one connection.
+#[derive(Clone)]
+pub(super) struct Tracked {
+    router: Router,
+    activity: Arc<Activity>,
+    peer: TcpConnectInfo,
+    keep_alive: HeaderValue,
+}
+
+impl Tracked {
+    pub(super) fn new(
+        router: Router,
+        activity: Arc<Activity>,
+        (local, remote): (Option<SocketAddr>, SocketAddr),
+        idle: Duration,
+    ) -> Self {
+        let seconds = idle.saturating_sub(KEEP_ALIVE_MARGIN).as_secs();
+        let keep_alive = HeaderValue::from_str(&format!("timeout={seconds}"))
+            .unwrap_or(HeaderValue::from_static("timeout=1"));
+        let peer = TcpConnectInfo { local_addr: local, remote_addr: Some(remote) };
+        Self { router, activity, peer, keep_alive }
+    }
+}
+
+impl<B> Service<Request<B>> for Tracked
+where
+    B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<axum::BoxError>,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let call = Call::begin(&self.activity);
+        if request.body().is_end_stream() {
+            call.arrived();
+        }
+        let mut request = request.map(|body| Body::new(Arriving { body, call: Arc::clone(&call) }));
+        request.extensions_mut().insert(self.peer.clone());
+        request.extensions_mut().insert(Arrival(Arc::clone(&call)));
+        let is_http1 = request.version() < Version::HTTP_2;
+        let keep_alive = is_http1.then(|| self.keep_alive.clone());
+        let router = self.router.clone();
+        Box::pin(async move {
+            let mut response = router.oneshot(request).await?;
+            if let Some(keep_alive) = keep_alive {
+                response
+                    .headers_mut()
+                    .entry(header::HeaderName::from_static("keep-alive"))
+                    .or_insert(keep_alive);
+            }
+            Ok(response.map(|body| Body::new(Held::new(body, call))))
+        })
+    }
+}
+
+/// A request's body, whose end is noted.
+struct Arriving<B> {
+    body: B,
+    call: Arc<Call>,
+}
+
+impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Arriving<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.call.arrived();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// An answer's body and what is held until it has ended.
+pub(super) struct Held<T> {
+    body: Body,
+    _until_ended: T,
+}
+
+impl<T> Held<T> {
+    pub(super) fn new(body: Body, until_ended: T) -> Self {
+        Self { body, _until_ended: until_ended }
+    }
+}
+
+impl<T: Unpin> HttpBody for Held<T> {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
