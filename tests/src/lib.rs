@@ -1,5 +1,6 @@
 //! The harness: real processes, real etcd, real sockets. What the tests in `tests/tests` share.
 
+pub mod attack;
 pub mod cluster;
 pub mod collector;
 pub mod etcd;

@@ -15,12 +15,18 @@ use nix::unistd::Pid;
 /// How often a condition is looked at again.
 const POLL: Duration = Duration::from_millis(20);
 
-/// The `tercet` program of this build.
+/// Names the program to test in place of this build's.
+const PROGRAM: &str = "TEST_PROGRAM";
+
+/// The `tercet` program of this build, or the one that `TEST_PROGRAM` names.
 ///
 /// # Panics
 ///
 /// If it was not built: `cargo build` makes it, `./test` does both.
 pub fn tercet() -> PathBuf {
+    if let Some(program) = std::env::var_os(PROGRAM) {
+        return program.into();
+    }
     let test = std::env::current_exe().expect("a test knows where it is");
     let folder = test.parent().and_then(|deps| deps.parent()).expect("tests lie in target/*/deps");
     let program = folder.join("tercet");
