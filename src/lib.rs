@@ -6,7 +6,7 @@
 //!                                      ├─▶ coordinator::run, worker::run with etcd
 //!                                      ├─▶ pipeline::Pipeline: engines without a network
 //!                                      ├─▶ bench: limits, kernels, one engine
-//!                                      └─▶ model: import, synth, verify
+//!                                      └─▶ model: import (and score), synth, verify
 //! ```
 
 pub mod bench;

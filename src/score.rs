@@ -167,7 +167,11 @@ fn judge(imported: &Imported) -> Verdict {
     match score(&imported.store) {
         Ok(score) if score.reads_as_language(imported.config.vocab) => Verdict::Language(score),
         Ok(score) => {
-            let text = format!("perplexity {:.0}", score.perplexity);
+            // Of a model that is sure of nonsense it has any number of digits.
+            let text = match score.perplexity < 1e6 {
+                true => format!("perplexity {:.0}", score.perplexity),
+                false => format!("perplexity {:.1e}", score.perplexity),
+            };
             Verdict::Nonsense(Some(score), text)
         }
         // The engine refuses to go on with numbers that are not finite.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use kernels::{Arrangement, FloatKind, ScreenMatrix, TernaryColumns, TernaryMatrix};
 
-use crate::config::ModelConfig;
+use crate::config::{Activation, ModelConfig};
 use crate::safetensors::{Dtype, NewTensor};
 
 /// Version of the store as a whole: files, names, manifest.
@@ -28,8 +28,12 @@ pub(crate) const LAYOUT_VERSION: u32 = 2;
 
 /// The down projection by columns, beside `down` in a layer's file.
 pub(crate) const DOWN_COLUMNS: &str = "down_columns";
-/// Packed tensors of a layer: the matrices and [`DOWN_COLUMNS`].
-pub(crate) const PACKED_TENSORS: usize = Projection::ALL.len() + 1;
+
+/// Whether a layer has [`DOWN_COLUMNS`]: only squared ReLU makes so many inner values zero that it
+/// pays. Stores of before have them for every model; there they are passed over.
+pub(crate) fn has_down_columns(config: &ModelConfig) -> bool {
+    config.activation == Activation::SquaredRelu
+}
 
 const LAYOUT_KEY: &str = "tercet.layout";
 const VERSION_KEY: &str = "tercet.layout_version";
@@ -153,9 +157,11 @@ pub(crate) fn layer_tensors(config: &ModelConfig) -> Option<Vec<NewTensor>> {
         let shape = vec![TernaryMatrix::packed_bytes(rows, cols)?];
         tensors.push(NewTensor { name: projection.name(), dtype: Dtype::U8, shape });
     }
-    let (rows, cols) = Projection::Down.shape(config);
-    let shape = vec![TernaryColumns::packed_bytes(rows, cols)?];
-    tensors.push(NewTensor { name: DOWN_COLUMNS, dtype: Dtype::U8, shape });
+    if has_down_columns(config) {
+        let (rows, cols) = Projection::Down.shape(config);
+        let shape = vec![TernaryColumns::packed_bytes(rows, cols)?];
+        tensors.push(NewTensor { name: DOWN_COLUMNS, dtype: Dtype::U8, shape });
+    }
     for norm in Norm::of(config) {
         let shape = vec![norm.len(config)];
         tensors.push(NewTensor { name: norm.name(), dtype: Dtype::F32, shape });
@@ -185,9 +191,9 @@ pub(crate) fn screen_tensor(config: &ModelConfig) -> Option<NewTensor> {
 }
 
 /// `__metadata__` of a layer's shard: that of any, and the layout of each packed tensor.
-pub(crate) fn layer_metadata() -> BTreeMap<String, String> {
+pub(crate) fn layer_metadata(config: &ModelConfig) -> BTreeMap<String, String> {
     let mut metadata = shard_metadata();
-    for (tensor, layout) in packed_tensors() {
+    for (tensor, layout) in packed_tensors(config) {
         metadata.insert(layout_key(tensor), layout.into());
     }
     metadata
@@ -215,12 +221,12 @@ pub(crate) fn describe_matrix(
 }
 
 /// The packed tensors of a layer, and the name of the layout of each.
-pub(crate) fn packed_tensors() -> [(&'static str, &'static str); PACKED_TENSORS] {
-    let mut tensors = [(DOWN_COLUMNS, TernaryColumns::LAYOUT); PACKED_TENSORS];
-    for (tensor, projection) in tensors.iter_mut().zip(Projection::ALL) {
-        *tensor = (projection.name(), projection.arrangement().layout());
-    }
-    tensors
+pub(crate) fn packed_tensors(
+    config: &ModelConfig,
+) -> impl Iterator<Item = (&'static str, &'static str)> + use<> {
+    let matrices = Projection::ALL.map(|of| (of.name(), of.arrangement().layout()));
+    let columns = has_down_columns(config).then_some((DOWN_COLUMNS, TernaryColumns::LAYOUT));
+    matrices.into_iter().chain(columns)
 }
 
 /// The layout that the `__metadata__` of a layer's file names for a tensor.

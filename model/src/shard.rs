@@ -11,7 +11,7 @@ use kernels::{
 
 use crate::config::ModelConfig;
 use crate::id::{PartDigest, PartHasher};
-use crate::layout::{self, ALIGNMENT, DOWN_COLUMNS, Norm, PACKED_TENSORS, Projection, WEIGHT};
+use crate::layout::{self, ALIGNMENT, DOWN_COLUMNS, Norm, Projection, WEIGHT};
 use crate::manifest::Layout;
 use crate::safetensors::{Dtype, NewTensor, SafetensorsError, Table};
 use crate::weights::WeightFile;
@@ -152,7 +152,12 @@ impl Shard {
             }
             ranges.push(found.range.clone());
         }
-        let known = |name: &&String| tensors.iter().any(|tensor| tensor.name == **name);
+        // Stores of before have columns for every model.
+        let is_older = |name: &str| {
+            name == DOWN_COLUMNS && layout::layout_of_tensor(&table.metadata, name) != "none"
+        };
+        let known =
+            |name: &&String| tensors.iter().any(|tensor| tensor.name == **name) || is_older(name);
         if let Some(tensor) = table.tensors.keys().find(|name| !known(name)) {
             return Err(ShardError::Unknown { tensor: tensor.clone() });
         }
@@ -213,8 +218,8 @@ pub struct LayerWeights<'a> {
     pub up: TernaryMatrix<'a>,
     /// Down projection, `[hidden, ffn]`.
     pub down: TernaryMatrix<'a>,
-    /// The same by columns, for one token whose inner values have many zeros.
-    pub down_columns: TernaryColumns<'a>,
+    /// The same by columns, for one token whose inner values have many zeros; only with squared ReLU.
+    pub down_columns: Option<TernaryColumns<'a>>,
     /// Norm before `down`, `[ffn]`.
     pub ffn_sub_norm: Option<&'a [f32]>,
 }
@@ -223,7 +228,7 @@ impl LayerShard {
     pub(crate) fn new(file: WeightFile, config: &ModelConfig) -> Result<Self, ShardError> {
         let tensors = layout::layer_tensors(config).ok_or(ShardError::Missing { tensor: "q" })?;
         let shard = Shard::check(file, &tensors)?;
-        for (tensor, expected) in layout::packed_tensors() {
+        for (tensor, expected) in layout::packed_tensors(config) {
             let found = layout::layout_of_tensor(&shard.table.metadata, tensor);
             if found != expected {
                 let found = found.to_owned();
@@ -242,7 +247,7 @@ impl LayerShard {
 
     /// The weights. Costs a few additions.
     pub fn weights(&self) -> LayerWeights<'_> {
-        let norm = |index| self.shard.floats(PACKED_TENSORS + index);
+        let norm = |index| self.shard.floats(self.packed_tensors() + index);
         let (attn_sub_norm, ffn_norm, ffn_sub_norm) = match self.sub_norms {
             true => (Some(norm(1)), norm(2), Some(norm(3))),
             false => (None, norm(1), None),
@@ -308,14 +313,22 @@ impl LayerShard {
             .expect("the size was compared with the shape when the shard was opened")
     }
 
-    fn down_columns(&self) -> TernaryColumns<'_> {
+    /// The tensors before the norms: the matrices, and columns if there are any.
+    fn packed_tensors(&self) -> usize {
+        self.shard.ranges.len() - if self.sub_norms { 4 } else { 2 }
+    }
+
+    fn down_columns(&self) -> Option<TernaryColumns<'_>> {
+        let index = Projection::ALL.len();
         let (rows, cols, scale) = self.matrices[Projection::Down as usize];
-        TernaryColumns::new(self.shard.bytes(Projection::ALL.len()), rows, cols, scale)
-            .expect("the size was compared with the shape when the shard was opened")
+        (index < self.packed_tensors()).then(|| {
+            TernaryColumns::new(self.shard.bytes(index), rows, cols, scale)
+                .expect("the size was compared with the shape when the shard was opened")
+        })
     }
 
     /// Whether the two forms of the down projection hold the same trits. Packs the columns again.
-    fn forms_agree(&self) -> bool {
+    fn forms_agree(&self, by_columns: TernaryColumns<'_>) -> bool {
         let down = self.matrix(Projection::Down);
         let mut columns = ColumnPacker::new(down.rows(), down.cols())
             .expect("the shape was that of a matrix when the shard was opened");
@@ -324,7 +337,7 @@ impl LayerShard {
             down.unpack_row(row, &mut trits);
             columns.row(row, &trits);
         }
-        columns.finish() == self.down_columns().bytes()
+        columns.finish() == by_columns.bytes()
     }
 
     /// Looks at every code and every float, and hashes the content.
@@ -335,11 +348,13 @@ impl LayerShard {
             matrix.check_codes().map_err(|source| ShardError::Codes { tensor, source })?;
             part.ternary(tensor, matrix);
         }
-        let of_columns = |source| ShardError::Codes { tensor: DOWN_COLUMNS, source };
-        self.down_columns().check_codes().map_err(of_columns)?;
-        if !self.forms_agree() {
-            let tensor = Projection::Down.name();
-            return Err(ShardError::Forms { tensor, other: DOWN_COLUMNS });
+        if let Some(columns) = self.down_columns() {
+            let of_columns = |source| ShardError::Codes { tensor: DOWN_COLUMNS, source };
+            columns.check_codes().map_err(of_columns)?;
+            if !self.forms_agree(columns) {
+                let tensor = Projection::Down.name();
+                return Err(ShardError::Forms { tensor, other: DOWN_COLUMNS });
+            }
         }
         let norms = if self.sub_norms {
             &[Norm::Attn, Norm::AttnSub, Norm::Ffn, Norm::FfnSub][..]
@@ -347,7 +362,7 @@ impl LayerShard {
             &[Norm::Attn, Norm::Ffn]
         };
         for (index, norm) in norms.iter().enumerate() {
-            let values = self.shard.floats(PACKED_TENSORS + index);
+            let values = self.shard.floats(self.packed_tensors() + index);
             check_finite(norm.name(), values)?;
             part.vector(norm.name(), values);
         }

@@ -166,7 +166,7 @@ fn write_layer<C: Content>(
 ) -> Result<(FileEntry, PartDigest), C::Error> {
     let too_large = || ConfigError::Inconsistent("a matrix is too large to be addressed".into());
     let tensors = layout::layer_tensors(config).ok_or_else(too_large)?;
-    let mut metadata = layout::layer_metadata();
+    let mut metadata = layout::layer_metadata(config);
     let mut matrices = Vec::with_capacity(Projection::ALL.len());
     for projection in Projection::ALL {
         let matrix = content.projection(layer, projection)?;
@@ -183,7 +183,9 @@ fn write_layer<C: Content>(
         let (rows, cols) = projection.shape(config);
         part.begin(projection.name(), rows, cols, matrix.scale());
         let mut columns = match projection {
-            Projection::Down => Some(ColumnPacker::new(rows, cols).ok_or_else(too_large)?),
+            Projection::Down if layout::has_down_columns(config) => {
+                Some(ColumnPacker::new(rows, cols).ok_or_else(too_large)?)
+            }
             _ => None,
         };
         let mut each_row = |row: usize, trits: &[i8]| {

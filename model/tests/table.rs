@@ -177,6 +177,10 @@ fn inverted_scales_are_refused_or_put_right() {
     let stored = of_gguf(&like_2b4t(512, inverted), &with(Scales::Stored)).unwrap();
     assert!(!stored.notes("inverses"));
 
+    let masters = Directory::of(&path("tiny_bf16"));
+    let error = with_options(&masters, &with(Scales::Inverted)).err().unwrap().to_string();
+    assert!(error.ends_with("that of master weights is computed"), "{error}");
+
     let error = check_gguf(&like_2b4t(128_256, inverted).bytes()).unwrap_err().to_string();
     assert!(error.starts_with("the scales of the first layer are 0.7"), "{error}");
     assert!(error.contains("say --scales inverted to put them right, or --scales stored"));

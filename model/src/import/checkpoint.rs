@@ -75,8 +75,15 @@ impl Checkpoint<'_> {
     pub(super) fn settle_scales(&mut self, options: &ImportOptions) -> Result<(), ImportError> {
         if let Some(scales) = options.scales {
             self.notes.push(format!("scales: {scales}, as asked for"));
-            let matrices = self.layers.iter_mut().flat_map(|layer| &mut layer.matrices);
-            matrices.for_each(|matrix| matrix.inverted = scales == Scales::Inverted);
+            for matrix in self.layers.iter_mut().flat_map(|layer| &mut layer.matrices) {
+                matrix.inverted = scales == Scales::Inverted;
+                if matrix.inverted && matches!(matrix.trits, Trits::Masters(_)) {
+                    return Err(ImportError::Unsupported(format!(
+                        "{} has no scale that could be inverted: that of master weights is computed",
+                        matrix.tensor
+                    )));
+                }
+            }
             return Ok(());
         }
         if !self.config.sub_norms || self.config.activation != Activation::SquaredRelu {

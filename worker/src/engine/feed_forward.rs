@@ -51,7 +51,7 @@ impl Step<'_> {
         self.sub_norm(member, local, &planes.gated, weights.ffn_sub_norm, &planes.ffn_codes)?;
         self.count_down_zeros(member, local);
         match self.columns_wanted(local, weights.down_columns) {
-            Some(count) => self.down_columns(member, local, weights.down_columns, count)?,
+            Some((columns, count)) => self.down_columns(member, local, columns, count)?,
             None => self.product(member, local, weights.down, &planes.ffn_codes, &planes.product),
         }
         self.meet(member, local, Part::Projections)
@@ -122,14 +122,16 @@ impl Step<'_> {
 
     /// How many columns of down are not multiplied by zero, if the step has one token and they are so
     /// few that reading only them pays; they are listed in every thread's own places.
-    fn columns_wanted(&self, local: &mut Local, down: TernaryColumns<'_>) -> Option<usize> {
-        if !(self.shortcuts.zeros && self.is_single()) {
-            return None;
-        }
+    fn columns_wanted<'a>(
+        &self,
+        local: &mut Local,
+        down: Option<TernaryColumns<'a>>,
+    ) -> Option<(TernaryColumns<'a>, usize)> {
+        let down = down.filter(|_| self.shortcuts.zeros && self.is_single())?;
         let Local { own, places, .. } = local;
         let codes = &own.row(self.planes.ffn_codes.stride())[..down.cols()];
         let count = self.backend.nonzero(codes, &mut places[..codes.len()]);
-        (count * 8 <= codes.len() * NONZERO_EIGHTHS_MAX).then_some(count)
+        (count * 8 <= codes.len() * NONZERO_EIGHTHS_MAX).then_some((down, count))
     }
 
     /// The product of down by the `count` columns that are listed: every thread adds some of them up
