@@ -115,6 +115,24 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether something is there, and it is not what the manifest says: waiting makes it no better.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Manifest { .. }
+            | Self::Size { .. }
+            | Self::Hash { .. }
+            | Self::Id { .. }
+            | Self::Shard { .. } => true,
+            Self::NotAStore { .. }
+            | Self::Read { .. }
+            | Self::Missing { .. }
+            | Self::Changing { .. }
+            | Self::NoSuchLayer { .. } => false,
+        }
+    }
+}
+
 /// A model on disk.
 #[derive(Clone, Debug)]
 pub struct Store {

@@ -153,6 +153,8 @@ pub(crate) enum ServiceError {
     Memory { needed_bytes: u64, available_bytes: u64 },
     #[error("failed to build the engine")]
     Engine(#[from] EngineError),
+    #[error("the store was damaged since this worker opened it, and this worker ends: {detail}")]
+    Damaged { detail: String },
     #[error("failed to start the engine's thread")]
     Thread(#[source] io::Error),
     #[error("building the engine panicked")]
@@ -207,9 +209,10 @@ impl From<ServiceError> for Status {
                 UnreadableCause::Broken => Code::Cancelled,
             },
             ServiceError::Closing => Code::Unavailable,
-            ServiceError::Engine(_) | ServiceError::Build(_) | ServiceError::EngineStopped => {
-                Code::Internal
-            }
+            ServiceError::Damaged { .. }
+            | ServiceError::Engine(_)
+            | ServiceError::Build(_)
+            | ServiceError::EngineStopped => Code::Internal,
         };
         Self::new(code, Chain(&error).to_string())
     }

@@ -273,8 +273,8 @@ fn encode(record: &WorkerRecord) -> Result<bytes::Bytes, RunError> {
     serde_json::to_vec(record).map(bytes::Bytes::from).map_err(RunError::Record)
 }
 
-/// Ends when an engine's thread panicked or refuses to compute, and then ends every stream at once: nobody must wait
-/// for a result that will not come.
+/// Ends when an engine's thread panicked or refuses to compute, and then ends every stream at once:
+/// nobody must wait for a result that will not come.
 async fn watch_engines(
     mut failed: mpsc::Receiver<EngineFailure>,
     closing: CancellationToken,

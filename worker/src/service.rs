@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kernels::KERNEL_REVISION;
 use model::{Store, WeightFile};
+use node::Chain;
 use proto::ids::{
     Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, StepId, Term,
 };
@@ -21,7 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
 use crate::engine::{
-    Engine, EngineConfig, StageModel, kv_bytes, stage_weight_bytes, weight_copies, working_bytes,
+    Engine, EngineConfig, EngineError, StageModel, kv_bytes, stage_weight_bytes, weight_copies,
+    working_bytes,
 };
 use crate::error::ServiceError;
 use crate::executor::Executor;
@@ -195,7 +197,10 @@ impl Service {
             same
         };
         let holding = match same {
-            Some(holding) => holding,
+            Some(holding) => {
+                Self::forget_unclaimed(&mut building);
+                holding
+            }
             None => Arc::new(self.built(&mut building, shape).await?),
         };
         let prepared = self.prepared(&holding);
@@ -282,7 +287,27 @@ impl Service {
         };
         let built = (&mut build.done).await;
         *building = None;
-        built.map_err(ServiceError::Build)?
+        built.map_err(ServiceError::Build)?.map_err(|error| self.judge_failure(error))
+    }
+
+    /// Ends the worker if a store holds something else than when it was opened: nobody must plan with
+    /// it again and again.
+    fn judge_failure(&self, error: ServiceError) -> ServiceError {
+        match error {
+            ServiceError::Engine(EngineError::Store(source)) if source.is_damage() => {
+                let error = ServiceError::Damaged { detail: Chain(&source).to_string() };
+                // A failure that is there already ends it as well.
+                let failure = EngineFailure::Refused(EngineError::Changed(source));
+                drop(self.failures.try_send(failure));
+                error
+            }
+            error => error,
+        }
+    }
+
+    /// Lets go of an engine that was built and that nobody came back for.
+    fn forget_unclaimed(building: &mut Option<Build>) {
+        drop(building.take_if(|build| build.done.is_finished()));
     }
 
     /// Memory for an engine of this shape, beside what is held.
@@ -420,6 +445,9 @@ impl Service {
         let mut held = self.held();
         held.epochs.retire(epoch, term, incarnation)?;
         held.forget_what_is_over();
+        if let Ok(mut building) = self.preparing.try_lock() {
+            Self::forget_unclaimed(&mut building);
+        }
         tracing::info!(%epoch, %term, "epoch is over");
         Ok(())
     }
@@ -542,5 +570,10 @@ impl Service {
     /// Which task builds an engine, or did for nobody who is there any more.
     pub(crate) async fn build_in_progress(&self) -> Option<tokio::task::Id> {
         self.preparing.lock().await.as_ref().map(|build| build.done.id())
+    }
+
+    /// Whether that task is done.
+    pub(crate) async fn build_is_done(&self) -> bool {
+        self.preparing.lock().await.as_ref().is_some_and(|build| build.done.is_finished())
     }
 }

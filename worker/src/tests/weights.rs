@@ -173,6 +173,22 @@ async fn a_worker_does_not_start_on_a_store_with_a_wrong_bit() {
     assert!(text.contains("layer-0001.safetensors has hash"), "{text}");
 }
 
+#[tokio::test]
+async fn a_stage_of_a_store_that_was_damaged_meanwhile_ends_the_worker() {
+    let (dir, norm) = own_store();
+    let store = model::Store::open(dir.path()).unwrap();
+    store.verify_files(|_| {}).unwrap();
+    let (mut worker, mut failed) = Worker::start_on("w", "127.0.0.1:0", 1 << 30, store).await;
+    spoil(&File::options().write(true).open(&norm).unwrap());
+    let request = prepare(&[worker.plan(0..4)], 0, 1);
+    let refusal = worker.prepare(&request).await.unwrap_err();
+    assert!(refusal.message().contains("norm.safetensors has hash"), "{refusal}");
+    assert!(refusal.message().contains("this worker ends"), "{refusal}");
+    let text = node::Chain(&soon(failed.recv()).await.unwrap()).to_string();
+    assert!(text.contains("norm.safetensors has hash"), "{text}");
+    worker.kill().await;
+}
+
 /// A whole worker that holds a stage, and no step comes.
 async fn ends_idle(weights: WeightMemory, change: impl FnOnce(&Path)) -> String {
     let (dir, norm) = own_store();
@@ -229,11 +245,12 @@ fn a_copy_serves_on_whatever_becomes_of_the_file() {
     assert_eq!(engine.forward_verified(&rows, &[]).unwrap(), before);
 }
 
-/// Polls `future` until something of `service` is taken by an engine, and gives it up.
+/// Asks until memory is taken for another engine, and gives up.
 async fn give_up_while_it_builds(worker: &Worker, prepare: &Prepare) {
+    let before = worker.service.used_bytes();
     let mut call = Box::pin(worker.service.prepare(prepare.clone(), Some(KEY)));
     soon(async {
-        while worker.service.used_bytes() == 0 {
+        while worker.service.used_bytes() == before {
             assert!(futures::poll!(&mut call).is_pending(), "it was prepared at once");
             tokio::task::yield_now().await;
         }
@@ -250,7 +267,7 @@ async fn a_preparation_that_is_given_up_is_taken_up_again() {
     synth(&shape, 7, &path, &mut |_| {}).unwrap();
     let store = model::Store::open(&path).unwrap();
     let model = proto::ids::ModelId(store.id().0);
-    let (worker, _failed) = Worker::start_on("w", "127.0.0.1:0", 1 << 30, store).await;
+    let (mut worker, _failed) = Worker::start_on("w", "127.0.0.1:0", 1 << 30, store).await;
     let request = Prepare { model, ..prepare(&[worker.plan(0..4)], 0, 1) };
     give_up_while_it_builds(&worker, &request).await;
     let begun = worker.service.build_in_progress().await.unwrap();
@@ -267,12 +284,19 @@ async fn a_preparation_that_is_given_up_is_taken_up_again() {
     soon(worker.service.prepare(request.clone(), Some(KEY))).await.unwrap();
     assert_eq!(worker.service.used_bytes(), used);
 
-    // One that nobody comes back for makes room for another.
-    let other = |epoch| Prepare {
-        kv_blocks: 8,
-        ..Prepare { model, ..prepare(&[worker.plan(0..4)], 0, epoch) }
-    };
-    soon(worker.service.prepare(other(2), Some(KEY))).await.unwrap();
+    // One that nobody comes back for goes when the stage goes.
+    worker.activate(&request).await.unwrap();
+    let other = Prepare { model, kv_blocks: 8, ..prepare(&[worker.plan(0..4)], 0, 2) };
+    give_up_while_it_builds(&worker, &other).await;
+    soon(async {
+        while !worker.service.build_is_done().await {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(worker.service.used_bytes() > used, "it is kept for whoever asks again");
+    worker.retire(&request).await.unwrap();
+    soon(worker.service.memory_is_free()).await;
     worker.kill().await;
 }
 
