@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use client::waiting::Notices;
 use client::{Client, ClientError, Endpoint};
-use coordinator::Bound;
+use coordinator::{Bound, SamplingSource};
 use node::membership::{Event, Membership, Memory};
 use proto::keys::Keys;
 use proto::plan::KvType;
@@ -68,6 +68,8 @@ pub struct LocalOptions {
     pub http: SocketAddr,
     /// Allows addresses that other machines reach, without TLS.
     pub insecure: bool,
+    /// Where the defaults of sampling come from.
+    pub sampling_defaults: SamplingSource,
     /// The most KV blocks; absent: the coordinator's default.
     pub kv_blocks: Option<u32>,
 }
@@ -87,6 +89,7 @@ impl LocalOptions {
             grpc: ANY_PORT,
             http: ANY_PORT,
             insecure: false,
+            sampling_defaults: SamplingSource::default(),
             kv_blocks: None,
         }
     }
@@ -110,6 +113,7 @@ impl LocalOptions {
             grpc: self.grpc,
             http: self.http,
             insecure: self.insecure,
+            sampling_defaults: self.sampling_defaults,
             shutdown_grace: node::config::Duration(STOP_GRACE),
             // Every worker there will be is there before the coordinator starts.
             settle: node::config::Duration(Duration::ZERO),

@@ -159,7 +159,9 @@ fn imported(
     if store.join(MANIFEST).is_file() {
         return Ok(store);
     }
-    match score::import_once(source, &store, &ImportOptions::default(), progress) {
+    let options =
+        ImportOptions { try_text: Some(coordinator::try_text), ..ImportOptions::default() };
+    match score::import_once(source, &store, &options, progress) {
         Ok(scored) => {
             // Nobody reads the notes of what is imported on the way.
             let notes = scored.imported.notes.iter();
@@ -207,6 +209,8 @@ fn key_of(source: &Path) -> io::Result<String> {
     files.sort();
     let layout = model::Layout::current().to_string();
     let mut hasher = blake3::Hasher::new();
+    // A cached store is what this program would import today.
+    hasher.update(&model::IMPORT_REVISION.to_le_bytes());
     for part in [layout.as_bytes(), source.as_os_str().as_encoded_bytes()] {
         hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
     }

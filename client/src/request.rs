@@ -6,22 +6,25 @@ use proto::generate::Sampling;
 /// How tokens are drawn and when the answer ends.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct AnswerArgs {
-    /// Most tokens of the answer; without it, as many as the context allows
+    /// Most tokens of the answer [default: the model's own, or as many as the context allows]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: Option<u32>,
-    /// 0 takes the most probable token, larger is more varied [server's default: 1]
+    /// 0 takes the most probable token, larger is more varied [default: the model's own, as
+    /// `tercet model show` names it, or 1]
     #[arg(long, value_name = "T", value_parser = at_least_zero)]
     pub temperature: Option<f32>,
-    /// Draw from the K most probable tokens; 0 is off
+    /// Draw from the K most probable tokens; 0 is off [default: the model's own, or 0]
     #[arg(long, value_name = "K")]
     pub top_k: Option<u32>,
-    /// Draw from the fewest tokens that together have this probability; 1 is off
+    /// Draw from the fewest tokens that together have this probability; 1 is off [default: the
+    /// model's own, or 1]
     #[arg(long, value_name = "P", value_parser = share_above_zero)]
     pub top_p: Option<f32>,
-    /// Drop tokens less probable than this share of the best one's; 0 is off
+    /// Drop tokens less probable than this share of the best one's; 0 is off [default: the model's
+    /// own, or 0]
     #[arg(long, value_name = "P", value_parser = share)]
     pub min_p: Option<f32>,
-    /// Divide the logits of tokens seen so far; 1 is off
+    /// Divide the logits of tokens seen so far; 1 is off [default: the model's own, or 1]
     #[arg(long, value_name = "X", value_parser = above_zero)]
     pub repetition_penalty: Option<f32>,
     /// Taken once from the logit of every token of the answer; 0 is off

@@ -1,8 +1,11 @@
 //! What a coordinator is told at its start. Checked whole before a port is bound.
 
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::str::FromStr;
 
+use model::SamplingDefaults;
 use node::config::{
     ByteSize, Duration, HostPort, ListenError, check_listen_address, deserialize_listen,
     deserialize_optional_listen,
@@ -57,6 +60,10 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// How long the first plan waits for more workers after the last one came.
     pub settle: Duration,
+    /// Where the defaults of sampling come from.
+    pub sampling_defaults: SamplingSource,
+    /// Defaults of sampling that go over the model's.
+    pub sampling: SamplingDefaults,
     /// What requests may ask for and how many are taken.
     pub limits: LimitsConfig,
 }
@@ -86,6 +93,43 @@ pub struct LimitsConfig {
     pub step_deadline: Duration,
 }
 
+/// Where the defaults of sampling come from, for requests that do not say how tokens are drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SamplingSource {
+    /// What the model's makers recommend.
+    #[default]
+    Model,
+    /// Temperature 1 and nothing cut.
+    None,
+}
+
+/// A word that names no [`SamplingSource`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected model or none")]
+pub struct ParseSamplingSourceError;
+
+impl FromStr for SamplingSource {
+    type Err = ParseSamplingSourceError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "model" => Ok(Self::Model),
+            "none" => Ok(Self::None),
+            _ => Err(ParseSamplingSourceError),
+        }
+    }
+}
+
+impl fmt::Display for SamplingSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "model",
+            Self::None => "none",
+        })
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -102,6 +146,8 @@ impl Default for Config {
             shutdown_grace: Duration::from_secs(10),
             // Workers of one cluster start within moments of each other.
             settle: Duration::from_millis(500),
+            sampling_defaults: SamplingSource::Model,
+            sampling: SamplingDefaults::default(),
             limits: LimitsConfig::default(),
         }
     }
@@ -151,6 +197,14 @@ pub enum ConfigError {
         least: u64,
         /// The most.
         most: u64,
+    },
+    /// A default of sampling that no request may ask for.
+    #[error("sampling.{field} is {found}, which no request may ask for")]
+    Sampling {
+        /// The key.
+        field: &'static str,
+        /// What was given.
+        found: f32,
     },
     /// An address that others reach.
     #[error("refusing to serve {service} (coordinator.{key})")]

@@ -43,11 +43,11 @@ pub mod scheduler;
 pub mod tick;
 pub mod token_log;
 
-pub use config::{Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig};
+pub use config::{Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig, SamplingSource};
 pub use error::RunError;
 #[doc(hidden)]
 pub use http::check_body;
-pub use text::{TemplateError, TextSetupError, TokenizerError};
+pub use text::{TemplateError, TextSetupError, TokenizerError, TrialError, try_text};
 pub use tokenize::{TokenizeError, tokenize};
 
 /// Where a coordinator listens, once it does.
@@ -94,7 +94,7 @@ pub async fn run(
     metrics::describe();
     node::serve::describe();
 
-    let model = served_model(&store);
+    let model = served_model(&store, &config);
     let driver_config = driver::DriverConfig {
         cluster_name: config.cluster.to_string(),
         cluster: cluster_options(&config, &store, cluster_id),
@@ -198,8 +198,12 @@ fn local(service: &'static str, listener: &TcpListener) -> Result<SocketAddr, Ru
     listener.local_addr().map_err(|source| RunError::Bind { service, address, source })
 }
 
-fn served_model(store: &model::Store) -> request::ServedModel {
+fn served_model(store: &model::Store, served: &Config) -> request::ServedModel {
     let config = store.config();
+    let of_model = match served.sampling_defaults {
+        SamplingSource::Model => store.manifest().sampling,
+        SamplingSource::None => model::SamplingDefaults::default(),
+    };
     request::ServedModel {
         name: config.name.clone(),
         id: store.id().to_string(),
@@ -208,6 +212,7 @@ fn served_model(store: &model::Store) -> request::ServedModel {
         context: config.context,
         bos_token: config.bos_token,
         eos_tokens: config.eos_tokens.clone(),
+        sampling: served.sampling.or(of_model),
         created_unix_s: http::now_unix_s(),
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use model::SamplingDefaults;
 use proto::generate::{GenerateRequest, Prompt, Sampling};
 use proto::ids::NumericsClass;
 use proto::limits;
@@ -151,6 +152,8 @@ pub(crate) struct ServedModel {
     pub(crate) context: u32,
     pub(crate) bos_token: Option<u32>,
     pub(crate) eos_tokens: Vec<u32>,
+    /// What a request gets that does not say; in range.
+    pub(crate) sampling: SamplingDefaults,
     /// When this process began to serve it, in seconds since 1970.
     pub(crate) created_unix_s: u64,
 }
@@ -191,7 +194,8 @@ pub(crate) fn check(
         return Err(RequestError::UnknownModel { model: asked, served: model.name.clone() });
     }
     check_prompt(&request.prompt)?;
-    let sampling = check_sampling(&request.sampling, request.top_logprobs, model)?;
+    let sampling = with_defaults(request.sampling.clone(), model.sampling);
+    let sampling = check_sampling(&sampling, request.top_logprobs, model)?;
     let stop_tokens = check_stops(&request, model)?;
     if request.max_tokens != 0 && request.min_tokens > request.max_tokens {
         return Err(RequestError::invalid(
@@ -245,6 +249,25 @@ pub(crate) fn check(
         deadline: (request.deadline_ms != 0)
             .then(|| Duration::from_millis(request.deadline_ms.into())),
     })
+}
+
+/// What the request says, and the model's defaults where it says nothing.
+fn with_defaults(sampling: Sampling, defaults: SamplingDefaults) -> Sampling {
+    Sampling {
+        temperature: sampling.temperature.or(defaults.temperature),
+        top_k: sampling.top_k.or(defaults.top_k),
+        top_p: sampling.top_p.or(defaults.top_p),
+        min_p: sampling.min_p.or(defaults.min_p),
+        repetition_penalty: sampling.repetition_penalty.or(defaults.repetition_penalty),
+        ..sampling
+    }
+}
+
+/// The length of an answer whose request does not say: the model's default, as far as the context
+/// goes. `None`: as much as there is room for.
+pub(crate) fn default_length(prompt: &[u32], model: &ServedModel) -> Option<u32> {
+    let room = u64::from(model.context).saturating_sub(prompt.len() as u64);
+    model.sampling.max_new_tokens.filter(|&length| u64::from(length) < room)
 }
 
 /// Checks the prompt's ids, and that prompt and answer fit the context.

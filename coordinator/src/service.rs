@@ -116,6 +116,8 @@ impl Service {
                 prompt => text.encode(&prompt).map_err(RequestError::of_text)?,
             };
             request::check_lengths(&prompt, checked.max_tokens, &model)?;
+            checked.max_tokens =
+                checked.max_tokens.or_else(|| request::default_length(&prompt, &model));
             Ok((checked, prompt))
         };
         let (checked, prompt) = self.off_thread(&self.encoding, turns, work).await??;

@@ -14,6 +14,7 @@ mod stop;
 mod strftime;
 mod template;
 mod tokenizer;
+mod trial;
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -28,6 +29,7 @@ pub use template::TemplateError;
 use template::{ChatTemplate, TemplateTexts};
 pub(crate) use tokenizer::Tokenizer;
 pub use tokenizer::TokenizerError;
+pub use trial::{TrialError, try_text};
 
 /// Characters of one run without a change between blank and not blank. Longer ones cost the
 /// splitter's regular expression its back-tracking limit; no language writes them.
@@ -49,6 +51,9 @@ pub(crate) enum TextError {
     /// More text than the context could ever hold.
     #[error("the prompt has {bytes} bytes, more than {context} tokens can hold")]
     TooLong { bytes: usize, context: u32 },
+    /// More text than the tokenizer is given at once.
+    #[error("the prompt has {bytes} bytes, at most {most} are tokenised with this model")]
+    TooMuch { bytes: usize, most: usize },
     /// A run that the splitter is not asked to take.
     #[error(
         "the prompt has {chars} characters without a change between blank and not blank, the \
@@ -191,7 +196,8 @@ impl Text {
         if bytes > tokenizer.longest_token_bytes().saturating_mul(self.context as usize) {
             return Err(TextError::TooLong { bytes, context: self.context });
         }
-        Ok(())
+        let most = tokenizer.text_bytes_max();
+        if bytes > most { Err(TextError::TooMuch { bytes, most }) } else { Ok(()) }
     }
 
     fn check_size(&self, tokenizer: &Tokenizer, text: &str) -> Result<(), TextError> {

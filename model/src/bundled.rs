@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::import::{ImportError, ImportOptions, import};
+use crate::import::{IMPORT_REVISION, ImportError, ImportOptions, import};
 use crate::manifest::Layout;
 use crate::staging::WriteError;
 use crate::store::Store;
@@ -58,6 +58,7 @@ impl BundledModel {
             hash.update(bytes);
         }
         hash.update(Layout::current().to_string().as_bytes());
+        hash.update(&IMPORT_REVISION.to_le_bytes());
         hash.update(env!("CARGO_PKG_VERSION").as_bytes());
         format!("{}-{}", Self::NAME, &hash.finalize().to_hex()[..NAME_DIGITS])
     }

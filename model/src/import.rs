@@ -31,10 +31,43 @@ use crate::manifest::Provenance;
 use crate::progress::Progress;
 use crate::safetensors::SafetensorsError;
 use crate::staging::WriteError;
+use crate::tokenizer::TokenizerFileError;
 use crate::writer::{Content, write_store};
 use checkpoint::Checkpoint;
 
-/// Choices that only a person can make.
+/// Changes when an import of the same files gives another store: those in a cache are then made
+/// anew.
+pub const IMPORT_REVISION: u32 = 1;
+
+/// The text of a model that is about to be imported.
+#[derive(Clone, Copy, Debug)]
+pub struct TextToTry<'a> {
+    /// Vocabulary and special tokens.
+    pub config: &'a ModelConfig,
+    /// `tokenizer.json`.
+    pub tokenizer: Option<&'a [u8]>,
+    /// Jinja source.
+    pub chat_template: Option<&'a str>,
+    /// Text of the BOS token, for the template.
+    pub bos_text: Option<&'a str>,
+    /// Text of the EOS token, for the template.
+    pub eos_text: Option<&'a str>,
+}
+
+/// What came of trying a model's text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TriedText {
+    /// Why the chat template cannot be used; the model is then imported without it.
+    pub template_refused: Option<String>,
+    /// What a person should know, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Tries a model's text as serving it will; an error refuses the import. Serving is not this
+/// crate's business, so whoever imports says how.
+pub type TryText = fn(TextToTry<'_>) -> Result<TriedText, Box<dyn std::error::Error + Send + Sync>>;
+
+/// Choices that only a person can make, and what is tried before anything is written.
 #[derive(Clone, Debug, Default)]
 pub struct ImportOptions {
     /// Name of the model in place of the one that the source suggests.
@@ -46,6 +79,8 @@ pub struct ImportOptions {
     /// What the scales of a model of the family of BitNet b1.58 2B4T are; without it, those that look
     /// inverted are refused or warned of.
     pub scales: Option<Scales>,
+    /// Tries the model's text before the store is written.
+    pub try_text: Option<TryText>,
 }
 
 /// What the scales of a source are.
@@ -272,6 +307,12 @@ pub enum ImportError {
     /// The tokenizer cannot be used.
     #[error("the tokenizer cannot be used: {0}")]
     Tokenizer(String),
+    /// `tokenizer.json` cannot be used.
+    #[error("the tokenizer cannot be used")]
+    TokenizerFile(#[source] TokenizerFileError),
+    /// The text was tried, and could not be served.
+    #[error("the model's text cannot be served")]
+    Text(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The store could not be written.
     #[error("failed to write the store")]
     Write(#[from] WriteError),
@@ -334,10 +375,32 @@ fn write(
     if let Some(name) = &options.name {
         checkpoint.config.name.clone_from(name);
     }
+    if let Some(try_text) = options.try_text {
+        tried(checkpoint, try_text)?;
+    }
     let id = write_store(checkpoint, dest, progress)?;
     let Provenance { format, notes, .. } = checkpoint.provenance();
     let (store, config) = (dest.to_owned(), checkpoint.config.clone());
     Ok(Imported { id, store, config, format, notes })
+}
+
+/// Tries the text; a chat template that cannot be used is left out.
+fn tried(checkpoint: &mut Checkpoint<'_>, try_text: TryText) -> Result<(), ImportError> {
+    let text = &checkpoint.text;
+    let tried = try_text(TextToTry {
+        config: &checkpoint.config,
+        tokenizer: text.tokenizer.as_deref(),
+        chat_template: text.chat_template.as_deref(),
+        bos_text: text.bos_text.as_deref(),
+        eos_text: text.eos_text.as_deref(),
+    });
+    let tried = tried.map_err(ImportError::Text)?;
+    checkpoint.notes.extend(tried.notes);
+    if let Some(reason) = tried.template_refused {
+        checkpoint.notes.push(format!("chat template: left out, for it cannot be used: {reason}"));
+        checkpoint.text.chat_template = None;
+    }
+    Ok(())
 }
 
 fn map(path: &Path) -> Result<MappedFile, ImportError> {

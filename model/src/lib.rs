@@ -21,11 +21,13 @@ mod layout;
 pub mod manifest;
 mod progress;
 pub mod safetensors;
+mod sampling;
 pub mod shard;
 mod sigbus;
 mod staging;
 pub mod store;
 pub mod synth;
+pub mod tokenizer;
 mod weights;
 mod writer;
 
@@ -33,13 +35,18 @@ pub use bundled::{BundledModel, bundled, import_bundled};
 pub use config::{Activation, ConfigError, ModelConfig};
 pub use file::read_limited;
 pub use id::ModelId;
-pub use import::{I2sLayout, ImportError, ImportOptions, Imported, Scales, import};
+pub use import::{
+    I2sLayout, IMPORT_REVISION, ImportError, ImportOptions, Imported, Scales, TextToTry, TriedText,
+    TryText, import,
+};
 pub use manifest::{FileEntry, FileHash, Layout, Manifest, ManifestError, Provenance};
 pub use progress::Progress;
+pub use sampling::SamplingDefaults;
 pub use shard::{
     EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ScreenShard, ShardError,
 };
 pub use staging::{WriteError, stop_writing};
 pub use store::{Store, StoreError, find_stores};
 pub use synth::{SynthError, SynthShape, synth};
+pub use tokenizer::{Bpe, TokenizerFile, TokenizerFileError, TokenizerModel};
 pub use weights::{FileWatch, WeightFile};

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::config::{ConfigError, ModelConfig};
 use crate::id::{ModelId, parse_hash};
 use crate::layout::{LAYOUT, LAYOUT_VERSION, STORE_FORMAT, TOKENIZER_FILE, shard_files};
+use crate::sampling::SamplingDefaults;
 
 /// Longest manifest: a model of 1024 layers needs under 1 MB, a chat template at most another.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
@@ -115,6 +116,9 @@ pub struct Manifest {
     pub bos_token_text: Option<String>,
     /// Text of the EOS token, for templates.
     pub eos_token_text: Option<String>,
+    /// What requests get that do not say. Absent in stores of before there was it.
+    #[serde(default, skip_serializing_if = "SamplingDefaults::is_empty")]
+    pub sampling: SamplingDefaults,
     /// Where the model came from.
     pub provenance: Provenance,
     /// The shards: embedding, head unless tied, norm, screen of the head, layers.
@@ -170,6 +174,14 @@ pub enum ManifestError {
         /// The hash that it names.
         expected: Box<FileHash>,
     },
+    /// A default of sampling is out of range.
+    #[error("the default of {field} is {found}, which no request may ask for")]
+    Sampling {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        found: f32,
+    },
     /// A text is longer than it may be.
     #[error("{field} has {found_bytes} bytes, at most {most_bytes} are accepted")]
     TooLong {
@@ -208,6 +220,9 @@ impl Manifest {
         manifest.config.validate().map_err(ManifestError::Config)?;
         manifest.check_files()?;
         manifest.check_texts()?;
+        if let Some((field, found)) = manifest.sampling.wrong() {
+            return Err(ManifestError::Sampling { field, found });
+        }
         manifest.check_digest()?;
         Ok(manifest)
     }

@@ -16,16 +16,19 @@ use crate::layout::{
 use crate::manifest::{FileEntry, Layout, Manifest, Provenance};
 use crate::progress::Progress;
 use crate::safetensors::{self, NewTensor};
+use crate::sampling::SamplingDefaults;
 use crate::staging::{StagedFile, Staging, WriteError};
 
 /// The text that goes with a model.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct ModelText {
     /// `tokenizer.json`.
     pub(crate) tokenizer: Option<Vec<u8>>,
     pub(crate) chat_template: Option<String>,
     pub(crate) bos_text: Option<String>,
     pub(crate) eos_text: Option<String>,
+    /// Not part of the content that is hashed.
+    pub(crate) sampling: SamplingDefaults,
 }
 
 impl ModelText {
@@ -139,6 +142,7 @@ pub(crate) fn write_store<C: Content>(
         chat_template: text.chat_template,
         bos_token_text: text.bos_text,
         eos_token_text: text.eos_text,
+        sampling: text.sampling,
         provenance: content.provenance(),
         files,
         digest: None,

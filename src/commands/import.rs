@@ -71,6 +71,7 @@ pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
         i2s_layout: command.i2s_layout,
         activation: command.activation,
         scales: command.scales,
+        try_text: Some(coordinator::try_text),
     };
     let mut progress = Progress::new("importing", command.json);
     let mut show = |report: &model::Progress<'_>| {

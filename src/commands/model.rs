@@ -191,6 +191,7 @@ fn words(manifest: &Manifest) -> String {
          context       {}\n\
          tokenizer     {}\n\
          chat template {}\n\
+         sampling      {}\n\
          size          {:.1} MB in {} files\n\
          layout        {}\n\
          source        {} ({})\n",
@@ -208,6 +209,7 @@ fn words(manifest: &Manifest) -> String {
         config.context,
         yes(manifest.tokenizer.is_some()),
         yes(manifest.chat_template.is_some()),
+        manifest.sampling,
         bytes(manifest) as f64 / 1e6,
         manifest.files.len(),
         manifest.layout,

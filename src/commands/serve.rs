@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::Args;
 use client::command::TextWriter;
+use coordinator::SamplingSource;
 use node::config::ByteSize;
 use node::membership::{Etcd, EtcdOptions, Membership};
 use node::signals::Signals;
@@ -77,6 +78,10 @@ pub(crate) struct CoordinatorCommand {
     /// How others reach the gRPC API, as host:port [default: where it listens]
     #[arg(long, value_name = "ADDR")]
     advertise: Option<String>,
+    /// How tokens are drawn where a request does not say: model (what its makers recommend, see
+    /// `tercet model show`) or none (temperature 1) [default: model]
+    #[arg(long, value_name = "FROM")]
+    sampling_defaults: Option<SamplingSource>,
 }
 
 /// Starts a worker: computes the layers that a coordinator gives it.
@@ -152,6 +157,7 @@ impl CoordinatorCommand {
         flags.set("coordinator.stages", self.stages.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
         flags.set("coordinator.advertise", self.advertise.clone());
+        flags.set("coordinator.sampling_defaults", text(self.sampling_defaults.as_ref()));
         flags
     }
 }

@@ -42,7 +42,7 @@ fn fields_take_the_forms_that_clients_send() {
     .request()
     .unwrap();
     assert_eq!(request.sampling.temperature, Some(0.0));
-    assert_eq!(request.sampling.top_k, None, "-1 is off");
+    assert_eq!(request.sampling.top_k, Some(0), "-1 is off, whatever the model's default is");
     assert_eq!(request.seed, Some(u64::MAX));
     assert_eq!(request.stop, ["x"]);
     assert_eq!(request.sampling.logit_bias, [(7, -100.0), (5, 1.0)]);

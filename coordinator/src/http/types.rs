@@ -274,7 +274,7 @@ impl Parameters {
             return Err(ApiError::unsupported("skip_special_tokens", what));
         }
         // Zero and less mean off, as in vLLM.
-        let top_k = self.top_k.filter(|&k| k > 0).map(|k| u32::try_from(k).unwrap_or(u32::MAX));
+        let top_k = self.top_k.map(|k| u32::try_from(k.max(0)).unwrap_or(u32::MAX));
         Ok(GenerateRequest {
             model: self.model.unwrap_or_default(),
             max_tokens: self.max_tokens.unwrap_or(0),

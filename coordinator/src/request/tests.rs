@@ -13,6 +13,7 @@ fn model() -> ServedModel {
         context: 16,
         bos_token: Some(0),
         eos_tokens: vec![1, 2],
+        sampling: SamplingDefaults::default(),
         created_unix_s: 0,
     }
 }
@@ -28,6 +29,43 @@ fn defaults_are_those_of_the_schema() {
     assert_eq!(checked.sampling, want);
     assert_eq!(checked.stop_tokens, [1, 2]);
     assert_eq!((checked.max_tokens, checked.seed, checked.class), (None, None, None));
+}
+
+#[test]
+fn what_a_request_does_not_say_is_the_models_default() {
+    let sampling = SamplingDefaults {
+        temperature: Some(0.7),
+        top_k: Some(20),
+        top_p: Some(0.9),
+        min_p: Some(0.1),
+        repetition_penalty: Some(1.1),
+        max_new_tokens: Some(8),
+    };
+    let model = ServedModel { sampling, ..model() };
+    let checked = check(request(), &model).unwrap();
+    let want = SamplingParameters {
+        temperature: 0.7,
+        top_k: 20,
+        top_p: 0.9,
+        min_p: 0.1,
+        repetition_penalty: 1.1,
+        ..SamplingParameters::default()
+    };
+    assert_eq!(checked.sampling, want);
+    let said = Sampling {
+        temperature: Some(0.0),
+        top_k: Some(0),
+        top_p: Some(1.0),
+        min_p: Some(0.0),
+        repetition_penalty: Some(1.0),
+        ..Sampling::default()
+    };
+    let checked = check(GenerateRequest { sampling: said, ..request() }, &model).unwrap();
+    let want = SamplingParameters { temperature: 0.0, ..SamplingParameters::default() };
+    assert_eq!(checked.sampling, want, "a request's own values win");
+    // The context has 16.
+    assert_eq!(default_length(&[0; 5], &model), Some(8));
+    assert_eq!(default_length(&[0; 12], &model), None, "as many as there is room for");
 }
 
 #[test]

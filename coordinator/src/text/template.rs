@@ -97,7 +97,6 @@ impl ChatTemplate {
     /// # Errors
     ///
     /// Why the plainest conversations cannot be rendered.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for the trial of a model's text at import"))]
     pub(crate) fn try_out(&self) -> Result<(), TemplateError> {
         let turn = |role: &str, content: &str| ChatMessage {
             role: role.to_owned(),

@@ -373,10 +373,15 @@ fn decoders_that_cannot_go_token_by_token_are_refused() {
     json["decoder"] = json!({ "type": "WordPiece", "prefix": "##", "cleanup": true });
     let json = serde_json::to_vec(&json).unwrap();
     let error = Tokenizer::from_json(&json, SMALL_VOCAB, None).err().unwrap();
-    assert!(matches!(error, TokenizerError::Decoder { found } if found == "WordPiece"));
+    assert!(error.to_string().contains("decoder \"WordPiece\""), "{error}");
+    let mut json: Value = serde_json::from_slice(&small_tokenizer_json()).unwrap();
+    json["decoder"] = json!({ "type": "Fuse" });
+    let json = serde_json::to_vec(&json).unwrap();
+    let error = Tokenizer::from_json(&json, SMALL_VOCAB, None).err().unwrap();
+    assert!(matches!(error, TokenizerError::Decoder { found } if found == "Fuse"));
     assert!(matches!(
         Tokenizer::from_json(b"{\"decoder\":", SMALL_VOCAB, None),
-        Err(TokenizerError::Parse(_))
+        Err(TokenizerError::File(_))
     ));
 }
 

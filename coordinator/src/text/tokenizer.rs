@@ -4,19 +4,49 @@
 
 use std::collections::HashMap;
 
-use serde::Deserialize;
+use model::tokenizer::AddedToken;
+use model::{Bpe, TokenizerFile, TokenizerFileError, TokenizerModel};
 use serde_json::Value;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::models::unigram::Unigram;
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::{ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::TextError;
 use super::guard::Guard;
+
+/// Bytes that normalizer and pre-tokenizer may make of one prompt: the library keeps some forty
+/// bytes for each. The longest prompt of the default body limit fits with the usual tokenizers.
+const EXPANDED_BYTES_MAX: usize = 32 << 20;
 
 /// Why a `tokenizer.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenizerError {
-    /// It is not JSON of the expected form.
-    #[error("tokenizer.json is not a tokenizer")]
-    Parse(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// It is not what it should be, or beyond a limit.
+    #[error(transparent)]
+    File(#[from] TokenizerFileError),
+    /// The library refuses a part of it.
+    #[error("tokenizer.json has a {part} that cannot be used")]
+    Part {
+        /// Which part.
+        part: &'static str,
+        /// What the library said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// An added token would have another id than the file says.
+    #[error(
+        "tokenizer.json has the added token {text:?} as {listed}, yet the ids before it end at \
+         {given}"
+    )]
+    AddedId {
+        /// The token.
+        text: String,
+        /// Its id in the file.
+        listed: u32,
+        /// The id that it would have.
+        given: u32,
+    },
     /// Its tokens cannot be turned into bytes one by one.
     #[error(
         "tokenizer.json has the decoder {found}, expected ByteLevel, ByteFallback or Metaspace"
@@ -39,6 +69,8 @@ pub(crate) struct Tokenizer {
     /// Of every id below the vocabulary's size.
     tokens: Vec<Token>,
     longest_token_bytes: usize,
+    /// Bytes of text that are tokenised at once.
+    text_bytes_max: usize,
 }
 
 #[derive(Clone, Default)]
@@ -54,15 +86,6 @@ struct Special {
     strips_left: bool,
     /// It swallows blanks after it.
     strips_right: bool,
-}
-
-/// The parts of `tokenizer.json` that say how tokens become bytes.
-#[derive(Deserialize)]
-struct Shape {
-    #[serde(default)]
-    decoder: Value,
-    #[serde(default)]
-    pre_tokenizer: Value,
 }
 
 /// How the text of a token stands for its bytes.
@@ -85,14 +108,10 @@ impl Tokenizer {
         vocab: u32,
         bos: Option<u32>,
     ) -> Result<Self, TokenizerError> {
-        let shape: Shape =
-            serde_json::from_slice(json).map_err(|error| TokenizerError::Parse(error.into()))?;
-        let alphabet = alphabet(&shape)?;
-        let mut library = tokenizers::Tokenizer::from_bytes(json).map_err(TokenizerError::Parse)?;
-        library.set_encode_special_tokens(true);
-        // Cutting and filling would silently change a prompt.
-        library.with_truncation(None).map_err(TokenizerError::Parse)?;
-        library.with_padding(None);
+        let file = TokenizerFile::parse(json, vocab)?;
+        let alphabet = alphabet(&file)?;
+        let expansion = file.expansion as usize;
+        let library = build(file)?;
 
         let mut tokens = vec![Token::default(); vocab as usize];
         let byte_of_letter = byte_of_letter();
@@ -122,7 +141,16 @@ impl Tokenizer {
         special_letters.dedup();
         let longest_token_bytes =
             tokens.iter().map(|token| token.bytes.len()).max().unwrap_or(0).max(1);
-        Ok(Self { library, bos, specials, special_letters, tokens, longest_token_bytes })
+        let text_bytes_max = EXPANDED_BYTES_MAX / expansion.max(1);
+        Ok(Self {
+            library,
+            bos,
+            specials,
+            special_letters,
+            tokens,
+            longest_token_bytes,
+            text_bytes_max,
+        })
     }
 
     /// The ids of a text that is completed as it is.
@@ -188,6 +216,11 @@ impl Tokenizer {
         self.longest_token_bytes
     }
 
+    /// Bytes of the longest text that is tokenised: more memory than that takes is never taken.
+    pub(crate) fn text_bytes_max(&self) -> usize {
+        self.text_bytes_max
+    }
+
     /// The texts of the special tokens.
     pub(crate) fn special_texts(&self) -> impl Iterator<Item = &str> + Clone {
         self.specials.iter().map(|special| special.text.as_str())
@@ -219,16 +252,79 @@ impl Tokenizer {
     }
 }
 
-fn alphabet(shape: &Shape) -> Result<Alphabet, TokenizerError> {
-    if names_type(&shape.decoder, "ByteLevel")
-        || shape.decoder.is_null() && names_type(&shape.pre_tokenizer, "ByteLevel")
+/// The library's tokenizer, of the parts that are used: never its truncation and padding, which
+/// would change a prompt in silence, nor its post-processor and decoder, whose work is done here.
+fn build(file: TokenizerFile) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    let part = |part| move |source| TokenizerError::Part { part, source };
+    let TokenizerFile { model, added_tokens, normalizer, pre_tokenizer, .. } = file;
+    let mut library = tokenizers::Tokenizer::new(library_model(model).map_err(part("model"))?);
+    if !normalizer.is_null() {
+        let normalizer: NormalizerWrapper =
+            serde_json::from_value(normalizer).map_err(|e| part("normalizer")(e.into()))?;
+        library.with_normalizer(Some(normalizer)).map_err(part("normalizer"))?;
+    }
+    if !pre_tokenizer.is_null() {
+        let pre_tokenizer: PreTokenizerWrapper =
+            serde_json::from_value(pre_tokenizer).map_err(|e| part("pre-tokenizer")(e.into()))?;
+        library.with_pre_tokenizer(Some(pre_tokenizer));
+    }
+    let listed: Vec<(String, u32)> =
+        added_tokens.iter().map(|token| (token.content.clone(), token.id)).collect();
+    let added_tokens = added_tokens.into_iter().map(|token| {
+        let AddedToken { content, single_word, lstrip, rstrip, normalized, special, .. } = token;
+        tokenizers::AddedToken { content, single_word, lstrip, rstrip, normalized, special }
+    });
+    library.add_tokens(added_tokens).map_err(part("list of added tokens"))?;
+    // The library numbers them itself.
+    for (text, listed) in listed.into_iter().filter(|(text, _)| !text.is_empty()) {
+        if let Some(given) = library.token_to_id(&text).filter(|given| *given != listed) {
+            return Err(TokenizerError::AddedId { text, listed, given });
+        }
+    }
+    library.set_encode_special_tokens(true);
+    Ok(library)
+}
+
+fn library_model(model: TokenizerModel) -> tokenizers::Result<ModelWrapper> {
+    Ok(match model {
+        TokenizerModel::Bpe(bpe) => {
+            let Bpe { vocab, merges, fuse_unk, byte_fallback, ignore_merges, .. } = bpe;
+            let mut builder = BPE::builder()
+                .vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges)
+                .fuse_unk(fuse_unk)
+                .byte_fallback(byte_fallback)
+                .ignore_merges(ignore_merges);
+            if let Some(unknown) = bpe.unk_token {
+                builder = builder.unk_token(unknown);
+            }
+            if let Some(prefix) = bpe.continuing_subword_prefix {
+                builder = builder.continuing_subword_prefix(prefix);
+            }
+            if let Some(suffix) = bpe.end_of_word_suffix {
+                builder = builder.end_of_word_suffix(suffix);
+            }
+            builder.build()?.into()
+        }
+        TokenizerModel::Unigram { vocab, unk_id, byte_fallback } => {
+            Unigram::from(vocab, unk_id, byte_fallback)?.into()
+        }
+        TokenizerModel::WordLevel { vocab, unk_token } => {
+            let vocab = vocab.into_iter().collect();
+            WordLevel::builder().vocab(vocab).unk_token(unk_token).build()?.into()
+        }
+    })
+}
+
+fn alphabet(file: &TokenizerFile) -> Result<Alphabet, TokenizerError> {
+    let TokenizerFile { decoder, pre_tokenizer, .. } = file;
+    if names_type(decoder, "ByteLevel")
+        || decoder.is_null() && names_type(pre_tokenizer, "ByteLevel")
     {
         Ok(Alphabet::ByteLevel)
-    } else if names_type(&shape.decoder, "ByteFallback") || names_type(&shape.decoder, "Metaspace")
-    {
+    } else if names_type(decoder, "ByteFallback") || names_type(decoder, "Metaspace") {
         Ok(Alphabet::SentencePiece)
     } else {
-        let found = shape.decoder.get("type").and_then(Value::as_str).unwrap_or("none");
+        let found = decoder.get("type").and_then(Value::as_str).unwrap_or("none");
         Err(TokenizerError::Decoder { found: found.chars().take(32).collect() })
     }
 }
@@ -275,3 +371,6 @@ fn byte_of_letter() -> HashMap<char, u8> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Value as Json, json};
 
 use super::gguf::Architecture;
-use super::text::{self, TokenizerSummary};
+use super::text::{self, Claims, SamplingSource};
 use super::{ImportError, LLAMA3_VOCAB};
 use crate::config::ModelConfig;
 use crate::gguf::{Metadata, Value};
@@ -18,6 +18,8 @@ const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Chat template of BitNet b1.58 2B4T: the text of its `tokenizer_config.json`.
 const BITNET_TEMPLATE: &str = "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}";
+/// Begins the keys of templates that have a name.
+const NAMED_TEMPLATE: &str = "tokenizer.chat_template.";
 /// What the wrong template of the official GGUF file contains.
 const WRONG_TEMPLATE_MARK: &str = "BITNETAssistant";
 /// Tokens by which a vocabulary is known that does not name its split: Llama 3's, and the first one
@@ -28,6 +30,10 @@ const KNOWN_BY_TOKEN: [(&str, &str); 2] =
 const PIECE_BYTES_MAX: usize = 512;
 /// SentencePiece's space.
 const SPACE: char = '\u{2581}';
+
+/// Keys of tokens that end an answer, the one for templates first.
+const END_KEYS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
 /// `tokenizer.ggml.token_type` of special tokens.
 const CONTROL: u64 = 3;
@@ -41,36 +47,43 @@ pub(super) fn read(
     config: &mut ModelConfig,
     notes: &mut Vec<String>,
 ) -> Result<ModelText, ImportError> {
-    let special = |key: &str| -> Result<Option<u32>, ImportError> {
-        let key = format!("tokenizer.ggml.{key}");
-        let Some(id) = metadata.unsigned(&key)? else { return Ok(None) };
-        let in_vocab = u32::try_from(id).ok().filter(|id| *id < config.vocab);
-        in_vocab.map(Some).ok_or_else(|| ImportError::Value {
-            key,
-            found: id.to_string(),
-            expected: format!("an id below {}", config.vocab),
-        })
+    let claims = |name, keys: &[&'static str]| {
+        let mut claims = Claims::new(name, config.vocab);
+        for key in keys {
+            let id = metadata.unsigned(key)?;
+            claims.ids(key, id.map(|id| u32::try_from(id).unwrap_or(u32::MAX)))?;
+        }
+        Ok::<_, ImportError>(claims)
     };
-    let (bos, eos) = (special("bos_token_id")?, special("eos_token_id")?);
-    let end_of_turn = special("eot_token_id")?;
+    let bos = claims("BOS", &["tokenizer.ggml.bos_token_id"])?.first(notes);
+    // An answer ends at any of them, as in llama.cpp; that they differ is what they are for.
+    let eos = claims("EOS", &END_KEYS)?;
     config.bos_token = bos;
-    config.eos_tokens.extend(eos.into_iter().chain(end_of_turn));
+    config.eos_tokens = eos.all(&mut Vec::new());
+    let template_eos = eos.first(&mut Vec::new());
     let template = template(metadata, architecture, config, notes)?;
+    let sampling = text::sampling_of(SamplingSource::Gguf(metadata), notes);
     let Some(model) = metadata.string("tokenizer.ggml.model")? else {
-        text::finish(None, config, notes)?;
-        return Ok(ModelText { chat_template: template, ..ModelText::default() });
+        text::finish(None, template.as_deref(), config, notes)?;
+        return Ok(ModelText { chat_template: template, sampling, ..ModelText::default() });
     };
     let vocabulary = Vocabulary::read(metadata)?;
     let add_bos = metadata.bool("tokenizer.ggml.add_bos_token")?;
+    if metadata.bool("tokenizer.ggml.add_eos_token")? == Some(true) {
+        notes.push("tokenizer: EOS is not added to text, which could not go on behind it".into());
+    }
     let tokenizer = match model {
         "gpt2" => {
             let split = Split::choose(metadata, &vocabulary, architecture, config, notes)?;
+            default_tokens(config, &vocabulary, &split.default_tokens(), notes);
             config.add_bos = add_bos.unwrap_or(split.adds_bos());
-            byte_level(metadata, &vocabulary, split, bos.filter(|_| config.add_bos))?
+            byte_level(metadata, &vocabulary, split, config.bos_token.filter(|_| config.add_bos))?
         }
         "llama" => {
+            // What llama.cpp takes where a file of this kind does not say.
+            default_tokens(config, &vocabulary, &["<s>", "</s>"], notes);
             config.add_bos = add_bos.unwrap_or(true);
-            sentence_piece(metadata, &vocabulary, bos.filter(|_| config.add_bos))?
+            sentence_piece(metadata, &vocabulary, config.bos_token.filter(|_| config.add_bos))?
         }
         other => {
             return Err(ImportError::Tokenizer(format!(
@@ -79,13 +92,15 @@ pub(super) fn read(
         }
     };
     let json = serde_json::to_vec(&tokenizer).expect("a tokenizer is plain data");
-    text::finish(Some(&TokenizerSummary::parse(&json)?), config, notes)?;
+    let file = text::parse_tokenizer(&json, config)?;
+    text::finish(Some(&file), template.as_deref(), config, notes)?;
     let text_of = |id: Option<u32>| Some(vocabulary.tokens.get(id? as usize)?.text.to_owned());
     Ok(ModelText {
         tokenizer: Some(json),
         chat_template: template,
-        bos_text: text_of(bos),
-        eos_text: text_of(eos),
+        bos_text: text_of(config.bos_token),
+        eos_text: text_of(template_eos.or_else(|| config.eos_tokens.first().copied())),
+        sampling,
     })
 }
 
@@ -96,7 +111,13 @@ fn template(
     config: &ModelConfig,
     notes: &mut Vec<String>,
 ) -> Result<Option<String>, ImportError> {
-    let Some(found) = metadata.string("tokenizer.chat_template")? else { return Ok(None) };
+    let Some(found) = metadata.string("tokenizer.chat_template")? else {
+        // Without one that is the default, which llama.cpp's converter writes under that key.
+        if let Some(named) = metadata.keys().find(|key| key.starts_with(NAMED_TEMPLATE)) {
+            notes.push(format!("chat template: {named} is not the default one: none is taken"));
+        }
+        return Ok(None);
+    };
     text::check_template(Some(found))?;
     let is_wrong = architecture == Architecture::BitNetB158
         && config.vocab == LLAMA3_VOCAB
@@ -181,6 +202,40 @@ impl Split {
 
     fn adds_bos(self) -> bool {
         self == Self::Llama3
+    }
+
+    /// Texts of BOS and EOS where the metadata does not say which they are.
+    fn default_tokens(self) -> [&'static str; 2] {
+        match self {
+            Self::Llama3 | Self::Llama3Merged => ["<|begin_of_text|>", "<|end_of_text|>"],
+            // There is no BOS.
+            Self::Qwen2 => ["", "<|endoftext|>"],
+        }
+    }
+}
+
+/// Takes BOS and EOS of a vocabulary by their usual texts where the metadata is silent.
+fn default_tokens(
+    config: &mut ModelConfig,
+    vocabulary: &Vocabulary<'_>,
+    [bos, eos]: &[&str; 2],
+    notes: &mut Vec<String>,
+) {
+    let control = |text: &str| {
+        let id = vocabulary.ids.get(text).copied()?;
+        (vocabulary.tokens[id as usize].token_type == CONTROL).then_some(id)
+    };
+    if config.bos_token.is_none()
+        && let Some(id) = control(bos)
+    {
+        notes.push(format!("BOS: the metadata does not say, {bos} is {id}"));
+        config.bos_token = Some(id);
+    }
+    if config.eos_tokens.is_empty()
+        && let Some(id) = control(eos)
+    {
+        notes.push(format!("EOS: the metadata does not say, {eos} is {id}"));
+        config.eos_tokens.push(id);
     }
 }
 

@@ -112,7 +112,9 @@ impl Directory {
         let text = HuggingFaceText {
             tokenizer: read_optional(&path(TOKENIZER_FILE), TOKENIZER_BYTES_MAX)?,
             tokenizer_config: read_json(&path(TOKENIZER_CONFIG_FILE))?.unwrap_or_default(),
+            special_tokens_map: read_json(&path("special_tokens_map.json"))?.unwrap_or_default(),
             generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
+            template_json: read_json(&path("chat_template.json"))?.unwrap_or_default(),
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
         };
         if text.tokenizer.is_none() && path(SENTENCE_PIECE_FILE).exists() {
@@ -330,7 +332,7 @@ fn read_checkpoint<'a>(
     name: &str,
     options: &ImportOptions,
 ) -> Result<Checkpoint<'a>, ImportError> {
-    let HuggingFaceConfig { mut model, weights, tied, skipped, mut notes } = config;
+    let HuggingFaceConfig { mut model, tokens, weights, tied, skipped, mut notes } = config;
     if model.name.is_empty() {
         model.name = name.to_owned();
     }
@@ -354,7 +356,7 @@ fn read_checkpoint<'a>(
     if matches!(layers[0].matrices[0].trits, Trits::Ternary(_)) {
         notes.push(FLOAT_ACTIVATIONS.into());
     }
-    let text = text::from_hugging_face(text, &mut model, &mut notes)?;
+    let text = text::from_hugging_face(text, &tokens, &mut model, &mut notes)?;
     let mut checkpoint = Checkpoint {
         config: model,
         text,

@@ -1,162 +1,213 @@
-//! Tokenizer, special tokens and chat template of a checkpoint.
+//! Tokenizer, special tokens, chat template and defaults of sampling of a checkpoint. A fact that
+//! several files can state is gathered here from all of them: `docs/models.md` has the table.
 
-use std::collections::BTreeMap;
-use std::fmt;
+mod sampling;
+mod special;
+mod template;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 
 use super::ImportError;
-use crate::config::ModelConfig;
-use crate::manifest::CHAT_TEMPLATE_BYTES_MAX;
+use crate::config::{EOS_TOKENS_MAX, ModelConfig};
+use crate::sampling::SamplingDefaults;
+use crate::tokenizer::TokenizerFile;
 use crate::writer::ModelText;
+pub(super) use sampling::SamplingSource;
+use special::SpecialToken;
+pub(super) use special::{Claims, TokenIds};
+use template::Template;
+pub(super) use template::check_template;
 
 /// Ends a turn in Llama 3's vocabulary, which BitNet's chat templates use too.
 const END_OF_TURN: &str = "<|eot_id|>";
-/// Texts of tokens that are looked up by themselves.
-const WANTED: [&str; 1] = [END_OF_TURN];
-
-/// `eos_token_id`: absent, a number, or a list.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(untagged)]
-pub(super) enum TokenIds {
-    #[default]
-    None,
-    One(u32),
-    Many(Vec<u32>),
-}
-
-impl TokenIds {
-    pub(super) fn sorted(&self) -> Vec<u32> {
-        let mut ids = match self {
-            Self::None => vec![],
-            Self::One(id) => vec![*id],
-            Self::Many(ids) => ids.clone(),
-        };
-        ids.sort_unstable();
-        ids.dedup();
-        ids
-    }
-}
+/// Texts of tokens that end a turn where a chat template writes them.
+const ENDS_OF_TURN: [&str; 6] =
+    [END_OF_TURN, "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<|end_of_turn|>"];
+/// Classes of transformers' tokenizers that put BOS in front unless they are told not to.
+const ADDING_CLASSES: [&str; 6] = [
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "CodeLlamaTokenizer",
+    "CodeLlamaTokenizerFast",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+];
 
 /// The text files of a Hugging Face directory.
 #[derive(Debug, Default)]
 pub(super) struct HuggingFaceText {
     pub(super) tokenizer: Option<Vec<u8>>,
     pub(super) tokenizer_config: TokenizerConfig,
+    pub(super) special_tokens_map: SpecialTokensMap,
     pub(super) generation_config: GenerationConfig,
-    /// `chat_template.jinja`, which goes before the one in `tokenizer_config.json`.
+    /// `chat_template.jinja`, which goes before all others.
     pub(super) template: Option<Vec<u8>>,
+    /// `chat_template.json`, as processors of several media write it.
+    pub(super) template_json: TemplateJson,
 }
 
 /// `tokenizer_config.json`.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct TokenizerConfig {
+    tokenizer_class: Option<String>,
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
     chat_template: Option<Template>,
     add_bos_token: Option<bool>,
+    add_eos_token: Option<bool>,
+}
+
+/// `special_tokens_map.json`.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct SpecialTokensMap {
+    bos_token: Option<SpecialToken>,
+    eos_token: Option<SpecialToken>,
+}
+
+/// `chat_template.json`.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct TemplateJson {
+    chat_template: Option<Template>,
 }
 
 /// `generation_config.json`.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct GenerationConfig {
     #[serde(default)]
+    bos_token_id: TokenIds,
+    #[serde(default)]
     eos_token_id: TokenIds,
+    /// Everything else; the defaults of sampling among it.
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum SpecialToken {
-    Text(String),
-    Object { content: String },
-}
-
-impl SpecialToken {
-    fn text(self) -> String {
-        match self {
-            Self::Text(text) | Self::Object { content: text } => text,
-        }
-    }
-}
-
-/// A template, or several with names.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Template {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Debug, Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
+/// What `config.json` says of special tokens.
+#[derive(Debug, Default)]
+pub(super) struct ConfigTokens {
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Vec<u32>,
 }
 
 /// Text and special tokens of a Hugging Face directory; completes `config`.
 pub(super) fn from_hugging_face(
     files: HuggingFaceText,
+    said: &ConfigTokens,
     config: &mut ModelConfig,
     notes: &mut Vec<String>,
 ) -> Result<ModelText, ImportError> {
-    let HuggingFaceText { tokenizer, tokenizer_config, generation_config, template } = files;
-    let template = match (template, tokenizer_config.chat_template) {
-        (Some(jinja), _) => {
-            notes.push("chat template: from chat_template.jinja".into());
-            let text = String::from_utf8(jinja).map_err(|_| ImportError::Value {
-                key: "chat_template.jinja".into(),
-                found: "not UTF-8".into(),
-                expected: "text".into(),
-            })?;
-            Some(text)
-        }
-        (None, Some(template)) => {
-            notes.push("chat template: from tokenizer_config.json".into());
-            match template {
-                Template::One(text) => Some(text),
-                Template::Named(named) => {
-                    named.into_iter().find(|t| t.name == "default").map(|t| t.template)
-                }
-            }
-        }
-        (None, None) => None,
-    };
-    check_template(template.as_deref())?;
-    config.eos_tokens.extend(generation_config.eos_token_id.sorted());
-    let summary = tokenizer.as_deref().map(TokenizerSummary::parse).transpose()?;
-    if let Some(summary) = &summary {
-        let by_post_processor =
-            summary.first_token.is_some() && summary.first_token == config.bos_token;
-        config.add_bos = tokenizer_config.add_bos_token.unwrap_or(by_post_processor);
+    let HuggingFaceText { tokenizer, tokenizer_config, generation_config, .. } = files;
+    let template = template::gather(
+        files.template,
+        files.template_json.chat_template,
+        tokenizer_config.chat_template,
+        notes,
+    )?;
+    let file = tokenizer.as_deref().map(|json| parse_tokenizer(json, config)).transpose()?;
+    let texts = |token: Option<SpecialToken>| token.map(SpecialToken::text);
+    let bos_texts = [texts(tokenizer_config.bos_token), texts(files.special_tokens_map.bos_token)];
+    let eos_texts = [texts(tokenizer_config.eos_token), texts(files.special_tokens_map.eos_token)];
+    let text_files = ["tokenizer_config.json", "special_tokens_map.json"];
+
+    // What puts the token in front of text is believed first, then what only names it.
+    let mut bos = Claims::new("BOS", config.vocab);
+    if let Some(file) = &file {
+        bos.ids("tokenizer.json's post-processor", file.wrapped.before.first().copied())?;
     }
-    let bos_text = tokenizer_config.bos_token.map(SpecialToken::text);
-    let eos_text = tokenizer_config.eos_token.map(SpecialToken::text);
-    finish(summary.as_ref(), config, notes)?;
-    let text_of = |id: Option<u32>| summary.as_ref()?.special.get(&id?).cloned();
+    for (place, text) in text_files.into_iter().zip(&bos_texts) {
+        bos.text(place, text.as_deref(), file.as_ref(), notes)?;
+    }
+    bos.ids("generation_config.json", generation_config.bos_token_id.first())?;
+    bos.ids("config.json", said.bos)?;
+    config.bos_token = bos.first(notes);
+
+    let mut eos = Claims::new("EOS", config.vocab);
+    eos.ids("generation_config.json", generation_config.eos_token_id.sorted())?;
+    eos.ids("config.json", said.eos.iter().copied())?;
+    for (place, text) in text_files.into_iter().zip(&eos_texts) {
+        eos.text(place, text.as_deref(), file.as_ref(), notes)?;
+    }
+    config.eos_tokens = eos.all(notes);
+
+    if let Some(file) = &file {
+        let class = tokenizer_config.tokenizer_class.as_deref().unwrap_or_default();
+        let writes_bos =
+            config.bos_token.is_some() && file.wrapped.before.first() == config.bos_token.as_ref();
+        config.add_bos = match tokenizer_config.add_bos_token {
+            Some(add) => {
+                if add != writes_bos {
+                    let does = if writes_bos { "adds" } else { "does not add" };
+                    notes.push(format!(
+                        "BOS: tokenizer_config.json says add_bos_token = {add}, tokenizer.json's \
+                         post-processor {does} it: add_bos_token is believed"
+                    ));
+                }
+                add
+            }
+            None => writes_bos || ADDING_CLASSES.contains(&class),
+        };
+        note_wrapped(file, tokenizer_config.add_eos_token, notes);
+    }
+    let first = |texts: [Option<String>; 2]| texts.into_iter().flatten().next();
+    let (bos_text, eos_text) = (first(bos_texts), first(eos_texts));
+    let sampling = sampling::gather(SamplingSource::Generation(&generation_config.rest), notes);
+    finish(file.as_ref(), template.as_deref(), config, notes)?;
+    let text_of = |id: Option<u32>| file.as_ref()?.added_text(id?).map(str::to_owned);
     Ok(ModelText {
         bos_text: bos_text.or_else(|| text_of(config.bos_token)),
         eos_text: eos_text.or_else(|| text_of(config.eos_tokens.first().copied())),
         tokenizer,
         chat_template: template,
+        sampling,
     })
+}
+
+/// Says what a post-processor would add that is not added here.
+fn note_wrapped(file: &TokenizerFile, add_eos: Option<bool>, notes: &mut Vec<String>) {
+    let more: Vec<u32> = file.wrapped.before.iter().skip(1).copied().collect();
+    if !more.is_empty() {
+        notes.push(format!(
+            "tokenizer: {more:?} after BOS, as its post-processor says, is left out"
+        ));
+    }
+    if add_eos == Some(true) || !file.wrapped.after.is_empty() {
+        notes.push("tokenizer: EOS is not added to text, which could not go on behind it".into());
+    }
+}
+
+/// Reads and checks a tokenizer for this model.
+pub(super) fn parse_tokenizer(
+    json: &[u8],
+    config: &ModelConfig,
+) -> Result<TokenizerFile, ImportError> {
+    TokenizerFile::parse(json, config.vocab).map_err(ImportError::TokenizerFile)
+}
+
+/// Defaults of sampling in GGUF metadata.
+pub(super) fn sampling_of(
+    source: SamplingSource<'_, '_>,
+    notes: &mut Vec<String>,
+) -> SamplingDefaults {
+    sampling::gather(source, notes)
 }
 
 /// Completes special tokens, and says what they are. Every tokenizer comes through here.
 pub(super) fn finish(
-    tokenizer: Option<&TokenizerSummary>,
+    tokenizer: Option<&TokenizerFile>,
+    template: Option<&str>,
     config: &mut ModelConfig,
     notes: &mut Vec<String>,
 ) -> Result<(), ImportError> {
     if let Some(tokenizer) = tokenizer {
-        if tokenizer.highest_id >= config.vocab {
-            return Err(ImportError::Tokenizer(format!(
-                "it has token {}, the model's vocabulary ends before {}",
-                tokenizer.highest_id, config.vocab
-            )));
+        for end in ENDS_OF_TURN {
+            let written = || template.is_some_and(|template| template.contains(end));
+            if end == END_OF_TURN || written() {
+                config.eos_tokens.extend(tokenizer.id_of(end));
+            }
         }
-        config.eos_tokens.extend(tokenizer.wanted.values());
-        notes.push(format!("tokenizer: ids up to {}", tokenizer.highest_id));
+        notes.extend_from_slice(&tokenizer.notes);
+        notes.push(format!("tokenizer: ids up to {}", tokenizer.highest_id().unwrap_or(0)));
     } else {
         notes.push("tokenizer: none, only token ids work".into());
         config.add_bos = false;
@@ -164,6 +215,13 @@ pub(super) fn finish(
     config.add_bos &= config.bos_token.is_some();
     config.eos_tokens.sort_unstable();
     config.eos_tokens.dedup();
+    if config.eos_tokens.len() > EOS_TOKENS_MAX {
+        return Err(ImportError::Value {
+            key: "the number of EOS tokens".into(),
+            found: config.eos_tokens.len().to_string(),
+            expected: format!("at most {EOS_TOKENS_MAX}"),
+        });
+    }
     notes.push(format!(
         "special tokens: BOS {}, added to text: {}; EOS {:?}",
         config.bos_token.map_or_else(|| "none".into(), |token| token.to_string()),
@@ -171,153 +229,4 @@ pub(super) fn finish(
         config.eos_tokens,
     ));
     Ok(config.validate()?)
-}
-
-/// Refuses a template that no model needs.
-pub(super) fn check_template(template: Option<&str>) -> Result<(), ImportError> {
-    match template {
-        Some(text) if text.len() > CHAT_TEMPLATE_BYTES_MAX => Err(ImportError::Value {
-            key: "the chat template's length".into(),
-            found: format!("{} bytes", text.len()),
-            expected: format!("at most {CHAT_TEMPLATE_BYTES_MAX}"),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// What an import needs to know of a `tokenizer.json`.
-#[derive(Debug, Default)]
-pub(super) struct TokenizerSummary {
-    highest_id: u32,
-    /// Ids of those [`WANTED`] texts that are tokens.
-    wanted: BTreeMap<String, u32>,
-    /// Texts of the added tokens.
-    special: BTreeMap<u32, String>,
-    /// The token that a template post-processor puts in front.
-    first_token: Option<u32>,
-}
-
-impl TokenizerSummary {
-    pub(super) fn parse(json: &[u8]) -> Result<Self, ImportError> {
-        let file: TokenizerFile = serde_json::from_slice(json)
-            .map_err(|source| ImportError::Json { path: "tokenizer.json".into(), source })?;
-        let mut summary = Self {
-            highest_id: file.model.vocab.highest_id,
-            wanted: file.model.vocab.wanted,
-            ..Self::default()
-        };
-        for token in file.added_tokens {
-            summary.highest_id = summary.highest_id.max(token.id);
-            if WANTED.contains(&token.content.as_str()) {
-                summary.wanted.insert(token.content.clone(), token.id);
-            }
-            summary.special.insert(token.id, token.content);
-        }
-        summary.first_token = file.post_processor.and_then(|processor| processor.first_token());
-        Ok(summary)
-    }
-}
-
-#[derive(Deserialize)]
-struct TokenizerFile {
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    model: TokenizerModel,
-    post_processor: Option<PostProcessor>,
-}
-
-#[derive(Deserialize)]
-struct AddedToken {
-    id: u32,
-    content: String,
-}
-
-#[derive(Deserialize)]
-struct TokenizerModel {
-    vocab: VocabSummary,
-}
-
-/// A post-processor; only what puts a token in front matters.
-#[derive(Deserialize)]
-struct PostProcessor {
-    #[serde(default)]
-    processors: Vec<PostProcessor>,
-    #[serde(default)]
-    single: Vec<TemplatePiece>,
-    #[serde(default)]
-    special_tokens: BTreeMap<String, TemplateToken>,
-}
-
-impl PostProcessor {
-    fn first_token(&self) -> Option<u32> {
-        let name = match self.single.first() {
-            Some(TemplatePiece { special: Some(special) }) => &special.id,
-            _ => return self.processors.iter().find_map(Self::first_token),
-        };
-        self.special_tokens.get(name)?.ids.first().copied()
-    }
-}
-
-#[derive(Deserialize)]
-struct TemplatePiece {
-    #[serde(rename = "SpecialToken")]
-    special: Option<PieceName>,
-}
-
-#[derive(Deserialize)]
-struct PieceName {
-    id: String,
-}
-
-#[derive(Deserialize)]
-struct TemplateToken {
-    ids: Vec<u32>,
-}
-
-/// A vocabulary of which only a few facts are kept: a map from text to id (BPE, WordPiece), or a
-/// list of pairs (Unigram).
-#[derive(Debug, Default)]
-struct VocabSummary {
-    highest_id: u32,
-    wanted: BTreeMap<String, u32>,
-}
-
-impl<'de> Deserialize<'de> for VocabSummary {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(VocabVisitor)
-    }
-}
-
-struct VocabVisitor;
-
-impl<'de> Visitor<'de> for VocabVisitor {
-    type Value = VocabSummary;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a vocabulary")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<VocabSummary, A::Error> {
-        let mut summary = VocabSummary::default();
-        while let Some((text, id)) = map.next_entry::<String, u32>()? {
-            summary.highest_id = summary.highest_id.max(id);
-            if WANTED.contains(&text.as_str()) {
-                summary.wanted.insert(text, id);
-            }
-        }
-        Ok(summary)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<VocabSummary, A::Error> {
-        let mut summary = VocabSummary::default();
-        let mut next_id = 0u32;
-        while let Some((text, _)) = seq.next_element::<(String, f64)>()? {
-            summary.highest_id = next_id;
-            if WANTED.contains(&text.as_str()) {
-                summary.wanted.insert(text, next_id);
-            }
-            next_id = next_id.saturating_add(1);
-        }
-        Ok(summary)
-    }
 }

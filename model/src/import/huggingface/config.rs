@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::super::text::TokenIds;
+use super::super::text::{ConfigTokens, TokenIds};
 use super::super::{ImportError, ImportOptions, LLAMA3_VOCAB, unstated_activation};
 use super::json;
 use super::rope::Rope;
@@ -25,8 +25,10 @@ pub(super) struct Weights {
 /// What `config.json` says.
 #[derive(Debug)]
 pub(super) struct HuggingFaceConfig {
-    /// `tied_head` and `add_bos` are decided later.
+    /// `tied_head`, the tokens and `add_bos` are decided later.
     pub(super) model: ModelConfig,
+    /// What it says of special tokens.
+    pub(super) tokens: ConfigTokens,
     pub(super) weights: Weights,
     /// `tie_word_embeddings`, if it is said.
     pub(super) tied: Option<bool>,
@@ -61,7 +63,8 @@ struct Fields {
     num_local_experts: Option<u64>,
     num_experts: Option<u64>,
     n_routed_experts: Option<u64>,
-    bos_token_id: Option<u32>,
+    #[serde(default)]
+    bos_token_id: TokenIds,
     #[serde(default)]
     eos_token_id: TokenIds,
     weight_bits: Option<u64>,
@@ -168,8 +171,8 @@ impl HuggingFaceConfig {
             tied_head: true,
             // A head dimension beyond the limit is refused before its table is made.
             rope_inverse_frequencies: rope_inverse_frequencies(theta, head_dim.min(HEAD_DIM_MAX)),
-            bos_token: fields.bos_token_id,
-            eos_tokens: fields.eos_token_id.sorted(),
+            bos_token: None,
+            eos_tokens: Vec::new(),
             add_bos: false,
         };
         let (act, norms) = match (activation, family.sub_norms()) {
@@ -182,6 +185,10 @@ impl HuggingFaceConfig {
         let quantization = fields.quantization_config;
         Ok(Self {
             model,
+            tokens: ConfigTokens {
+                bos: fields.bos_token_id.first(),
+                eos: fields.eos_token_id.sorted(),
+            },
             weights,
             tied: fields.tie_word_embeddings,
             skipped: quantization.and_then(|q| q.modules_to_not_convert).unwrap_or_default(),
