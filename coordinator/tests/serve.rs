@@ -745,24 +745,28 @@ async fn a_name_of_somebody_else_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_too_many_waits_until_another_ends() {
+async fn a_connection_too_many_takes_an_idle_ones_place_or_is_refused_at_once() {
     let limits = LimitsConfig { connections: 1, ..LimitsConfig::default() };
     let cluster = Cluster::start_with(0, 1, limits).await;
     let mut first = cluster.client().await;
     first.status(pb::StatusRequest {}).await.unwrap();
-    // The kernel takes the connection; nobody answers on it while the first is open.
-    let endpoint = format!("http://{}", cluster.bound.grpc);
-    let channel = Endpoint::from_shared(endpoint).unwrap().connect_lazy();
-    let mut second = InferenceClient::new(channel);
-    let mut waiting = std::pin::pin!(second.status(pb::StatusRequest {}));
-    let first_again = first.status(pb::StatusRequest {});
-    tokio::select! {
-        biased;
-        outcome = &mut waiting => panic!("the second was answered beside the first: {outcome:?}"),
-        outcome = first_again => assert!(outcome.is_ok()),
-    }
-    drop(first);
-    let answered = tokio::time::timeout(PATIENCE, waiting).await;
+    // The first is idle: it makes room.
+    let mut second = cluster.client().await;
+    let answered = tokio::time::timeout(PATIENCE, second.status(pb::StatusRequest {})).await;
     answered.expect("the second is never answered").unwrap();
+    // A watcher of health is being answered for as long as it likes.
+    let channel = Endpoint::from_shared(format!("http://{}", cluster.bound.grpc)).unwrap();
+    let mut watcher = HealthClient::new(channel.connect().await.unwrap());
+    let request = HealthCheckRequest { service: String::new() };
+    let mut watching = watcher.watch(request).await.unwrap().into_inner();
+    assert!(watching.message().await.unwrap().is_some());
+    let mut third = InferenceClient::new(channel.connect_lazy());
+    let answered = tokio::time::timeout(PATIENCE, third.status(pb::StatusRequest {})).await;
+    // What the client's library makes of GOAWAY before its first call is its affair.
+    answered.expect("the third is refused, and does not wait").unwrap_err();
+    drop((watching, watcher));
+    let mut fourth = InferenceClient::new(channel.connect_lazy());
+    let served = async { while fourth.status(pb::StatusRequest {}).await.is_err() {} };
+    tokio::time::timeout(PATIENCE, served).await.expect("the place is free again");
     cluster.end().await;
 }
