@@ -32,7 +32,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::service::{Service, hex};
 use body::Bodies;
 use errors::ApiError;
-pub(crate) use host::Hosts;
+pub(crate) use node::hosts::Hosts;
 
 /// Characters of a client's own `x-request-id` that are sent back.
 const REQUEST_ID_CHARS: usize = 128;

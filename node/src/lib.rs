@@ -5,6 +5,7 @@
 mod chain;
 pub mod config;
 pub mod exit;
+pub mod hosts;
 pub mod membership;
 pub mod metrics;
 pub mod observe;

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
 
+use crate::hosts::{HostError, Hosts};
 use crate::serve::{Options, Protocol};
 
 /// What `/metrics` is, to the letter that Prometheus expects.
@@ -62,8 +64,22 @@ impl Health {
 /// Routes `/metrics` and `/health`, to be served alone or merged into a larger router.
 ///
 /// `/health` answers 200 while [`Condition::Serving`], otherwise 503, and says which in its body.
-pub fn router(health: Health) -> Router {
-    Router::new().route("/metrics", get(metrics)).route("/health", get(report)).with_state(health)
+/// Requests that `hosts` does not allow are refused: no web page is to read what a process does.
+pub fn router(health: Health, hosts: Hosts) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/health", get(report))
+        .with_state(health)
+        .layer(middleware::from_fn_with_state(hosts, check_host))
+}
+
+async fn check_host(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
+    let status = match hosts.check(&request) {
+        Ok(()) => return next.run(request).await,
+        Err(HostError::Unclear(_)) => StatusCode::BAD_REQUEST,
+        Err(HostError::Misdirected) => StatusCode::MISDIRECTED_REQUEST,
+    };
+    (status, Json(json!({ "status": "refused" }))).into_response()
 }
 
 /// How a server of such a router treats its connections. A probe and a scrape need one each.

@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use node::hosts::Hosts;
 use node::observe::{self, Condition, Health};
 use node::serve::on_own_thread;
 use node::{Supervisor, metrics};
@@ -14,8 +15,12 @@ use tokio_util::sync::CancellationToken;
 
 /// One HTTP/1.1 request; status line, headers and body as they came.
 async fn get(address: SocketAddr, path: &str) -> String {
+    ask(address, path, "localhost").await
+}
+
+async fn ask(address: SocketAddr, path: &str, host: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
@@ -29,7 +34,7 @@ async fn health_and_metrics_are_served_until_the_stop() {
     let stop = CancellationToken::new();
     let health = Health::starting();
     let mut tasks = Supervisor::new(stop.clone());
-    let router = observe::router(health.clone());
+    let router = observe::router(health.clone(), Hosts::of(address, None));
     tasks.spawn("observe", |stop| async move {
         Ok(on_own_thread(listener, router, observe::options("observe"), stop).await?)
     });
@@ -55,6 +60,9 @@ async fn health_and_metrics_are_served_until_the_stop() {
         assert!(answer.contains("tercet_test_total{who=\"a\"} 3"), "{answer}");
         assert!(answer.contains("tercet_test_seconds_bucket{le=\"0.01\"} 0"), "{answer}");
         assert!(answer.contains("tercet_test_seconds_bucket{le=\"0.025\"} 1"), "{answer}");
+        let page = "localhost\r\nhost: evil.test";
+        assert!(ask(address, "/metrics", page).await.starts_with("HTTP/1.1 400 "));
+        assert!(ask(address, "/metrics", "evil.test").await.starts_with("HTTP/1.1 421 "));
         assert!(get(address, "/nothing").await.starts_with("HTTP/1.1 404 "));
         stop.cancel();
     };

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kernels::{Backend, KERNEL_REVISION, Refusal};
 use model::{Progress, Store};
 use node::Chain;
+use node::hosts::Hosts;
 use node::membership::{Membership, MembershipError, Registration};
 use node::observe::{Condition, Health};
 use node::{Supervisor, TaskError};
@@ -75,7 +76,7 @@ pub async fn run(
     let listener = listen(config.listen).await?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
     let observer = match config.http {
-        Some(http) => Some(listen(http).await?),
+        Some(http) => Some((http, listen(http).await?)),
         None => None,
     };
 
@@ -122,8 +123,8 @@ pub async fn run(
     tasks.spawn("engine", |_| watch_engines(failed, closing.clone()));
     let watched = service.clone();
     tasks.spawn("weights", |stop| weights::look_after(watched, watch_failures, stop));
-    if let Some(listener) = observer {
-        let router = node::observe::router(condition.clone());
+    if let Some((http, listener)) = observer {
+        let router = node::observe::router(condition.clone(), Hosts::of(http, None));
         let closing = closing.clone();
         tasks.spawn("http", |_| async move {
             let options = node::observe::options("observe");

@@ -303,7 +303,7 @@ async fn a_server_of_both_versions_of_http_is_told_from_a_coordinator() {
     let stop = tokio_util::sync::CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
-        let router = node::observe::router(condition);
+        let router = node::observe::router(condition, node::hosts::Hosts::Any);
         node::serve::serve(listener, router, node::observe::options("observe"), stop).await;
     });
     let words = words_at(&endpoint).await;

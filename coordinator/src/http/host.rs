@@ -1,120 +1,18 @@
-//! Whom a request must be meant for. A web page can make a name of its own point at this machine
-//! (DNS rebinding) and so reach a server that listens on loopback only; the `Host` header gives
-//! such a request away.
-
-use std::net::{IpAddr, SocketAddr};
+//! Refuses requests that are meant for somebody else, in OpenAI's form.
 
 use axum::extract::{Request, State};
-use axum::http::{Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use node::hosts::{HostError, Hosts};
 
 use super::errors::ApiError;
-
-/// The hosts that requests may name.
-#[derive(Clone, Debug)]
-pub(crate) enum Hosts {
-    /// The address is open to others: who reaches it is for the network to say.
-    Any,
-    /// Loopback, `localhost` and the configured name.
-    Local {
-        /// Without its port.
-        name: Option<String>,
-    },
-}
-
-impl Hosts {
-    /// For a server at `listen` on a host that others know as `advertised`.
-    pub(crate) fn of(listen: SocketAddr, advertised: Option<&str>) -> Self {
-        if !listen.ip().is_loopback() {
-            return Self::Any;
-        }
-        Self::Local { name: advertised.map(str::to_ascii_lowercase) }
-    }
-
-    fn allow(&self, authority: &str) -> bool {
-        let Self::Local { name } = self else { return true };
-        let host = host_of(authority).to_ascii_lowercase();
-        host == "localhost"
-            || name.as_ref() == Some(&host)
-            || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
-    }
-}
-
-/// The host in `host`, `host:port`, `[address]` or `[address]:port`.
-fn host_of(authority: &str) -> &str {
-    if let Some(bracketed) = authority.strip_prefix('[') {
-        return bracketed.split(']').next().unwrap_or_default();
-    }
-    authority.rsplit_once(':').map_or(authority, |(host, _)| host)
-}
 
 /// Refuses requests that are meant for somebody else with 421, and those that do not say it as
 /// RFC 9112 demands with 400.
 pub(super) async fn check(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
-    match authority(&request) {
-        Err(message) => ApiError::host(message).into_response(),
-        Ok(Some(authority)) if !hosts.allow(authority) => ApiError::misdirected().into_response(),
-        Ok(_) => next.run(request).await,
-    }
-}
-
-/// Whom a request names: by `Host`, by its target, or by both if they agree (RFC 9112 section 3.2).
-/// `None` only for HTTP/1.0, which has no `Host`: such a request is served, since no browser sends
-/// it and whoever can send it could as well name us.
-fn authority(request: &Request) -> Result<Option<&str>, &'static str> {
-    // HTTP/2 says it in the target, and HTTP/1 may (absolute form).
-    let target = request.uri().authority().map(|authority| authority.as_str());
-    let mut hosts = request.headers().get_all(header::HOST).iter();
-    let host = hosts.next();
-    if hosts.next().is_some() {
-        return Err("the request has more than one Host header");
-    }
-    // Bytes that are no text are no name of ours.
-    let host = host.map(|host| host.to_str().unwrap_or_default());
-    match (host, target) {
-        (Some(host), Some(target)) if !host.eq_ignore_ascii_case(target) => {
-            Err("the Host header and the request's target name different hosts")
-        }
-        (None, None) if request.version() > Version::HTTP_10 => {
-            Err("the request has no Host header")
-        }
-        (host, target) => Ok(host.or(target)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_loopback_server_answers_to_its_own_names_only() {
-        let local = Hosts::of("127.0.0.1:8080".parse().unwrap(), Some("Box.example"));
-        for host in [
-            "localhost",
-            "LOCALHOST:8080",
-            "127.0.0.1:8080",
-            "127.0.0.1",
-            "127.9.9.9",
-            "[::1]:8080",
-            "[::1]",
-            "box.example:1",
-        ] {
-            assert!(local.allow(host), "{host}");
-        }
-        for host in [
-            "evil.test",
-            "evil.test:8080",
-            "localhost.evil.test",
-            "127.0.0.1.evil.test",
-            "",
-            "10.0.0.1",
-            "[::2]:80",
-            "evil.test:localhost",
-        ] {
-            assert!(!local.allow(host), "{host}");
-        }
-        assert!(!Hosts::of("[::1]:1".parse().unwrap(), None).allow("box.example"));
-        assert!(Hosts::of("0.0.0.0:8080".parse().unwrap(), None).allow("evil.test"));
+    match hosts.check(&request) {
+        Err(HostError::Unclear(message)) => ApiError::host(message).into_response(),
+        Err(HostError::Misdirected) => ApiError::misdirected().into_response(),
+        Ok(()) => next.run(request).await,
     }
 }
