@@ -46,6 +46,26 @@ const MAX_NESTING: usize = 160;
 /// Bytes of a text whose letters' case is changed, for each byte before: at most this many.
 const CASE_GROWTH: usize = 3;
 
+/// Bytes of one name, of the source or of a keyword argument: templates' have some twenty. Calls
+/// and namespaces keep copies of theirs that nothing else bounds.
+const MAX_NAME_BYTES: usize = 256;
+
+/// Letters of a name that messages repeat: undefined values keep theirs, and may be many.
+const SHORT_LETTERS: usize = 64;
+
+/// A name as messages repeat it.
+fn short(name: &str) -> String {
+    name.chars().take(SHORT_LETTERS).collect()
+}
+
+/// Refuses a name that is too long to keep.
+fn check_name(name: &str) -> Result<(), Failure> {
+    if name.len() > MAX_NAME_BYTES {
+        return Err(Failure::Limit(format!("a name had more than {MAX_NAME_BYTES} bytes")));
+    }
+    Ok(())
+}
+
 /// Why a template could not be parsed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -8,7 +8,7 @@ use super::meter::Writer;
 use super::render::Renderer;
 use super::syntax::{Arguments, Expr};
 use super::value::{Loop, Object, Value, View};
-use super::{Failure, checks, filters, names, operate, write};
+use super::{Failure, check_name, checks, filters, names, operate, short, write};
 
 /// What a call is given.
 #[derive(Debug, Default)]
@@ -242,6 +242,7 @@ impl<'p> Renderer<'p> {
                 let Some(name) = name.as_str() else {
                     return Err(Failure::new("keywords must be strings"));
                 };
+                check_name(name)?;
                 self.meter.scan(name.len() + 64 * keyword.len())?;
                 if keyword.iter().any(|(other, _)| &**other == name) {
                     let message = format!("got multiple values for keyword argument {name:?}");
@@ -279,8 +280,8 @@ impl<'p> Renderer<'p> {
                 return Ok(Found::Value(value.clone()));
             }
         }
-        let short: String = name.chars().take(64).collect();
-        let words = format!("'{kind} object' has no attribute '{short}'");
+        let name = short(name);
+        let words = format!("'{kind} object' has no attribute '{name}'");
         Ok(Found::Value(Value::undefined(words)))
     }
 

@@ -182,7 +182,7 @@ fn of_text(
             operate::escape(&mut out, text)?;
             Value::marked(&meter, out.finish(), true)
         }
-        "striptags" => Value::text(&meter, strip_tags(text)?),
+        "striptags" => strip_tags(&meter, text),
         "wordcount" => {
             let is_word = |character: char| letters::is_alnum(character) || character == '_';
             let words = text.split(|character| !is_word(character));
@@ -212,7 +212,7 @@ fn title(text: &str) -> String {
 }
 
 /// Without tags and comments, blanks made one.
-fn strip_tags(text: &str) -> Result<String, Failure> {
+fn strip_tags(meter: &Rc<Meter>, text: &str) -> Result<Value, Failure> {
     let named = |part: &str| part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '#');
     if text.split('&').skip(1).any(named) {
         // Python would turn each of HTML's 2000 names of characters back into its character.
@@ -236,7 +236,12 @@ fn strip_tags(text: &str) -> Result<String, Failure> {
         rest = &rest[start + end + 1..];
     }
     out.push_str(rest);
-    Ok(letters::words(&out).collect::<Vec<_>>().join(" "))
+    let mut words = Writer::new(meter);
+    for (index, word) in letters::words(&out).enumerate() {
+        words.push_str(if index > 0 { " " } else { "" })?;
+        words.push_str(word)?;
+    }
+    Value::text(meter, words.finish())
 }
 
 fn quote_url(out: &mut Writer, text: &str, in_query: bool) -> Result<(), Failure> {
@@ -344,26 +349,63 @@ fn truncate(meter: &Rc<Meter>, value: &Value, given: Given) -> Result<Value, Fai
     Value::marked(meter, out.finish(), text.safe)
 }
 
-/// Sorts as Python's `sorted` does, by a key of each item.
+/// Sorts as Python's `sorted` does, by a key of each item. A merge sort of our own: the order of
+/// foreign values may be none, as with what is no number, and the standard library's may panic
+/// then; this one makes some order of it, and ends at the first comparison that fails.
 pub(super) fn sort_by<T>(
     meter: &Rc<Meter>,
     items: &mut [T],
     key: impl Fn(&T) -> &Value,
 ) -> Result<(), Failure> {
-    let mut failure = None;
-    items.sort_by(|a, b| {
-        if failure.is_some() {
-            return Ordering::Equal;
-        }
-        match operate::compare(meter, key(a), key(b)) {
-            Ok(order) => order.unwrap_or(Ordering::Equal),
-            Err(error) => {
-                failure = Some(error);
-                Ordering::Equal
+    let len = items.len();
+    meter.room(len.saturating_mul(2 * size_of::<usize>()))?;
+    // Places of items: `order` is sorted in runs of `width`, `merged` in runs twice as long.
+    let mut order: Vec<usize> = (0..len).collect();
+    let mut merged = Vec::with_capacity(len);
+    let is_less = |a: usize, b: usize| {
+        let order = operate::compare(meter, key(&items[a]), key(&items[b]))?;
+        Ok::<_, Failure>(order == Some(Ordering::Less))
+    };
+    let mut width = 1;
+    while width < len {
+        meter.scan(len * size_of::<usize>())?;
+        merged.clear();
+        for run in order.chunks(2 * width) {
+            let (mut left, mut right) = run.split_at(width.min(run.len()));
+            // Runs that are in order as they stand take one comparison.
+            if let (Some(&last), Some(&first)) = (left.last(), right.first())
+                && is_less(first, last)?
+            {
+                while let (Some(&a), Some(&b)) = (left.first(), right.first()) {
+                    // Of equal ones the left comes first.
+                    if is_less(b, a)? {
+                        merged.push(b);
+                        right = &right[1..];
+                    } else {
+                        merged.push(a);
+                        left = &left[1..];
+                    }
+                }
             }
+            merged.extend_from_slice(left);
+            merged.extend_from_slice(right);
         }
-    });
-    failure.map_or(Ok(()), Err)
+        std::mem::swap(&mut order, &mut merged);
+        width *= 2;
+    }
+    // Where each item goes: every swap brings one to its place, so this ends.
+    merged.resize(len, 0);
+    for (place, &from) in order.iter().enumerate() {
+        merged[from] = place;
+    }
+    for place in 0..len {
+        while merged[place] != place {
+            let to = merged[place];
+            items.swap(place, to);
+            merged.swap(place, to);
+        }
+    }
+    Ok(())
 }
 
 /// `str(value)` for a list of them with a text between.

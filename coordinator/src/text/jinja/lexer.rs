@@ -1,6 +1,6 @@
 //! Cuts a template into tokens as Jinja2 does with `trim_blocks` and `lstrip_blocks`.
 
-use super::CompileError;
+use super::{CompileError, MAX_NAME_BYTES};
 
 /// A token and the line it begins on.
 #[derive(Clone, Debug, PartialEq)]
@@ -222,6 +222,9 @@ impl<'a> Lexer<'a> {
             } else if first.is_alphanumeric() || first == '_' {
                 let name = |character: char| character.is_alphanumeric() || character == '_';
                 let len = rest.find(|character| !name(character)).unwrap_or(rest.len());
+                if len > MAX_NAME_BYTES {
+                    return Err(self.error(format!("a name of more than {MAX_NAME_BYTES} bytes")));
+                }
                 self.push(Kind::Name(rest[..len].into()));
                 self.advance(len);
             } else if matches!(first, '\'' | '"') {

@@ -102,9 +102,12 @@ fn integers(op: BinaryOp, x: i128, y: i128) -> Result<Value, Failure> {
             // Euclid's remainder is never negative; Python's has the divisor's sign.
             if y < 0 && x.wrapping_rem_euclid(y) != 0 { quotient - 1 } else { quotient }
         }),
-        BinaryOp::Remainder => x.checked_rem(y).map(|remainder| {
-            if remainder != 0 && (remainder < 0) != (y < 0) { remainder + y } else { remainder }
-        }),
+        BinaryOp::Remainder => {
+            // Wrapping: the least integer's remainder by -1 is 0, though its quotient is too large.
+            let remainder = x.wrapping_rem(y);
+            let other_side = remainder != 0 && (remainder < 0) != (y < 0);
+            Some(if other_side { remainder + y } else { remainder })
+        }
         BinaryOp::Power if y < 0 => return floats(op, x as f64, y as f64),
         BinaryOp::Power => match x {
             0 | 1 => Some(if y == 0 { 1 } else { x }),
@@ -115,7 +118,7 @@ fn integers(op: BinaryOp, x: i128, y: i128) -> Result<Value, Failure> {
     result.map(Value::int).ok_or_else(too_large)
 }
 
-fn too_large() -> Failure {
+pub(super) fn too_large() -> Failure {
     Failure::Limit("an integer had more than 127 bits".into())
 }
 
@@ -350,10 +353,12 @@ pub(super) fn contains(
                     Value::Float(value) => exact_int(*value),
                     _ => item.as_int(),
                 };
-                Ok(wanted.is_some_and(|wanted| {
-                    let offset = wanted.saturating_sub(range.start);
-                    offset % range.step == 0
-                        && (0..range.len as i128).contains(&(offset / range.step))
+                // What overflows here is farther from the start than any number of the range.
+                let offset = wanted.and_then(|wanted| wanted.checked_sub(range.start));
+                Ok(offset.is_some_and(|offset| {
+                    let index = offset.checked_div(range.step);
+                    offset.checked_rem(range.step) == Some(0)
+                        && index.is_some_and(|index| (0..range.len as i128).contains(&index))
                 }))
             }
             _ => any_is(meter, &items(meter, container)?, item),

@@ -11,6 +11,10 @@ use super::lexer::{self, Kind, Token};
 use super::syntax::{BinaryOp, CompareOp, Expr, For, Macro, Specials, Statement, Symbol};
 use super::{CompileError, MAX_NESTING, Program};
 
+/// Parameters of one macro and named arguments of one call: templates have some ten. Each is
+/// looked for among those before it.
+const MAX_PARAMETERS: usize = 256;
+
 /// A parsed expression and how many levels it has.
 pub(super) struct Node {
     expr: Expr,

@@ -7,7 +7,7 @@ use super::json::{self, Json};
 use super::meter::{Held, Meter, Writer};
 use super::syntax::{Arguments, Expr, For, Statement, Symbol, Target};
 use super::value::{self, Function, Items, Loop, Macro, Object, ScopeId, Value};
-use super::{Failure, Program, operate, write};
+use super::{Failure, Program, operate, short, write};
 
 /// Frames of statements, expressions and calls inside each other while rendering; Python stops at
 /// 1000 of its own. A frame takes up to 2 KiB of stack, 6 KiB without optimisation.
@@ -200,8 +200,10 @@ impl<'p> Renderer<'p> {
             found.1 = value;
             return Ok(());
         }
-        variables.push((name, value));
-        self.count_variable()
+        // Counted first: leaving the scope takes as many from the count as the scope has.
+        self.count_variable()?;
+        self.scopes[self.current].variables.push((name, value));
+        Ok(())
     }
 
     /// The value of a name.
@@ -224,7 +226,7 @@ impl<'p> Renderer<'p> {
             "joiner" => Function::Joiner,
             "raise_exception" => Function::RaiseException,
             "strftime_now" => Function::StrftimeNow,
-            _ => return Ok(Value::undefined(format!("{name:?} is undefined"))),
+            _ => return Ok(Value::undefined(format!("{:?} is undefined", short(name)))),
         };
         Value::object(&self.meter, Object::Function(function))
     }

@@ -66,6 +66,10 @@ pub(super) struct Dict {
     height: u16,
 }
 
+/// Bytes that an entry of a dict takes while the dict is made: itself, and its place in two
+/// indices, the one that finds equal keys and the one that is kept.
+const DICT_ENTRY_BYTES: usize = size_of::<(Value, Value)>() + 2 * size_of::<(u64, usize)>();
+
 /// Entries of a dict that are looked through one by one.
 const SMALL_DICT: usize = 8;
 
@@ -392,6 +396,7 @@ pub(super) fn share_dict(
     entries: Vec<(Value, Value)>,
 ) -> Result<Rc<Held<Dict>>, Failure> {
     let mut dict = Dict { entries: Vec::new(), index: Vec::new(), height: 0 };
+    meter.room(entries.len().saturating_mul(DICT_ENTRY_BYTES))?;
     let mut hashed = Vec::with_capacity(entries.len());
     for (place, (key, _)) in entries.iter().enumerate() {
         hashed.push((key.hash(meter)?, place));
@@ -401,7 +406,13 @@ pub(super) fn share_dict(
     let mut entries: Vec<Option<(Value, Value)>> = entries.into_iter().map(Some).collect();
     for start in 0..hashed.len() {
         let (hash, first) = hashed[start];
+        // One that an earlier one took in has no equals left: without this, many equal keys would
+        // be walked through once for each of them.
+        if entries[first].is_none() {
+            continue;
+        }
         for &(_, later) in hashed[start + 1..].iter().take_while(|other| other.0 == hash) {
+            meter.spend(1)?;
             let (Some(kept), Some(other)) = (&entries[first], &entries[later]) else { continue };
             if operate::is_equal(meter, &kept.0, &other.0)? {
                 let newer = entries[later].take();

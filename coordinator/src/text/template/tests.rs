@@ -113,6 +113,15 @@ fn calls_that_call_themselves_end_in_the_stack_there_is() {
 }
 
 #[test]
+fn too_many_variables_are_a_limit() {
+    let names: Vec<String> = (0..250).map(|i| format!("a{i}")).collect();
+    let source =
+        format!("{{% macro f({}) %}}{{{{ f() }}}}{{% endmacro %}}{{{{ f() }}}}", names.join(","));
+    let Err(TemplateError::Limit(words)) = render(&source) else { panic!("no limit") };
+    assert_eq!(words, "it had more than 100000 variables");
+}
+
+#[test]
 fn trying_a_template_finds_what_would_fail_later() {
     assert!(compile("{{ messages[0].content }}").unwrap().try_out().is_ok());
     let alternates = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}\
@@ -179,12 +188,29 @@ fn bombs() -> Vec<String> {
         halves("{{ ns.x }}"),
         halves("{{ ''.join(ns.x) }}"),
         halves("{{ '{}'.format(ns.x) }}"),
+        // Memory that is taken before the outcome is there to be counted.
+        "{% set d = dict([('a', 1)] * 1000000) %}".into(),
+        "{{ [1]|sort(attribute=',' * 8000000) }}".into(),
+        "{{ [1]|sort(attribute=',' * 100) }}".into(),
+        "{{ [{}]|map(attribute='.' * 8000000)|list }}".into(),
+        "{{ [{}]|map(attribute='.' * 100)|list }}".into(),
+        "{{ range(99999)|list * 4 |unique|list|length }}{{ ([1] * 400000)|unique|list }}".into(),
+        "{{ ('1_' * 4000000 ~ '1')|int }}".into(),
+        // Names that are kept, of the source and of keyword arguments.
+        format!("{{% set l = [] %}}{}", many(&format!("{{% set l = {} %}}", "a".repeat(200_000)))),
+        "{% set d = dict([('a' * 1000000, 1)]) %}{% macro f(x=f(**d)) %}{{ kwargs }}{% endmacro %}{{ f(**d) }}".into(),
+        many("{% set n = namespace([('a' * 100000, 1)]) %}"),
     ]
 }
 
 /// What is much work or memory, and may be too much.
 fn loads() -> Vec<String> {
     vec![
+        "{% set d = dict([('a', 1)] * 200000) %}{{ d }}".into(),
+        "{% set b = 'a' * 4000000 %}{% set l = ([{}] * 100)|map('attr', b)|list %}".into(),
+        "{% set b = 'a' * 4000000 %}{% set l = (['x'] * 100)|map('attr', b)|list %}".into(),
+        "{{ ('a ' * 2000000)|striptags|length }}".into(),
+        "{{ dict(dict(range(9)|map('batch', 1)|list)) }}".into(),
         halves("{{ [ns.x]|map('string')|list }}"),
         halves("{{ '%s' % [ns.x] }}"),
         // Lists that double, and what walks them.

@@ -3,15 +3,21 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use super::super::meter::Writer;
+use super::super::meter::{Meter, Writer};
 use super::super::render::Renderer;
 use super::super::syntax::{Arguments, Expr};
 use super::super::value::{Function, Loop, Object, Range, Value, share_dict, share_items};
-use super::super::{Failure, methods, operate};
+use super::super::{Failure, check_name, methods, operate, short};
 use super::{Found, Given};
 
 /// Numbers of one `range`: the sandbox's.
 const MAX_RANGE: usize = 100_000;
+
+/// Pays for a dict's entries before they are copied.
+fn charge_entries(meter: &Meter, len: usize) -> Result<(), Failure> {
+    meter.spend(1 + len)?;
+    meter.room(len.saturating_mul(size_of::<(Value, Value)>()))
+}
 
 impl<'p> Renderer<'p> {
     /// Calls what `callee` is; a call block gives its `caller`.
@@ -95,6 +101,7 @@ impl<'p> Renderer<'p> {
                 (Some(value), _) => value,
                 (None, Some(default)) => self.eval(default)?,
                 (None, None) => {
+                    let parameter = short(parameter);
                     Value::undefined(format!("parameter {parameter:?} was not provided"))
                 }
             };
@@ -172,6 +179,7 @@ impl<'p> Renderer<'p> {
                     let Some(name) = name.as_str() else {
                         return Err(Failure::new("a namespace's names must be strings"));
                     };
+                    check_name(name)?;
                     attributes.push((name.into(), value.clone()));
                 }
                 self.namespace(attributes)
@@ -237,12 +245,14 @@ impl<'p> Renderer<'p> {
         let mut entries = match given.positional.as_slice() {
             [] => Vec::new(),
             [Value::Dict(dict)] => {
-                self.meter.spend(dict.entries.len())?;
+                charge_entries(&self.meter, dict.entries.len())?;
                 dict.entries.clone()
             }
             [pairs] => {
-                let mut entries = Vec::new();
-                for pair in operate::items(&self.meter, pairs)?.iter() {
+                let pairs = operate::items(&self.meter, pairs)?;
+                charge_entries(&self.meter, pairs.len())?;
+                let mut entries = Vec::with_capacity(pairs.len());
+                for pair in pairs.iter() {
                     match operate::items(&self.meter, pair)?.items.as_slice() {
                         [key, value] => entries.push((key.clone(), value.clone())),
                         _ => return Err(Failure::new("dict takes pairs")),

@@ -4,11 +4,11 @@ use std::cmp::Ordering;
 use std::rc::Rc;
 
 use super::super::evaluate::{Found, Given};
-use super::super::meter::Meter;
+use super::super::meter::{Held, Meter};
 use super::super::render::Renderer;
 use super::super::syntax::BinaryOp;
 use super::super::value::Value;
-use super::super::{Failure, checks, operate};
+use super::super::{Failure, checks, operate, short};
 use super::{int_argument, sort_by};
 
 /// The filters here.
@@ -36,6 +36,16 @@ pub(super) const NAMES: [&str; 19] = [
 
 /// Lists of one `slice` or `batch`.
 const MAX_SLICES: usize = 10_000;
+
+/// Bytes of the text that names an attribute: templates' have some twenty.
+const MAX_ATTRIBUTE_BYTES: usize = 4096;
+
+/// Parts of one attribute, and attributes that one `sort` goes by: templates have up to three.
+const MAX_PARTS: usize = 64;
+
+/// Bytes that `unique` takes for one item while it looks for equal ones: an entry of its table,
+/// a list of one value, and the item's place in the outcome.
+const UNIQUE_BYTES: usize = 160;
 
 pub(super) fn call(
     renderer: &mut Renderer<'_>,
@@ -71,6 +81,9 @@ pub(super) fn call(
         }
         "first" => {
             given.bind(name, [])?;
+            if let Some(letter) = value.as_str().and_then(|text| text.chars().next()) {
+                return Value::text(&meter, letter);
+            }
             let items = operate::items(&meter, value)?;
             let none = || Value::undefined("No first item, sequence was empty.");
             Ok(items.first().cloned().unwrap_or_else(none))
@@ -78,6 +91,9 @@ pub(super) fn call(
         "last" => {
             given.bind(name, [])?;
             check_reversible(value)?;
+            if let Some(letter) = value.as_str().and_then(|text| text.chars().next_back()) {
+                return Value::text(&meter, letter);
+            }
             let items = operate::items(&meter, value)?;
             let none = || Value::undefined("No last item, sequence was empty.");
             Ok(items.last().cloned().unwrap_or_else(none))
@@ -136,9 +152,13 @@ pub(super) fn call(
         "unique" => {
             let [case, attribute] = given.bind(name, ["case_sensitive", "attribute"])?;
             let parts = Parts::of(attribute.as_ref())?;
+            let items = operate::items(&meter, value)?;
+            let bytes = items.len().saturating_mul(UNIQUE_BYTES);
+            // Held while the table is there: the values made meanwhile come on top.
+            let _table = Held::share(&meter, bytes, ())?;
             let mut seen: std::collections::HashMap<u64, Vec<Value>> = Default::default();
             let mut unique = Vec::new();
-            for item in operate::items(&meter, value)?.iter() {
+            for item in items.iter() {
                 let key = parts.find(renderer, item, None)?;
                 let key = if is_true(&case) { key } else { ignore_case(&meter, key)? };
                 let alike = seen.entry(key.hash(&meter)?).or_default();
@@ -228,6 +248,23 @@ fn sort(meter: &Rc<Meter>, keyed: &mut [(Value, Value)], reverse: bool) -> Resul
     Ok(())
 }
 
+/// Refuses an attribute's text that is longer than any template's, before it is split.
+fn check_attribute(text: &str) -> Result<(), Failure> {
+    if text.len() > MAX_ATTRIBUTE_BYTES {
+        let message = format!("an attribute had more than {MAX_ATTRIBUTE_BYTES} bytes");
+        return Err(Failure::Limit(message));
+    }
+    Ok(())
+}
+
+/// Refuses an attribute of too many parts, before it is split.
+fn check_parts(text: &str, separator: char) -> Result<(), Failure> {
+    if text.matches(separator).count() >= MAX_PARTS {
+        return Err(Failure::Limit(format!("an attribute had more than {MAX_PARTS} parts")));
+    }
+    Ok(())
+}
+
 /// `a.b.0`: the way to a part of an item.
 struct Parts(Vec<Part>);
 
@@ -240,25 +277,33 @@ impl Parts {
     fn of(attribute: Option<&Value>) -> Result<Self, Failure> {
         Ok(match attribute {
             None | Some(Value::None) => Self(Vec::new()),
-            Some(Value::Text(text)) => Self::read(&text.text),
+            Some(Value::Text(text)) => {
+                check_attribute(&text.text)?;
+                Self::read(&text.text)?
+            }
             Some(other) => Self(vec![Part::Key(other.clone())]),
         })
     }
 
-    fn read(text: &str) -> Self {
+    fn read(text: &str) -> Result<Self, Failure> {
+        check_parts(text, '.')?;
         let part = |part: &str| match part.parse::<u64>() {
             Ok(index) if part.bytes().all(|byte| byte.is_ascii_digit()) => {
                 Part::Key(Value::int(index))
             }
             _ => Part::Name(part.to_owned()),
         };
-        Self(text.split('.').map(part).collect())
+        Ok(Self(text.split('.').map(part).collect()))
     }
 
     /// Several ways with commas between them.
     fn several(attribute: Option<&Value>) -> Result<Vec<Self>, Failure> {
         match attribute {
-            Some(Value::Text(text)) => Ok(text.text.split(',').map(Self::read).collect()),
+            Some(Value::Text(text)) => {
+                check_attribute(&text.text)?;
+                check_parts(&text.text, ',')?;
+                text.text.split(',').map(Self::read).collect()
+            }
             other => Ok(vec![Self::of(other)?]),
         }
     }
@@ -305,6 +350,7 @@ pub(super) fn attr(
         if let Found::Method = renderer.attribute(value, name)? {
             return renderer.attribute_value(value, name);
         }
+        let name = short(name);
         return Ok(Value::undefined(format!("'dict object' has no attribute {name:?}")));
     }
     renderer.attribute_value(value, name)

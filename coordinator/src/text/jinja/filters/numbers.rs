@@ -10,6 +10,9 @@ use super::super::value::Value;
 use super::super::{Failure, letters, operate};
 use super::{int_argument, text_argument};
 
+/// Bytes of a text that is read as a number: Python reads integers of up to 4300 digits.
+const MAX_NUMBER_BYTES: usize = 4096;
+
 pub(super) fn call(
     meter: &Rc<Meter>,
     name: &str,
@@ -21,13 +24,19 @@ pub(super) fn call(
     }
     if let Value::Text(text) = value {
         meter.scan(text.text.len())?;
+        if text.text.trim_matches(is_blank).len() > MAX_NUMBER_BYTES {
+            let message = format!("a number had more than {MAX_NUMBER_BYTES} bytes");
+            return Err(Failure::Limit(message));
+        }
     }
     match name {
         "abs" => {
             given.bind(name, [])?;
             match (value, value.as_int()) {
                 (Value::Float(value), _) => Ok(Value::Float(value.abs())),
-                (_, Some(value)) => Ok(Value::int(value.saturating_abs())),
+                (_, Some(value)) => {
+                    value.checked_abs().map(Value::int).ok_or_else(operate::too_large)
+                }
                 _ => {
                     Err(Failure::new(format!("bad operand type for abs(): {}", value.type_name())))
                 }

@@ -5,15 +5,15 @@ use std::rc::Rc;
 use super::super::Failure;
 use super::super::meter::{Held, Meter, Writer};
 use super::super::value::{Items, Object, Range, Value, View, share_items};
+use super::too_large;
 
-/// Pays for a new list of `len` items before it is made; its memory cannot be beyond what one
-/// rendering may hold.
+/// Pays for a new list of `len` items before it is made, and checks that there is memory for it.
 pub(super) fn charge_items(meter: &Meter, len: usize) -> Result<(), Failure> {
     meter.spend(1 + len / 2)?;
     if len > MAX_ITEMS {
         return Err(Failure::Limit(format!("a list had more than {MAX_ITEMS} items")));
     }
-    Ok(())
+    meter.room(len * size_of::<Value>())
 }
 
 /// Items of one list, of three words each.
@@ -31,11 +31,12 @@ pub(in super::super) fn items(
     let made = match value {
         Value::List(items) | Value::Tuple(items) => return Ok(Rc::clone(items)),
         Value::Undefined(_) => Vec::new(),
-        Value::Text(text) => text
-            .text
-            .chars()
-            .map(|character| Value::text(meter, character))
-            .collect::<Result<_, _>>()?,
+        Value::Text(text) => {
+            meter.scan(text.text.len())?;
+            charge_items(meter, text.text.chars().count())?;
+            let letters = text.text.chars();
+            letters.map(|letter| Value::text(meter, letter)).collect::<Result<_, _>>()?
+        }
         Value::Dict(dict) => {
             charge_items(meter, dict.entries.len())?;
             dict.entries.iter().map(|entry| entry.0.clone()).collect()
@@ -202,8 +203,8 @@ pub(in super::super) fn slice(
                 let part = &text.text[from..];
                 out.push_str(&part[..byte_of(part, count)])?;
             } else {
-                // A quarter of what a text may have, so that its letters fit in memory.
-                charge_items(meter, len as usize)?;
+                meter.spend(1 + len as usize / 2)?;
+                meter.room(len as usize * size_of::<char>())?;
                 let letters: Vec<char> = text.text.chars().collect();
                 for index in 0..count {
                     out.push(letters[at(index)])?;
@@ -214,8 +215,13 @@ pub(in super::super) fn slice(
         Value::Object(object) => match &***object {
             Object::Range(range) => {
                 let step = range.step.saturating_mul(step);
-                let first = range.start + range.step * start;
-                let stop = range.start + range.step * stop;
+                // The number after the last one may be beyond what an integer can be.
+                let place = |index: i128| {
+                    let offset = range.step.checked_mul(index)?;
+                    range.start.checked_add(offset)
+                };
+                let first = place(start).ok_or_else(too_large)?;
+                let stop = place(stop).ok_or_else(too_large)?;
                 let range = Range { start: first, stop, step, len: count };
                 Value::object(meter, Object::Range(range))?
             }

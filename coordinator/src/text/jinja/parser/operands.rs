@@ -2,7 +2,7 @@
 
 use super::super::names;
 use super::super::syntax::{Arguments, Expr, Symbol};
-use super::{Asked, Kind, Node, Parsed, Parser, Token};
+use super::{Asked, Kind, MAX_PARAMETERS, Node, Parsed, Parser, Token};
 
 impl Parser {
     pub(super) fn primary(&mut self) -> Parsed<Node> {
@@ -290,6 +290,9 @@ impl Parser {
                 self.next();
                 let value = self.expression()?;
                 height = height.max(value.height);
+                if out.keyword.len() == MAX_PARAMETERS {
+                    return Err(self.error(format!("more than {MAX_PARAMETERS} named arguments")));
+                }
                 let twice = out.keyword.iter().any(|(other, _)| *other == name);
                 out.keyword.push((name, value.expr));
                 out.more_keyword.is_none() && !twice

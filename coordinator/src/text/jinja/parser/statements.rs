@@ -2,7 +2,7 @@
 
 use super::super::names;
 use super::super::syntax::{Expr, For, Macro, Specials, Statement, Symbol, Target};
-use super::{Asked, Body, Kind, Parsed, Parser};
+use super::{Asked, Body, Kind, MAX_PARAMETERS, Parsed, Parser};
 
 impl Parser {
     /// Statements up to a tag that is one of `ends`, whose name is the next token then; up to the
@@ -244,6 +244,9 @@ impl Parser {
                 self.expect_sign(",")?;
             }
             let name = self.expect_name()?;
+            if parameters.len() == MAX_PARAMETERS {
+                return Err(self.error(format!("more than {MAX_PARAMETERS} parameters")));
+            }
             let symbol = self.symbol(&name);
             if parameters.iter().any(|(other, _)| *other == symbol) {
                 return Err(self.error(format!("duplicate argument {name:?}")));
