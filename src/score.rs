@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use coordinator::TokenizeError;
 use model::{
@@ -103,7 +103,8 @@ enum Verdict {
 ///
 /// # Errors
 ///
-/// [`ImportError`]; then `dest` does not exist. A bad score is a note.
+/// [`ImportError`] of the first reading; then `dest` does not exist. A bad score is a note, and so is what
+/// keeps the other layout from being tried.
 pub fn import(
     source: &Path,
     dest: &Path,
@@ -116,17 +117,22 @@ pub fn import(
     if is_i2s && options.i2s_layout.is_none() && matches!(verdict, Verdict::Nonsense(..)) {
         let usual = I2sLayout::default();
         for other in I2sLayout::ALL.into_iter().filter(|layout| *layout != usual) {
-            let found = again(source, dest, options, other, progress)?;
-            if let language @ Verdict::Language(_) = judge(&found) {
-                (imported, verdict) = (found, language);
-                imported.notes.push(format!(
-                    "warning: layout of I2_S: {other}, for read as {usual} it is no language"
-                ));
-                return Ok(noted(imported, verdict));
+            match beside(source, dest, options, other, progress) {
+                Ok(Some((found, language))) => {
+                    (imported, verdict) = (found, language);
+                    imported.notes.push(format!(
+                        "warning: layout of I2_S: {other}, for read as {usual} it is no language"
+                    ));
+                    break;
+                }
+                Ok(None) => {}
+                // The store that is there stays: it was asked for, another layout was not.
+                Err(error) => imported.notes.push(format!(
+                    "score: layout {other} of I2_S was not tried: {}",
+                    node::Chain(&error)
+                )),
             }
         }
-        // None reads: what nobody chose stays what is documented.
-        imported = again(source, dest, options, usual, progress)?;
     }
     Ok(noted(imported, verdict))
 }
@@ -148,19 +154,45 @@ pub fn import_once(
     Ok(noted(imported, verdict))
 }
 
-/// Imports once more, in place of the store that this process has just made.
-fn again(
+/// Imports with another layout beside the store that this process has just made, and puts that in its
+/// place if it reads as language; otherwise, and after every error, the first store is as it was.
+fn beside(
     source: &Path,
     dest: &Path,
     options: &ImportOptions,
     layout: I2sLayout,
     progress: &mut dyn FnMut(&Progress<'_>),
-) -> Result<Imported, ImportError> {
-    fs::remove_dir_all(dest).map_err(|source| {
-        ImportError::Write(WriteError::Io { action: "remove", path: dest.to_owned(), source })
-    })?;
+) -> Result<Option<(Imported, Verdict)>, ImportError> {
+    let refused = |action: &'static str| {
+        move |source| ImportError::Write(WriteError::Io { action, path: dest.to_owned(), source })
+    };
+    let name = dest.file_name().unwrap_or_default().to_string_lossy();
+    let other = |what: &str| dest.with_file_name(format!(".{name}.{what}-{}", std::process::id()));
+    let (trial, replaced) = (Removed(other("other-layout")), Removed(other("replaced")));
     let options = ImportOptions { i2s_layout: Some(layout), ..options.clone() };
-    model::import(source, dest, &options, progress)
+    let mut found = model::import(source, &trial.0, &options, progress)?;
+    let verdict = judge(&found);
+    if !matches!(verdict, Verdict::Language(_)) {
+        return Ok(None);
+    }
+    fs::rename(dest, &replaced.0).map_err(refused("move"))?;
+    if let Err(error) = fs::rename(&trial.0, dest) {
+        // Nobody but this process knows either name, so that the way back is free.
+        let _ = fs::rename(&replaced.0, dest);
+        return Err(refused("replace")(error));
+    }
+    found.store = dest.to_owned();
+    Ok(Some((found, verdict)))
+}
+
+/// A directory that is not to stay.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // It is there only if something came of it, and in nobody's way if it stays.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 fn judge(imported: &Imported) -> Verdict {

@@ -1,6 +1,7 @@
 //! The HTTP API: the part of OpenAI's that clients use, and what watches a process. Thin over the
 //! same requests as gRPC.
 
+mod arriving;
 mod body;
 mod chat;
 mod choices;
@@ -21,12 +22,11 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::{FromRef, Request, State};
+use axum::extract::{FromRef, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
-use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::service::{Service, hex};
@@ -62,14 +62,12 @@ pub(crate) struct Limits {
 
 /// The routes.
 pub(crate) fn router(service: Arc<Service>, limits: Limits) -> Router {
-    let open =
-        OpenRequests { room: Arc::new(Semaphore::new(limits.requests)), limit: limits.requests };
     let context = service.model.context as usize;
-    let bodies = Arc::new(Bodies::new(limits.body_bytes, context, service.memory()));
+    let bodies =
+        Arc::new(Bodies::new(limits.body_bytes, context, service.memory(), limits.requests));
     Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
-        .route_layer(middleware::from_fn_with_state(open, with_room))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .merge(watching())
@@ -123,21 +121,6 @@ where
         .route("/readyz", get(observe::ready))
         .route("/version", get(observe::version))
         .route("/metrics", get(observe::metrics_page))
-}
-
-/// Room for requests that have a body, and so hold memory.
-#[derive(Clone)]
-struct OpenRequests {
-    room: Arc<Semaphore>,
-    limit: usize,
-}
-
-/// Refuses a request that there is no room for before its body is read.
-async fn with_room(State(open): State<OpenRequests>, request: Request, next: Next) -> Response {
-    match open.room.try_acquire() {
-        Ok(_room) => next.run(request).await,
-        Err(_) => ApiError::busy(open.limit).into_response(),
-    }
 }
 
 /// Gives every answer an `x-request-id`: the client's own if it is a plain text, a label only.

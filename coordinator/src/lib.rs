@@ -134,7 +134,9 @@ pub async fn run(
         Ok(())
     });
     let connections = config.limits.connections as usize;
-    let options = |name, protocol| Options::new(name, protocol, connections);
+    // What is left once every answer has ended: watchers of health, uploads that nobody waits for.
+    let linger = Some(CONNECTIONS_LINGER);
+    let options = |name, protocol| Options { linger, ..Options::new(name, protocol, connections) };
     let grpc_options = Options { timeouts: GRPC_TIMEOUTS, ..options("grpc", Protocol::Grpc) };
     let http_options = options("http", Protocol::Http);
     let (grpc_stop, http_stop) = (answered.clone(), answered.clone());
@@ -172,6 +174,9 @@ const CLUSTER_ID_BYTES: usize = 16;
 
 /// After the last answer, for connections to close.
 const CLOSING_TIME: Duration = Duration::from_secs(3);
+
+/// Of that, what connections are given to close in order.
+const CONNECTIONS_LINGER: Duration = Duration::from_secs(2);
 
 /// A plan must hold at least so much KV, or the context if that is less: a conversation.
 const MIN_KV_TOKENS: u32 = 2048;

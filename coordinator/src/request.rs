@@ -264,10 +264,17 @@ fn with_defaults(sampling: Sampling, defaults: SamplingDefaults) -> Sampling {
 }
 
 /// The length of an answer whose request does not say: the model's default, as far as the context
-/// goes. `None`: as much as there is room for.
-pub(crate) fn default_length(prompt: &[u32], model: &ServedModel) -> Option<u32> {
+/// goes, but no less than what was asked for. `None`: as much as there is room for, as for an answer of
+/// which the client has more already.
+pub(crate) fn default_length(
+    checked: &Checked,
+    prompt: &[u32],
+    model: &ServedModel,
+) -> Option<u32> {
     let room = u64::from(model.context).saturating_sub(prompt.len() as u64);
-    model.sampling.max_new_tokens.filter(|&length| u64::from(length) < room)
+    let length = model.sampling.max_new_tokens?.max(checked.min_tokens);
+    let is_known_longer = checked.received.len() as u64 > u64::from(length);
+    (!is_known_longer && u64::from(length) < room).then_some(length)
 }
 
 /// Checks the prompt's ids, and that prompt and answer fit the context.

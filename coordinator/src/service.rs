@@ -117,7 +117,7 @@ impl Service {
             };
             request::check_lengths(&prompt, checked.max_tokens, &model)?;
             checked.max_tokens =
-                checked.max_tokens.or_else(|| request::default_length(&prompt, &model));
+                checked.max_tokens.or_else(|| request::default_length(&checked, &prompt, &model));
             Ok((checked, prompt))
         };
         let (checked, prompt) = self.off_thread(&self.encoding, turns, work).await??;

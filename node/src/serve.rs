@@ -383,12 +383,12 @@ impl Connection {
         // From when on it is closing in order, and why.
         let mut closing: Option<(Instant, Option<Cut>)> = None;
         let cut = loop {
-            let due = activity.deadline(&timeouts);
-            let next = match (due, closing) {
-                (None, _) => None,
-                (Some(_), Some((since, _))) => Some(since + CLOSE_TIMEOUT),
-                (Some((at, _)), None) => Some(at),
-            };
+            let due = activity.deadline(&timeouts).map(|(at, _)| at);
+            let close = closing.and_then(|(began, _)| Some(began.max(activity.quiet_since()?)));
+            // Whether answers are read is looked at now and then: at every part of one would be a lot.
+            let look = Instant::now() + timeouts.write / 4;
+            let next =
+                close.map(|since| since + CLOSE_TIMEOUT).or(due).map_or(look, |at| at.min(look));
             tokio::select! {
                 // A request that is there is seen before the word that the connection must end.
                 biased;
@@ -399,7 +399,7 @@ impl Connection {
                     break closing.and_then(|(_, why)| why);
                 }
                 () = activity.changed.notified() => {}
-                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+                () = sleep_until(next) => {}
                 () = self.stop.cancelled(), if closing.is_none() => {
                     connection.as_mut().graceful_shutdown();
                     closing = Some((Instant::now(), None));
@@ -409,15 +409,19 @@ impl Connection {
                 break Some(why);
             }
             let now = Instant::now();
-            let Some((at, why)) = activity.deadline(&timeouts) else { continue };
-            match closing {
-                Some((since, why)) if since + CLOSE_TIMEOUT <= now => break why,
+            if let Some((began, why)) = closing
+                && let Some(quiet) = activity.quiet_since()
+                && began.max(quiet) + CLOSE_TIMEOUT <= now
+            {
+                break why;
+            }
+            match activity.deadline(&timeouts).filter(|(at, _)| *at <= now) {
                 // Clients of HTTP/2 hear that they must connect again.
-                None if at <= now && why == Cut::Idle => {
+                Some((_, Cut::Idle)) if closing.is_none() => {
                     connection.as_mut().graceful_shutdown();
-                    closing = Some((now, Some(why)));
+                    closing = Some((now, Some(Cut::Idle)));
                 }
-                None if at <= now => break Some(why),
+                Some((_, why)) if closing.is_none() || why == Cut::Unread => break Some(why),
                 _ => {}
             }
         };

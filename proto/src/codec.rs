@@ -16,9 +16,9 @@ use crate::{limits, pb};
 #[cfg(test)]
 mod tests;
 
-/// Fields of one request and of all that is in it, unknown ones too: as many ids as a prompt may
-/// have, each in a field of its own, and room for the rest.
-const REQUEST_FIELDS: usize = limits::PROMPT_TOKENS + (64 << 10);
+/// Fields of one request and of all that is in it, unknown ones too: as many ids as a prompt and the
+/// part of an answer that a client has may have, each in a field of its own, and room for the rest.
+const REQUEST_FIELDS: usize = 2 * limits::PROMPT_TOKENS + (64 << 10);
 
 /// The codec of every service in the schema.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +63,9 @@ impl<U: Message + Default + 'static> Decoder for WalkedDecoder<U> {
         if TypeId::of::<U>() == TypeId::of::<pb::GenerateRequest>() {
             check_request(&message).map_err(Status::invalid_argument)?;
         }
+        if TypeId::of::<U>() == TypeId::of::<pb::PrepareRequest>() {
+            check_stages(&message).map_err(Status::invalid_argument)?;
+        }
         U::decode(message).map(Some).map_err(|error| Status::internal(error.to_string()))
     }
 }
@@ -103,6 +106,18 @@ fn check_request(message: &[u8]) -> Result<(), String> {
     })
 }
 
+/// Counts the stages of a plan: two bytes of an empty one are a hundred in memory.
+///
+/// # Errors
+///
+/// As [`check_request`].
+fn check_stages(message: &[u8]) -> Result<(), String> {
+    walk(message, &mut Counts::default(), &mut |counts, field, _| match field {
+        9 => counts.add(Counted::Stages, 1),
+        _ => Ok(()),
+    })
+}
+
 /// What is counted. The parts of a message may come in pieces, which are joined: so counts go over
 /// the whole request.
 #[derive(Clone, Copy)]
@@ -114,10 +129,11 @@ enum Counted {
     Stops,
     StopIds,
     ReceivedIds,
+    Stages,
 }
 
 #[derive(Default)]
-struct Counts([usize; 7]);
+struct Counts([usize; 8]);
 
 impl Counts {
     fn add(&mut self, counted: Counted, more: usize) -> Result<(), String> {
@@ -129,6 +145,7 @@ impl Counts {
             Counted::Stops => ("stop", limits::STOP_STRINGS),
             Counted::StopIds => ("stop_token_ids", limits::STOP_TOKENS),
             Counted::ReceivedIds => ("received_ids", limits::PROMPT_TOKENS),
+            Counted::Stages => ("stages", limits::STAGES),
         };
         let count = &mut self.0[counted as usize];
         *count += more;

@@ -80,8 +80,9 @@ fn quantile(times: &[Duration], percent: usize) -> Duration {
 
 /// The request of honest client `index`: sampled, so that any wrong logit shows in the tokens.
 fn request(index: usize) -> Value {
+    let prompts = ["One day, Tom", "Once upon a time", "The little dog"];
     json!({
-        "prompt": ["One day, Tom", "Once upon a time", "The little dog"][index % 3],
+        "prompt": prompts[index % prompts.len()],
         "max_tokens": 64, "temperature": 0.8, "seed": 7 + index, "stream": true,
         "ignore_eos": true,
     })

@@ -278,6 +278,17 @@ impl Service {
             drop((&mut other.done).await);
             *building = None;
         }
+        if let Some(build) = building.take_if(|build| build.done.is_finished()) {
+            // Of a call that was given up, however long ago: what failed then may go well now.
+            match build.done.await {
+                Ok(Ok(holding)) => return Ok(holding),
+                Ok(Err(error)) => match self.judge_failure(error) {
+                    damaged @ ServiceError::Damaged { .. } => return Err(damaged),
+                    error => tracing::info!(error = %Chain(&error), "an earlier build had failed"),
+                },
+                Err(error) => tracing::warn!(%error, "an earlier build had panicked"),
+            }
+        }
         let build = match building {
             Some(build) => build,
             None => {

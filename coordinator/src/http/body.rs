@@ -7,8 +7,9 @@ use std::time::Duration;
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use futures::StreamExt;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::arriving::Arriving;
 use super::errors::{ApiError, NO_FIELD};
 use super::json::{self, FromBody};
 use crate::memory::{Memory, Room, SMALL_BYTES};
@@ -27,6 +28,10 @@ pub(super) struct Bodies {
     limit_bytes: usize,
     context: usize,
     memory: Arc<Memory>,
+    arriving: Arc<Arriving>,
+    /// Of requests whose bodies are here.
+    open: Arc<Semaphore>,
+    open_limit: usize,
     parsing_small: Arc<Semaphore>,
     parsing_large: Arc<Semaphore>,
 }
@@ -36,12 +41,23 @@ pub(super) struct Bodies {
 pub(super) struct Held<T> {
     pub(super) value: T,
     pub(super) room: Room,
+    /// Its place among the open requests.
+    pub(super) place: OwnedSemaphorePermit,
 }
 
 impl Bodies {
-    /// Bodies of at most `limit_bytes` that share `memory`, for a model of `context` tokens.
-    pub(super) fn new(limit_bytes: usize, context: usize, memory: Arc<Memory>) -> Self {
+    /// Bodies of at most `limit_bytes` that share `memory`, of at most `open` requests, for a model of
+    /// `context` tokens. As many more may be arriving.
+    pub(super) fn new(
+        limit_bytes: usize,
+        context: usize,
+        memory: Arc<Memory>,
+        open: usize,
+    ) -> Self {
         Self {
+            arriving: Arriving::new(open, limit_bytes),
+            open: Arc::new(Semaphore::new(open)),
+            open_limit: open,
             limit_bytes,
             context,
             memory,
@@ -71,14 +87,20 @@ impl Bodies {
             return Err(ApiError::too_large(self.limit_bytes));
         }
         let read = tokio::time::timeout(BODY_PATIENCE, self.read(request, declared));
-        let (body, room) = read.await.map_err(|_| ApiError::slow_body())??;
+        let body = read.await.map_err(|_| ApiError::slow_body())??;
+        // Only now: a client that sends half a body takes no place from others.
+        let place = Arc::clone(&self.open)
+            .try_acquire_owned()
+            .map_err(|_| ApiError::busy(self.open_limit))?;
+        let mut room = Room::default();
+        room.grow(&self.memory, body.len())?;
         let turns =
             if body.len() > SMALL_BYTES { &self.parsing_large } else { &self.parsing_small };
         let turn = Arc::clone(turns).acquire_owned().await.map_err(|_| failed())?;
         let context = self.context;
         let parsed = tokio::task::spawn_blocking(move || {
             let _turn = turn;
-            json::parse::<T>(&body, context).map(|value| Held { value, room })
+            json::parse::<T>(&body, context).map(|value| Held { value, room, place })
         });
         parsed.await.map_err(|error| {
             tracing::error!(%error, "the parser panicked");
@@ -86,16 +108,14 @@ impl Bodies {
         })?
     }
 
-    async fn read(
-        &self,
-        request: Request,
-        declared: Option<u64>,
-    ) -> Result<(Vec<u8>, Room), ApiError> {
+    async fn read(&self, request: Request, declared: Option<u64>) -> Result<Vec<u8>, ApiError> {
         let most = declared.map_or(self.limit_bytes, |bytes| bytes as usize);
         let mut bytes = Vec::new();
-        let mut room = Room::default();
+        let ticket = self.arriving.begin();
         let mut frames = request.into_body().into_data_stream();
-        while let Some(frame) = frames.next().await {
+        loop {
+            let next = ticket.cut.run_until_cancelled(frames.next()).await;
+            let Some(frame) = next.ok_or_else(ApiError::slow_body)? else { return Ok(bytes) };
             let frame =
                 frame.map_err(|_| ApiError::invalid(NO_FIELD, "the request's body ended early"))?;
             let needed = bytes.len() + frame.len();
@@ -107,10 +127,9 @@ impl Bodies {
                 let capacity = (2 * needed).min(most).max(needed);
                 bytes.reserve_exact(capacity - bytes.len());
             }
-            room.grow(&self.memory, needed)?;
+            ticket.grown_to(needed);
             bytes.extend_from_slice(&frame);
         }
-        Ok((bytes, room))
     }
 }
 
@@ -191,7 +210,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_body_is_parsed_on_a_thread_of_the_runtime() {
-        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20));
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20), 64);
         // This runtime has one thread: the test's own.
         for bytes in [16, SMALL_BYTES, 1 << 20] {
             let held = bodies.read_json::<ParsedBy>(request(&[], body_of(bytes).into())).await;
@@ -201,7 +220,7 @@ mod tests {
 
     #[tokio::test]
     async fn memory_of_large_bodies_is_bounded_and_small_ones_are_served_all_the_same() {
-        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20));
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20), 64);
         let full = || request(&[], body_of(4 << 20).into());
         let mut held = Vec::new();
         let refused = loop {
@@ -219,8 +238,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn half_bodies_take_no_place_and_the_oldest_makes_room() {
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20), 2);
+        let half = |bytes: usize| {
+            let first = stream::iter([Ok::<_, Infallible>(Bytes::from(vec![b' '; bytes]))]);
+            let frames = first.chain(stream::pending());
+            Box::pin(bodies.read_json::<ParsedBy>(request(&[], Body::from_stream(frames))))
+        };
+        let mut halves = [half(1), half(1), half(1)];
+        for half in &mut halves {
+            assert!(futures::poll!(half.as_mut()).is_pending());
+        }
+        assert_eq!((&mut halves[0]).await.unwrap_err().status.as_u16(), 408);
+        // Two are open and none is here.
+        bodies.read_json::<ParsedBy>(request(&[], "{}".into())).await.unwrap();
+        drop(halves);
+        // A dozen large ones that stop a byte before their end keep no other out.
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20), 64);
+        let full = || request(&[], body_of(4 << 20).into());
+        let half = |bytes: usize| {
+            let first = stream::iter([Ok::<_, Infallible>(Bytes::from(vec![b' '; bytes]))]);
+            let frames = first.chain(stream::pending());
+            Box::pin(bodies.read_json::<ParsedBy>(request(&[], Body::from_stream(frames))))
+        };
+        let mut halves: Vec<_> = (0..12).map(|_| half((4 << 20) - 1)).collect();
+        for half in &mut halves {
+            assert!(futures::poll!(half.as_mut()).is_pending());
+        }
+        bodies.read_json::<ParsedBy>(full()).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn what_cannot_be_taken_is_refused_before_it_is_read() {
-        let bodies = Bodies::new(1 << 10, 16, Memory::for_requests(1 << 10));
+        let bodies = Bodies::new(1 << 10, 16, Memory::for_requests(1 << 10), 64);
         let never = || {
             let frames =
                 stream::poll_fn(|_| -> std::task::Poll<Option<Result<Bytes, Infallible>>> {

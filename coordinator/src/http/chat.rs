@@ -255,7 +255,7 @@ impl<'de> Shape<'de> for TypeOf {
 /// Answers a request.
 pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
     let headers = request.headers().clone();
-    let Held { value: body, room } = api.bodies.read_json::<Body>(request).await?;
+    let Held { value: body, room, place: _place } = api.bodies.read_json::<Body>(request).await?;
     let n = body.parameters.choices()?;
     let streamed = body.parameters.stream.unwrap_or(false);
     let options = body.parameters.stream_options.unwrap_or_default();

@@ -160,7 +160,7 @@ fn token_ids<'de, A: SeqAccess<'de>>(
 /// Answers a request.
 pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<Response, ApiError> {
     let headers = request.headers().clone();
-    let Held { value: body, room } = api.bodies.read_json::<Body>(request).await?;
+    let Held { value: body, room, place: _place } = api.bodies.read_json::<Body>(request).await?;
     let streamed = body.parameters.stream.unwrap_or(false);
     let options = body.parameters.stream_options.unwrap_or_default();
     let prompts_only = body.parameters.max_tokens == Some(0);

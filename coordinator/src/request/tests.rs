@@ -64,8 +64,12 @@ fn what_a_request_does_not_say_is_the_models_default() {
     let want = SamplingParameters { temperature: 0.0, ..SamplingParameters::default() };
     assert_eq!(checked.sampling, want, "a request's own values win");
     // The context has 16.
-    assert_eq!(default_length(&[0; 5], &model), Some(8));
-    assert_eq!(default_length(&[0; 12], &model), None, "as many as there is room for");
+    assert_eq!(default_length(&checked, &[0; 5], &model), Some(8));
+    assert_eq!(default_length(&checked, &[0; 12], &model), None, "as many as there is room for");
+    let least = Checked { min_tokens: 10, ..checked.clone() };
+    assert_eq!(default_length(&least, &[0; 5], &model), Some(10), "asked for is asked for");
+    let resumed = Checked { received: vec![0; 9], ..checked };
+    assert_eq!(default_length(&resumed, &[0; 5], &model), None, "it has more already");
 }
 
 #[test]

@@ -150,6 +150,7 @@ impl Calls {
             message_bytes: method.message_bytes,
             first: (!method.waits).then_some(self.limits.first_message),
             whole: self.limits.whole_message,
+            single: !method.streams,
         };
         let arrival = parts.extensions.remove::<Arrival>();
         let mut messages = Messages::new(body, limits, &self.unfinished, arrival);

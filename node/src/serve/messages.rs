@@ -114,6 +114,9 @@ pub(super) struct MessageLimits {
     pub(super) first: Option<Duration>,
     /// From a message's first byte to its last.
     pub(super) whole: Duration,
+    /// The request is one message: what follows it is not read. Waiting for the client to say that
+    /// nothing does would give it the call for as long as it likes.
+    pub(super) single: bool,
 }
 
 /// The body of one call.
@@ -181,6 +184,12 @@ impl Messages {
         all: &Arc<Unfinished>,
         arrival: Option<Arrival>,
     ) -> Self {
+        if limits.first.is_none()
+            && let Some(arrival) = &arrival
+        {
+            // Whoever may be quiet for as long as it likes is here already.
+            arrival.mark();
+        }
         let ticket = limits.first.map(|_| all.begin(false));
         let deadline = limits.first.map(|first| Box::pin(sleep(first)));
         Self {
@@ -208,7 +217,7 @@ impl Messages {
 
     /// Reads until there is something for the decoder, or the end.
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        while self.ready.is_empty() && !self.ended {
+        while self.ready.is_empty() && !self.ended && !self.is_complete() {
             let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) else {
                 return self.poll_trouble(context);
             };
@@ -231,6 +240,11 @@ impl Messages {
         Poll::Ready(Ok(()))
     }
 
+    /// Whether all of the request that is wanted is here.
+    fn is_complete(&self) -> bool {
+        self.limits.single && self.proven
+    }
+
     /// Nothing came: is it too late, or was this message cut?
     fn poll_trouble(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
         if let Some(ticket) = &mut self.ticket
@@ -250,7 +264,7 @@ impl Messages {
 
     /// Takes a frame's data: parts of messages.
     fn feed(&mut self, mut data: Bytes) -> Result<(), Status> {
-        while !data.is_empty() {
+        while !data.is_empty() && !self.is_complete() {
             if !self.partial.has_begun() {
                 // Most messages are whole at once.
                 if let Some(whole) = whole_at_start(&mut data, self.limits.message_bytes) {

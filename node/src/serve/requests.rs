@@ -87,7 +87,9 @@ where
                     .entry(header::HeaderName::from_static("keep-alive"))
                     .or_insert(keep_alive);
             }
-            Ok(response.map(|body| Body::new(Held::new(body, call))))
+            // Until the first part is asked for: with a shut window it never is.
+            call.handed_over(true);
+            Ok(response.map(|body| Body::new(Answer { body, call })))
         })
     }
 }
@@ -110,6 +112,35 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Arriving<B> {
         if frame.is_none() || self.body.is_end_stream() {
             self.call.arrived();
         }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// An answer's body: its request is open until it has ended.
+struct Answer {
+    body: Body,
+    call: Arc<Call>,
+}
+
+impl HttpBody for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.call.handed_over(false);
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        self.call.handed_over(frame.is_some());
         Poll::Ready(frame)
     }
 

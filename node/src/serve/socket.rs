@@ -52,8 +52,11 @@ impl Socket {
         context: &mut Context<'_>,
         written: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if written.is_ready() {
+        if let Poll::Ready(outcome) = &written {
             self.stalled = None;
+            if outcome.as_ref().is_ok_and(|bytes| *bytes > 0) {
+                self.activity.wrote(Instant::now());
+            }
             return written;
         }
         let timeout = self.write_timeout;

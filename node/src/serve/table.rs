@@ -20,6 +20,8 @@ pub(super) enum Cut {
     Room,
     /// It gave back a file descriptor.
     Descriptors,
+    /// Its client took nothing of any of its answers.
+    Unread,
 }
 
 impl Cut {
@@ -30,6 +32,7 @@ impl Cut {
             Self::Idle => "idle",
             Self::Room => "room",
             Self::Descriptors => "descriptors",
+            Self::Unread => "unread",
         }
     }
 }
@@ -45,13 +48,27 @@ struct State {
     open: u32,
     /// Those of them that have arrived: whole, or with their first whole message.
     arrived: u32,
+    /// Parts of answers that HTTP/2 holds because the client's window is shut, and since when: by the
+    /// number of their request.
+    held: BTreeMap<u64, Instant>,
+    /// Numbers requests.
+    calls: u64,
     /// When it was accepted, or when its last request began or ended.
     since: Instant,
+    /// When the client last took bytes: the rest of an answer whose request has ended may be on its way.
+    written: Option<Instant>,
     /// When the first byte of the next head came.
     head_since: Option<Instant>,
     /// Why it was told to end, and what it was doing then.
     cut: Option<(Cut, Option<Rank>)>,
 }
+
+/// How long after the client last took bytes a connection without a request may still be sending the end
+/// of an answer.
+const TAIL: Duration = Duration::from_millis(500);
+
+/// How long the end of an answer may take after its request has ended: hyper holds some 64 KiB of it.
+const TAIL_MAX: Duration = Duration::from_secs(10);
 
 /// Who makes room: the first of these first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,7 +96,10 @@ impl Activity {
             http2: false,
             open: 0,
             arrived: 0,
+            held: BTreeMap::new(),
+            calls: 0,
             since: now,
+            written: None,
             head_since: None,
             cut: None,
         };
@@ -101,11 +121,25 @@ impl Activity {
         }
     }
 
-    /// When it is cut if nothing changes, and why; `None` while a request is open.
+    /// The client took bytes.
+    pub(super) fn wrote(&self, now: Instant) {
+        self.state().written = Some(now);
+    }
+
+    /// Since when nothing is open and nothing was taken; `None` while a request is open.
+    pub(super) fn quiet_since(&self) -> Option<Instant> {
+        let state = self.state();
+        (state.open == 0).then(|| state.quiet_since())
+    }
+
+    /// When it is cut if nothing changes, and why; `None` while a request is being answered.
     pub(super) fn deadline(&self, timeouts: &Timeouts) -> Option<(Instant, Cut)> {
         let state = self.state();
         if state.open > 0 {
-            return None;
+            // One answer that is not read is its client's affair while it reads another.
+            let all_held = state.held.len() == state.open as usize;
+            let last = state.held.values().max().filter(|_| all_held)?;
+            return Some((*last + timeouts.write, Cut::Unread));
         }
         if !state.proven {
             return Some((state.since + timeouts.first_request, Cut::Silent));
@@ -129,9 +163,22 @@ impl Activity {
 }
 
 impl State {
+    /// When its last request ended, or the client last took some of the answer.
+    fn quiet_since(&self) -> Instant {
+        // What is written long after is no answer: pings and the like.
+        let written = self.written.filter(|written| *written <= self.since + TAIL_MAX);
+        written.map_or(self.since, |written| self.since.max(written))
+    }
+
+    fn written_lately(&self) -> bool {
+        self.written.is_some_and(|written| written.elapsed() < TAIL)
+    }
+
     fn rank(&self) -> Option<Rank> {
         match (self.open, self.arrived, self.proven) {
             (0, _, false) => Some(Rank::Silent),
+            // The rest of an answer may be on its way.
+            (0, _, true) if self.quiet_since() > self.since && self.written_lately() => None,
             (0, _, true) => Some(Rank::Idle),
             (_, 0, _) => Some(Rank::Arriving),
             _ => None,
@@ -143,6 +190,7 @@ impl State {
 #[derive(Debug)]
 pub(super) struct Call {
     activity: Arc<Activity>,
+    number: u64,
     arrived: Mutex<bool>,
 }
 
@@ -151,9 +199,20 @@ impl Call {
         let mut state = activity.state();
         state.proven = true;
         state.open += 1;
+        state.calls += 1;
         state.since = Instant::now();
         state.head_since = None;
-        Arc::new(Self { activity: Arc::clone(activity), arrived: Mutex::new(false) })
+        let number = state.calls;
+        Arc::new(Self { activity: Arc::clone(activity), number, arrived: Mutex::new(false) })
+    }
+
+    /// A part of the answer was handed over, or the next is asked for: then that part is on its way.
+    pub(super) fn handed_over(&self, part: bool) {
+        let mut state = self.activity.state();
+        match part {
+            true => drop(state.held.insert(self.number, Instant::now())),
+            false => drop(state.held.remove(&self.number)),
+        }
     }
 
     /// The request is here: from now on its connection makes no room for others.
@@ -172,6 +231,7 @@ impl Drop for Call {
         let mut state = self.activity.state();
         state.open -= 1;
         state.arrived -= u32::from(arrived);
+        state.held.remove(&self.number);
         state.since = Instant::now();
         let is_idle = state.open == 0;
         drop(state);
@@ -244,8 +304,9 @@ impl Table {
             return Admission::Wait(now + self.grace);
         }
         // Those that are new may still send; if there are none, nothing will change soon.
-        match inner.open.values().filter_map(|activity| activity.rank()).map(|(_, at)| at).min() {
-            Some(oldest) => Admission::Wait(oldest + self.grace),
+        let staying = inner.open.values().filter(|activity| activity.cut().is_none());
+        match staying.filter_map(|activity| activity.rank()).map(|(_, at)| at).min() {
+            Some(oldest) => Admission::Wait((oldest + self.grace).max(now)),
             None => Admission::Full,
         }
     }
@@ -254,9 +315,11 @@ impl Table {
     /// and it takes no more than the rest until [`Self::set_limit`] says otherwise.
     pub(super) fn give_back(&self, spare: usize) {
         let mut inner = self.inner();
-        inner.limit = inner.open.len().saturating_sub(spare).max(1);
+        let wanted = inner.open.len().saturating_sub(spare).max(1);
         let now = Instant::now();
-        while inner.staying() > inner.limit && inner.cut_one(Cut::Descriptors, now) {}
+        while inner.staying() > wanted && inner.cut_one(Cut::Descriptors, now) {}
+        // Not below what stays: where nothing could be cut, refusing newcomers would free nothing.
+        inner.limit = inner.staying().max(1);
     }
 
     /// How many may be open from now on; at least one.
@@ -314,7 +377,8 @@ impl Place {
         let mut state = self.activity.state();
         let (why, then) = state.cut?;
         let now = state.rank();
-        if why == Cut::Room && (now.is_none() || now > then) {
+        let spares = matches!(why, Cut::Room | Cut::Descriptors);
+        if spares && (now.is_none() || now > then) {
             state.cut = None;
             self.table.gone.notify_one();
             return None;

@@ -259,6 +259,27 @@ async fn a_client_that_stops_reading_is_cut() {
 }
 
 #[tokio::test]
+async fn a_client_that_opens_no_window_for_its_answer_is_cut() {
+    let mut options = patient(4);
+    options.timeouts.write = Duration::from_millis(20);
+    let server = Running::start(options).await;
+    // SETTINGS with an initial window of 0, then GET /endless of x.
+    let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0";
+    let get = b"\0\0\x0f\x01\x05\0\0\0\x01\x82\x04\x08/endless\x86\x41\x01x";
+    let hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let stream = server.send(&[&hello[..], settings, get].concat()).await;
+    until_closed(stream, b"").await;
+    // A client that waits for its answer is not meant.
+    let mut waiting = server.send(b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let mut heard = [0; 1024];
+    while !heard.contains(&b'x') {
+        assert!(waiting.read(&mut heard).await.unwrap() > 0);
+    }
+    let more = async { while waiting.read(&mut heard).await.unwrap() > 0 {} };
+    assert!(tokio::time::timeout(Duration::from_millis(200), more).await.is_err(), "it was cut");
+}
+
+#[tokio::test]
 async fn stopping_waits_for_answers_and_not_for_silent_ones() {
     let mut server = Running::start(patient(8)).await;
     let _silent = server.send(b"").await;

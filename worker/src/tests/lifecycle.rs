@@ -156,7 +156,7 @@ async fn a_busy_worker_finishes_what_is_in_flight() {
 /// The answer to `GET path`, headers and all.
 async fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = soon(TcpStream::connect(address)).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nhost: w\r\nconnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
     soon(stream.write_all(request.as_bytes())).await.unwrap();
     let mut answer = String::new();
     soon(stream.read_to_string(&mut answer)).await.unwrap();

@@ -17,7 +17,7 @@ const SECOND: Duration = Duration::from_secs(1);
 type Sender = mpsc::Sender<Result<Bytes, Infallible>>;
 
 fn limits(message_bytes: usize, first: Option<Duration>) -> MessageLimits {
-    MessageLimits { message_bytes, first, whole: 10 * SECOND }
+    MessageLimits { message_bytes, first, whole: 10 * SECOND, single: false }
 }
 
 fn message(length: usize) -> Bytes {
@@ -70,6 +70,18 @@ async fn messages_pass_unchanged_however_they_are_cut() {
         assert!(passed.unwrap() == whole, "cut into {cut}");
         assert_eq!(held(&all), (0, 0));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_of_one_message_ends_with_it_whatever_its_client_does() {
+    let all = Unfinished::new(1 << 20, 10);
+    let limits = MessageLimits { single: true, ..limits(100, Some(SECOND)) };
+    let (mut sender, mut messages) = call(limits, &all);
+    // Another follows, and the client never says that it has finished.
+    sender.send(Ok([message(3), message(4)].concat().into())).await.unwrap();
+    assert_eq!(everything(&mut messages).await.unwrap(), message(3));
+    assert_eq!(held(&all), (0, 0));
+    drop(sender);
 }
 
 #[tokio::test(start_paused = true)]
