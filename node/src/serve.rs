@@ -185,7 +185,7 @@ pub fn describe() {
     metrics::describe_gauge!("tercet_connections_open", "connections of clients, by server");
     metrics::describe_counter!(
         "tercet_connections_cut_total",
-        "connections that the server closed: silent, idle, for room, for descriptors, by server"
+        "connections that the server closed: silent, idle, for room, for descriptors, not reading, by server"
     );
     metrics::describe_counter!(
         "tercet_connections_refused_total",
