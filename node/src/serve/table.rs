@@ -65,7 +65,7 @@ struct State {
 
 /// How long after the client last took bytes a connection without a request may still be sending the end
 /// of an answer.
-const TAIL: Duration = Duration::from_millis(500);
+const TAIL: Duration = Duration::from_millis(100);
 
 /// How long the end of an answer may take after its request has ended: hyper holds some 64 KiB of it.
 const TAIL_MAX: Duration = Duration::from_secs(10);
@@ -160,6 +160,11 @@ impl Activity {
         let state = self.state();
         Some((state.rank()?, state.since))
     }
+
+    /// Until when it is left alone although nothing is open.
+    fn tail_until(&self) -> Option<Instant> {
+        self.state().tail_until()
+    }
 }
 
 impl State {
@@ -170,15 +175,16 @@ impl State {
         written.map_or(self.since, |written| self.since.max(written))
     }
 
-    fn written_lately(&self) -> bool {
-        self.written.is_some_and(|written| written.elapsed() < TAIL)
+    /// Until when the end of an answer may still be on its way.
+    fn tail_until(&self) -> Option<Instant> {
+        let written = self.written.filter(|_| self.open == 0)?;
+        (written >= self.since && written <= self.since + TAIL_MAX).then_some(written + TAIL)
     }
 
     fn rank(&self) -> Option<Rank> {
         match (self.open, self.arrived, self.proven) {
             (0, _, false) => Some(Rank::Silent),
             // The rest of an answer may be on its way.
-            (0, _, true) if self.quiet_since() > self.since && self.written_lately() => None,
             (0, _, true) => Some(Rank::Idle),
             (_, 0, _) => Some(Rank::Arriving),
             _ => None,
@@ -305,8 +311,12 @@ impl Table {
         }
         // Those that are new may still send; if there are none, nothing will change soon.
         let staying = inner.open.values().filter(|activity| activity.cut().is_none());
-        match staying.filter_map(|activity| activity.rank()).map(|(_, at)| at).min() {
-            Some(oldest) => Admission::Wait((oldest + self.grace).max(now)),
+        let ripe = |activity: &Arc<Activity>| {
+            let (_, at) = activity.rank()?;
+            Some((at + self.grace).max(activity.tail_until().unwrap_or(now)))
+        };
+        match staying.filter_map(ripe).min() {
+            Some(ripe) => Admission::Wait(ripe.max(now)),
             None => Admission::Full,
         }
     }
@@ -347,8 +357,11 @@ impl Inner {
     /// Cuts the connection that can best be missed, if there is one; of those without a whole
     /// request only such as were there at `since`.
     fn cut_one(&mut self, why: Cut, since: Instant) -> bool {
+        let now = Instant::now();
         let staying = self.open.values().filter(|activity| activity.cut().is_none());
         let ranked = staying.filter_map(|activity| Some((activity.rank()?, activity)));
+        let ranked =
+            ranked.filter(|(_, activity)| activity.tail_until().is_none_or(|at| at <= now));
         let old = ranked.filter(|((rank, at), _)| *rank == Rank::Idle || *at <= since);
         let Some((_, victim)) = old.min_by_key(|(rank, _)| *rank) else { return false };
         let mut state = victim.state();
