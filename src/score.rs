@@ -97,7 +97,7 @@ enum Verdict {
     Unknown(String),
 }
 
-/// Reads `source` into `dest` as [`model::import`] does, and scores what came of it. Where I2_S is in
+/// Reads `source` into `dest` as [`model::import()`] does, and scores what came of it. Where I2_S is in
 /// the layout that nobody chose and does not read as language, the other layout is tried, and kept if
 /// that one does: no file says which it has.
 ///
@@ -137,7 +137,7 @@ pub fn import(
     Ok(noted(imported, verdict))
 }
 
-/// Reads `source` into `dest` as [`model::import`] does, and scores what came of it as it is: for a
+/// Reads `source` into `dest` as [`model::import()`] does, and scores what came of it as it is: for a
 /// store that others may open as soon as it is there.
 ///
 /// # Errors
