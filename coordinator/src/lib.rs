@@ -80,10 +80,10 @@ pub async fn run(
     let store = open_model(&config)?;
     let text = text::Text::open(&store)
         .map_err(|source| RunError::Text { path: config.model.clone(), source })?;
-    let grpc_listener = bind("gRPC", config.grpc).await?;
-    let http_listener = bind("HTTP", config.http).await?;
+    let grpc_listener = bind("gRPC", config.grpc)?;
+    let http_listener = bind("HTTP", config.http)?;
     let admin_listener = match config.admin {
-        Some(address) => Some(bind("admin", address).await?),
+        Some(address) => Some(bind("admin", address)?),
         None => None,
     };
     let admin = admin_listener.as_ref().map(|listener| local("admin", listener)).transpose()?;
@@ -194,8 +194,8 @@ fn open_model(config: &Config) -> Result<model::Store, RunError> {
     open().map_err(|source| RunError::Model { path: config.model.clone(), source })
 }
 
-async fn bind(service: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
-    TcpListener::bind(address).await.map_err(|source| RunError::Bind { service, address, source })
+fn bind(service: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
+    node::serve::listen(address).map_err(|source| RunError::Bind { service, address, source })
 }
 
 fn local(service: &'static str, listener: &TcpListener) -> Result<SocketAddr, RunError> {

@@ -33,7 +33,7 @@ use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -70,6 +70,24 @@ const HTTP1_BUFFER_BYTES: usize = 64 << 10;
 
 /// Flow control of each connection beyond [`Http2::roomy`]: what HTTP/2 starts with.
 const SMALL_WINDOW_BYTES: u32 = (64 << 10) - 1;
+
+/// Connections that the kernel holds for us to accept, at most what `net.core.somaxconn` allows: a burst
+/// of as many as all places of a large server. Beyond it the kernel forgets connections of which their
+/// clients believe that they are open, so that nobody cuts them, nor answers them for half a minute.
+const BACKLOG: u32 = 4096;
+
+/// A listener for [`serve`].
+///
+/// # Errors
+///
+/// What the operating system says.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A restarted server takes its address back although connections of the last one linger.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// What a server speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

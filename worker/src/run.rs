@@ -73,10 +73,10 @@ pub async fn run(
     };
     let Checked { engine, known_answer, stores, models, working_bytes } =
         checked.map_err(RunError::StartUp)??;
-    let listener = listen(config.listen).await?;
+    let listener = listen(config.listen)?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
     let observer = match config.http {
-        Some(http) => Some((http, listen(http).await?)),
+        Some(http) => Some((http, listen(http)?)),
         None => None,
     };
 
@@ -262,8 +262,8 @@ fn verify(store: &Store) -> Result<(), RunError> {
     Ok(())
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
-    TcpListener::bind(address).await.map_err(|source| listen_error(address, source))
+fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
+    node::serve::listen(address).map_err(|source| listen_error(address, source))
 }
 
 fn listen_error(address: SocketAddr, source: std::io::Error) -> RunError {

@@ -259,6 +259,16 @@ async fn a_client_that_stops_reading_is_cut() {
 }
 
 #[tokio::test]
+async fn a_burst_of_connections_is_held_until_it_is_accepted() {
+    // More than the 128 of the standard library, and nobody accepts.
+    let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let burst = futures::future::join_all((0..400).map(|_| TcpStream::connect(address)));
+    let open = tokio::time::timeout(Duration::from_secs(1), burst).await.expect("none is dropped");
+    assert!(open.iter().all(Result::is_ok));
+}
+
+#[tokio::test]
 async fn a_client_that_opens_no_window_for_its_answer_is_cut() {
     let mut options = patient(4);
     options.timeouts.write = Duration::from_millis(20);
