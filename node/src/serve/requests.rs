@@ -140,7 +140,15 @@ impl HttpBody for Answer {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.call.handed_over(false);
         let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
-        self.call.handed_over(frame.is_some());
+        let is_last = match &frame {
+            Some(Ok(frame)) => frame.is_trailers() || self.body.is_end_stream(),
+            Some(Err(_)) | None => true,
+        };
+        match is_last {
+            // Not only when hyper lets go of it: its client may have it all by then.
+            true => self.call.end(),
+            false => self.call.handed_over(true),
+        }
         Poll::Ready(frame)
     }
 
@@ -182,5 +190,30 @@ impl<T: Unpin> HttpBody for Held<T> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::time::Instant;
+
+    use super::super::table::{Admission, Table};
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_ends_with_the_last_part_of_its_answer_and_not_when_that_is_dropped() {
+        let table = Table::new("test", 1, Duration::ZERO);
+        let Admission::Entered(place) = table.admit(Instant::now()) else { panic!("it is empty") };
+        let call = Call::begin(&place.activity);
+        call.arrived();
+        let mut answer = Answer { body: Body::from("all"), call };
+        assert!(place.activity.quiet_since().is_none(), "it is being answered");
+        let part = poll_fn(|context| Pin::new(&mut answer).poll_frame(context)).await;
+        assert!(part.is_some());
+        assert!(place.activity.quiet_since().is_some(), "hyper may hold on to it");
+        drop(answer);
+        assert!(place.activity.quiet_since().is_some());
     }
 }

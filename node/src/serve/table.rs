@@ -63,8 +63,8 @@ struct State {
     cut: Option<(Cut, Option<Rank>)>,
 }
 
-/// How long after the client last took bytes a connection without a request may still be sending the end
-/// of an answer.
+/// How long after its last request ended, or its client last took bytes of the answer, a connection
+/// may still be sending the end of it.
 const TAIL: Duration = Duration::from_millis(100);
 
 /// How long the end of an answer may take after its request has ended: hyper holds some 64 KiB of it.
@@ -177,8 +177,7 @@ impl State {
 
     /// Until when the end of an answer may still be on its way.
     fn tail_until(&self) -> Option<Instant> {
-        let written = self.written.filter(|_| self.open == 0)?;
-        (written >= self.since && written <= self.since + TAIL_MAX).then_some(written + TAIL)
+        (self.open == 0 && self.proven).then(|| self.quiet_since() + TAIL)
     }
 
     fn rank(&self) -> Option<Rank> {
@@ -197,7 +196,14 @@ impl State {
 pub(super) struct Call {
     activity: Arc<Activity>,
     number: u64,
-    arrived: Mutex<bool>,
+    progress: Mutex<Progress>,
+}
+
+/// How far one request is.
+#[derive(Debug, Default)]
+struct Progress {
+    arrived: bool,
+    ended: bool,
 }
 
 impl Call {
@@ -209,11 +215,14 @@ impl Call {
         state.since = Instant::now();
         state.head_since = None;
         let number = state.calls;
-        Arc::new(Self { activity: Arc::clone(activity), number, arrived: Mutex::new(false) })
+        Arc::new(Self { activity: Arc::clone(activity), number, progress: Mutex::default() })
     }
 
     /// A part of the answer was handed over, or the next is asked for: then that part is on its way.
     pub(super) fn handed_over(&self, part: bool) {
+        if self.progress().ended {
+            return;
+        }
         let mut state = self.activity.state();
         match part {
             true => drop(state.held.insert(self.number, Instant::now())),
@@ -223,17 +232,24 @@ impl Call {
 
     /// The request is here: from now on its connection makes no room for others.
     pub(super) fn arrived(&self) {
-        let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*arrived {
-            *arrived = true;
+        let mut progress = self.progress();
+        if !progress.arrived && !progress.ended {
+            progress.arrived = true;
             self.activity.state().arrived += 1;
         }
     }
-}
 
-impl Drop for Call {
-    fn drop(&mut self) {
-        let arrived = *self.arrived.get_mut().unwrap_or_else(PoisonError::into_inner);
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last part of its answer was handed over, or nobody wants it any more.
+    pub(super) fn end(&self) {
+        let mut progress = self.progress();
+        if std::mem::replace(&mut progress.ended, true) {
+            return;
+        }
+        let arrived = progress.arrived;
         let mut state = self.activity.state();
         state.open -= 1;
         state.arrived -= u32::from(arrived);
@@ -244,6 +260,12 @@ impl Drop for Call {
         if is_idle {
             self.activity.changed.notify_one();
         }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -433,7 +455,9 @@ mod tests {
         let table = Table::new("test", 4, MOMENT);
         let idle = enter(&table);
         drop(Call::begin(&idle.activity));
-        a_moment().await;
+        // It may still be sending the end of its answer.
+        assert_eq!(idle.activity.tail_until(), Some(Instant::now() + TAIL));
+        tokio::time::sleep(TAIL).await;
         let half = enter(&table);
         let half_call = Call::begin(&half.activity);
         a_moment().await;
