@@ -4,7 +4,7 @@
 //! accept ──▶ table: room? ──no──▶ a silent or idle one makes room, else a refusal at once
 //!              │ yes
 //!              ▼
-//!        one task a connection: hyper ── Tracked (which requests are open) ── the router
+//!        one task a connection: first bytes ── hyper ── Tracked (which requests are open) ── the router
 //!              │
 //!              └─ ends it: no request head in time, idle for long, told to make room, stopped
 //! ```
@@ -389,18 +389,59 @@ struct Connection {
 
 impl Connection {
     async fn serve(self, stream: TcpStream, peer: SocketAddr) {
+        let activity = Arc::clone(&self.place.activity);
+        let mut socket = Socket::new(stream, activity, self.options.timeouts.write);
+        let cut = match self.begin(&mut socket).await {
+            // On the heap: silent connections do without what serving needs.
+            Begun::Speaks => Box::pin(self.answer(socket, peer)).await,
+            Begun::Ended => None,
+            Begun::Cut(why) => Some(why),
+        };
+        if let Some(why) = cut {
+            let server = self.options.name;
+            tracing::debug!(server, %peer, why = why.name(), "connection cut");
+            metrics::counter!("tercet_connections_cut_total",
+                "server" => server, "cause" => why.name())
+            .increment(1);
+        }
+    }
+
+    /// Waits for the first bytes of the client.
+    async fn begin(&self, socket: &mut Socket) -> Begun {
+        let (activity, timeouts) = (&self.place.activity, &self.options.timeouts);
+        let mut speaking = pin!(socket.begin());
+        loop {
+            let due = activity.deadline(timeouts);
+            let (at, late) = due.unwrap_or((Instant::now() + timeouts.first_request, Cut::Silent));
+            tokio::select! {
+                biased;
+                begun = speaking.as_mut() => {
+                    return if begun.is_ok() { Begun::Speaks } else { Begun::Ended };
+                }
+                () = activity.changed.notified() => {}
+                () = sleep_until(at) => return Begun::Cut(late),
+                () = self.stop.cancelled() => return Begun::Ended,
+            }
+            if let Some(why) = self.place.must_end() {
+                return Begun::Cut(why);
+            }
+        }
+    }
+
+    /// Serves a client that has begun to speak; why it was cut, if it was.
+    async fn answer(&self, socket: Socket, peer: SocketAddr) -> Option<Cut> {
         let Options { name: server, timeouts, .. } = self.options;
         let activity = Arc::clone(&self.place.activity);
-        let addresses = (stream.local_addr().ok(), peer);
-        let tracked = Tracked::new(self.router, Arc::clone(&activity), addresses, timeouts.idle);
-        let socket = Socket::new(stream, Arc::clone(&activity), timeouts.write);
+        let addresses = (socket.local_address(), peer);
+        let router = self.router.clone();
+        let tracked = Tracked::new(router, Arc::clone(&activity), addresses, timeouts.idle);
         let builder = builder(&self.options, self.place.others);
         let connection =
             builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(tracked));
         let mut connection = pin!(connection);
         // From when on it is closing in order, and why.
         let mut closing: Option<(Instant, Option<Cut>)> = None;
-        let cut = loop {
+        loop {
             let due = activity.deadline(&timeouts).map(|(at, _)| at);
             let close = closing.and_then(|(began, _)| Some(began.max(activity.quiet_since()?)));
             // Whether answers are read is looked at now and then: at every part of one would be a lot.
@@ -414,7 +455,7 @@ impl Connection {
                     if let Err(error) = ended {
                         tracing::debug!(server, error = &*error, "connection ended");
                     }
-                    break closing.and_then(|(_, why)| why);
+                    return closing.and_then(|(_, why)| why);
                 }
                 () = activity.changed.notified() => {}
                 () = sleep_until(next) => {}
@@ -424,14 +465,14 @@ impl Connection {
                 }
             }
             if let Some(why) = self.place.must_end() {
-                break Some(why);
+                return Some(why);
             }
             let now = Instant::now();
             if let Some((began, why)) = closing
                 && let Some(quiet) = activity.quiet_since()
                 && began.max(quiet) + CLOSE_TIMEOUT <= now
             {
-                break why;
+                return why;
             }
             match activity.deadline(&timeouts).filter(|(at, _)| *at <= now) {
                 // Clients of HTTP/2 hear that they must connect again.
@@ -439,17 +480,21 @@ impl Connection {
                     connection.as_mut().graceful_shutdown();
                     closing = Some((now, Some(Cut::Idle)));
                 }
-                Some((_, why)) if closing.is_none() || why == Cut::Unread => break Some(why),
+                Some((_, why)) if closing.is_none() || why == Cut::Unread => return Some(why),
                 _ => {}
             }
-        };
-        if let Some(why) = cut {
-            tracing::debug!(server, %peer, why = why.name(), "connection cut");
-            metrics::counter!("tercet_connections_cut_total",
-                "server" => server, "cause" => why.name())
-            .increment(1);
         }
     }
+}
+
+/// How a connection began.
+enum Begun {
+    /// It is clear which version of HTTP its client speaks.
+    Speaks,
+    /// The client went away, or the server stops: nothing was asked.
+    Ended,
+    /// It was cut.
+    Cut(Cut),
 }
 
 /// How hyper serves one connection, beside `others`.

@@ -1,12 +1,13 @@
 //! One client's socket: tells when bytes come, and ends a client that does not read.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
@@ -22,6 +23,8 @@ pub(super) struct Socket {
     activity: Arc<Activity>,
     /// How many bytes of [`HTTP2_START`] have come; `None` once it is clear which version it is.
     start: Option<usize>,
+    /// What [`Self::begin`] read: it is read again from here.
+    ahead: Vec<u8>,
     write_timeout: Duration,
     /// Runs while a write waits for the client.
     stalled: Option<Pin<Box<Sleep>>>,
@@ -29,11 +32,43 @@ pub(super) struct Socket {
 
 impl Socket {
     pub(super) fn new(stream: TcpStream, activity: Arc<Activity>, write_timeout: Duration) -> Self {
+        Self { stream, activity, start: Some(0), ahead: Vec::new(), write_timeout, stalled: None }
+    }
+
+    /// Waits until it is clear which version of HTTP the client speaks. Until then it costs us its
+    /// socket and little else: thousands may come every second that never say a word.
+    ///
+    /// # Errors
+    ///
+    /// If the client ends before.
+    pub(super) async fn begin(&mut self) -> io::Result<()> {
+        while let Some(seen) = self.start {
+            let mut bytes = [0; HTTP2_START.len()];
+            let read = self.stream.read(&mut bytes[seen..]).await?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.ahead.extend_from_slice(&bytes[seen..seen + read]);
+            self.heard(&bytes[seen..seen + read]);
+        }
         // Tokens are small and must not wait for one another.
-        if let Err(error) = stream.set_nodelay(true) {
+        if let Err(error) = self.stream.set_nodelay(true) {
             tracing::debug!(%error, "failed to set TCP_NODELAY");
         }
-        Self { stream, activity, start: Some(0), write_timeout, stalled: None }
+        Ok(())
+    }
+
+    /// Notes that bytes came.
+    fn heard(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            let http2 = self.begins_http2(bytes);
+            self.activity.received(Instant::now(), http2);
+        }
+    }
+
+    /// The address at which the client found us.
+    pub(super) fn local_address(&self) -> Option<SocketAddr> {
+        self.stream.local_addr().ok()
     }
 
     /// Whether `bytes` complete the start of an HTTP/2 connection.
@@ -73,13 +108,15 @@ impl AsyncRead for Socket {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.ahead.is_empty() && buffer.remaining() > 0 {
+            let ready = self.ahead.len().min(buffer.remaining());
+            buffer.put_slice(&self.ahead[..ready]);
+            self.ahead.drain(..ready);
+            return Poll::Ready(Ok(()));
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
-        let bytes = &buffer.filled()[before..];
-        if !bytes.is_empty() {
-            let http2 = self.begins_http2(bytes);
-            self.activity.received(Instant::now(), http2);
-        }
+        self.heard(&buffer.filled()[before..]);
         Poll::Ready(Ok(()))
     }
 }

@@ -148,23 +148,6 @@ impl Activity {
         let head = state.head_since.map(|since| (since + timeouts.head, Cut::Silent));
         Some(head.filter(|head| head.0 < idle.0).unwrap_or(idle))
     }
-
-    /// Why it was told to end, if it was.
-    fn cut(&self) -> Option<Cut> {
-        self.state().cut.map(|(why, _)| why)
-    }
-
-    /// Its place in the order in which connections make room; `None` for one that does not: a
-    /// request that has arrived is being answered.
-    fn rank(&self) -> Option<(Rank, Instant)> {
-        let state = self.state();
-        Some((state.rank()?, state.since))
-    }
-
-    /// Until when it is left alone although nothing is open.
-    fn tail_until(&self) -> Option<Instant> {
-        self.state().tail_until()
-    }
 }
 
 impl State {
@@ -180,6 +163,8 @@ impl State {
         (self.open == 0 && self.proven).then(|| self.quiet_since() + TAIL)
     }
 
+    /// Its place in the order in which connections make room; `None` for one that does not: a
+    /// request that has arrived is being answered.
     fn rank(&self) -> Option<Rank> {
         match (self.open, self.arrived, self.proven) {
             (0, _, false) => Some(Rank::Silent),
@@ -284,6 +269,8 @@ pub(super) struct Table {
 struct Inner {
     /// By number, and so in the order in which they were accepted.
     open: BTreeMap<u64, Arc<Activity>>,
+    /// Of these, those that were told to end.
+    told: usize,
     next: u64,
     /// The most that may be open at present.
     limit: usize,
@@ -302,7 +289,7 @@ pub(super) enum Admission {
 
 impl Table {
     pub(super) fn new(name: &'static str, limit: usize, grace: Duration) -> Arc<Self> {
-        let inner = Inner { open: BTreeMap::new(), next: 0, limit: limit.max(1) };
+        let inner = Inner { open: BTreeMap::new(), told: 0, next: 0, limit: limit.max(1) };
         Arc::new(Self { name, grace, inner: Mutex::new(inner), gone: Notify::new() })
     }
 
@@ -332,12 +319,12 @@ impl Table {
             return Admission::Wait(now + self.grace);
         }
         // Those that are new may still send; if there are none, nothing will change soon.
-        let staying = inner.open.values().filter(|activity| activity.cut().is_none());
         let ripe = |activity: &Arc<Activity>| {
-            let (_, at) = activity.rank()?;
-            Some((at + self.grace).max(activity.tail_until().unwrap_or(now)))
+            let state = activity.state();
+            state.rank().filter(|_| state.cut.is_none())?;
+            Some((state.since + self.grace).max(state.tail_until().unwrap_or(now)))
         };
-        match staying.filter_map(ripe).min() {
+        match inner.open.values().filter_map(ripe).min() {
             Some(ripe) => Admission::Wait(ripe.max(now)),
             None => Admission::Full,
         }
@@ -373,24 +360,37 @@ impl Table {
 impl Inner {
     /// Those that have not been told to end.
     fn staying(&self) -> usize {
-        self.open.values().filter(|activity| activity.cut().is_none()).count()
+        self.open.len() - self.told
     }
 
     /// Cuts the connection that can best be missed, if there is one; of those without a whole
     /// request only such as were there at `since`.
     fn cut_one(&mut self, why: Cut, since: Instant) -> bool {
         let now = Instant::now();
-        let staying = self.open.values().filter(|activity| activity.cut().is_none());
-        let ranked = staying.filter_map(|activity| Some((activity.rank()?, activity)));
-        let ranked =
-            ranked.filter(|(_, activity)| activity.tail_until().is_none_or(|at| at <= now));
-        let old = ranked.filter(|((rank, at), _)| *rank == Rank::Idle || *at <= since);
-        let Some((_, victim)) = old.min_by_key(|(rank, _)| *rank) else { return false };
+        let mut first: Option<((Rank, Instant), &Arc<Activity>)> = None;
+        for activity in self.open.values() {
+            let state = activity.state();
+            let Some(rank) = state.rank().filter(|_| state.cut.is_none()) else { continue };
+            let is_sending = state.tail_until().is_some_and(|at| at > now);
+            let is_new = rank != Rank::Idle && state.since > since;
+            let key = (rank, state.since);
+            if is_sending || is_new || first.is_some_and(|(first, _)| first <= key) {
+                continue;
+            }
+            first = Some((key, activity));
+            // The first silent one is the oldest, and none comes before it. Strangers who come again
+            // and again cost us no look at every other.
+            if rank == Rank::Silent {
+                break;
+            }
+        }
+        let Some((_, victim)) = first else { return false };
         let mut state = victim.state();
         let rank = state.rank();
         state.cut = Some((why, rank));
         drop(state);
         victim.changed.notify_one();
+        self.told += 1;
         true
     }
 }
@@ -409,12 +409,16 @@ impl Place {
     /// Why the connection must end now, if it must. One that was to make room stays if more of its
     /// request has come meanwhile.
     pub(super) fn must_end(&self) -> Option<Cut> {
+        self.activity.state().cut?;
+        // The table's lock before the connection's, as everywhere.
+        let mut inner = self.table.inner();
         let mut state = self.activity.state();
         let (why, then) = state.cut?;
         let now = state.rank();
         let spares = matches!(why, Cut::Room | Cut::Descriptors);
         if spares && (now.is_none() || now > then) {
             state.cut = None;
+            inner.told -= 1;
             self.table.gone.notify_one();
             return None;
         }
@@ -426,6 +430,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut inner = self.table.inner();
         inner.open.remove(&self.number);
+        inner.told -= usize::from(self.activity.state().cut.is_some());
         self.table.measure(&inner);
         drop(inner);
         self.table.gone.notify_one();
@@ -443,6 +448,16 @@ mod tests {
         match table.admit(Instant::now()) {
             Admission::Entered(place) => place,
             other => panic!("{other:?}"),
+        }
+    }
+
+    impl Activity {
+        fn cut(&self) -> Option<Cut> {
+            self.state().cut.map(|(why, _)| why)
+        }
+
+        fn tail_until(&self) -> Option<Instant> {
+            self.state().tail_until()
         }
     }
 
@@ -498,6 +513,35 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn those_that_were_told_to_end_are_counted_once() {
+        let table = Table::new("test", 4, MOMENT);
+        let mut places: Vec<Place> = (0..4).map(|_| enter(&table)).collect();
+        a_moment().await;
+        let told = |table: &Table| {
+            let inner = table.inner();
+            assert_eq!(inner.open.len() - inner.staying(), inner.told);
+            inner.open.values().filter(|activity| activity.cut().is_some()).count()
+        };
+        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
+        // Asking again tells no second one.
+        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
+        assert_eq!((told(&table), table.inner().told), (1, 1));
+        // The request of that one comes just then: it stays, and so nobody goes.
+        let call = Call::begin(&places[0].activity);
+        call.arrived();
+        assert_eq!(places[0].must_end(), None);
+        assert_eq!((told(&table), table.inner().told), (0, 0));
+        // The next in turn goes, and counts no more when it has gone.
+        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
+        assert_eq!(places[1].must_end(), Some(Cut::Room));
+        assert_eq!((told(&table), table.inner().told), (1, 1));
+        drop(places.remove(1));
+        assert_eq!((told(&table), table.inner().told), (0, 0));
+        places.push(enter(&table));
+        assert_eq!(table.open(), 4);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_newcomer_has_time_to_send_its_request() {
         let table = Table::new("test", 1, MOMENT);
         let first = enter(&table);
@@ -512,6 +556,9 @@ mod tests {
         call.arrived();
         assert_eq!(first.must_end(), None);
         assert!(matches!(table.admit(until), Admission::Full));
+        assert_eq!(table.inner().staying(), 1);
+        drop(first);
+        assert_eq!(table.inner().staying(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -165,6 +165,45 @@ async fn whoever_sends_no_whole_head_is_cut_however_the_bytes_come() {
 }
 
 #[tokio::test]
+async fn before_a_client_has_begun_it_is_told_nothing_and_however_it_begins_it_is_served() {
+    let mut options = patient(8);
+    options.protocol = Protocol::Grpc;
+    options.timeouts.first_request = Duration::from_millis(50);
+    let server = Running::start(options).await;
+    for words in [&b""[..], b"P", &HTTP2_HELLO[..15]] {
+        let mut heard = Vec::new();
+        let mut silent = server.send(words).await;
+        let closed = tokio::time::timeout(PATIENCE, silent.read_to_end(&mut heard));
+        // No settings: what speaks HTTP/2 is not made for a client that says nothing.
+        assert_eq!(closed.await.unwrap().unwrap(), 0, "after {words:?}: {heard:?}");
+    }
+    options.timeouts.first_request = LONG;
+    for (protocol, cuts) in [(Protocol::Grpc, 1..33), (Protocol::Http, 1..33)] {
+        options.protocol = protocol;
+        let server = Running::start(options).await;
+        for cut in cuts {
+            let (first, rest) = HTTP2_HELLO.split_at(cut);
+            let mut client = server.send(first).await;
+            client.set_nodelay(true).unwrap();
+            tokio::task::yield_now().await;
+            client.write_all(rest).await.unwrap();
+            let mut frame = [0; 9];
+            let settings = tokio::time::timeout(PATIENCE, client.read_exact(&mut frame));
+            settings.await.unwrap().unwrap();
+            assert_eq!(frame[3], 4, "SETTINGS come first, cut at {cut}");
+        }
+        for cut in 0..GET.len() {
+            if protocol == Protocol::Http {
+                let mut client = server.send(&GET[..cut]).await;
+                tokio::task::yield_now().await;
+                client.write_all(&GET[cut..]).await.unwrap();
+                assert!(hear(client).await.ends_with("hello"), "cut at {cut}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_idle_connection_is_cut_later_and_told_so_before() {
     let mut options = patient(64);
     options.timeouts.idle = Duration::from_millis(60);
