@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 mod answer;
 mod arrival;
+mod background;
 mod config;
 mod driver;
 mod error;

@@ -10,8 +10,9 @@ use tracing::Span;
 
 use crate::answer::{Answer, AnswerParts};
 use crate::arrival;
+use crate::background;
 use crate::driver::{DriverHandle, Submission};
-use crate::memory::{Memory, Room};
+use crate::memory::{Memory, Room, SMALL_BYTES};
 use crate::request::{self, Checked, RequestError, ServedModel};
 use crate::scheduler;
 use crate::text::Text;
@@ -101,7 +102,8 @@ impl Service {
         request: GenerateRequest,
         answer: Wanted,
     ) -> Result<Prepared, RequestError> {
-        let turns = u32::try_from(1 + prompt_bytes(&request.prompt) / BYTES_FOR_A_TURN)
+        let bytes = prompt_bytes(&request.prompt);
+        let turns = u32::try_from(1 + bytes / BYTES_FOR_A_TURN)
             .unwrap_or(u32::MAX)
             .min(ENCODING_AT_ONCE as u32);
         let model = self.model.clone();
@@ -120,7 +122,8 @@ impl Service {
                 checked.max_tokens.or_else(|| request::default_length(&checked, &prompt, &model));
             Ok((checked, prompt))
         };
-        let (checked, prompt) = self.off_thread(&self.encoding, turns, work).await??;
+        let (checked, prompt) =
+            self.off_thread(&self.encoding, turns, bytes > SMALL_BYTES, work).await??;
         let request_id = hex(&rand::random::<[u8; RANDOM_KEY_BYTES]>());
         let key =
             if checked.idempotency_key.is_empty() { &request_id } else { &checked.idempotency_key };
@@ -137,7 +140,7 @@ impl Service {
         &self,
         work: impl FnOnce(&Text) -> T + Send + 'static,
     ) -> Result<T, RequestError> {
-        self.off_thread(&self.rendering, 1, work).await
+        self.off_thread(&self.rendering, 1, false, work).await
     }
 
     /// What requests hold together.
@@ -170,17 +173,22 @@ impl Service {
         &self,
         turns: &Arc<Semaphore>,
         count: u32,
+        is_large: bool,
         work: impl FnOnce(&Text) -> T + Send + 'static,
     ) -> Result<T, RequestError> {
         let stopping =
             |_| RequestError::Unavailable { reason: "the coordinator is stopping".into() };
         let turn = Arc::clone(turns).acquire_many_owned(count).await.map_err(stopping)?;
         let text = Arc::clone(&self.text);
-        let work = tokio::task::spawn_blocking(move || {
+        let work = move || {
             // Held until the work is done, whoever still waits for it.
             let _turn = turn;
             work(&text)
-        });
+        };
+        let work = match is_large {
+            true => background::spawn(work),
+            false => tokio::task::spawn_blocking(work),
+        };
         work.await.map_err(|error| {
             tracing::error!(%error, "work on a request panicked");
             RequestError::Internal { message: "the server failed on this request".into() }

@@ -1,5 +1,6 @@
 //! The body of a request: bounded in bytes and in time, and JSON. It is read here and parsed on a
-//! thread that may compute; the memory of all bodies together is bounded.
+//! thread that may compute, a large one on a thread of low priority; the memory of all bodies together
+//! is bounded.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::arriving::Arriving;
 use super::errors::{ApiError, NO_FIELD};
 use super::json::{self, FromBody};
+use crate::background;
 use crate::memory::{Memory, Room, SMALL_BYTES};
 use crate::request::RequestError;
 
@@ -94,14 +96,18 @@ impl Bodies {
             .map_err(|_| ApiError::busy(self.open_limit))?;
         let mut room = Room::default();
         room.grow(&self.memory, body.len())?;
-        let turns =
-            if body.len() > SMALL_BYTES { &self.parsing_large } else { &self.parsing_small };
+        let is_large = body.len() > SMALL_BYTES;
+        let turns = if is_large { &self.parsing_large } else { &self.parsing_small };
         let turn = Arc::clone(turns).acquire_owned().await.map_err(|_| failed())?;
         let context = self.context;
-        let parsed = tokio::task::spawn_blocking(move || {
+        let parse = move || {
             let _turn = turn;
             json::parse::<T>(&body, context).map(|value| Held { value, room, place })
-        });
+        };
+        let parsed = match is_large {
+            true => background::spawn(parse),
+            false => tokio::task::spawn_blocking(parse),
+        };
         parsed.await.map_err(|error| {
             tracing::error!(%error, "the parser panicked");
             failed()
@@ -171,8 +177,8 @@ mod tests {
     use super::*;
     use crate::memory::LARGE_BYTES;
 
-    /// The name of the thread that parsed.
-    struct ParsedBy(std::thread::ThreadId);
+    /// The thread that parsed, and whether it is one for large work.
+    struct ParsedBy(std::thread::ThreadId, bool);
 
     impl FromBody for ParsedBy {
         fn read<'de, A: serde::de::MapAccess<'de>>(
@@ -181,7 +187,8 @@ mod tests {
             while object.name()?.is_some() {
                 object.skip()?;
             }
-            Ok(Self(std::thread::current().id()))
+            let thread = std::thread::current();
+            Ok(Self(thread.id(), thread.name() == Some(background::THREAD_NAME)))
         }
     }
 
@@ -215,6 +222,15 @@ mod tests {
         for bytes in [16, SMALL_BYTES, 1 << 20] {
             let held = bodies.read_json::<ParsedBy>(request(&[], body_of(bytes).into())).await;
             assert_ne!(held.unwrap().value.0, std::thread::current().id());
+        }
+    }
+
+    #[tokio::test]
+    async fn large_bodies_alone_are_parsed_on_threads_of_low_priority() {
+        let bodies = Bodies::new(4 << 20, 16, Memory::for_requests(4 << 20), 64);
+        for (bytes, is_large) in [(16, false), (SMALL_BYTES, false), (SMALL_BYTES + 1, true)] {
+            let held = bodies.read_json::<ParsedBy>(request(&[], body_of(bytes).into())).await;
+            assert_eq!(held.unwrap().value.1, is_large, "{bytes} bytes");
         }
     }
 
