@@ -1,5 +1,6 @@
 //! Clients that do everything but their part: for the campaign of `tests/tests/abuse.rs`. They
 //! cost little themselves: buffers are made once, and whoever is cut pauses before he comes again.
+//! In life they have machines of their own; here they run at the lowest priority.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +10,7 @@ use bytes::Bytes;
 use h2::client::{self, SendRequest};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -17,6 +19,28 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// How long an attacker waits for the server to cut him before he says that it did not.
 const LIMIT: Duration = Duration::from_secs(45);
+
+/// The lowest priority that a thread can have.
+const LOWEST_PRIORITY: i32 = 19;
+
+/// Threads of all attackers.
+const THREADS: usize = 2;
+
+/// A runtime for attackers: what they compute themselves takes no core from those that they attack,
+/// nor from honest clients.
+///
+/// # Panics
+///
+/// If it cannot be made.
+pub fn runtime() -> Runtime {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(THREADS).thread_name("attacker").enable_all();
+    builder.on_thread_start(|| {
+        // Of this thread alone, on Linux.
+        rustix::process::nice(LOWEST_PRIORITY).expect("a thread may lower its priority");
+    });
+    builder.build().expect("a runtime starts")
+}
 
 /// What became of one kind of attacker.
 #[derive(Debug, Default)]

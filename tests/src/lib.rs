@@ -4,6 +4,7 @@ pub mod attack;
 pub mod cluster;
 pub mod collector;
 pub mod etcd;
+pub mod honest;
 pub mod http;
 pub mod model;
 pub mod process;
