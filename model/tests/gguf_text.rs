@@ -185,3 +185,75 @@ fn the_official_files_defects_are_corrected() {
         assert!(stored.notes(expected), "{expected}");
     }
 }
+
+#[test]
+fn a_template_for_a_purpose_is_not_taken_for_the_default() {
+    let mut gguf = GgufWriter::of(&fixture("tiny_i2s.gguf"));
+    with_byte_level_tokenizer(&mut gguf);
+    gguf.set("tokenizer.chat_template.tool_use", Meta::String("{{ tools }}".into()));
+    let stored = imported(&gguf);
+    assert_eq!(stored.store.manifest().chat_template, None);
+    let note = "tokenizer.chat_template.tool_use is not the default one: none is taken";
+    assert!(stored.notes(note), "{:?}", stored.imported.notes);
+
+    gguf.set("tokenizer.chat_template", Meta::String("{{ messages }}".into()));
+    let stored = imported(&gguf);
+    assert_eq!(stored.store.manifest().chat_template.as_deref(), Some("{{ messages }}"));
+    assert!(!stored.notes("none is taken"), "{:?}", stored.imported.notes);
+}
+
+#[test]
+fn special_tokens_that_the_metadata_leaves_out_are_known_by_their_texts() {
+    let without_ids = || {
+        let mut gguf = GgufWriter::of(&fixture("tiny_i2s.gguf"));
+        with_byte_level_tokenizer(&mut gguf);
+        gguf.metadata.retain(|(key, _)| !key.ends_with("os_token_id"));
+        gguf
+    };
+    let stored = imported(&without_ids());
+    assert_eq!(stored.store.config().bos_token, Some(259));
+    assert_eq!(stored.store.config().eos_tokens, [260, 261]);
+    for note in ["<|begin_of_text|> is 259", "<|end_of_text|> is 260"] {
+        assert!(stored.notes(note), "{note}: {:?}", stored.imported.notes);
+    }
+    // Qwen has no BOS, and another end.
+    let mut qwen = without_ids();
+    qwen.set("tokenizer.ggml.pre", Meta::String("qwen2".into()));
+    qwen.metadata.retain(|(key, _)| key != "tokenizer.ggml.add_bos_token");
+    for (_, value) in &mut qwen.metadata {
+        if let Meta::Strings(texts) = value {
+            texts.iter_mut().for_each(|text| *text = text.replace("end_of_text", "endoftext"));
+        }
+    }
+    let stored = imported(&qwen);
+    assert_eq!(stored.store.config().bos_token, None);
+    assert_eq!(stored.store.config().eos_tokens, [260, 261]);
+    // A word that merely looks like one is none; only the end of a turn is one whatever its type
+    // says, as in llama.cpp.
+    let mut words = without_ids();
+    words.set("tokenizer.ggml.token_type", Meta::I32s(vec![1; 262]));
+    words.metadata.retain(|(key, _)| key != "tokenizer.ggml.add_bos_token");
+    let stored = imported(&words);
+    assert_eq!(stored.store.config().bos_token, None, "{:?}", stored.imported.notes);
+    assert_eq!(stored.store.config().eos_tokens, [261], "{:?}", stored.imported.notes);
+    // Where it does say, it is believed.
+    let mut said = without_ids();
+    said.set("tokenizer.ggml.bos_token_id", Meta::U32(261));
+    said.set("tokenizer.ggml.eom_token_id", Meta::U32(7));
+    let stored = imported(&said);
+    assert_eq!(stored.store.config().bos_token, Some(261));
+    assert_eq!(stored.store.config().eos_tokens, [7, 261]);
+}
+
+#[test]
+fn defaults_of_sampling_are_read_from_metadata() {
+    let mut gguf = GgufWriter::of(&fixture("tiny_i2s.gguf"));
+    gguf.set("general.sampling.temp", Meta::F32(0.6));
+    gguf.set("general.sampling.top_k", Meta::I32(20));
+    gguf.set("general.sampling.top_p", Meta::F32(7.0));
+    let stored = imported(&gguf);
+    let sampling = &stored.store.manifest().sampling;
+    assert_eq!((sampling.temperature, sampling.top_k), (Some(0.6), Some(20)));
+    assert_eq!(sampling.top_p, None, "no request could ask for it");
+    assert!(stored.notes("the metadata has top_p = 7"), "{:?}", stored.imported.notes);
+}

@@ -161,3 +161,54 @@ fn a_configuration_can_be_checked_without_starting() {
     assert!(shown.contains("threads = 1"), "a flag beats the file: {shown}");
     assert!(shown.contains("127.0.0.1:7421"), "{shown}");
 }
+
+#[test]
+fn an_answer_that_takes_too_long_is_given_up() {
+    let within = |time: &str, tokens: &str| {
+        let limits = ["--timeout", time, "--max-tokens", tokens, "--ignore-eos"];
+        run(&[&["generate", "Once upon"], &limits[..]].concat())
+    };
+    assert!(within("10m", "2").status.success());
+    // Hundreds of tokens in the time of a few.
+    let output = within("5ms", "480");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("the deadline of the request passed"), "{stderr}");
+    assert_eq!(stderr.matches("error: ").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_checkpoints_own_sampling_is_shown_and_what_answers_are_drawn_by() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let (source, store) = (folder.path().join("checkpoint"), folder.path().join("store"));
+    std::fs::create_dir(&source).unwrap();
+    for (name, bytes) in model::bundled().files() {
+        std::fs::write(source.join(name), bytes).unwrap();
+    }
+    let own = r#"{"temperature": 0.0, "top_k": 7, "max_new_tokens": 9, "eos_token_id": [1, 2]}"#;
+    std::fs::write(source.join("generation_config.json"), own).unwrap();
+    let (source, store) = (source.to_str().unwrap(), store.to_str().unwrap());
+    let imported = run(&["import", "--no-score", source, store]);
+    let said = String::from_utf8_lossy(&imported.stderr);
+    assert!(imported.status.success(), "{said}");
+
+    let shown = run(&["model", "show", store]);
+    let shown = String::from_utf8_lossy(&shown.stdout);
+    let line = shown.lines().find(|line| line.starts_with("sampling ")).unwrap_or_default();
+    for word in ["temperature 0", "top_k 7", "max_new_tokens 9"] {
+        assert!(line.contains(word), "{word} in {line:?} of {shown}");
+    }
+    let manifest = json_of(&run(&["model", "show", "--json", store]));
+    assert_eq!(manifest["sampling"]["top_k"], 7);
+
+    let tokens = |flags: &[&str]| {
+        let request = ["generate", "--model", store, "--json", "--ignore-eos", "Once upon a time,"];
+        json_of(&run(&[&request, flags].concat()))["tokens"].as_array().unwrap().clone()
+    };
+    let own = tokens(&[]);
+    assert_eq!(own.len(), 9, "max_new_tokens");
+    let greedy = ["--temperature", "0", "--top-k", "0", "--max-tokens", "12"];
+    assert_eq!(own, tokens(&greedy)[..9], "the model's temperature");
+    let drawn = ["--temperature", "2", "--top-k", "0", "--seed", "1", "--max-tokens", "12"];
+    assert_ne!(own, tokens(&drawn)[..9], "a flag goes over the model's own");
+}
