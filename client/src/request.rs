@@ -158,6 +158,14 @@ mod tests {
     }
 
     #[test]
+    fn a_time_limit_reaches_the_request() {
+        let limit = |flags: &[&str]| parse(flags).unwrap().deadline_ms();
+        assert_eq!(limit(&[]), 0, "the server's");
+        assert_eq!(limit(&["--timeout", "1500ms"]), 1500);
+        assert_eq!(limit(&["--timeout", "2m"]), 120_000);
+    }
+
+    #[test]
     fn numbers_out_of_range_are_usage_errors() {
         for (flag, value) in [
             ("--max-tokens", "0"),
@@ -171,6 +179,10 @@ mod tests {
             ("--repetition-penalty", "0"),
             ("--presence-penalty", "x"),
             ("--seed", "-1"),
+            ("--timeout", "0s"),
+            ("--timeout", "999us"),
+            ("--timeout", "50d"),
+            ("--timeout", "soon"),
         ] {
             assert!(parse(&[&format!("{flag}={value}")]).is_err(), "{flag} {value}");
         }

@@ -174,8 +174,12 @@ fn launch(name: &str, arguments: &str, environment: &[(String, String)]) -> Proc
     })
 }
 
-/// Addresses of gRPC and HTTP, from the line that says them.
-fn listening(coordinator: &mut Process) -> (String, String) {
+/// Addresses of gRPC and HTTP of a coordinator, from the line that says them.
+///
+/// # Panics
+///
+/// If it does not say them within a minute.
+pub fn listening(coordinator: &mut Process) -> (String, String) {
     coordinator.wait_for_log("listening: gRPC", READY);
     let line = wait_for("the end of a line", READY, || {
         let log = coordinator.log();

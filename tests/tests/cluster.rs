@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use tests::cluster::{Cluster, json_of};
+use tests::cluster::{Cluster, json_of, listening};
+use tests::etcd::Etcd;
 use tests::model::{bundled_store, comma_separated, golden, ids};
-use tests::process::{self, wait_for};
+use tests::process::{self, Process, wait_for};
 
 /// In how many stages every cluster here runs.
 const STAGES: usize = 3;
@@ -203,4 +204,49 @@ fn a_cluster_serves_on_while_etcd_is_down() {
     });
     assert_eq!(json_of(&cluster.generate(&request))["tokens"], before["tokens"]);
     drop(late);
+}
+
+#[test]
+fn a_standby_says_that_it_does_not_lead_and_who_does() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let store = folder.path().join("store");
+    let store = store.to_str().unwrap();
+    assert!(process::run(&["model", "synth", "--shape", "tiny", store]).status.success());
+    let etcd = Etcd::start();
+    let start = |name: &str| {
+        let any = "127.0.0.1:0";
+        let whose = ["coordinator", "--etcd", etcd.url(), "--cluster", "pair", "--model", store];
+        let mut process =
+            Process::start(name, &[&whose, &["--grpc", any, "--http", any][..]].concat());
+        let (grpc, http) = listening(&mut process);
+        (process, grpc, http)
+    };
+    let ready = |http: &str| tests::http::get(http, "/ready").unwrap();
+    let (first, first_grpc, first_http) = start("first");
+    // It leads when it no longer waits for that, but for workers.
+    wait_for("a leader", SETTLE, || ready(&first_http).body.contains("worker").then_some(()));
+
+    let (mut second, grpc, http) = start("second");
+    let sentence = format!("this coordinator does not lead; the one at {first_grpc} does");
+    wait_for("the leader's address", SETTLE, || {
+        let answer = ready(&http);
+        assert_eq!(answer.status, 503, "{}", answer.body);
+        answer.body.contains(&sentence).then_some(())
+    });
+    // Refused at once: nothing that this process waits for would bring an answer.
+    let body = serde_json::json!({"prompt": [9], "max_tokens": 1});
+    let answer = tests::http::post(&http, "/v1/completions", &body).unwrap();
+    assert_eq!(answer.status, 503, "{}", answer.body);
+    assert!(answer.body.contains(&sentence), "{}", answer.body);
+    let output = process::run(&["generate", "--endpoint", &grpc, "--tokens", "9"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(&sentence), "{stderr}");
+
+    // When that one goes, this one leads, and says so no more.
+    first.signal(Signal::SIGTERM);
+    wait_for("the next leader", SETTLE, || ready(&http).body.contains("worker").then_some(()));
+    assert!(!ready(&http).body.contains("lead"), "{}", ready(&http).body);
+    second.signal(Signal::SIGTERM);
+    assert!(second.wait(SETTLE).success(), "{}", second.log());
 }

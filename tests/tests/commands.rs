@@ -188,7 +188,7 @@ fn a_checkpoints_own_sampling_is_shown_and_what_answers_are_drawn_by() {
     let own = r#"{"temperature": 0.0, "top_k": 7, "max_new_tokens": 9, "eos_token_id": [1, 2]}"#;
     std::fs::write(source.join("generation_config.json"), own).unwrap();
     let (source, store) = (source.to_str().unwrap(), store.to_str().unwrap());
-    let imported = run(&["import", "--no-score", source, store]);
+    let imported = run(&["import", source, store]);
     let said = String::from_utf8_lossy(&imported.stderr);
     assert!(imported.status.success(), "{said}");
 

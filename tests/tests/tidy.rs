@@ -231,6 +231,21 @@ fn unsafe_stands_where_it_may() {
     }
 }
 
+/// A server of a library's own has none of the deadlines and bounds of `node::serve`.
+#[test]
+fn connections_are_taken_in_one_place() {
+    let mut places = 0;
+    for (path, text) in sources().into_iter().filter(|(path, _)| !is_test(path)) {
+        let code = shipped_code(&text);
+        for call in [".accept()", "axum::serve", "serve_with_incoming", "serve_with_shutdown"] {
+            let is_there = code.contains(call);
+            places += usize::from(is_there);
+            assert!(!is_there || path == "node/src/serve.rs", "{path} has {call}");
+        }
+    }
+    assert_eq!(places, 1, "the accept loop of node::serve");
+}
+
 /// A chain of errors says each in turn: one whose words hold its source's says them twice.
 #[test]
 fn errors_do_not_repeat_their_sources() {
@@ -247,6 +262,24 @@ fn errors_do_not_repeat_their_sources() {
         }
     }
     assert!(errors > 100, "{errors} errors were looked at");
+}
+
+/// A text that goes on in the next line and lost its `\\` has the indentation in its middle.
+#[test]
+fn errors_have_no_holes() {
+    let mut texts = 0;
+    for (path, text) in sources().into_iter().filter(|(path, _)| !is_test(path)) {
+        let code = shipped_code(&text).replace("\\\"", "'");
+        for (at, _) in code.match_indices("#[error(") {
+            let words = code[at..].split_once(")]").unwrap().0;
+            let joined: String = words.split("\\\n").map(str::trim_start).collect();
+            for said in joined.split('"').skip(1).step_by(2) {
+                texts += 1;
+                assert!(!said.contains("  ") && !said.contains('\n'), "{path}: {said:?}");
+            }
+        }
+    }
+    assert!(texts > 100, "{texts} texts were looked at");
 }
 
 #[test]
