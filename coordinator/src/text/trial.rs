@@ -149,6 +149,17 @@ mod tests {
         let endless =
             "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}";
         assert!(refused(endless).is_some());
+        // What is found only while rendering has its name in the import's reason.
+        for (source, name) in [
+            (
+                "{% set ns = namespace() %}{% for i in [1] %}{% macro f() %}x{% endmacro %}\
+                 {% set ns.f = f %}{% endfor %}{{ ns.f() }}",
+                "a macro or loop is called after the block that it was made in",
+            ),
+            ("{{ 2 ** 127 }}", "an integer had more than 127 bits"),
+        ] {
+            assert!(refused(source).unwrap().contains(name), "{source}");
+        }
         let refuses_systems = "{% if messages[0]['role'] == 'system' %}\
             {{ raise_exception('no system') }}{% endif %}{{ messages[0]['content'] }}";
         assert_eq!(refused(refuses_systems), None);

@@ -170,9 +170,8 @@ impl<'p> Renderer<'p> {
         }
         let [start, stop, step] = &values;
         let sliced = operate::slice(&self.meter, &object, [start, stop, step])?;
-        let undefined =
-            || Value::undefined(format!("{} object has no such element", object.type_name()));
-        Ok(sliced.unwrap_or_else(undefined))
+        let kind = object.type_name();
+        sliced.ok_or_else(|| Failure::new(format!("{kind:?} object cannot be cut so")))
     }
 
     fn eval_concat(&mut self, parts: &'p [Expr]) -> Result<Value, Failure> {

@@ -116,7 +116,7 @@ fn of_text(
     let same = |text: String| Value::marked(&meter, text, safe);
     match name {
         "upper" | "lower" | "capitalize" | "title" | "string" | "safe" | "e" | "escape"
-        | "forceescape" | "striptags" | "wordcount" | "urlencode" => given.bind(name, [])?,
+        | "forceescape" | "wordcount" | "urlencode" => given.bind(name, [])?,
         _ => {
             return match name {
                 "trim" => {
@@ -165,6 +165,9 @@ fn of_text(
                 }
                 "indent" => indent(&meter, value, given),
                 "truncate" => truncate(&meter, value, given),
+                _ if super::names::UNSUPPORTED_FILTERS.contains(&name) => {
+                    Err(Failure::new(format!("the filter {name:?} is not supported")))
+                }
                 _ => Err(Failure::new(format!("No filter named {name:?}."))),
             };
         }
@@ -182,7 +185,6 @@ fn of_text(
             operate::escape(&mut out, text)?;
             Value::marked(&meter, out.finish(), true)
         }
-        "striptags" => strip_tags(&meter, text),
         "wordcount" => {
             let is_word = |character: char| letters::is_alnum(character) || character == '_';
             let words = text.split(|character| !is_word(character));
@@ -194,54 +196,24 @@ fn of_text(
 
 /// Words begin after blanks, hyphens and opening brackets.
 fn title(text: &str) -> String {
+    let between =
+        |character: char| is_blank(character) || matches!(character, '-' | '(' | '{' | '[' | '<');
     let mut out = String::with_capacity(text.len());
-    let mut inside = false;
-    for character in text.chars() {
-        if is_blank(character) || matches!(character, '-' | '(' | '{' | '[' | '<') {
-            inside = false;
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        if between(first) {
             // Python makes the rest of a group of these small, which changes none of them.
-            out.push(character);
-        } else if inside {
-            out.extend(character.to_lowercase());
-        } else {
-            inside = true;
-            out.extend(character.to_uppercase());
+            out.push(first);
+            rest = &rest[first.len_utf8()..];
+            continue;
         }
+        let end = rest.find(between).unwrap_or(rest.len());
+        out.extend(first.to_uppercase());
+        // As one text: a sigma at a word's end has a form of its own.
+        out.push_str(&rest[first.len_utf8()..end].to_lowercase());
+        rest = &rest[end..];
     }
     out
-}
-
-/// Without tags and comments, blanks made one.
-fn strip_tags(meter: &Rc<Meter>, text: &str) -> Result<Value, Failure> {
-    let named = |part: &str| part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '#');
-    if text.split('&').skip(1).any(named) {
-        // Python would turn each of HTML's 2000 names of characters back into its character.
-        return Err(Failure::new(
-            "striptags of a text with HTML's names of characters is not supported",
-        ));
-    }
-    let mut plain = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(start) = rest.find("<!--") {
-        let Some(end) = rest[start..].find("-->") else { break };
-        plain.push_str(&rest[..start]);
-        rest = &rest[start + end + 3..];
-    }
-    plain.push_str(rest);
-    let mut out = String::with_capacity(plain.len());
-    let mut rest = &*plain;
-    while let Some(start) = rest.find('<') {
-        let Some(end) = rest[start..].find('>') else { break };
-        out.push_str(&rest[..start]);
-        rest = &rest[start + end + 1..];
-    }
-    out.push_str(rest);
-    let mut words = Writer::new(meter);
-    for (index, word) in letters::words(&out).enumerate() {
-        words.push_str(if index > 0 { " " } else { "" })?;
-        words.push_str(word)?;
-    }
-    Value::text(meter, words.finish())
 }
 
 fn quote_url(out: &mut Writer, text: &str, in_query: bool) -> Result<(), Failure> {

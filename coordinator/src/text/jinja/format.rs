@@ -294,6 +294,9 @@ fn number(
     }
     let integer = value.as_int();
     let kind = field.kind;
+    if kind == Some('n') && field.grouping.is_some() {
+        return Err(unknown());
+    }
     let (negative, prefix, mut digits) = match (integer, kind) {
         (Some(value), None | Some('d' | 'n' | 'b' | 'o' | 'x' | 'X')) => {
             let (radix, prefix) = match kind {
@@ -312,9 +315,14 @@ fn number(
         (Some(value), Some('c')) => {
             let character = u32::try_from(value).ok().and_then(char::from_u32);
             let character = character.ok_or_else(&unknown)?;
-            let align = field.align.unwrap_or(Align::Left);
-            let text = String::from(character);
-            return digits::pad(out, "", &text, field.width, field.fill.unwrap_or(' '), align);
+            let plain = field.sign.is_none() && field.precision.is_none() && !field.alternate;
+            if !plain || field.grouping.is_some() {
+                return Err(unknown());
+            }
+            (false, "", String::from(character))
+        }
+        (_, None) if field.alternate => {
+            return Err(Failure::new("'#' for a float without a type is not supported"));
         }
         (_, None | Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | 'n' | '%')) => {
             let value = value.as_float().ok_or_else(&unknown)?;
@@ -353,22 +361,33 @@ fn number(
     };
     if let Some(separator) = field.grouping {
         let every = if matches!(kind, Some('b' | 'o' | 'x' | 'X')) { 4 } else { 3 };
+        // Zeros that fill the field are digits, and are grouped too.
         let zeros = fill == '0' && align == Align::Sign;
-        if zeros && field.width > sign.len() + prefix.len() + digits.len() {
-            return Err(Failure::new("grouped digits filled with zeros are not supported"));
-        }
-        digits = grouped(&digits, separator, every);
+        let before = sign.len() + prefix.len();
+        let width = if zeros { field.width.saturating_sub(before) } else { 0 };
+        digits = grouped(&digits, separator, every, width);
     }
     digits::pad(out, &format!("{sign}{prefix}"), &digits, field.width, fill, align)
 }
 
-/// Digits before the point in groups.
-fn grouped(digits: &str, separator: char, every: usize) -> String {
-    let whole = digits.find(|c: char| !c.is_ascii_hexdigit() || c == 'e').unwrap_or(digits.len());
+/// Digits before the point in groups, with zeros in front until all has `width` characters; no
+/// separator begins it, so it may have one more.
+fn grouped(digits: &str, separator: char, every: usize, width: usize) -> String {
+    // A hexadecimal integer has groups of four; in anything else an `e` begins an exponent.
+    let is_digit = |c: char| if every == 4 { c.is_ascii_hexdigit() } else { c.is_ascii_digit() };
+    let whole = digits.find(|c| !is_digit(c)).unwrap_or(digits.len());
     let (whole, rest) = digits.split_at(whole);
-    let mut out = String::new();
-    for (index, digit) in whole.chars().enumerate() {
-        if index > 0 && (whole.len() - index) % every == 0 {
+    let width = width.saturating_sub(rest.len());
+    let separators = |count: usize| count.saturating_sub(1) / every;
+    let mut count = whole.len();
+    // Infinity and what is no number have no digits, and the zeros before them no groups.
+    while !whole.is_empty() && count + separators(count) < width {
+        count += 1;
+    }
+    let mut out = "0".repeat(if whole.is_empty() { width } else { 0 });
+    let zeros = std::iter::repeat_n('0', count - whole.len());
+    for (index, digit) in zeros.chain(whole.chars()).enumerate() {
+        if index > 0 && (count - index).is_multiple_of(every) {
             out.push(separator);
         }
         out.push(digit);

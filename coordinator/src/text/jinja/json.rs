@@ -40,8 +40,44 @@ impl Json {
         let mut deserializer = serde_json::Deserializer::from_str(text);
         let json = JsonSeed(&values).deserialize(&mut deserializer)?;
         deserializer.end()?;
+        if let Some(number) = changed_number(text) {
+            let why = if number == "-0" { "it has a sign" } else { "it has over 64 bits" };
+            let message = format!("the integer {number} is not supported, {why}");
+            return Err(serde::de::Error::custom(message));
+        }
         Ok(json)
     }
+}
+
+/// The beginning of an integer that the parser would take for a float, which templates write
+/// otherwise than Python writes the integer: one beyond 64 bits, and `-0`.
+fn changed_number(text: &str) -> Option<String> {
+    let mut rest = text;
+    while let Some(at) = rest.find(|c: char| c == '"' || c == '-' || c.is_ascii_digit()) {
+        rest = &rest[at..];
+        if let Some(mut inside) = rest.strip_prefix('"') {
+            while let Some(at) = inside.find(['"', '\\']) {
+                let escapes = inside.as_bytes()[at] == b'\\';
+                inside = &inside[at + 1..];
+                if !escapes {
+                    break;
+                }
+                let mut letters = inside.chars();
+                letters.next();
+                inside = letters.as_str();
+            }
+            rest = inside;
+            continue;
+        }
+        let part = |c: char| c.is_ascii_digit() || matches!(c, '-' | '+' | '.' | 'e' | 'E');
+        let (number, after) = rest.split_at(rest.find(|c| !part(c)).unwrap_or(rest.len()));
+        let fits = number.parse::<u64>().is_ok() || number.parse::<i64>().is_ok();
+        if number == "-0" || !(fits || number.contains(['.', 'e', 'E'])) {
+            return Some(number.chars().take(24).collect());
+        }
+        rest = after;
+    }
+    None
 }
 
 /// How many values may come.

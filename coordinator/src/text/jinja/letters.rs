@@ -1,7 +1,5 @@
 //! Python's ideas of letters, digits and cases.
 
-use super::lexer::is_blank;
-
 /// Letters in both cases or between them that are neither.
 fn is_title(character: char) -> bool {
     matches!(u32::from(character),
@@ -87,9 +85,13 @@ pub(super) fn is_decimal(character: char) -> bool {
 
 /// The value of a decimal digit.
 pub(super) fn decimal_value(character: char) -> Option<u32> {
-    const ZEROS: [u32; 22] = [
+    const ZEROS: [u32; 66] = [
         0x30, 0x660, 0x6f0, 0x7c0, 0x966, 0x9e6, 0xa66, 0xae6, 0xb66, 0xbe6, 0xc66, 0xce6, 0xd66,
-        0xde6, 0xe50, 0xed0, 0xf20, 0x1040, 0x1090, 0x17e0, 0x1810, 0xff10,
+        0xde6, 0xe50, 0xed0, 0xf20, 0x1040, 0x1090, 0x17e0, 0x1810, 0x1946, 0x19d0, 0x1a80, 0x1a90,
+        0x1b50, 0x1bb0, 0x1c40, 0x1c50, 0xa620, 0xa8d0, 0xa900, 0xa9d0, 0xa9f0, 0xaa50, 0xabf0,
+        0xff10, 0x104a0, 0x10d30, 0x11066, 0x110f0, 0x11136, 0x111d0, 0x112f0, 0x11450, 0x114d0,
+        0x11650, 0x116c0, 0x11730, 0x118e0, 0x11950, 0x11c50, 0x11d50, 0x11da0, 0x16a60, 0x16ac0,
+        0x16b50, 0x1d7ce, 0x1d7d8, 0x1d7e2, 0x1d7ec, 0x1d7f6, 0x1e140, 0x1e2f0, 0x1e950, 0x1fbf0,
     ];
     let code = u32::from(character);
     ZEROS.iter().find(|&&zero| (zero..zero + 10).contains(&code)).map(|zero| code - zero)
@@ -127,13 +129,21 @@ fn head(character: char, out: &mut String) {
         0x1f1..=0x1f3 => out.push('\u{1f2}'),
         // Georgian has capitals only for whole words.
         0x10d0..=0x10fa | 0x10fd..=0x10ff => out.push(character),
-        0xdf => out.push_str("Ss"),
-        0xfb00 => out.push_str("Ff"),
-        0xfb01 => out.push_str("Fi"),
-        0xfb02 => out.push_str("Fl"),
-        0xfb03 => out.push_str("Ffi"),
-        0xfb04 => out.push_str("Ffl"),
-        0xfb05 | 0xfb06 => out.push_str("St"),
+        // Greek letters with an iota below or beside them.
+        0x1f80..=0x1faf => out.extend(char::from_u32(code | 8)),
+        0x1fb3 | 0x1fbc => out.push('\u{1fbc}'),
+        0x1fc3 | 0x1fcc => out.push('\u{1fcc}'),
+        0x1ff3 | 0x1ffc => out.push('\u{1ffc}'),
+        0x1fb2 | 0x1fb4 | 0x1fb7 | 0x1fc2 | 0x1fc4 | 0x1fc7 | 0x1ff2 | 0x1ff4 | 0x1ff7 => {
+            let iota = |upper| if upper == '\u{399}' { '\u{345}' } else { upper };
+            out.extend(character.to_uppercase().map(iota));
+        }
+        // Letters that become several, the first of which is large.
+        0xdf | 0x587 | 0xfb00..=0xfb06 | 0xfb13..=0xfb17 => {
+            let mut upper = character.to_uppercase();
+            out.extend(upper.next());
+            out.extend(upper.flat_map(char::to_lowercase));
+        }
         _ => out.extend(character.to_uppercase()),
     }
 }
@@ -183,10 +193,17 @@ pub(super) fn title(text: &str) -> String {
 /// `str.swapcase`.
 pub(super) fn swapcase(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
+    // Small as a whole: a sigma at a word's end has a form of its own.
+    let small = text.to_lowercase();
+    let mut small = small.chars();
     for character in text.chars() {
+        let lower = small.by_ref().take(character.to_lowercase().count());
         if character.is_uppercase() {
-            out.extend(character.to_lowercase());
-        } else if character.is_lowercase() {
+            out.extend(lower);
+            continue;
+        }
+        lower.for_each(drop);
+        if character.is_lowercase() {
             out.extend(character.to_uppercase());
         } else {
             out.push(character);
@@ -204,6 +221,7 @@ pub(super) fn casefold(text: &str) -> String {
             0x131 | 0x13a0..=0x13f5 => out.push(character),
             0xab70..=0xabbf => out.extend(character.to_uppercase()),
             0x13f8..=0x13fd => out.extend(character.to_uppercase()),
+            0x1e9e => out.push_str("ss"),
             _ => {
                 let upper: String = character.to_uppercase().collect();
                 out.extend(upper.chars().flat_map(char::to_lowercase));
@@ -246,9 +264,4 @@ pub(super) fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
         rest = after;
         Some((line, end))
     })
-}
-
-/// The words of a text between blanks, as `str.split` without a separator finds them.
-pub(super) fn words(text: &str) -> impl DoubleEndedIterator<Item = &str> {
-    text.split(is_blank).filter(|word| !word.is_empty())
 }

@@ -97,7 +97,7 @@ fn integers(op: BinaryOp, x: i128, y: i128) -> Result<Value, Failure> {
         BinaryOp::Add => x.checked_add(y),
         BinaryOp::Subtract => x.checked_sub(y),
         BinaryOp::Multiply => x.checked_mul(y),
-        BinaryOp::Divide => return Ok(Value::Float(x as f64 / y as f64)),
+        BinaryOp::Divide => return Ok(Value::Float(quotient(x, y))),
         BinaryOp::FloorDivide => x.checked_div_euclid(y).map(|quotient| {
             // Euclid's remainder is never negative; Python's has the divisor's sign.
             if y < 0 && x.wrapping_rem_euclid(y) != 0 { quotient - 1 } else { quotient }
@@ -116,6 +116,26 @@ fn integers(op: BinaryOp, x: i128, y: i128) -> Result<Value, Failure> {
         },
     };
     result.map(Value::int).ok_or_else(too_large)
+}
+
+/// `x / y`, rounded once: two integers that are rounded first may give another float. `y` is not 0.
+pub(super) fn quotient(x: i128, y: i128) -> f64 {
+    /// Integers up to here are floats without being rounded.
+    const EXACT: u128 = 1 << f64::MANTISSA_DIGITS;
+    let (a, b) = (x.unsigned_abs(), y.unsigned_abs());
+    if a == 0 || (a <= EXACT && b <= EXACT) {
+        return x as f64 / y as f64;
+    }
+    let (mut quotient, mut rest, mut scale) = (a / b, a % b, 1.0_f64);
+    // Two bits more than a float has, and whether there is a rest, decide how it is rounded.
+    while quotient < EXACT << 2 {
+        rest *= 2;
+        quotient = quotient * 2 + u128::from(rest >= b);
+        rest -= if rest >= b { b } else { 0 };
+        scale /= 2.0;
+    }
+    let rounded = (quotient | u128::from(rest > 0)) as f64 * scale;
+    if (x < 0) == (y < 0) { rounded } else { -rounded }
 }
 
 pub(super) fn too_large() -> Failure {
@@ -143,8 +163,12 @@ fn floats(op: BinaryOp, x: f64, y: f64) -> Result<Value, Failure> {
         BinaryOp::Multiply => x * y,
         BinaryOp::Divide => x / y,
         BinaryOp::FloorDivide => {
-            // As CPython: exact where the quotient of floats would be rounded up.
-            let quotient = (x - remainder()) / y;
+            // As CPython's float_divmod, which is exact where the quotient would be rounded up.
+            let rest = x % y;
+            let mut quotient = (x - rest) / y;
+            if rest != 0.0 && (y < 0.0) != (rest < 0.0) {
+                quotient -= 1.0;
+            }
             let floor = quotient.floor();
             if quotient == 0.0 {
                 0.0_f64.copysign(x / y)

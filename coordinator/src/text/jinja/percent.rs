@@ -53,9 +53,6 @@ pub(super) fn format(
     text: &Held<Text>,
     values: &Value,
 ) -> Result<Value, Failure> {
-    if text.safe {
-        return Err(Failure::new("% of a text marked as safe is not supported"));
-    }
     let mut out = Writer::new(meter);
     let mut source = Source { values, next: 0 };
     let mut named = false;
@@ -87,13 +84,13 @@ pub(super) fn format(
             Some(value) => value,
             None => source.next()?,
         };
-        conversion(&mut out, &field, kind, &value)?;
+        conversion(&mut out, &field, kind, &value, text.safe)?;
     }
     out.push_str(rest)?;
     if !named && !source.is_used_up() {
         return Err(Failure::new("not all arguments converted during string formatting"));
     }
-    Value::text(meter, out.finish())
+    Value::marked(meter, out.finish(), text.safe)
 }
 
 fn key_end(text: &str) -> Option<usize> {
@@ -154,7 +151,22 @@ fn field<'t>(text: &'t str, source: &mut Source<'_>) -> Result<(Field, &'t str),
     Ok((field, rest))
 }
 
-fn conversion(out: &mut Writer, field: &Field, kind: char, value: &Value) -> Result<(), Failure> {
+/// Writes one value; into a text that is `safe` as HTML, where only numbers stay as they are.
+fn conversion(
+    out: &mut Writer,
+    field: &Field,
+    kind: char,
+    value: &Value,
+    safe: bool,
+) -> Result<(), Failure> {
+    // markupsafe hides the value behind something that has a text and a number, nothing else.
+    if safe && matches!(kind, 'c' | 'o' | 'x' | 'X') {
+        return Err(Failure::new(format!("%{kind} in a text marked as safe")));
+    }
+    if safe && value.as_str().is_some() && !matches!(kind, 's' | 'r' | 'a') {
+        let message = format!("%{kind} of a text in a text marked as safe is not supported");
+        return Err(Failure::new(message));
+    }
     let align = if field.left { Align::Left } else { Align::Right };
     let number = |out: &mut Writer, negative: bool, prefix: &str, digits: &str| {
         let sign = match (negative, field.plus, field.space) {
@@ -172,8 +184,13 @@ fn conversion(out: &mut Writer, field: &Field, kind: char, value: &Value) -> Res
             let mut text = Writer::new(out.meter());
             if kind == 's' { write::str(&mut text, value) } else { write::repr(&mut text, value) }?;
             let mut text = text.finish();
+            if safe && !(kind == 's' && matches!(value, Value::Text(text) if text.safe)) {
+                let mut escaped = Writer::new(out.meter());
+                operate::escape(&mut escaped, &text)?;
+                text = escaped.finish();
+            }
             if kind == 'a' && !text.is_ascii() {
-                return Err(Failure::new("%a of a text outside ASCII is not supported"));
+                text = write::ascii(out.meter(), &text)?;
             }
             if let Some(precision) = field.precision
                 && let Some((at, _)) = text.char_indices().nth(precision)
@@ -195,13 +212,15 @@ fn conversion(out: &mut Writer, field: &Field, kind: char, value: &Value) -> Res
             digits::pad(out, "", &text, field.width, ' ', align)
         }
         'd' | 'i' | 'u' | 'o' | 'x' | 'X' => {
-            let value = match (kind, value) {
+            let whole = match (kind, value) {
                 ('d' | 'i' | 'u', Value::Float(value)) if value.is_finite() => {
-                    operate::exact_int(value.trunc())
+                    // All the digits of a float, however large.
+                    let digits = format!("{:.0}", value.abs().trunc());
+                    Some((*value <= -1.0, digits))
                 }
-                _ => value.as_int(),
+                _ => None,
             };
-            let value = value.ok_or_else(|| Failure::new(format!("%{kind} requires a number")))?;
+            let wrong = || Failure::new(format!("%{kind} requires a number"));
             let (radix, prefix) = match kind {
                 'o' => (8, "0o"),
                 'x' => (16, "0x"),
@@ -209,9 +228,15 @@ fn conversion(out: &mut Writer, field: &Field, kind: char, value: &Value) -> Res
                 _ => (10, ""),
             };
             let prefix = if field.alternate { prefix } else { "" };
-            let digits = digits::integer(value.unsigned_abs(), radix, kind == 'X');
+            let (negative, digits) = match whole {
+                Some(whole) => whole,
+                None => {
+                    let value = value.as_int().ok_or_else(wrong)?;
+                    (value < 0, digits::integer(value.unsigned_abs(), radix, kind == 'X'))
+                }
+            };
             let zeros = field.precision.unwrap_or(0).saturating_sub(digits.len());
-            number(out, value < 0, prefix, &format!("{}{digits}", "0".repeat(zeros)))
+            number(out, negative, prefix, &format!("{}{digits}", "0".repeat(zeros)))
         }
         'e' | 'E' | 'f' | 'F' | 'g' | 'G' => {
             let value = value.as_float();

@@ -216,8 +216,38 @@ fn tables_and_texts_are_paid_for_before_they_are_made() {
         let error = refused(&format!("{{{{ ('1_' * 4000 ~ '1')|{filter} }}}}"));
         assert_eq!(error, "limit: a number had more than 4096 bytes");
     }
-    let stripped = "{{ ' <b>a</b>\n b  <!-- c -->d '|striptags }}";
-    assert_eq!(written(stripped).unwrap(), "a b d");
+}
+
+#[test]
+fn what_depends_on_values_is_refused_by_name() {
+    let striptags = "unsupported: line 1: the filter \"striptags\" is not supported";
+    assert_eq!(refused("{{ 'a &lt; b'|striptags }}"), striptags);
+    assert_eq!(refused("{{ ['a']|map('striptags')|list }}"), striptags);
+    let named = "{% set f = 'striptags' %}{{ ['a']|map(f)|list }}";
+    assert_eq!(refused(named), "error: the filter \"striptags\" is not supported");
+    let alternate = "error: '#' for a float without a type is not supported";
+    assert_eq!(refused("{{ '{:#}'.format(1e16) }}"), alternate);
+    assert_eq!(refused("{{ 2 ** 127 }}"), "limit: an integer had more than 127 bits");
+}
+
+#[test]
+fn numbers_of_requests_are_read_as_python_reads_them_or_refused() {
+    for (json, want) in [
+        (
+            "[18446744073709551615, -9223372036854775808]",
+            "[18446744073709551615, -9223372036854775808]",
+        ),
+        ("[1e20, -0.0, 1.5E3, 0]", "[1e+20, -0.0, 1500.0, 0]"),
+        (r#"["18446744073709551616 \"-0", "\\", 1]"#, r#"['18446744073709551616 "-0', '\\', 1]"#),
+    ] {
+        let context = [("v".to_owned(), Json::parse(json).unwrap())];
+        assert_eq!(render("{{ v }}", &context).as_deref(), Ok(want), "{json}");
+    }
+    for json in ["18446744073709551616", "[-9223372036854775809]", r#"{"a\"": -0}"#, "1e400"] {
+        assert!(Json::parse(json).is_err(), "{json}");
+    }
+    let error = Json::parse("[18446744073709551616]").unwrap_err().to_string();
+    assert_eq!(error, "the integer 18446744073709551616 is not supported, it has over 64 bits");
 }
 
 #[test]

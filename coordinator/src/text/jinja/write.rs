@@ -1,7 +1,9 @@
 //! Values as Python's `str` and `repr` write them.
 
+use std::rc::Rc;
+
 use super::Failure;
-use super::meter::Writer;
+use super::meter::{Meter, Writer};
 use super::value::{Object, Range, Value, View};
 use crate::text::guard::STAND_INS;
 
@@ -137,6 +139,21 @@ pub(super) fn is_printable(character: char) -> bool {
     !(character.is_control() || format || private || blank)
 }
 
+/// A text's characters outside ASCII as Python's escapes.
+pub(super) fn ascii(meter: &Rc<Meter>, text: &str) -> Result<String, Failure> {
+    let mut out = Writer::new(meter);
+    for character in text.chars() {
+        match u32::from(character) {
+            // A stand-in for a letter of a special token becomes that letter again later.
+            code if character.is_ascii() || STAND_INS.contains(&code) => out.push(character)?,
+            code @ ..=0xff => out.push_str(&format!("\\x{code:02x}"))?,
+            code @ ..=0xffff => out.push_str(&format!("\\u{code:04x}"))?,
+            code => out.push_str(&format!("\\U{code:08x}"))?,
+        }
+    }
+    Ok(out.finish())
+}
+
 /// `repr` of a float: the shortest digits that read back the same.
 pub(super) fn float(value: f64) -> String {
     if value.is_nan() {
@@ -145,12 +162,19 @@ pub(super) fn float(value: f64) -> String {
     if value.is_infinite() {
         return if value > 0.0 { "inf" } else { "-inf" }.into();
     }
-    let shortest = format!("{value:e}");
+    let mut shortest = format!("{value:e}");
+    // Of two texts as short and as near as each other Python takes the one with an even last
+    // digit, as writing so many digits of the exact value does.
+    let digits = shortest.bytes().take_while(|byte| *byte != b'e').filter(u8::is_ascii_digit);
+    let exact = format!("{value:.0$e}", digits.count().saturating_sub(1));
+    if exact.parse() == Ok(value) {
+        shortest = exact;
+    }
     let (digits, exponent) = shortest.split_once('e').unwrap_or((&shortest, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if (-4..16).contains(&exponent) {
-        let fixed = format!("{value}");
-        if fixed.contains('.') { fixed } else { fixed + ".0" }
+        let after = digits.split_once('.').map_or(0, |(_, after)| after.len() as i32);
+        format!("{value:.0$}", (after - exponent).max(1) as usize)
     } else {
         format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
     }

@@ -64,6 +64,9 @@ pub(super) fn call(
                 _ => value.as_float(),
             };
             let bytes = bytes.ok_or_else(|| Failure::new("could not convert to float"))?;
+            if bytes == f64::NEG_INFINITY {
+                return Err(Failure::new("cannot convert float infinity to integer"));
+            }
             Value::text(meter, file_size(bytes, binary.is_some_and(|binary| binary.is_true())))
         }
     }
@@ -75,39 +78,42 @@ fn file_size(bytes: f64, binary: bool) -> String {
         return "1 Byte".into();
     }
     if bytes < base {
-        return format!("{} Bytes", bytes.trunc());
+        // An integer in Python: all its digits, and no -0.
+        return format!("{:.0} Bytes", bytes.trunc() + 0.0);
     }
     let letters = [if binary { 'K' } else { 'k' }, 'M', 'G', 'T', 'P', 'E', 'Z', 'Y'];
-    let mut unit = base;
+    let whole_base = base as i128;
     for (index, letter) in letters.iter().enumerate() {
-        unit *= base;
-        if bytes < unit || index + 1 == letters.len() {
-            let size = digits::float(base * bytes / unit, Style::Fixed, 1, false);
+        // Below 2^90 for the last letter.
+        let unit = whole_base.pow(index as u32 + 2);
+        // As Python compares them: the float nearest to an integer may lie below it.
+        let is_less = operate::exact_int(bytes.floor()).is_some_and(|whole| whole < unit);
+        if is_less || index + 1 == letters.len() {
+            let size = digits::float(base * bytes / unit as f64, Style::Fixed, 1, false);
             return format!("{size} {letter}{middle}B");
         }
     }
     String::new()
 }
 
-/// Digits as Python reads them: single underscores between, of any script.
-fn plain_digits(text: &str) -> Option<String> {
+/// Digits as Python reads them, of any script, with single underscores between what `joins`.
+fn plain_digits(text: &str, joins: fn(char) -> bool) -> Option<String> {
     let text = text.trim_matches(is_blank);
     if text.starts_with('_') || text.ends_with('_') || text.contains("__") {
         return None;
     }
     let between = text.split('_').collect::<Vec<_>>();
-    let joins = between
-        .windows(2)
-        .all(|pair| pair[0].ends_with(letters::is_alnum) && pair[1].starts_with(letters::is_alnum));
+    let all_join =
+        between.windows(2).all(|pair| pair[0].ends_with(joins) && pair[1].starts_with(joins));
     let plain = between.concat();
     let ascii = |character: char| {
         letters::decimal_value(character).and_then(|digit| char::from_digit(digit, 10))
     };
-    joins.then(|| plain.chars().map(|c| ascii(c).unwrap_or(c)).collect())
+    all_join.then(|| plain.chars().map(|c| ascii(c).unwrap_or(c)).collect())
 }
 
 fn parse_float(text: &str) -> Option<f64> {
-    let plain = plain_digits(text)?;
+    let plain = plain_digits(text, letters::is_decimal)?;
     let unsigned = plain.strip_prefix(['+', '-']).unwrap_or(&plain).to_ascii_lowercase();
     let named = matches!(&*unsigned, "inf" | "infinity" | "nan");
     let begins = unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.');
@@ -115,7 +121,7 @@ fn parse_float(text: &str) -> Option<f64> {
 }
 
 fn parse_int(text: &str, base: u32) -> Result<Option<i128>, Failure> {
-    let Some(plain) = plain_digits(text) else { return Ok(None) };
+    let Some(plain) = plain_digits(text, letters::is_alnum) else { return Ok(None) };
     let negative = plain.starts_with('-');
     let digits = plain.strip_prefix(['+', '-']).unwrap_or(&plain);
     let lower = digits.to_ascii_lowercase();
@@ -168,6 +174,41 @@ fn to_int(value: &Value, base: i128) -> Result<Option<i128>, Failure> {
     }
 }
 
+/// A float rounded to `places` before the point as its exact decimal value says, halves to even.
+fn round_left(value: f64, places: usize) -> f64 {
+    if !value.is_finite() {
+        return value;
+    }
+    let whole = format!("{:.0}", value.abs().trunc());
+    // Whether anything of the value lies behind its integer.
+    let more = value.fract() != 0.0;
+    let kept = whole.len().saturating_sub(places);
+    let padded = format!("{whole:0>width$}", width = places);
+    let (head, tail) = padded.split_at(kept);
+    let half = format!("5{}", "0".repeat(places - 1));
+    let odd = head.bytes().next_back().is_some_and(|digit| digit % 2 == 1);
+    let up = match tail.cmp(&half) {
+        std::cmp::Ordering::Less => false,
+        std::cmp::Ordering::Equal => more || odd,
+        std::cmp::Ordering::Greater => true,
+    };
+    // One more at the place that is kept, as digits: the sum of floats could be rounded.
+    let mut digits: Vec<u8> = format!("0{head}").into_bytes();
+    let mut at = digits.len();
+    while up && at > 0 {
+        at -= 1;
+        if digits[at] == b'9' {
+            digits[at] = b'0';
+        } else {
+            digits[at] += 1;
+            break;
+        }
+    }
+    let digits = String::from_utf8(digits).unwrap_or_default();
+    let size: f64 = format!("{digits}{}", "0".repeat(places)).parse().unwrap_or(value.abs());
+    size.copysign(value)
+}
+
 fn round(value: &Value, given: Given) -> Result<Value, Failure> {
     let [precision, method] = given.bind("round", ["precision", "method"])?;
     let precision = int_argument(precision.as_ref(), 0)?;
@@ -186,8 +227,7 @@ fn round(value: &Value, given: Given) -> Result<Value, Failure> {
                     let digits = format!("{value:.0$}", small as usize);
                     return Ok(Value::Float(digits.parse().unwrap_or(*value)));
                 }
-                let unit = 10_f64.powi(-small);
-                Ok(Value::Float((value / unit).round_ties_even() * unit))
+                Ok(Value::Float(round_left(*value, small.unsigned_abs() as usize)))
             }
             (_, Some(whole)) if small < 0 => {
                 let unit = 10_i128.pow(small.unsigned_abs());
@@ -202,10 +242,24 @@ fn round(value: &Value, given: Given) -> Result<Value, Failure> {
         },
         "ceil" | "floor" => {
             let up = method == "ceil";
-            let rounded = |value: f64| if up { value.ceil() } else { value.floor() };
-            let value = value.as_float().ok_or_else(wrong)?;
-            let unit = 10_f64.powi(small);
-            Ok(Value::Float(rounded(value * unit) / unit))
+            // An integer in Python: none is infinite, and there is no -0.
+            let rounded = |value: f64| match value.is_finite() {
+                true => Ok(if up { value.ceil() } else { value.floor() } + 0.0),
+                false => Err(Failure::new("cannot convert a float that is no number to integer")),
+            };
+            if small < 0 {
+                let unit = 10_f64.powf(f64::from(small));
+                let value = value.as_float().ok_or_else(wrong)?;
+                return Ok(Value::Float(rounded(value * unit)? / unit));
+            }
+            let unit = 10_i128.pow(small.unsigned_abs());
+            let scaled = match (value, value.as_int()) {
+                (Value::Float(value), _) => operate::exact_int(rounded(value * unit as f64)?),
+                (_, Some(value)) => value.checked_mul(unit),
+                _ => return Err(wrong()),
+            };
+            let scaled = scaled.ok_or_else(operate::too_large)?;
+            Ok(Value::Float(operate::quotient(scaled, unit)))
         }
         _ => Err(Failure::new("method must be common, ceil or floor")),
     }
