@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use proto::ids::{Epoch, NumericsClass, PipelineId, Term};
-use proto::plan::{PipelinePlan, Plan, StagePlan, WorkerRecord};
+use proto::plan::{PLAN_FORMAT, PipelinePlan, Plan, StagePlan, WorkerRecord};
 use proto::status::{WaitCause, Waiting};
 
 use crate::planner::{self, PlanError, Stage, WorkerSpec};
@@ -252,11 +252,18 @@ impl Cluster {
         }
     }
 
-    fn plan_read(&mut self, now: Tick, found: Option<(u64, Plan)>, actions: &mut Vec<Action>) {
+    fn plan_read(
+        &mut self,
+        now: Tick,
+        found: Option<(u64, Option<Plan>)>,
+        actions: &mut Vec<Action>,
+    ) {
         // An answer to an earlier question says nothing about the last write.
         let (Some(term), Written::Reading) = (self.term, self.written) else { return };
         let revision = found.as_ref().map(|&(revision, _)| revision);
         self.written = Written::At(revision);
+        // A plan that cannot be read has a revision all the same, and is replaced like any other.
+        let found = found.and_then(|(revision, plan)| Some((revision, plan?)));
         if let Some((_, plan)) = &found
             && plan.term > term
         {
@@ -288,8 +295,10 @@ impl Cluster {
                 self.abandon_start(now, why, actions);
             }
             Phase::Nothing if self.incumbent.is_empty() => {
-                let served = found.filter(|(_, plan)| plan.model == self.options.model);
-                let pipeline = served.and_then(|(_, plan)| plan.pipelines.into_iter().next());
+                let model = self.options.model;
+                let pipeline = found.and_then(|(_, plan)| {
+                    plan.pipelines.into_iter().find(|pipeline| pipeline.model == model)
+                });
                 self.incumbent = pipeline.map(|pipeline| stages_of(&pipeline)).unwrap_or_default();
             }
             _ => {}
@@ -298,8 +307,9 @@ impl Cluster {
 
     fn plan_written(&mut self, now: Tick, revision: u64, actions: &mut Vec<Action>) {
         let Phase::Writing { plan, .. } = &self.phase else { return };
-        let (term, class) = (plan.term, plan.class);
+        let term = plan.term;
         let Some(mut pipeline) = plan.pipelines.first().cloned() else { return };
+        let class = pipeline.class;
         self.written = Written::At(Some(revision));
         pipeline.epoch = Epoch(revision);
         if let Some(stage) =
@@ -450,13 +460,14 @@ impl Cluster {
     fn compose(&self, term: Term, class: NumericsClass, found: planner::Assignment) -> Plan {
         let stages = found.stages.into_iter().map(|stage| self.members.place(stage)).collect();
         Plan {
+            format: PLAN_FORMAT,
             term,
-            model: self.options.model,
-            kv_type: self.options.kv_type,
-            class,
             pipelines: vec![PipelinePlan {
                 id: PIPELINE,
                 epoch: Epoch(0),
+                model: self.options.model,
+                kv_type: self.options.kv_type,
+                class,
                 stages,
                 kv_blocks: found.kv_blocks,
                 predicted_tokens_per_s: found.predicted_tokens_per_s,
@@ -515,8 +526,7 @@ fn same_plan(a: &Plan, b: &Plan) -> bool {
         let pipelines = plan.pipelines.iter();
         (
             plan.term,
-            plan.class,
-            pipelines.map(|p| (p.id, p.stages.clone(), p.kv_blocks)).collect::<Vec<_>>(),
+            pipelines.map(|p| (p.id, p.class, p.stages.clone(), p.kv_blocks)).collect::<Vec<_>>(),
         )
     };
     said(a) == said(b)

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use node::membership::{Leadership, Membership, MembershipError};
-use proto::ids::{NumericsClass, SequenceId, Term};
+use proto::ids::{Incarnation, NumericsClass, SequenceId, Term};
 use proto::key::CoordinatorKey;
 use proto::keys::Keys;
 use proto::status::ClusterStatus;
@@ -132,6 +132,8 @@ pub(crate) struct DriverConfig {
     pub(crate) limits: Limits,
     /// What candidates for the leadership call this process.
     pub(crate) advertise: String,
+    /// Where others reach its HTTP server.
+    pub(crate) http: String,
     /// The token that the self-test goes on from.
     pub(crate) first_token: u32,
     /// How long open answers may go on after the stop.
@@ -156,6 +158,8 @@ pub(crate) struct Driver {
     keys: Keys,
     /// Shown to workers with every call.
     key: CoordinatorKey,
+    /// Of this process start.
+    incarnation: Incarnation,
     membership: Arc<dyn Membership>,
     started: Instant,
     cluster: Cluster,
@@ -201,6 +205,7 @@ impl Driver {
             keys,
             // `rand`'s default source is the system's, through a cipher: it cannot be guessed.
             key: CoordinatorKey::new(rand::random()),
+            incarnation: Incarnation(rand::random()),
             membership,
             started: Instant::now(),
             clients: Clients::default(),

@@ -101,6 +101,7 @@ pub async fn run(
         cluster: cluster_options(&config, &store, cluster_id),
         limits: scheduler_limits(&config, &model),
         advertise: config.advertise.as_ref().map_or_else(|| grpc.to_string(), ToString::to_string),
+        http: advertised_http(&config, http),
         first_token: model.bos_token.unwrap_or(0),
         grace: config.shutdown_grace.get(),
     };
@@ -202,6 +203,14 @@ fn bind(service: &'static str, address: SocketAddr) -> Result<TcpListener, RunEr
 fn local(service: &'static str, listener: &TcpListener) -> Result<SocketAddr, RunError> {
     let address = SocketAddr::from(([0, 0, 0, 0], 0));
     listener.local_addr().map_err(|source| RunError::Bind { service, address, source })
+}
+
+/// Where others reach the HTTP server: by the name that they call the gRPC server.
+fn advertised_http(config: &Config, bound: SocketAddr) -> String {
+    match &config.advertise {
+        Some(advertise) => format!("{}:{}", advertise.host(), bound.port()),
+        None => bound.to_string(),
+    }
 }
 
 fn served_model(store: &model::Store, served: &Config) -> request::ServedModel {

@@ -14,11 +14,12 @@ use futures::{Stream, StreamExt, stream};
 use node::membership::{Membership, Memory, Registration};
 use proto::convert;
 use proto::ids::{Incarnation, KnownAnswer, ModelId, NumericsClass};
+use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::pb;
 use proto::pb::inference_client::InferenceClient;
 use proto::pb::stage_server::{Stage, StageServer};
-use proto::plan::{KvType, WorkerModel, WorkerRecord};
+use proto::plan::{KvType, PLAN_FORMAT, Plan, StepTime, WorkerModel, WorkerRecord};
 use proto::step::{
     Output, RowResult, RowStatus, RowValue, Sampled, StepReply, StepResult, StepVerdict,
 };
@@ -319,12 +320,12 @@ impl Cluster {
             known_answer: KnownAnswer([7; 32]),
             models: vec![WorkerModel {
                 id: self.model,
-                layer_ns: 1000,
-                layer_16_ns: 2000,
-                head_ns: 1000,
-                head_16_ns: 2000,
+                steps: vec![
+                    StepTime { rows: 1, layer_ns: 1000, head_ns: 1000 },
+                    StepTime { rows: 16, layer_ns: 2000, head_ns: 2000 },
+                ],
             }],
-            draining: false,
+            ..WorkerRecord::default()
         };
         let value = serde_json::to_vec(&record).unwrap();
         let registration =
@@ -559,6 +560,28 @@ async fn a_client_that_goes_away_frees_its_kv() {
     assert_eq!(cluster.running().await, 1);
     drop(events);
     cluster.until_running(0).await;
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_cannot_be_read_is_replaced() {
+    let mut cluster = Cluster::start(0, 1).await;
+    let strange = cluster.membership.another();
+    let garbage = Bytes::from_static(b"{\"pipelines\": 7}");
+    // Kept to the end: whoever holds a key takes it away when it leaves.
+    let held = strange.register(&cluster.keys.plan(), garbage).await.unwrap();
+    cluster.start_worker("w0").await;
+    cluster.until_ready(true).await;
+    let written = cluster.membership.list(&cluster.keys.plan()).await.unwrap();
+    let plan: Plan = serde_json::from_slice(&written.entries[0].value).unwrap();
+    assert_eq!((plan.format, plan.pipelines.len()), (PLAN_FORMAT, 1));
+    assert_eq!(plan.pipelines[0].class, cluster.toy.class);
+    let leader = cluster.membership.list(&cluster.keys.leader()).await.unwrap();
+    let leader: LeaderRecord = serde_json::from_slice(&leader.entries[0].value).unwrap();
+    assert_eq!(leader.address, cluster.bound.grpc.to_string());
+    assert_eq!(leader.http, cluster.bound.http.to_string());
+    assert_ne!(leader.incarnation, Incarnation::NONE);
+    drop(held);
     cluster.end().await;
 }
 

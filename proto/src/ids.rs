@@ -49,6 +49,22 @@ number_id!(
     BlockId(u32)
 );
 
+/// A pipeline as it was at one epoch: what events, actions, messages and log lines name. Written
+/// `1@42`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PipelineRef {
+    /// Which pipeline.
+    pub id: PipelineId,
+    /// Since when its stages are as they are.
+    pub epoch: Epoch,
+}
+
+impl fmt::Display for PipelineRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.id, self.epoch)
+    }
+}
+
 /// Bytes that should have been an id were not.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{what} must be {expected_bytes} bytes, found {found_bytes}")]
@@ -74,7 +90,7 @@ pub struct IdTextError {
 macro_rules! bytes_id {
     ($(#[$doc:meta])* $name:ident[$len:literal] $what:literal) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(pub [u8; $len]);
 
         impl TryFrom<&[u8]> for $name {
@@ -155,6 +171,11 @@ bytes_id!(
     /// Hash of a sequence's tokens up to a position: a chain over single tokens.
     PrefixHash[16] "a prefix hash"
 );
+
+impl Incarnation {
+    /// Of no process: what a message or a record without an incarnation has.
+    pub const NONE: Self = Self([0; 16]);
+}
 
 impl PrefixHash {
     /// The hash of no tokens.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tonic::metadata::{MetadataMap, MetadataValue};
 
 use crate::convert::WireError;
-use crate::ids::KeyDigest;
+use crate::ids::{Incarnation, KeyDigest};
 
 /// The gRPC header that carries the key's bytes.
 pub const HEADER: &str = "tercet-coordinator-key-bin";
@@ -63,12 +63,19 @@ impl fmt::Debug for CoordinatorKey {
 }
 
 /// What the leading coordinator says of itself under the leader key.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LeaderRecord {
-    /// Where others reach it: `host:port`.
+    /// [`LEADER_FORMAT`](crate::plan::LEADER_FORMAT) of who wrote it.
+    pub format: u32,
+    /// Where others reach its gRPC server: `host:port`.
     pub address: String,
-    /// Of its key.
-    pub key_digest: KeyDigest,
+    /// Where others reach its HTTP server: `host:port`.
+    pub http: String,
+    /// Of this process start.
+    pub incarnation: Incarnation,
+    /// Of its key; `None` in a record that names none: then none is demanded.
+    pub key_digest: Option<KeyDigest>,
 }
 
 #[cfg(test)]

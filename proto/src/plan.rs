@@ -1,4 +1,11 @@
-//! What is written to the registry: a worker's record and the plan.
+//! What is written to the registry: a worker's record and the plan. The leader's record is in
+//! [`key`](crate::key).
+//!
+//! Values outlive the program that wrote them, and are read by programs of other versions. So a
+//! reader takes fields that are missing for their defaults and ignores those it does not know; and
+//! a field never changes its meaning: what means something else gets another name. `format` counts
+//! the changes, for people and for whoever must know what the writer knew. What every format looks
+//! like is in `proto/samples`.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,7 +13,26 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, Term};
+use crate::ids::{
+    Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, PipelineRef, Term,
+};
+use crate::limits;
+use crate::names::WorkerId;
+
+mod step_time;
+#[cfg(test)]
+mod tests;
+
+pub use step_time::StepTime;
+
+/// Format of the [`LeaderRecord`](crate::key::LeaderRecord)s that this version writes.
+pub const LEADER_FORMAT: u32 = 1;
+
+/// Format of the [`WorkerRecord`]s that this version writes.
+pub const WORKER_FORMAT: u32 = 1;
+
+/// Format of the [`Plan`]s that this version writes.
+pub const PLAN_FORMAT: u32 = 1;
 
 /// The number format of cached keys and values. Part of the numerics class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -55,14 +81,21 @@ impl FromStr for KvType {
 }
 
 /// What a worker says of itself under its lease.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct WorkerRecord {
+    /// [`WORKER_FORMAT`] of who wrote it.
+    pub format: u32,
     /// Stable name of the worker, unique in its cluster.
     pub id: String,
     /// Of this process start.
     pub incarnation: Incarnation,
     /// Where others reach it: `host:port`.
     pub address: String,
+    /// Name of the machine that it runs on; empty: unknown.
+    pub machine: String,
+    /// Which rack that machine is in; empty: unknown.
+    pub rack: String,
     /// Version of the program.
     pub version: String,
     /// Which kernels it chose.
@@ -81,46 +114,103 @@ pub struct WorkerRecord {
     pub draining: bool,
 }
 
+impl WorkerRecord {
+    /// What makes this no worker's record; `None` if it is one.
+    pub fn fault(&self) -> Option<&'static str> {
+        if self.id.parse::<WorkerId>().is_err() {
+            return Some("it has no id that can name a worker");
+        }
+        if self.incarnation == Incarnation::NONE {
+            return Some("it has no incarnation");
+        }
+        is_address(&self.address).err()
+    }
+}
+
+/// Whether others could be told to connect there.
+fn is_address(text: &str) -> Result<(), &'static str> {
+    let authority = text.parse::<tonic::codegen::http::uri::Authority>();
+    match authority {
+        Ok(authority) if authority.port_u16().is_some() && !authority.host().is_empty() => Ok(()),
+        _ => Err("it has no address of the form host:port"),
+    }
+}
+
 /// One model that a worker can serve layers of, with its measured speed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct WorkerModel {
     /// Which model.
     pub id: ModelId,
-    /// Time of one layer for one row, in nanoseconds, measured at start.
-    pub layer_ns: u64,
-    /// Time of one layer for a step of 16 rows.
-    pub layer_16_ns: u64,
-    /// Time of final norm and head for one row.
-    pub head_ns: u64,
-    /// The same for a step of 16 rows.
-    pub head_16_ns: u64,
+    /// Measured at start, for several numbers of rows.
+    pub steps: Vec<StepTime>,
 }
 
-/// The numbered, immutable assignment of stages to workers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+impl WorkerModel {
+    /// Time of one layer in a step of so many rows, in nanoseconds; `None` if nothing was measured.
+    pub fn layer_ns(&self, rows: u32) -> Option<u64> {
+        step_time::at(&self.steps, rows, |step| step.layer_ns)
+    }
+
+    /// Time of final norm and head in a step of so many rows, in nanoseconds; `None` if nothing was
+    /// measured.
+    pub fn head_ns(&self, rows: u32) -> Option<u64> {
+        step_time::at(&self.steps, rows, |step| step.head_ns)
+    }
+}
+
+/// The immutable assignment of stages to workers. Its number is its mod-revision.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Plan {
+    /// [`PLAN_FORMAT`] of who wrote it.
+    pub format: u32,
     /// Whose reign wrote it.
     pub term: Term,
-    /// The model that is served.
-    pub model: ModelId,
-    /// Part of the class.
-    pub kv_type: KvType,
-    /// The class of every stage.
-    pub class: NumericsClass,
     /// All pipelines.
     pub pipelines: Vec<PipelinePlan>,
     /// Why it is so, for people.
     pub reason: String,
 }
 
+impl Plan {
+    /// What makes this nobody's plan, though it reads as one; `None` if it could be carried out.
+    pub fn fault(&self) -> Option<&'static str> {
+        let mut workers: Vec<&str> = Vec::new();
+        for pipeline in &self.pipelines {
+            if pipeline.stages.is_empty() || pipeline.stages.len() > limits::STAGES {
+                return Some("a pipeline has no stages, or too many");
+            }
+            let mut begin = 0;
+            for stage in &pipeline.stages {
+                if stage.layers.start != begin || stage.layers.end <= begin {
+                    return Some("the layers of a pipeline do not follow on one another");
+                }
+                begin = stage.layers.end;
+                workers.push(&stage.worker);
+            }
+        }
+        workers.sort_unstable();
+        let twice = workers.windows(2).any(|pair| pair[0] == pair[1]);
+        twice.then_some("a worker has two stages")
+    }
+}
+
 /// The stages that together hold the whole model.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PipelinePlan {
     /// Which pipeline.
     pub id: PipelineId,
-    /// Set on reading: the revision at which these stages last changed. A plan that changes the
-    /// stages is written with 0 here and the reader puts the plan's own mod-revision.
+    /// The revision at which these stages last changed. A plan that changes the stages is written
+    /// with 0 here, and whoever reads it puts the plan's own mod-revision.
     pub epoch: Epoch,
+    /// The model that is served.
+    pub model: ModelId,
+    /// Part of the class.
+    pub kv_type: KvType,
+    /// The class of every stage.
+    pub class: NumericsClass,
     /// In the order of layers.
     pub stages: Vec<StagePlan>,
     /// Blocks of the KV cache, the least that every stage can hold.
@@ -129,8 +219,16 @@ pub struct PipelinePlan {
     pub predicted_tokens_per_s: f64,
 }
 
+impl PipelinePlan {
+    /// The pipeline at its epoch.
+    pub fn at(&self) -> PipelineRef {
+        PipelineRef { id: self.id, epoch: self.epoch }
+    }
+}
+
 /// The layers of one worker.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StagePlan {
     /// The worker's id.
     pub worker: String,
@@ -139,5 +237,28 @@ pub struct StagePlan {
     /// Where it is reached.
     pub address: String,
     /// Half-open.
+    #[serde(with = "half_open")]
     pub layers: Range<u32>,
+}
+
+/// Ranges as objects that tolerate what they do not know; serde's own do not.
+mod half_open {
+    use std::ops::Range;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Default, Serialize, Deserialize)]
+    #[serde(default)]
+    struct Written {
+        start: u32,
+        end: u32,
+    }
+
+    pub(super) fn serialize<S: Serializer>(r: &Range<u32>, to: S) -> Result<S::Ok, S::Error> {
+        Written { start: r.start, end: r.end }.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Range<u32>, D::Error> {
+        Written::deserialize(from).map(|Written { start, end }| start..end)
+    }
 }

@@ -1,5 +1,5 @@
-//! Measures how fast this worker computes a layer and the head, for the planner. Not pure: it looks
-//! at the clock.
+//! Measures how fast this worker computes a layer and the head, for steps of several numbers of rows,
+//! for the planner. Not pure: it looks at the clock.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use model::Store;
 use proto::BLOCK_TOKENS;
 use proto::ids::{BlockId, Generation, PrefixHash, SequenceId};
-use proto::plan::KvType;
+use proto::plan::{KvType, StepTime};
 use proto::step::{Output, Row, RowStatus, SamplingParameters};
 
 use crate::engine::{Engine, EngineConfig, EngineError, Placement, StageModel};
@@ -15,8 +15,13 @@ use crate::engine::{Engine, EngineConfig, EngineError, Placement, StageModel};
 /// Tokens that each row has behind it: a short conversation.
 const CONTEXT_TOKENS: u32 = 4 * BLOCK_TOKENS;
 
-/// Rows of the larger of the two steps that are timed.
-const MANY_ROWS: u32 = 16;
+/// Rows of the steps that are timed: what decodes alone, and what shows how rows share the reading
+/// of weights. Each has four times as many as the one before, so a step takes at most four times as
+/// long.
+pub const ROWS: [u32; 4] = [1, 4, 16, 64];
+
+/// So many of [`ROWS`] are timed however slow they are: a line needs two points.
+const FEWEST: usize = 2;
 
 /// Layers that are timed together: more than a last-level cache keeps, for a stage of a pipeline
 /// reads its weights from memory in every step.
@@ -29,37 +34,26 @@ const TIME: Duration = Duration::from_millis(600);
 /// Times that each kind is repeated at least, however slow it is.
 const ROUNDS: usize = 2;
 
-/// Times of one layer, and of final norm and head with greedy sampling, in nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerTimes {
-    /// One layer for one row.
-    pub layer_ns: u64,
-    /// One layer for a step of 16 rows.
-    pub layer_16_ns: u64,
-    /// Norm and head for one row.
-    pub head_ns: u64,
-    /// Norm and head for a step of 16 rows.
-    pub head_16_ns: u64,
-}
-
 /// Times steps through the model's last layers, with and without the head, on an engine like that of
-/// `config` but with a KV cache and steps of its own size. Blocks the caller for about a second.
+/// `config` but with a KV cache and steps of its own size. Blocks the caller for about a second; a
+/// machine for which that is too little leaves the largest of [`ROWS`] out.
 ///
 /// # Errors
 ///
 /// [`EngineError`] if the layer cannot be opened or there is no memory for it.
-pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTimes, EngineError> {
+pub fn measure_steps(store: &Store, config: &EngineConfig) -> Result<Vec<StepTime>, EngineError> {
     let layers = LAYERS.min(store.config().layers);
     let end = store.config().layers;
     let model = StageModel::open(store, end - layers..end)?;
     let context = CONTEXT_TOKENS.min(store.config().context);
     let blocks_each = context.div_ceil(BLOCK_TOKENS);
+    let most_rows = ROWS.into_iter().max().unwrap_or(1);
     let mut engine = Engine::new(
         model,
         EngineConfig {
             kv_type: KvType::default(),
-            kv_blocks: MANY_ROWS * blocks_each,
-            max_step_tokens: MANY_ROWS,
+            kv_blocks: most_rows * blocks_each,
+            max_step_tokens: most_rows,
             // A few layers say nothing about memory, and are gone in a second.
             placement: Placement { pin: config.placement.pin, ..Placement::default() },
             ..*config
@@ -74,21 +68,15 @@ pub fn measure_layer_ns(store: &Store, config: &EngineConfig) -> Result<LayerTim
             .collect()
     };
     let sample = Output::Sample(Box::<SamplingParameters>::default());
-    let kinds = [
-        rows(1, &Output::None),
-        rows(MANY_ROWS, &Output::None),
-        rows(1, &sample),
-        rows(MANY_ROWS, &sample),
-    ];
-    let [one, many, one_whole, many_whole] = least_times(&mut engine, &kinds);
+    let kinds: Vec<_> =
+        ROWS.iter().map(|&count| [rows(count, &Output::None), rows(count, &sample)]).collect();
     let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1);
-    let a_layer = |time: Duration| nanos(time / layers.max(1));
-    Ok(LayerTimes {
-        layer_ns: a_layer(one),
-        layer_16_ns: a_layer(many),
-        head_ns: nanos(one_whole.saturating_sub(one)),
-        head_16_ns: nanos(many_whole.saturating_sub(many)),
-    })
+    let step_time = |(&rows, [layers_only, whole]): (&u32, [Duration; 2])| StepTime {
+        rows,
+        layer_ns: nanos(layers_only / layers.max(1)),
+        head_ns: nanos(whole.saturating_sub(layers_only)),
+    };
+    Ok(ROWS.iter().zip(least_times(&mut engine, &kinds)).map(step_time).collect())
 }
 
 /// One token of a sequence of its own. What its cache holds does not matter for time.
@@ -109,8 +97,9 @@ fn row(sequence: u32, position: u32, blocks: Range<u32>, output: Output) -> Row 
 }
 
 /// The least time of each kind of step, after one of each that only warms caches and maps pages.
-fn least_times<const N: usize>(engine: &mut Engine, kinds: &[Vec<Row>; N]) -> [Duration; N] {
-    let most_rows = kinds.iter().map(Vec::len).max().unwrap_or(0);
+/// Kinds at the end of the list are left out when those before them took the whole [`TIME`].
+fn least_times<const N: usize>(engine: &mut Engine, kinds: &[[Vec<Row>; N]]) -> Vec<[Duration; N]> {
+    let most_rows = kinds.iter().flatten().map(Vec::len).max().unwrap_or(0);
     let input = if engine.is_first() { 0 } else { most_rows * engine.hidden() };
     // Not zeros, so that no product is cheaper than it would be.
     let input: Vec<f32> = (0..input).map(|index| (index % 7) as f32 - 3.0).collect();
@@ -120,14 +109,21 @@ fn least_times<const N: usize>(engine: &mut Engine, kinds: &[Vec<Row>; N]) -> [D
         engine.forward(rows, &input[..used]);
         start.elapsed()
     };
-    for rows in kinds {
-        step(rows);
+    let begin = Instant::now();
+    let mut least = Vec::with_capacity(kinds.len());
+    for kind in kinds {
+        if least.len() >= FEWEST && begin.elapsed() >= TIME {
+            break;
+        }
+        for rows in kind {
+            step(rows);
+        }
+        least.push([Duration::MAX; N]);
     }
-    let mut least = [Duration::MAX; N];
     let begin = Instant::now();
     let mut rounds = 0;
     while rounds < ROUNDS || begin.elapsed() < TIME {
-        for (rows, least) in kinds.iter().zip(&mut least) {
+        for (rows, least) in kinds.iter().flatten().zip(least.iter_mut().flatten()) {
             *least = step(rows).min(*least);
         }
         rounds += 1;

@@ -15,7 +15,7 @@ use node::{Supervisor, TaskError};
 use proto::ids::{Incarnation, KnownAnswer, ModelId};
 use proto::keys::Keys;
 use proto::limits;
-use proto::plan::{KvType, WorkerModel, WorkerRecord};
+use proto::plan::{KvType, WORKER_FORMAT, WorkerModel, WorkerRecord};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,7 @@ use crate::bridge::EngineFailure;
 use crate::config::Config;
 use crate::engine::{EngineConfig, working_bytes as working_bytes_of};
 use crate::error::RunError;
-use crate::measure::measure_layer_ns;
+use crate::measure::measure_steps;
 use crate::service::{Identity, Service};
 use crate::witness::{LeaderKey, Witness};
 use crate::{grpc, known_answer, standby, telemetry, weights};
@@ -42,6 +42,9 @@ const VERIFY_REPORT: Duration = Duration::from_secs(3);
 
 /// How long leaving the registry may take; the lease ends by itself if the registry is away.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Characters of a machine's name that are told: Linux has names of up to 64 bytes.
+const MACHINE_NAME_CHARS: usize = 64;
 
 /// What stopping takes beyond leaving and draining: streams end, connections close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -82,9 +85,12 @@ pub async fn run(
 
     let incarnation = Incarnation(rand::random());
     let record = WorkerRecord {
+        format: WORKER_FORMAT,
         id: id.clone(),
         incarnation,
         address: config.advertise.as_ref().map_or_else(|| address.to_string(), ToString::to_string),
+        machine: machine_name(),
+        rack: String::new(),
         version: env!("CARGO_PKG_VERSION").into(),
         isa: engine.backend.isa().into(),
         threads: config.threads as u32,
@@ -187,6 +193,12 @@ struct Checked {
     working_bytes: u64,
 }
 
+/// The name of this machine; empty if it has none.
+fn machine_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().chars().filter(|c| !c.is_control()).take(MACHINE_NAME_CHARS).collect()
+}
+
 /// Proves the kernels, opens and verifies the stores, and times a layer. Reads all weights, and computes
 /// for about a second.
 fn check_machine(config: &Config) -> Result<Checked, RunError> {
@@ -230,15 +242,9 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
             continue;
         }
         verify(&store)?;
-        let times = measure_layer_ns(&store, &engine).map_err(RunError::Measure)?;
-        tracing::info!(model = %id, path = %path.display(), ?times, "store opened");
-        models.push(WorkerModel {
-            id,
-            layer_ns: times.layer_ns,
-            layer_16_ns: times.layer_16_ns,
-            head_ns: times.head_ns,
-            head_16_ns: times.head_16_ns,
-        });
+        let steps = measure_steps(&store, &engine).map_err(RunError::Measure)?;
+        tracing::info!(model = %id, path = %path.display(), ?steps, "store opened");
+        models.push(WorkerModel { id, steps });
         working_bytes = working_bytes.max(working_bytes_of(store.config(), true, &engine));
         stores.push(Arc::new(store));
     }

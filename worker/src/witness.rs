@@ -96,7 +96,7 @@ impl Source for LeaderKey {
 
 fn leader(entry: &Entry) -> Leader {
     let record = serde_json::from_slice::<LeaderRecord>(&entry.value);
-    let key_digest = record.ok().map(|record| record.key_digest);
+    let key_digest = record.ok().and_then(|record| record.key_digest);
     Leader { term: Term(entry.create_revision), key_digest }
 }
 

@@ -314,8 +314,8 @@ impl Members {
             Some(WorkerSpec {
                 id: member.record.id.clone(),
                 memory_bytes: member.record.memory_bytes,
-                layer_ns: served.layer_16_ns,
-                head_ns: served.head_16_ns,
+                layer_ns: served.layer_ns(STEP_ROWS)?,
+                head_ns: served.head_ns(STEP_ROWS)?,
             })
         };
         let specs = self.by_id.values().filter(fits).filter_map(spec).collect();
@@ -334,11 +334,15 @@ impl Members {
         let (mut slowest, mut slowest_prompt) = (0, 0);
         for (index, stage) in stages.iter().enumerate() {
             let member = self.by_id.get(&stage.worker);
-            let Some(served) = member.and_then(|member| serves(&member.record, model)) else {
+            let Some(times) = member.and_then(|member| {
+                let served = serves(&member.record, model)?;
+                let at = |rows| Some((served.layer_ns(rows)?, served.head_ns(rows)?));
+                Some((at(1)?, at(STEP_ROWS)?))
+            }) else {
                 continue;
             };
             let layers = u64::from(stage.layers.end.saturating_sub(stage.layers.start));
-            let (one, many) = (served.layer_ns, served.layer_16_ns);
+            let ((one, head), (many, head_many)) = times;
             let (one, many) = (layers.saturating_mul(one), layers.saturating_mul(many));
             if many > slowest_prompt {
                 slowest_prompt = many;
@@ -350,7 +354,7 @@ impl Members {
                 (false, _) if is_last => 2,
                 _ => 0,
             };
-            let (head, head_many) = (served.head_ns / 2 * halves, served.head_16_ns / 2 * halves);
+            let (head, head_many) = (head / 2 * halves, head_many / 2 * halves);
             let (one, many) = (one.saturating_add(head), many.saturating_add(head_many));
             if many > slowest {
                 slowest = many;
@@ -377,7 +381,12 @@ impl Members {
     /// Why a worker can never be part of this model's pipeline as it is.
     pub(super) fn unfit(&self, record: &WorkerRecord, model: ModelId) -> Option<String> {
         if serves(record, model).is_none() {
-            return Some("it does not have the model".to_owned());
+            let has_it = record.models.iter().any(|served| served.id == model);
+            let why = match has_it {
+                true => "it has not said how fast it computes the model",
+                false => "it does not have the model",
+            };
+            return Some(why.to_owned());
         }
         let majority = self.majority(model)?;
         (kernels(record) != majority).then(|| {
@@ -451,5 +460,5 @@ fn kernels(record: &WorkerRecord) -> Kernels {
 }
 
 fn serves(record: &WorkerRecord, model: ModelId) -> Option<&WorkerModel> {
-    record.models.iter().find(|served| served.id == model)
+    record.models.iter().find(|served| served.id == model && served.layer_ns(1).is_some())
 }

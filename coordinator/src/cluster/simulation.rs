@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use proto::ids::{Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, Term};
-use proto::plan::{KvType, Plan, WorkerModel, WorkerRecord};
+use proto::plan::{KvType, Plan, StepTime, WorkerModel, WorkerRecord};
 
 use super::*;
 use crate::planner::ModelCosts;
@@ -52,12 +52,12 @@ pub(super) fn record(id: usize, incarnation: u8) -> WorkerRecord {
         known_answer: ANSWER,
         models: vec![WorkerModel {
             id: MODEL,
-            layer_ns: 10,
-            layer_16_ns: 100,
-            head_ns: 10,
-            head_16_ns: 100,
+            steps: vec![
+                StepTime { rows: 1, layer_ns: 10, head_ns: 10 },
+                StepTime { rows: 16, layer_ns: 100, head_ns: 100 },
+            ],
         }],
-        draining: false,
+        ..WorkerRecord::default()
     }
 }
 
@@ -195,7 +195,9 @@ impl World {
             Action::ReadPlan if fault => {
                 Event::PlanReadFailed { detail: "the registry is away".to_owned() }
             }
-            Action::ReadPlan => Event::PlanRead(self.plan.clone()),
+            Action::ReadPlan => {
+                Event::PlanRead(self.plan.clone().map(|(at, plan)| (at, Some(plan))))
+            }
             Action::WritePlan { term, previous, plan } => {
                 let at = self.plan.as_ref().map(|&(at, _)| at);
                 let may = Some(term.0) == self.term && at == previous;

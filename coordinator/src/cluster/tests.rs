@@ -295,9 +295,37 @@ fn an_unknown_outcome_is_read_back_and_never_written_blindly() {
     assert_eq!(cluster.handle(now, unknown), [Action::ReadPlan]);
     let mut read = plan.clone();
     read.pipelines[0].predicted_tokens_per_s += 1e-9;
-    let actions = cluster.handle(now, Event::PlanRead(Some((33, read))));
+    let actions = cluster.handle(now, Event::PlanRead(Some((33, Some(read)))));
     assert!(matches!(&actions[..], [Action::Prepare(a), Action::Prepare(b)]
         if a.epoch == Epoch(33) && b.stage == 1));
+}
+
+#[test]
+fn a_plan_that_cannot_be_read_is_replaced_where_it_is() {
+    let mut cluster = Cluster::new(options(Some(2)));
+    let now = Tick::ZERO;
+    cluster.handle(now, Event::Reset(workers(2)));
+    cluster.handle(now, Event::TermGained(Term(7)));
+    let actions = cluster.handle(now, Event::PlanRead(Some((33, None))));
+    let [Action::WritePlan { previous: Some(33), .. }] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    // One that comes while ours is on its way is somebody else's.
+    cluster.handle(now, Event::PlanConflict);
+    cluster.handle(now, Event::PlanRead(Some((34, None))));
+    let actions = cluster.handle(Tick::from_millis(1000), Event::Tick);
+    assert!(matches!(&actions[..], [Action::WritePlan { previous: Some(34), .. }]), "{actions:?}");
+}
+
+#[test]
+fn who_did_not_say_how_fast_it_is_has_no_place_in_a_plan() {
+    let mut all = workers(3);
+    all[1].models[0].steps.clear();
+    let mut script = Script::new(Some(2), all);
+    assert!(script.take().iter().any(is_serve));
+    assert_eq!(script.states(), ["w0 active", "w1 unfit", "w2 active"]);
+    let detail = &script.cluster.view().workers[1].detail;
+    assert_eq!(detail, "it has not said how fast it computes the model");
 }
 
 #[test]
@@ -312,12 +340,12 @@ fn without_etcd_it_goes_on_serving_and_a_usurped_plan_ends_it() {
     let actions = script.cluster.handle(script.now, Event::TermGained(Term(8)));
     assert_eq!(actions, [Action::ReadPlan]);
     let ours = script.plans[0].clone();
-    let same = Event::PlanRead(Some((epoch.0, ours.clone())));
+    let same = Event::PlanRead(Some((epoch.0, Some(ours.clone()))));
     assert_eq!(script.cluster.handle(script.now, same), []);
 
     script.cluster.handle(script.now, Event::TermLost);
     script.cluster.handle(script.now, Event::TermGained(Term(9)));
-    let other = Event::PlanRead(Some((epoch.0 + 1, ours)));
+    let other = Event::PlanRead(Some((epoch.0 + 1, Some(ours))));
     let actions = script.cluster.handle(script.now, other);
     assert!(matches!(&actions[0], Action::FailPipeline { .. }));
     assert!(

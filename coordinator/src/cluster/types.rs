@@ -52,8 +52,9 @@ pub enum Event {
         /// The worker's id.
         worker: String,
     },
-    /// Answer to [`Action::ReadPlan`]: what is written, with its mod-revision.
-    PlanRead(Option<(u64, Plan)>),
+    /// Answer to [`Action::ReadPlan`]: what is written, with its mod-revision; no plan if it is
+    /// not to be understood.
+    PlanRead(Option<(u64, Option<Plan>)>),
     /// Answer to [`Action::ReadPlan`]: it could not be read.
     PlanReadFailed {
         /// The error's words.

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use node::membership::{Entry, Event as RegistryEvent, WriteOutcome};
 use proto::ids::Term;
 use proto::key::LeaderRecord;
-use proto::plan::{Plan, WorkerRecord};
+use proto::keys::Keys;
+use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord};
 
 use super::{Driver, Outcome};
 use crate::cluster;
@@ -28,8 +29,13 @@ impl Driver {
 
     fn campaign_after(&mut self, pause: Duration) {
         let (membership, key) = (self.membership.clone(), self.keys.leader());
-        let address = self.config.advertise.clone();
-        let record = LeaderRecord { address, key_digest: self.key.digest() };
+        let record = LeaderRecord {
+            format: LEADER_FORMAT,
+            address: self.config.advertise.clone(),
+            http: self.config.http.clone(),
+            incarnation: self.incarnation,
+            key_digest: Some(self.key.digest()),
+        };
         let value = match serde_json::to_vec(&record) {
             Ok(value) => Bytes::from(value),
             Err(error) => {
@@ -48,19 +54,23 @@ impl Driver {
     pub(super) fn on_registry(&mut self, event: RegistryEvent) {
         let event = match event {
             RegistryEvent::Reset(snapshot) => {
+                let record = |entry| record(&self.keys, entry);
                 cluster::Event::Reset(snapshot.entries.iter().filter_map(record).collect())
             }
-            RegistryEvent::Put(entry) => match record(&entry) {
+            RegistryEvent::Put(entry) => match record(&self.keys, &entry) {
                 Some(record) => cluster::Event::WorkerPut(record),
-                None => return,
+                // What was there before is not there any more.
+                None => return self.on_gone(&entry.key),
             },
-            RegistryEvent::Delete { key, .. } => {
-                let prefix = self.keys.workers();
-                let Some(worker) = key.strip_prefix(&prefix) else { return };
-                cluster::Event::WorkerGone { worker: worker.to_owned() }
-            }
+            RegistryEvent::Delete { key, .. } => return self.on_gone(&key),
         };
         self.tell_cluster(event);
+    }
+
+    fn on_gone(&mut self, key: &str) {
+        if let Some(worker) = key.strip_prefix(&self.keys.workers()) {
+            self.tell_cluster(cluster::Event::WorkerGone { worker: worker.to_owned() });
+        }
     }
 
     /// Reads what is planned.
@@ -76,13 +86,8 @@ impl Driver {
             let Some(entry) = entry else {
                 return Outcome::Event(cluster::Event::PlanRead(None));
             };
-            match serde_json::from_slice(&entry.value) {
-                Ok(plan) => {
-                    let plan = (entry.mod_revision, plan);
-                    Outcome::Event(cluster::Event::PlanRead(Some(plan)))
-                }
-                Err(error) => failed(format!("the plan in the registry is not a plan: {error}")),
-            }
+            let plan = plan(&entry);
+            Outcome::Event(cluster::Event::PlanRead(Some((entry.mod_revision, plan))))
         });
     }
 
@@ -116,8 +121,88 @@ impl Driver {
 }
 
 /// A worker's record; `None`, and a line in the log, if somebody wrote something else there.
-fn record(entry: &Entry) -> Option<WorkerRecord> {
-    serde_json::from_slice(&entry.value)
-        .inspect_err(|error| tracing::warn!(key = entry.key, %error, "not a worker's record"))
+fn record(keys: &Keys, entry: &Entry) -> Option<WorkerRecord> {
+    let read = serde_json::from_slice(&entry.value).map_err(|error| error.to_string());
+    let whole = read.and_then(|record: WorkerRecord| match record.fault() {
+        None if keys.worker(&record.id) == entry.key => Ok(record),
+        None => Err("it is of another worker than its key".to_owned()),
+        Some(fault) => Err(fault.to_owned()),
+    });
+    whole.inspect_err(|error| tracing::warn!(key = entry.key, error, "not a worker's record")).ok()
+}
+
+/// The plan; `None`, and a line in the log, if what is there cannot be understood. Only its
+/// revision matters then: a new plan takes its place.
+fn plan(entry: &Entry) -> Option<Plan> {
+    let read = serde_json::from_slice(&entry.value).map_err(|error| error.to_string());
+    let whole = read.and_then(|plan: Plan| match plan.fault() {
+        None => Ok(plan),
+        Some(fault) => Err(fault.to_owned()),
+    });
+    let revision = entry.mod_revision;
+    whole
+        .inspect_err(|error| {
+            tracing::warn!(key = entry.key, revision, error, "not a plan, and to be replaced");
+        })
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ids::Incarnation;
+    use serde_json::json;
+
+    use super::*;
+
+    fn entry(key: &str, value: &serde_json::Value) -> Entry {
+        let value = Bytes::from(value.to_string());
+        Entry { key: key.to_owned(), value, create_revision: 3, mod_revision: 5 }
+    }
+
+    #[test]
+    fn only_a_record_that_names_its_worker_is_one() {
+        let keys = Keys::new("c");
+        let key = keys.worker("w1");
+        let whole = json!({ "id": "w1", "incarnation": "0".repeat(31) + "1", "address": "host:1" });
+        let read = record(&keys, &entry(&key, &whole)).expect("fields may be missing");
+        assert_eq!((read.id.as_str(), read.threads), ("w1", 0));
+        assert_eq!(read.incarnation.0[15], 1);
+        for (field, bad) in [
+            ("id", json!("")),
+            ("id", json!("w2")),
+            ("id", json!("w1/x")),
+            ("incarnation", json!(Incarnation::NONE)),
+            ("incarnation", json!("1")),
+            ("address", json!("")),
+            ("address", json!("host")),
+            ("address", json!("\u{1b}[2J:1")),
+            ("address", json!(":1")),
+            ("models", json!(7)),
+        ] {
+            let mut other = whole.clone();
+            other[field] = bad.clone();
+            assert_eq!(record(&keys, &entry(&key, &other)), None, "{field} is {bad}");
+        }
+        for field in ["id", "incarnation", "address"] {
+            let mut other = whole.clone();
+            other.as_object_mut().unwrap().remove(field);
+            assert_eq!(record(&keys, &entry(&key, &other)), None, "without {field}");
+        }
+        assert_eq!(record(&keys, &entry(&key, &json!([]))), None);
+    }
+
+    #[test]
+    fn what_cannot_be_carried_out_is_no_plan() {
+        let stage = |worker, start, end| json!({ "worker": worker, "layers": { "start": start, "end": end } });
+        let read = |stages: serde_json::Value| {
+            plan(&entry("plan", &json!({ "pipelines": [{ "id": 1, "stages": stages }] })))
+        };
+        assert!(read(json!([stage("a", 0, 2), stage("b", 2, 4)])).is_some());
+        assert_eq!(read(json!([])), None);
+        assert_eq!(read(json!([stage("a", 0, 2), stage("a", 2, 4)])), None, "twice");
+        assert_eq!(read(json!([stage("a", 0, 2), stage("b", 3, 4)])), None, "a gap");
+        assert_eq!(read(json!([stage("a", 0, 2), stage("b", 2, 1)])), None, "backwards");
+        assert_eq!(plan(&entry("plan", &json!("garbage"))), None);
+        assert_eq!(plan(&entry("plan", &json!({ "pipelines": null }))), None);
+    }
 }

@@ -159,7 +159,11 @@ mod tests {
     fn only_an_address_passes_for_a_leader() {
         let of = |text: &str| {
             let key_digest = CoordinatorKey::new([7; 16]).digest();
-            let record = LeaderRecord { address: text.to_owned(), key_digest };
+            let record = LeaderRecord {
+                address: text.to_owned(),
+                key_digest: Some(key_digest),
+                ..LeaderRecord::default()
+            };
             address(&serde_json::to_vec(&record).unwrap().into())
         };
         assert_eq!(of("rack1:7420"), Some("rack1:7420".to_owned()));

@@ -51,7 +51,11 @@ impl Process {
         let keys = Keys::new("test");
         let mut watch = membership.watch(&keys.workers());
         let Event::Reset(_) = soon(watch.next()).await else { panic!("the first is a reset") };
-        let record = LeaderRecord { address: "none:1".into(), key_digest: KEY.digest() };
+        let record = LeaderRecord {
+            address: "none:1".into(),
+            key_digest: Some(KEY.digest()),
+            ..LeaderRecord::default()
+        };
         let record = serde_json::to_vec(&record).unwrap().into();
         let (bound, address) = oneshot::channel();
         let stop = CancellationToken::new();
@@ -89,7 +93,9 @@ async fn an_idle_worker_registers_serves_and_leaves_at_once() {
     assert_eq!(record.address, process.address.to_string());
     assert_eq!(record.models.len(), 1);
     assert_eq!(record.models[0].id, model_id());
-    assert!(record.models[0].layer_ns > 0);
+    assert!(record.models[0].layer_ns(1) > Some(0));
+    assert_eq!(record.fault(), None);
+    assert!(!record.machine.is_empty(), "every Linux machine has a name");
     assert_ne!(record.incarnation, Incarnation([0; 16]));
     let description = connect(&record.address)
         .await

@@ -21,7 +21,11 @@ fn claim(term: u64, epoch: u64) -> Claim {
 }
 
 fn record(key: CoordinatorKey) -> bytes::Bytes {
-    let record = LeaderRecord { address: "a:1".into(), key_digest: key.digest() };
+    let record = LeaderRecord {
+        address: "a:1".into(),
+        key_digest: Some(key.digest()),
+        ..LeaderRecord::default()
+    };
     serde_json::to_vec(&record).unwrap().into()
 }
 
