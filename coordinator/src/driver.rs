@@ -406,7 +406,9 @@ impl Driver {
             Action::Probe { worker, incarnation, address } => {
                 self.calls.spawn(async move {
                     Outcome::Event(match workers::describe(&address, PROBE_PATIENCE).await {
-                        Ok(found) => cluster::Event::ProbeOk { worker, incarnation: found },
+                        Ok(found) => {
+                            cluster::Event::ProbeOk { worker, incarnation: found.incarnation }
+                        }
                         Err(error) => {
                             let detail = error.detail;
                             cluster::Event::ProbeFailed { worker, incarnation, detail }

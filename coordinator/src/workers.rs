@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use proto::convert;
+use proto::held::Description;
 use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::limits;
 use proto::pb;
 use proto::pb::stage_client::StageClient;
 use proto::plan::StagePlan;
-use proto::step::{Prepare, Step, StepReply, StepResult};
+use proto::step::{Prepare, ResultSource, Step, StepReply, StepResult};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -224,22 +225,23 @@ pub(crate) async fn retire(
     within(SWITCH_PATIENCE, call).await.map(drop)
 }
 
-/// Asks a worker who it is, over a connection of its own: whatever is wrong with the others, this
+/// Asks a worker who it is and what it holds, over a connection of its own: whatever is wrong with the others, this
 /// tells whether the process lives.
 ///
 /// # Errors
 ///
-/// [`CallError`] if it does not answer within `patience`.
-pub(crate) async fn describe(address: &str, patience: Duration) -> Result<Incarnation, CallError> {
+/// [`CallError`] if it does not answer within `patience`, or not in our language.
+pub(crate) async fn describe(address: &str, patience: Duration) -> Result<Description, CallError> {
     let asked = async {
-        let mut client = connect(address).await?;
+        let client = connect(address).await?;
+        let mut client = client.max_decoding_message_size(limits::DESCRIPTION_BYTES);
         within(patience, client.describe(pb::DescribeRequest {})).await
     };
     let response = tokio::time::timeout(patience, asked).await.map_err(|_| {
         CallError::transient(format!("no answer within {} ms", patience.as_millis()))
     })??;
-    Incarnation::try_from(&response.incarnation[..])
-        .map_err(|error| CallError { transient: false, detail: error.to_string() })
+    convert::decode_description(response)
+        .map_err(|error| CallError { transient: false, detail: chain(&error) })
 }
 
 async fn carry_steps(
@@ -283,13 +285,27 @@ async fn carry_results(
         client.results(key.attach(request)).await.map_err(|status| status_words(&status))?;
     let mut results = results.into_inner();
     while let Some(result) = results.message().await.map_err(|status| status_words(&status))? {
-        let result =
-            convert::decode_result(result).map_err(|error| node::Chain(&error).to_string())?;
+        let result = believe(&wanted, result)?;
         if events.send(LinkEvent::Result { link, result }).await.is_err() {
             break;
         }
     }
     Ok(())
+}
+
+/// A result that arrived whole and is of the pipeline, epoch, term and process that it was asked of.
+/// Anything else ends the stream: what is missing is read again, after the last result that is known.
+fn believe(wanted: &ResultsWanted, message: pb::StepResult) -> Result<StepResult, String> {
+    let (source, result) = convert::decode_result(message).map_err(|error| chain(&error))?;
+    let ResultsWanted { pipeline, epoch, term, incarnation, .. } = *wanted;
+    if (source, result.epoch) == (ResultSource { pipeline, term, incarnation }, epoch) {
+        return Ok(result);
+    }
+    Err(format!(
+        "a result of {}@{}, term {}, incarnation {} came, those of {pipeline}@{epoch}, term {term}, \
+         incarnation {incarnation} were asked for",
+        source.pipeline, result.epoch, source.term, source.incarnation
+    ))
 }
 
 /// The same bytes each time it is sent, but for the time that is left.

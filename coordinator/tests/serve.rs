@@ -13,7 +13,7 @@ use coordinator::{Bound, Config, LimitsConfig, RunError};
 use futures::{Stream, StreamExt, stream};
 use node::membership::{Membership, Memory, Registration};
 use proto::convert;
-use proto::ids::{Incarnation, KnownAnswer, ModelId, NumericsClass};
+use proto::ids::{Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, Term};
 use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::pb;
@@ -21,7 +21,8 @@ use proto::pb::inference_client::InferenceClient;
 use proto::pb::stage_server::{Stage, StageServer};
 use proto::plan::{KvType, PLAN_FORMAT, Plan, StepTime, WorkerModel, WorkerRecord};
 use proto::step::{
-    Output, RowResult, RowStatus, RowValue, Sampled, StepReply, StepResult, StepVerdict,
+    Output, ResultSource, RowResult, RowStatus, RowValue, Sampled, StepReply, StepResult,
+    StepVerdict,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -49,7 +50,11 @@ struct Toy {
     kept: Mutex<Vec<StepResult>>,
     /// Steps beyond this number are taken and never answered.
     stall_after: Mutex<u64>,
+    /// What happens to the next result on its way, once.
+    spoil: Mutex<Option<Spoil>>,
 }
+
+type Spoil = fn(ResultSource, StepResult) -> pb::StepResult;
 
 struct ToyWorker {
     toy: Arc<Toy>,
@@ -179,17 +184,36 @@ impl Stage for ToyWorker {
         request: Request<pb::ResultsRequest>,
     ) -> Result<Response<Self::ResultsStream>, Status> {
         let wanted = request.into_inner();
+        let source = ResultSource {
+            pipeline: PipelineId(wanted.pipeline),
+            term: Term(wanted.term),
+            incarnation: self.incarnation,
+        };
         let kept = self.toy.kept.lock().unwrap();
         let live = self.toy.results.subscribe();
         let missed: Vec<_> = kept
             .iter()
             .filter(|r| r.epoch.0 == wanted.epoch && r.step.0 > wanted.after_step)
-            .map(|result| Ok(convert::encode_result(result)))
+            .map(|result| Ok(convert::encode_result(source, result)))
             .collect();
         drop(kept);
-        let live = stream::unfold(live, |mut live| async move {
-            let result = live.recv().await.ok()?;
-            Some((Ok(convert::encode_result(&result)), live))
+        let toy = Arc::clone(&self.toy);
+        let live = stream::unfold(live, move |mut live| {
+            let toy = Arc::clone(&toy);
+            async move {
+                let result = loop {
+                    let result = live.recv().await.ok()?;
+                    if result.epoch.0 == wanted.epoch {
+                        break result;
+                    }
+                };
+                let spoil = toy.spoil.lock().unwrap().take();
+                let message = match spoil {
+                    Some(spoil) => spoil(source, result),
+                    None => convert::encode_result(source, &result),
+                };
+                Some((Ok(message), live))
+            }
         });
         let results = stream::iter(missed).chain(live);
         Ok(Response::new(Box::pin(results)))
@@ -249,6 +273,7 @@ impl Cluster {
             results: broadcast::channel(1024).0,
             kept: Mutex::default(),
             stall_after: Mutex::new(u64::MAX),
+            spoil: Mutex::default(),
         });
         let config = Config {
             cluster: "toy".parse().unwrap(),
@@ -560,6 +585,52 @@ async fn a_client_that_goes_away_frees_its_kv() {
     assert_eq!(cluster.running().await, 1);
     drop(events);
     cluster.until_running(0).await;
+    cluster.end().await;
+}
+
+/// Defect 16 of the review: a flipped bit in a token id was forced into the log and true from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_was_damaged_or_is_of_somebody_else_is_read_again() {
+    fn altered(mut result: StepResult) -> StepResult {
+        for row in &mut result.rows {
+            if let RowValue::Sampled(sampled) = &mut row.value {
+                sampled.token ^= 1;
+            }
+        }
+        result
+    }
+    let spoils: [Spoil; 5] = [
+        |source, result| {
+            let whole = convert::encode_result(source, &result);
+            let flipped = convert::encode_result(source, &altered(result));
+            pb::StepResult { payload_crc32c: whole.payload_crc32c, ..flipped }
+        },
+        |source, result| {
+            let source = ResultSource { pipeline: PipelineId(99), ..source };
+            convert::encode_result(source, &altered(result))
+        },
+        |source, result| {
+            let source = ResultSource { term: Term(source.term.0 + 1), ..source };
+            convert::encode_result(source, &altered(result))
+        },
+        |source, result| {
+            let source = ResultSource { incarnation: Incarnation([0xee; 16]), ..source };
+            convert::encode_result(source, &altered(result))
+        },
+        |source, result| {
+            let epoch = Epoch(result.epoch.0 + 1);
+            convert::encode_result(source, &altered(StepResult { epoch, ..result }))
+        },
+    ];
+    let cluster = Cluster::start(1, 1).await;
+    cluster.until_ready(true).await;
+    for (case, spoil) in spoils.into_iter().enumerate() {
+        *cluster.toy.spoil.lock().unwrap() = Some(spoil);
+        let prompt = [20, 30, 40 + case as u32];
+        let (_, answer, _) = generate(&cluster, tokens(&prompt, 5)).await.unwrap();
+        assert_eq!(answer, expected(&prompt, 5), "case {case}");
+        assert!(cluster.toy.spoil.lock().unwrap().is_none(), "case {case} had its result");
+    }
     cluster.end().await;
 }
 

@@ -11,8 +11,9 @@ pub use inference::{
     decode_event, decode_generate, decode_status, encode_event, encode_generate, encode_status,
 };
 pub use stage::{
-    decode_prepare, decode_reply, decode_result, decode_step, decode_step_header, encode_prepare,
-    encode_reply, encode_result, encode_step, step_crc32c,
+    decode_description, decode_prepare, decode_reply, decode_result, decode_step,
+    decode_step_header, encode_held, encode_prepare, encode_reply, encode_result, encode_step,
+    step_crc32c,
 };
 
 use crate::ids::IdLengthError;

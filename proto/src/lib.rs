@@ -7,6 +7,7 @@
 pub mod codec;
 pub mod convert;
 pub mod generate;
+pub mod held;
 pub mod ids;
 pub mod key;
 pub mod keys;

@@ -22,6 +22,13 @@ pub const CLIENT_MESSAGE_BYTES: usize = 4 << 20;
 /// Stages of one pipeline: no known model has more layers.
 pub const STAGES: usize = 512;
 
+/// Stages that one worker may say it holds: one active and one prepared of many pipelines.
+pub const HELD_STAGES: usize = 64;
+
+/// Bytes of what a worker says of itself: [`HELD_STAGES`] of them, each of some hundred bytes, and
+/// room to spare.
+pub const DESCRIPTION_BYTES: usize = 64 << 10;
+
 /// Sequences that one step may report as ended: more ended ones wait for the next step.
 pub const ENDED_SEQUENCES: usize = 4096;
 

@@ -200,6 +200,17 @@ pub struct StepResult {
     pub stage_times: Vec<StageTime>,
 }
 
+/// Where a result comes from, as its message says. Who reads results believes none from elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResultSource {
+    /// Which pipeline.
+    pub pipeline: PipelineId,
+    /// As the reader asked.
+    pub term: Term,
+    /// The process start that computed it.
+    pub incarnation: Incarnation,
+}
+
 /// What became of one row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowResult {

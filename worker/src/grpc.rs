@@ -8,12 +8,13 @@ use futures::Stream;
 use futures::stream::unfold;
 use node::serve::{CallLimits, Http2, Method, Options, Protocol, with_limits};
 use proto::convert::{
-    WireError, decode_prepare, decode_step, decode_step_header, encode_reply, encode_result,
+    WireError, decode_prepare, decode_step, decode_step_header, encode_held, encode_reply,
+    encode_result,
 };
 use proto::ids::{Epoch, Incarnation, KeyDigest, PipelineId, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::pb::stage_server::{Stage, StageServer};
-use proto::step::{StepReply, StepVerdict};
+use proto::step::{ResultSource, StepReply, StepVerdict};
 use proto::{limits, pb};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -147,6 +148,7 @@ impl Stage for StageService {
             steps: description.steps,
             isa: identity.engine.backend.isa().into(),
             version: env!("CARGO_PKG_VERSION").into(),
+            held: description.stages.iter().map(encode_held).collect(),
         }))
     }
 
@@ -179,18 +181,23 @@ impl Stage for StageService {
         let key = key(&request)?;
         let pb::ResultsRequest { pipeline, epoch, term, dst_incarnation, after_step } =
             request.into_inner();
+        let source = ResultSource {
+            pipeline: PipelineId(pipeline),
+            term: Term(term),
+            incarnation: incarnation(&dst_incarnation)?,
+        };
         let reader = self.service.results(
-            PipelineId(pipeline),
+            source.pipeline,
             Epoch(epoch),
-            Term(term),
-            incarnation(&dst_incarnation)?,
+            source.term,
+            source.incarnation,
             StepId(after_step),
             key,
         )?;
-        let results = unfold(Some(reader), |reader: Option<ResultReader>| async {
+        let results = unfold(Some(reader), move |reader: Option<ResultReader>| async move {
             let mut reader = reader?;
             match reader.next().await {
-                Ok(result) => Some((Ok(encode_result(&result)), Some(reader))),
+                Ok(result) => Some((Ok(encode_result(source, &result)), Some(reader))),
                 Err(end) => Some((Err(ServiceError::from(end).into()), None)),
             }
         });

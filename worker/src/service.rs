@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use kernels::KERNEL_REVISION;
 use model::{Store, WeightFile};
 use node::Chain;
+use proto::held::{HeldStage, HeldState};
 use proto::ids::{
-    Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, StepId, Term,
+    Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, PipelineRef, StepId, Term,
 };
 use proto::key::CoordinatorKey;
 use proto::limits;
@@ -58,6 +59,8 @@ pub(crate) struct Description {
     pub(crate) state: State,
     pub(crate) term: Term,
     pub(crate) held: Option<Prepare>,
+    /// Everything that it holds, `held` among it.
+    pub(crate) stages: Vec<HeldStage>,
     /// Executed since the process started.
     pub(crate) steps: u64,
 }
@@ -469,6 +472,7 @@ impl Service {
             state: held.epochs.state(),
             term: held.epochs.term(),
             held: held.epochs.held().cloned(),
+            stages: held.stages(),
             steps: self.executed.load(Ordering::Relaxed),
         }
     }
@@ -540,6 +544,26 @@ impl Service {
 }
 
 impl Held {
+    fn stages(&self) -> Vec<HeldStage> {
+        let stage = |(state, prepare): (HeldState, &Prepare)| {
+            let mut running = self.running.iter();
+            let running = running.find(|running| running.serves(prepare.epoch));
+            HeldStage {
+                at: PipelineRef { id: prepare.pipeline, epoch: prepare.epoch },
+                term: prepare.term,
+                state,
+                stage: prepare.stage,
+                layers: prepare.stages[prepare.stage as usize].layers.clone(),
+                model: prepare.model,
+                kv_type: prepare.kv_type,
+                kv_blocks: prepare.kv_blocks,
+                // Every epoch that is held runs.
+                bytes: running.map_or(0, |running| running.holding.charge.bytes()),
+            }
+        };
+        self.epochs.all_held().map(stage).collect()
+    }
+
     fn forget_what_is_over(&mut self) {
         let Self { epochs, running } = self;
         running.retain(|running| epochs.holds(running.stage.prepare().epoch));

@@ -6,16 +6,18 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::{WireError, bounded, bounded_text, clipped};
+use crate::held::{Description, HeldStage, HeldState};
 use crate::ids::{
-    BlockId, Epoch, Generation, Incarnation, ModelId, PipelineId, PrefixHash, SequenceId, StepId,
-    Term,
+    BlockId, Epoch, Generation, Incarnation, ModelId, PipelineId, PipelineRef, PrefixHash,
+    SequenceId, StepId, Term,
 };
 use crate::limits;
 use crate::pb;
-use crate::plan::StagePlan;
+use crate::plan::{KvType, StagePlan};
 use crate::step::{
-    Output, Prepare, Row, RowResult, RowStatus, RowValue, Sampled, SamplingParameters, StageTime,
-    Step, StepHeader, StepReply, StepResult, StepVerdict, TokenLogprob,
+    Output, Prepare, ResultSource, Row, RowResult, RowStatus, RowValue, Sampled,
+    SamplingParameters, StageTime, Step, StepHeader, StepReply, StepResult, StepVerdict,
+    TokenLogprob,
 };
 
 /// CRC32C over epoch and step (u64 little endian each), the encoded rows, the activations.
@@ -91,7 +93,6 @@ pub fn decode_step(message: pb::StepMessage) -> Result<Step, WireError> {
         .map_err(|source| WireError::Undecodable { field: "rows", source })?;
     bounded("rows", set.rows.len(), limits::STEP_ROWS)?;
     bounded("ended_sequences", set.ended_sequences.len(), limits::ENDED_SEQUENCES)?;
-    bounded("stage_times", set.stage_times.len(), limits::STAGES)?;
     let rows = set.rows.into_iter().map(decode_row).collect::<Result<Vec<_>, _>>()?;
     let tokens = rows.iter().map(|row| row.tokens.len()).sum();
     bounded("tokens of the step", tokens, limits::STEP_TOKENS)?;
@@ -106,7 +107,7 @@ pub fn decode_step(message: pb::StepMessage) -> Result<Step, WireError> {
         header,
         rows,
         ended_sequences: set.ended_sequences.into_iter().map(SequenceId).collect(),
-        stage_times: set.stage_times.into_iter().map(decode_time).collect(),
+        stage_times: decode_times(set.stage_times)?,
         activations,
     })
 }
@@ -186,8 +187,7 @@ fn decode_row(row: pb::Row) -> Result<Row, WireError> {
     };
     // An enum value of a later version reads as the first one; here that would change a meaning.
     known("output", row.output, pb::Output::try_from(row.output).is_ok())?;
-    known("status", row.status, pb::RowStatus::try_from(row.status).is_ok())?;
-    let status = pb::RowStatus::try_from(row.status).unwrap_or_default();
+    let status = decode_status(row.status)?;
     Ok(Row {
         sequence: SequenceId(row.sequence),
         generation: Generation(row.generation),
@@ -197,22 +197,27 @@ fn decode_row(row: pb::Row) -> Result<Row, WireError> {
         prefix_hash_after: PrefixHash::try_from(&row.prefix_hash_after[..])?,
         blocks: row.block_ids.into_iter().map(BlockId).collect(),
         output,
-        status: decode_status(status),
+        status,
         detail: clipped(row.detail, limits::DETAIL_BYTES),
         traceparent: bounded_text("traceparent", row.traceparent, limits::NAME_BYTES)?,
     })
 }
 
 fn known(field: &'static str, found: i32, is_known: bool) -> Result<(), WireError> {
-    if is_known {
-        Ok(())
-    } else {
-        Err(WireError::Invalid {
-            field,
-            expected: "a value of this version",
-            found: found.to_string(),
-        })
+    if is_known { Ok(()) } else { Err(unknown(field, found)) }
+}
+
+fn unknown(field: &'static str, found: i32) -> WireError {
+    WireError::Invalid { field, expected: "a value of this version", found: found.to_string() }
+}
+
+/// An index of a stage of some pipeline.
+fn decode_stage_index(stage: u32) -> Result<u32, WireError> {
+    if (stage as usize) < limits::STAGES {
+        return Ok(stage);
     }
+    let most = limits::STAGES as u64 - 1;
+    Err(WireError::TooLarge { field: "stage", found: stage.into(), limit: most })
 }
 
 fn encode_sampling(sampling: &SamplingParameters) -> pb::SamplingParameters {
@@ -273,15 +278,17 @@ fn encode_status(status: RowStatus) -> pb::RowStatus {
     }
 }
 
-fn decode_status(status: pb::RowStatus) -> RowStatus {
-    match status {
-        pb::RowStatus::Ok => RowStatus::Ok,
-        pb::RowStatus::Stale => RowStatus::Stale,
-        pb::RowStatus::NeedState => RowStatus::NeedState,
-        pb::RowStatus::Expired => RowStatus::Expired,
-        pb::RowStatus::NotFinite => RowStatus::NotFinite,
-        pb::RowStatus::Invalid => RowStatus::Invalid,
-    }
+fn decode_status(status: i32) -> Result<RowStatus, WireError> {
+    Ok(match pb::RowStatus::try_from(status) {
+        Ok(pb::RowStatus::Unspecified) => return Err(WireError::Missing { field: "status" }),
+        Ok(pb::RowStatus::Ok) => RowStatus::Ok,
+        Ok(pb::RowStatus::Stale) => RowStatus::Stale,
+        Ok(pb::RowStatus::NeedState) => RowStatus::NeedState,
+        Ok(pb::RowStatus::Expired) => RowStatus::Expired,
+        Ok(pb::RowStatus::NotFinite) => RowStatus::NotFinite,
+        Ok(pb::RowStatus::Invalid) => RowStatus::Invalid,
+        Err(_) => return Err(unknown("status", status)),
+    })
 }
 
 fn encode_time(time: &StageTime) -> pb::StageTime {
@@ -289,12 +296,16 @@ fn encode_time(time: &StageTime) -> pb::StageTime {
     pb::StageTime { stage: time.stage, compute_us: us(time.compute), wait_us: us(time.wait) }
 }
 
-fn decode_time(time: pb::StageTime) -> StageTime {
-    StageTime {
-        stage: time.stage,
-        compute: Duration::from_micros(time.compute_us),
-        wait: Duration::from_micros(time.wait_us),
-    }
+fn decode_times(times: Vec<pb::StageTime>) -> Result<Vec<StageTime>, WireError> {
+    bounded("stage_times", times.len(), limits::STAGES)?;
+    let one = |time: pb::StageTime| {
+        Ok(StageTime {
+            stage: decode_stage_index(time.stage)?,
+            compute: Duration::from_micros(time.compute_us),
+            wait: Duration::from_micros(time.wait_us),
+        })
+    };
+    times.into_iter().map(one).collect()
 }
 
 /// A reply as it goes over the wire.
@@ -321,35 +332,53 @@ pub fn encode_reply(reply: &StepReply) -> pb::StepReply {
 ///
 /// # Errors
 ///
-/// [`WireError::Invalid`] if the verdict is not one of this version.
+/// [`WireError`] if there is no verdict or none of this version, or a stage that no pipeline has.
 pub fn decode_reply(reply: pb::StepReply) -> Result<StepReply, WireError> {
-    known("verdict", reply.verdict, pb::StepVerdict::try_from(reply.verdict).is_ok())?;
-    let verdict = match reply.verdict() {
-        pb::StepVerdict::Accepted => StepVerdict::Accepted,
-        pb::StepVerdict::Fenced => StepVerdict::Fenced,
-        pb::StepVerdict::NotPrepared => StepVerdict::NotPrepared,
-        pb::StepVerdict::Corrupt => StepVerdict::Corrupt,
-        pb::StepVerdict::DownstreamLost => StepVerdict::DownstreamLost,
-        pb::StepVerdict::Busy => StepVerdict::Busy,
-        pb::StepVerdict::Invalid => StepVerdict::Invalid,
+    let verdict = match pb::StepVerdict::try_from(reply.verdict) {
+        Ok(pb::StepVerdict::Unspecified) => return Err(WireError::Missing { field: "verdict" }),
+        Ok(pb::StepVerdict::Accepted) => StepVerdict::Accepted,
+        Ok(pb::StepVerdict::Fenced) => StepVerdict::Fenced,
+        Ok(pb::StepVerdict::NotPrepared) => StepVerdict::NotPrepared,
+        Ok(pb::StepVerdict::Corrupt) => StepVerdict::Corrupt,
+        Ok(pb::StepVerdict::DownstreamLost) => StepVerdict::DownstreamLost,
+        Ok(pb::StepVerdict::Busy) => StepVerdict::Busy,
+        Ok(pb::StepVerdict::Invalid) => StepVerdict::Invalid,
+        Err(_) => return Err(unknown("verdict", reply.verdict)),
     };
     Ok(StepReply {
         epoch: Epoch(reply.epoch),
         step: StepId(reply.step),
-        stage: reply.stage,
+        stage: decode_stage_index(reply.stage)?,
         verdict,
         detail: clipped(reply.detail, limits::DETAIL_BYTES),
     })
 }
 
+/// CRC32C over everything that a result says: see `StepResult` in the schema.
+pub(super) fn result_crc32c(message: &pb::StepResult) -> u32 {
+    let numbers = [message.pipeline, message.epoch, message.term, message.step];
+    let crc = numbers.iter().fold(0, |crc, n| crc32c::crc32c_append(crc, &n.to_le_bytes()));
+    let crc = crc32c::crc32c_append(crc, &message.src_incarnation);
+    crc32c::crc32c_append(crc, &message.payload)
+}
+
 /// A result as it goes over the wire.
-pub fn encode_result(result: &StepResult) -> pb::StepResult {
-    pb::StepResult {
-        epoch: result.epoch.0,
-        step: result.step.0,
+pub fn encode_result(source: ResultSource, result: &StepResult) -> pb::StepResult {
+    let set = pb::ResultSet {
         rows: result.rows.iter().map(encode_row_result).collect(),
         stage_times: result.stage_times.iter().map(encode_time).collect(),
-    }
+    };
+    let mut message = pb::StepResult {
+        epoch: result.epoch.0,
+        step: result.step.0,
+        pipeline: source.pipeline.0,
+        term: source.term.0,
+        src_incarnation: Bytes::copy_from_slice(&source.incarnation.0),
+        payload_crc32c: 0,
+        payload: set.encode_to_vec().into(),
+    };
+    message.payload_crc32c = result_crc32c(&message);
+    message
 }
 
 fn encode_row_result(row: &RowResult) -> pb::RowResult {
@@ -376,26 +405,36 @@ fn encode_row_result(row: &RowResult) -> pb::RowResult {
     encoded
 }
 
-/// A result as it arrived.
+/// A result as it arrived, and where it says that it comes from.
 ///
 /// # Errors
 ///
-/// What is wrong with the first wrong field.
-pub fn decode_result(result: pb::StepResult) -> Result<StepResult, WireError> {
-    bounded("rows", result.rows.len(), limits::STEP_ROWS)?;
-    bounded("stage_times", result.stage_times.len(), limits::STAGES)?;
-    Ok(StepResult {
+/// [`WireError::Corrupt`] if the checksum disagrees, else what is wrong with the first wrong field.
+pub fn decode_result(result: pb::StepResult) -> Result<(ResultSource, StepResult), WireError> {
+    let (expected, found) = (result.payload_crc32c, result_crc32c(&result));
+    if found != expected {
+        return Err(WireError::Corrupt { step: result.step, expected, found });
+    }
+    let source = ResultSource {
+        pipeline: PipelineId(result.pipeline),
+        term: Term(result.term),
+        incarnation: Incarnation::try_from(&result.src_incarnation[..])?,
+    };
+    let set = pb::ResultSet::decode(result.payload)
+        .map_err(|source| WireError::Undecodable { field: "payload", source })?;
+    bounded("rows", set.rows.len(), limits::STEP_ROWS)?;
+    let result = StepResult {
         epoch: Epoch(result.epoch),
         step: StepId(result.step),
-        rows: result.rows.into_iter().map(decode_row_result).collect::<Result<_, _>>()?,
-        stage_times: result.stage_times.into_iter().map(decode_time).collect(),
-    })
+        rows: set.rows.into_iter().map(decode_row_result).collect::<Result<_, _>>()?,
+        stage_times: decode_times(set.stage_times)?,
+    };
+    Ok((source, result))
 }
 
 fn decode_row_result(row: pb::RowResult) -> Result<RowResult, WireError> {
     bounded("scores", row.scores.len(), limits::STEP_TOKENS)?;
-    known("status", row.status, pb::RowStatus::try_from(row.status).is_ok())?;
-    let status = decode_status(row.status());
+    let status = decode_status(row.status)?;
     let top = decode_top(row.top_logprobs)?;
     let value = if let Some(token) = row.token {
         RowValue::Sampled(Sampled { token, logprob: row.logprob, top })
@@ -493,16 +532,83 @@ pub fn decode_prepare(request: pb::PrepareRequest) -> Result<Prepare, WireError>
         term: Term(request.term),
         dst_incarnation: Incarnation::try_from(&request.dst_incarnation[..])?,
         model: ModelId::try_from(&request.model_id[..])?,
-        kv_type: request.kv_type.parse().map_err(|_| WireError::Invalid {
-            field: "kv_type",
-            expected: "f16 or f32",
-            found: clipped(request.kv_type.clone(), limits::NAME_BYTES),
-        })?,
+        kv_type: decode_kv_type(&request.kv_type)?,
         stage: request.stage,
         stages,
         kv_blocks: at_least_one("kv_blocks", request.kv_blocks)?,
         max_step_tokens: at_least_one("max_step_tokens", request.max_step_tokens)?,
         max_in_flight: at_least_one("max_in_flight", request.max_in_flight)?,
         draws: request.draws,
+    })
+}
+
+/// A stage that a worker holds, as it goes over the wire.
+pub fn encode_held(held: &HeldStage) -> pb::HeldStage {
+    let state = match held.state {
+        HeldState::Prepared => pb::HeldState::Prepared,
+        HeldState::Active => pb::HeldState::Active,
+    };
+    pb::HeldStage {
+        pipeline: held.at.id.0,
+        epoch: held.at.epoch.0,
+        term: held.term.0,
+        state: state.into(),
+        stage: held.stage,
+        layers_begin: held.layers.start,
+        layers_end: held.layers.end,
+        model_id: Bytes::copy_from_slice(&held.model.0),
+        kv_type: held.kv_type.name().into(),
+        kv_blocks: held.kv_blocks,
+        bytes: held.bytes,
+    }
+}
+
+/// What a worker says of itself, as it arrived.
+///
+/// # Errors
+///
+/// What is wrong with the first wrong field.
+pub fn decode_description(response: pb::DescribeResponse) -> Result<Description, WireError> {
+    bounded("held", response.held.len(), limits::HELD_STAGES)?;
+    Ok(Description {
+        worker: bounded_text("worker", response.worker, limits::NAME_BYTES)?,
+        incarnation: Incarnation::try_from(&response.incarnation[..])?,
+        held: response.held.into_iter().map(decode_held).collect::<Result<_, _>>()?,
+    })
+}
+
+fn decode_held(held: pb::HeldStage) -> Result<HeldStage, WireError> {
+    let state = match pb::HeldState::try_from(held.state) {
+        Ok(pb::HeldState::Unspecified) => return Err(WireError::Missing { field: "state" }),
+        Ok(pb::HeldState::Prepared) => HeldState::Prepared,
+        Ok(pb::HeldState::Active) => HeldState::Active,
+        Err(_) => return Err(unknown("state", held.state)),
+    };
+    let layers = held.layers_begin..held.layers_end;
+    if layers.is_empty() {
+        return Err(WireError::Invalid {
+            field: "layers of a stage",
+            expected: "at least one",
+            found: format!("{}..{}", layers.start, layers.end),
+        });
+    }
+    Ok(HeldStage {
+        at: PipelineRef { id: PipelineId(held.pipeline), epoch: Epoch(held.epoch) },
+        term: Term(held.term),
+        state,
+        stage: decode_stage_index(held.stage)?,
+        layers,
+        model: ModelId::try_from(&held.model_id[..])?,
+        kv_type: decode_kv_type(&held.kv_type)?,
+        kv_blocks: held.kv_blocks,
+        bytes: held.bytes,
+    })
+}
+
+fn decode_kv_type(text: &str) -> Result<KvType, WireError> {
+    text.parse().map_err(|_| WireError::Invalid {
+        field: "kv_type",
+        expected: "f16 or f32",
+        found: clipped(text.to_owned(), limits::NAME_BYTES),
     })
 }

@@ -9,6 +9,7 @@ use prost::Message;
 
 use super::*;
 use crate::generate::{GenerateRequest, Prompt};
+use crate::held::{Description, HeldStage, HeldState};
 use crate::ids::*;
 use crate::plan::{KvType, StagePlan};
 use crate::step::*;
@@ -85,11 +86,13 @@ fn step() -> impl Strategy<Value = Step> {
         acked_step: StepId(numbers.5),
         deadline_remaining: Duration::from_millis(numbers.6.into()),
     });
-    let times = any::<(u32, u32, u32)>().prop_map(|(stage, compute, wait)| StageTime {
-        stage,
-        compute: Duration::from_micros(compute.into()),
-        wait: Duration::from_micros(wait.into()),
-    });
+    let times = (0..limits::STAGES as u32, any::<u32>(), any::<u32>()).prop_map(
+        |(stage, compute, wait)| StageTime {
+            stage,
+            compute: Duration::from_micros(compute.into()),
+            wait: Duration::from_micros(wait.into()),
+        },
+    );
     (header, vec(row(), 0..4), vec(any::<u64>(), 0..4), vec(times, 0..3), vec(any::<f32>(), 0..9))
         .prop_map(|(header, rows, ended, stage_times, values)| Step {
             header,
@@ -146,8 +149,24 @@ proptest! {
 
     #[test]
     fn a_result_survives_the_wire(result in result()) {
-        let bytes = encode_result(&result).encode_to_vec();
-        prop_assert_eq!(decode_result(pb::StepResult::decode(&bytes[..]).unwrap()).unwrap(), result);
+        let bytes = encode_result(SOURCE, &result).encode_to_vec();
+        let decoded = decode_result(pb::StepResult::decode(&bytes[..]).unwrap()).unwrap();
+        prop_assert_eq!(decoded, (SOURCE, result));
+    }
+
+    /// No bit of a result, header or payload, can be another unseen.
+    #[test]
+    fn a_flipped_bit_of_a_result_is_found(
+        result in result(), at in any::<prop::sample::Index>(), bit in 0..8u32,
+    ) {
+        let message = encode_result(SOURCE, &result);
+        let mut bytes = message.encode_to_vec();
+        let place = at.index(bytes.len());
+        bytes[place] ^= 1 << bit;
+        if let Ok(broken) = pb::StepResult::decode(&bytes[..]) {
+            // A flip may hit a field's number, and leave what was there at its default.
+            prop_assert!(broken == message || decode_result(broken).is_err());
+        }
     }
 
     /// A flipped bit of rows, activations, step or epoch is found; nothing panics on any flip.
@@ -185,11 +204,17 @@ proptest! {
         if let Ok(message) = pb::StepMessage::decode(&bytes[..]) { drop(decode_step(message)); }
         if let Ok(message) = pb::StepResult::decode(&bytes[..]) { drop(decode_result(message)); }
         if let Ok(message) = pb::StepReply::decode(&bytes[..]) { drop(decode_reply(message)); }
+        if let Ok(message) = pb::DescribeResponse::decode(&bytes[..]) {
+            drop(decode_description(message));
+        }
         if let Ok(message) = pb::PrepareRequest::decode(&bytes[..]) { drop(decode_prepare(message)); }
         if let Ok(message) = pb::GenerateRequest::decode(&bytes[..]) { drop(decode_generate(message)); }
         if let Ok(message) = pb::GenerateEvent::decode(&bytes[..]) { drop(decode_event(message)); }
     }
 }
+
+const SOURCE: ResultSource =
+    ResultSource { pipeline: PipelineId(3), term: Term(5), incarnation: Incarnation([9; 16]) };
 
 fn small_step() -> Step {
     Step {
@@ -250,7 +275,8 @@ fn oversized_steps_are_refused_by_name() {
 
 #[test]
 fn enum_values_of_another_version_are_refused() {
-    for (output, status) in [(9, 0), (0, 9)] {
+    let ok = pb::RowStatus::Ok.into();
+    for (output, status) in [(9, ok), (0, 9), (0, -1)] {
         let row = pb::Row {
             output,
             status,
@@ -324,4 +350,88 @@ fn a_request_survives_the_wire_and_a_wrong_resume_index_is_refused() {
     let wrong = GenerateRequest { resume_index: 1, ..request };
     let error = decode_generate(encode_generate(&wrong)).unwrap_err();
     assert_eq!(error.to_string(), "resume_index must be the number of received_ids, found 1 of 2");
+}
+
+/// Defects 16 and 20 of the review: a message without a verdict or a status was a success, and a
+/// stage's number was any.
+#[test]
+fn what_is_missing_is_no_success_and_stages_are_bounded() {
+    let most = limits::STAGES as u32 - 1;
+    let reply = pb::StepReply { verdict: pb::StepVerdict::Accepted.into(), ..Default::default() };
+    assert!(decode_reply(pb::StepReply { stage: most, ..reply.clone() }).is_ok());
+    for stage in [most + 1, u32::MAX] {
+        let found = decode_reply(pb::StepReply { stage, ..reply.clone() });
+        assert!(matches!(found, Err(WireError::TooLarge { field: "stage", .. })), "{found:?}");
+    }
+    let found = decode_reply(pb::StepReply::default());
+    assert_eq!(found, Err(WireError::Missing { field: "verdict" }));
+
+    let of = |set: &pb::ResultSet| {
+        let empty = StepResult {
+            epoch: Epoch(1),
+            step: StepId(1),
+            rows: Vec::new(),
+            stage_times: Vec::new(),
+        };
+        let mut message = encode_result(SOURCE, &empty);
+        message.payload = set.encode_to_vec().into();
+        message.payload_crc32c = stage::result_crc32c(&message);
+        decode_result(message)
+    };
+    let time = |stage| pb::StageTime { stage, compute_us: 1, wait_us: 1 };
+    let times = |times| pb::ResultSet { stage_times: times, ..Default::default() };
+    assert!(of(&times(vec![time(0), time(most)])).is_ok());
+    assert!(of(&times(vec![time(most + 1)])).is_err());
+    assert!(of(&times(vec![time(0); limits::STAGES + 1])).is_err());
+    let row = pb::ResultSet { rows: vec![pb::RowResult::default()], ..Default::default() };
+    assert_eq!(of(&row), Err(WireError::Missing { field: "status" }));
+}
+
+#[test]
+fn what_a_worker_holds_survives_the_wire_and_nonsense_is_refused() {
+    let stage = HeldStage {
+        at: PipelineRef { id: PipelineId(1), epoch: Epoch(42) },
+        term: Term(7),
+        state: HeldState::Active,
+        stage: 1,
+        layers: 3..9,
+        model: ModelId([8; 32]),
+        kv_type: KvType::F32,
+        kv_blocks: 64,
+        bytes: 1 << 40,
+    };
+    let prepared = HeldStage { state: HeldState::Prepared, ..stage.clone() };
+    let held = vec![stage, prepared];
+    let response = |held| pb::DescribeResponse {
+        worker: "w".into(),
+        incarnation: Bytes::from_static(&[9; 16]),
+        held,
+        ..Default::default()
+    };
+    let encoded: Vec<_> = held.iter().map(encode_held).collect();
+    let decoded = decode_description(response(encoded.clone())).unwrap();
+    assert_eq!(
+        decoded,
+        Description { worker: "w".into(), incarnation: Incarnation([9; 16]), held }
+    );
+    assert_eq!(decode_description(response(Vec::new())).unwrap().held, [], "an older worker");
+    type Spoil = fn(&mut pb::HeldStage);
+    let spoils: [Spoil; 6] = [
+        |held| held.state = 0,
+        |held| held.state = 9,
+        |held| held.stage = u32::MAX,
+        |held| held.layers_end = held.layers_begin,
+        |held| held.model_id = Bytes::new(),
+        |held| held.kv_type = "f8".into(),
+    ];
+    for (case, spoil) in spoils.iter().enumerate() {
+        let mut held = encoded.clone();
+        spoil(&mut held[1]);
+        assert!(decode_description(response(held)).is_err(), "case {case}");
+    }
+    let many = vec![encoded[0].clone(); limits::HELD_STAGES + 1];
+    assert!(matches!(
+        decode_description(response(many)),
+        Err(WireError::TooLarge { field: "held", .. })
+    ));
 }

@@ -1,6 +1,7 @@
 //! PURE. Which epochs a worker serves, and under which coordinator: at most one active stage, and
 //! beside it one that is prepared to take over.
 
+use proto::held::HeldState;
 use proto::ids::{Epoch, Incarnation, PipelineId, Term};
 use proto::step::{Prepare, StepHeader, StepVerdict};
 
@@ -123,6 +124,12 @@ impl Epochs {
     /// What is active, else what is prepared.
     pub(crate) fn held(&self) -> Option<&Prepare> {
         self.active.as_ref().or(self.prepared.as_ref())
+    }
+
+    /// Everything that is active or prepared.
+    pub(crate) fn all_held(&self) -> impl Iterator<Item = (HeldState, &Prepare)> {
+        let active = self.active.iter().map(|held| (HeldState::Active, held));
+        active.chain(self.prepared.iter().map(|held| (HeldState::Prepared, held)))
     }
 
     pub(crate) fn holds(&self, epoch: Epoch) -> bool {

@@ -1,7 +1,9 @@
 //! Prepare, Activate, Retire and Describe.
 
 use kernels::KERNEL_REVISION;
-use proto::ids::{Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, Term};
+use proto::convert::decode_description;
+use proto::held::{HeldStage, HeldState};
+use proto::ids::{Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineRef, Term};
 use proto::plan::KvType;
 use proto::step::{Output, Prepare, StepVerdict};
 use tonic::Code;
@@ -30,6 +32,42 @@ async fn a_worker_goes_from_standby_to_active_and_back() {
     assert_eq!(worker.describe().await.state, "standby");
     let reply = worker.steps().await.ask(&step(&prepare, 1, vec![])).await;
     assert_eq!(reply.verdict, StepVerdict::Fenced, "a retired epoch is over");
+}
+
+#[tokio::test]
+async fn it_says_everything_that_it_holds() {
+    let mut worker = Worker::start("w").await;
+    let held = async |worker: &mut Worker| {
+        decode_description(worker.describe().await).expect("it speaks our language").held
+    };
+    assert_eq!(held(&mut worker).await, []);
+    let old = prepare(&[worker.plan(0..4)], 0, 5);
+    worker.prepare(&old).await.unwrap();
+    worker.activate(&old).await.unwrap();
+    let new = Prepare { kv_blocks: 8, ..prepare(&[worker.plan(0..4)], 0, 6) };
+    worker.prepare(&new).await.unwrap();
+    let both = held(&mut worker).await;
+    let said: Vec<_> = both.iter().map(|h| (h.at.to_string(), h.state, h.kv_blocks)).collect();
+    let expected = [
+        ("1@5".to_owned(), HeldState::Active, old.kv_blocks),
+        ("1@6".to_owned(), HeldState::Prepared, 8),
+    ];
+    assert_eq!(said, expected);
+    let first = HeldStage {
+        at: PipelineRef { id: old.pipeline, epoch: old.epoch },
+        term: old.term,
+        state: HeldState::Active,
+        stage: 0,
+        layers: 0..4,
+        model: model_id(),
+        kv_type: old.kv_type,
+        kv_blocks: old.kv_blocks,
+        bytes: both[0].bytes,
+    };
+    assert_eq!(both[0], first);
+    assert!(both[1].bytes > 0 && both[1].bytes < both[0].bytes, "less KV: {both:?}");
+    worker.activate(&new).await.unwrap();
+    assert_eq!(held(&mut worker).await.len(), 1, "what is over is not held");
 }
 
 /// The code and words with which a changed `Prepare` is refused; the worker stands by after it.

@@ -18,7 +18,8 @@ use proto::key::CoordinatorKey;
 use proto::pb::stage_client::StageClient;
 use proto::plan::{KvType, StagePlan};
 use proto::step::{
-    Output, Prepare, Row, RowStatus, Step, StepHeader, StepReply, StepResult, StepVerdict,
+    Output, Prepare, ResultSource, Row, RowStatus, Step, StepHeader, StepReply, StepResult,
+    StepVerdict,
 };
 use proto::{BLOCK_TOKENS, limits, pb};
 use tempfile::TempDir;
@@ -234,6 +235,11 @@ impl Worker {
         prepare: &Prepare,
         after_step: u64,
     ) -> Result<Results, tonic::Status> {
+        let source = ResultSource {
+            pipeline: prepare.pipeline,
+            term: prepare.term,
+            incarnation: self.incarnation,
+        };
         let request = pb::ResultsRequest {
             pipeline: prepare.pipeline.0,
             epoch: prepare.epoch.0,
@@ -243,7 +249,7 @@ impl Worker {
         };
         soon(self.client.results(KEY.attach(request)))
             .await
-            .map(|response| Results(response.into_inner()))
+            .map(|response| Results { stream: response.into_inner(), source })
     }
 
     pub(super) async fn results(&mut self, prepare: &Prepare, after_step: u64) -> Results {
@@ -331,16 +337,22 @@ impl Steps {
 }
 
 /// A stream of results.
-pub(super) struct Results(Streaming<pb::StepResult>);
+pub(super) struct Results {
+    stream: Streaming<pb::StepResult>,
+    source: ResultSource,
+}
 
 impl Results {
     pub(super) async fn next(&mut self) -> StepResult {
-        decode_result(soon(self.0.message()).await.unwrap().unwrap()).unwrap()
+        let message = soon(self.stream.message()).await.unwrap().unwrap();
+        let (source, result) = decode_result(message).unwrap();
+        assert_eq!(source, self.source);
+        result
     }
 
     /// Why the stream ended.
     pub(super) async fn end(&mut self) -> tonic::Status {
-        soon(self.0.message()).await.expect_err("it must end with a status")
+        soon(self.stream.message()).await.expect_err("it must end with a status")
     }
 }
 
