@@ -16,7 +16,7 @@ use proto::ids::{Epoch, NumericsClass, PipelineId, Term};
 use proto::plan::{PLAN_FORMAT, PipelinePlan, Plan, StagePlan, WorkerRecord};
 use proto::status::{WaitCause, Waiting};
 
-use crate::planner::{self, PlanError, Stage, WorkerSpec};
+use crate::planner::single::{self as planner, PlanError, Stage, WorkerSpec};
 use crate::tick::Tick;
 
 mod members;

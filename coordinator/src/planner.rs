@@ -1,12 +1,21 @@
-//! Which worker runs which layers. Pure: no clock, no network, no randomness.
+//! Which workers make pipelines together, and which layers each of them runs. Pure: no clock, no
+//! network, no randomness; equal problems give equal deployments, in any order of the workers.
 
 use std::ops::Range;
+use std::time::Duration;
 
-mod search;
+mod costs;
+mod grouping;
+mod incumbents;
+mod pipeline;
+pub mod single;
 #[cfg(test)]
 mod tests;
+mod words;
 
-use search::Search;
+use costs::Costs;
+use incumbents::Search;
+pub use proto::plan::StepTime;
 
 /// What the layers of a model cost, whoever computes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,33 +43,79 @@ impl ModelCosts {
     }
 }
 
-/// A worker as the planner sees it. Times are those of a step of [`STEP_ROWS`] rows.
+/// A worker as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSpec {
-    /// Its id: unique, and the order of workers in a plan follows it.
+    /// Its id: unique, and the order of equal workers in a plan follows it.
     pub id: String,
+    /// The machine that it runs on; empty: one that nobody else does.
+    pub machine: String,
+    /// Where the machine stands; workers of no rack stand together.
+    pub rack: String,
     /// Bytes for weights and KV.
     pub memory_bytes: u64,
-    /// One layer, in nanoseconds.
-    pub layer_ns: u64,
-    /// Final norm and head, in nanoseconds.
-    pub head_ns: u64,
+    /// Times of steps, by rows. Between them times lie on straight lines; steps of more rows than
+    /// the largest are not planned. A worker without any is left out.
+    pub steps: Vec<StepTime>,
 }
 
-/// Rows of the steps that plans are judged by: the middle of what a busy pipeline runs.
-pub const STEP_ROWS: u32 = 16;
+/// What a plan is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objective {
+    /// The most tokens per second of all pipelines together.
+    Throughput {
+        /// No pipeline may take longer for a token of one answer.
+        token_time: Option<Duration>,
+    },
+    /// The least time per token for a single sequence, whichever pipeline it is in, and among the
+    /// pipelines that are that quick, within a hundredth, the most tokens per second.
+    Latency,
+}
 
-/// What is asked of a plan.
+impl Default for Objective {
+    fn default() -> Self {
+        Self::Throughput { token_time: None }
+    }
+}
+
+/// A pipeline that serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incumbent {
+    /// In the order of layers.
+    pub stages: Vec<Stage>,
+    /// Blocks that every stage holds.
+    pub kv_blocks: u32,
+}
+
+/// What is asked of a deployment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Exactly so many stages; `None`: the number with the highest predicted rate.
+    /// Exactly so many stages in every pipeline; `None`: as many as are best.
     pub stages: Option<u32>,
-    /// KV blocks that every plan must have room for: at least one.
+    /// Exactly so many pipelines; `None`: as many as are best.
+    pub pipelines: Option<u32>,
+    /// KV blocks that every pipeline must have room for: at least one.
     pub min_kv_blocks: u32,
     /// More are never planned.
     pub max_kv_blocks: u32,
-    /// The stages that served before, in order: kept where that costs little.
-    pub incumbent: Vec<Stage>,
+    /// Tokens of prompt and answer that people use: a pipeline is counted on for as many sequences
+    /// of that length as its KV holds.
+    pub context_tokens: u32,
+    /// What for.
+    pub objective: Objective,
+    /// The pipelines that serve now: kept where that costs little.
+    pub incumbent: Vec<Incumbent>,
+}
+
+/// Who could serve which model, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The model.
+    pub model: ModelCosts,
+    /// Everybody who can compute it.
+    pub workers: Vec<WorkerSpec>,
+    /// How.
+    pub options: Options,
 }
 
 /// The layers of one worker.
@@ -72,19 +127,66 @@ pub struct Stage {
     pub layers: Range<u32>,
 }
 
-/// Who runs what, and how fast that should be.
+/// One pipeline, and how fast it should be.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
     /// In the order of layers; together every layer once.
     pub stages: Vec<Stage>,
     /// Blocks that every stage can hold.
     pub kv_blocks: u32,
-    /// Time of the slowest stage for a step of [`STEP_ROWS`] rows.
+    /// Rows of the steps that it is predicted for.
+    pub step_rows: u32,
+    /// Time of the slowest stage for such a step.
     pub bottleneck_ns: u64,
-    /// `STEP_ROWS` in that time.
+    /// Time per token of one answer, when the pipeline is full.
+    pub token_ns: u64,
+    /// Of all sequences together.
     pub predicted_tokens_per_s: f64,
+    /// The incumbent that it goes on from, by index: that with the most layers left in place.
+    pub continues: Option<usize>,
     /// For people.
     pub reason: String,
+}
+
+/// A worker without a stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Its id.
+    pub worker: String,
+    /// For people.
+    pub reason: String,
+}
+
+/// What a worker in a pipeline is predicted to do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// Its id.
+    pub worker: String,
+    /// What it holds.
+    pub layers: Range<u32>,
+    /// Share of the time that it computes when its pipeline is full.
+    pub busy: f64,
+    /// Its part of its pipeline's tokens per second, by layers.
+    pub tokens_per_s: f64,
+}
+
+/// Who serves, and how fast that should be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Deployment {
+    /// No worker is in two of them.
+    pub pipelines: Vec<Assignment>,
+    /// Who is in none, by id.
+    pub left_out: Vec<LeftOut>,
+    /// Of all pipelines together.
+    pub tokens_per_s: f64,
+    /// By the same prediction, of those incumbents whose workers are all there.
+    pub incumbent_tokens_per_s: f64,
+    /// Layers that a worker has to load because no incumbent had them there.
+    pub layers_moved: u32,
+    /// For people.
+    pub reason: String,
+    /// Everybody in a pipeline, in the order of pipelines and stages.
+    pub workers: Vec<Prediction>,
 }
 
 /// Why there is no plan.
@@ -94,7 +196,7 @@ pub enum PlanError {
     /// Nobody to plan with.
     #[error("no worker can serve this model")]
     NoWorkers,
-    /// A stage without a layer is none.
+    /// Every stage needs at least one layer.
     #[error("{stages} stages were asked for, the model has only {layers} layers")]
     MoreStagesThanLayers {
         /// Asked for.
@@ -106,6 +208,19 @@ pub enum PlanError {
     #[error("{stages} stages were asked for, only {workers} workers can serve this model")]
     MoreStagesThanWorkers {
         /// Asked for.
+        stages: u32,
+        /// Who could take one.
+        workers: u32,
+    },
+    /// A worker is in at most one pipeline.
+    #[error(
+        "{pipelines} pipelines of at least {stages} stages were asked for, only {workers} workers \
+         can serve this model"
+    )]
+    MorePipelinesThanWorkers {
+        /// Asked for.
+        pipelines: u32,
+        /// Asked for in each, or one.
         stages: u32,
         /// Who could take one.
         workers: u32,
@@ -124,79 +239,70 @@ pub enum PlanError {
         /// The least KV.
         kv_blocks: u32,
     },
+    /// There is memory for some pipelines, not for as many as were asked for.
+    #[error(
+        "{pipelines} pipelines were asked for, the model fits the workers' memory only {possible} \
+         times"
+    )]
+    TooManyPipelines {
+        /// Asked for.
+        pipelines: u32,
+        /// The most that were found.
+        possible: u32,
+    },
+    /// Nobody is quick enough.
+    #[error(
+        "no pipeline takes at most {limit_ms} ms for a token of one answer: the quickest takes \
+         {least_ms} ms"
+    )]
+    TooSlow {
+        /// Asked for, in whole milliseconds.
+        limit_ms: u64,
+        /// Of a single sequence, in whole milliseconds, rounded up.
+        least_ms: u64,
+    },
 }
 
-/// Numbers of stages whose bottlenecks differ by less than this many per mille count as equal, and
-/// the fewer stages win: measured speeds are no better, and every stage is one more that can die.
-const TIE_PER_MILLE: u64 = 10;
-
-/// A plan that keeps what served before may be slower than the best one by so many per cent:
-/// layers that stay are in the page cache of their worker.
-const KEEP_PERCENT: u64 = 20;
-
-/// The pipeline whose slowest stage is as fast as it can be.
-///
-/// Layers are uniform, so only the number of layers of each worker matters, and who holds the
-/// embedding (memory) and the head (memory and time). For a bound on the slowest stage every
-/// worker can take `min(layers that fit, (bound - head) / layer time)` layers; the bound is
-/// feasible if the shares of some choice of workers add up to all layers. Shares only grow with
-/// the bound, so the least bound is found by bisection, for every pair of first and last stage at
-/// once: exact, in O(workers² × log(time)) for each number of stages. Among the plans of the least
-/// bound the one with the most KV is taken. Equal inputs give equal plans, in any order of
-/// `workers`.
+/// The pipelines that serve best what is asked for.
 ///
 /// # Errors
 ///
-/// Why there is none.
+/// Why there are none.
 ///
 /// # Panics
 ///
 /// If the model has no layers, or empty ones; the reader of stores admits neither.
-pub fn plan(
-    model: &ModelCosts,
-    workers: &[WorkerSpec],
-    options: &Options,
-) -> Result<Assignment, PlanError> {
+pub fn deploy(problem: &Problem) -> Result<Deployment, PlanError> {
+    let Problem { model, options, .. } = problem;
     assert!(model.layers > 0 && model.layer_bytes > 0, "a model has layers with weights");
-    let search = Search::new(model, workers, options);
-    let available = search.workers.len() as u32;
-    if available == 0 {
+    let token_limit_ns = match options.objective {
+        Objective::Throughput { token_time: Some(limit) } => {
+            u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX)
+        }
+        Objective::Throughput { token_time: None } | Objective::Latency => u64::MAX,
+    };
+    let costs = Costs::new(problem, token_limit_ns);
+    check_wishes(&costs, options)?;
+    Search::new(&costs, problem).run()
+}
+
+/// Whether there are layers and workers for the stages and pipelines that are asked for.
+fn check_wishes(costs: &Costs<'_>, options: &Options) -> Result<(), PlanError> {
+    let workers = costs.workers.len() as u32;
+    if workers == 0 {
         return Err(PlanError::NoWorkers);
     }
-    let counts = match options.stages {
-        Some(stages) if stages > model.layers => {
-            return Err(PlanError::MoreStagesThanLayers { stages, layers: model.layers });
-        }
-        Some(stages) if stages > available => {
-            return Err(PlanError::MoreStagesThanWorkers { stages, workers: available });
-        }
-        Some(stages) => stages.max(1)..=stages.max(1),
-        None => 1..=available.min(model.layers),
-    };
-
-    let bounds: Vec<_> = counts.filter_map(|n| Some((n, search.least_bound(n)?))).collect();
-    let Some(least) = bounds.iter().map(|&(_, bound)| bound).min() else {
-        return Err(search.does_not_fit());
-    };
-    let tie = least.saturating_add(least / 1000 * TIE_PER_MILLE);
-    let (stages, bound) = bounds
-        .iter()
-        .copied()
-        .find(|&(_, bound)| bound <= tie)
-        .expect("the least is a tie of itself");
-
-    let slack = bound.saturating_add(bound / 100 * KEEP_PERCENT);
-    if let Some(kept) = search.keep(slack) {
-        let unchanged = kept.iter().filter(|stage| options.incumbent.contains(stage)).count();
-        let why = format!(
-            "{unchanged} stages stay as they were, at most {KEEP_PERCENT} % slower than the best plan"
-        );
-        return Ok(search.assignment(kept, &why));
+    let (layers, stages) = (costs.model.layers, options.stages.unwrap_or(1).max(1));
+    if stages > layers {
+        return Err(PlanError::MoreStagesThanLayers { stages, layers });
     }
-    let why = match options.stages {
-        Some(_) => "as many stages as were asked for".to_owned(),
-        None if stages == available.min(model.layers) => "more stages are faster".to_owned(),
-        None => format!("more than {stages} stages would not be faster"),
-    };
-    Ok(search.assignment(search.best(stages, bound), &why))
+    if stages > workers {
+        return Err(PlanError::MoreStagesThanWorkers { stages, workers });
+    }
+    match options.pipelines {
+        Some(pipelines) if u64::from(pipelines.max(1)) * u64::from(stages) > u64::from(workers) => {
+            Err(PlanError::MorePipelinesThanWorkers { pipelines, stages, workers })
+        }
+        _ => Ok(()),
+    }
 }

@@ -8,7 +8,7 @@ use proto::plan::{KvType, StagePlan, WorkerModel, WorkerRecord};
 
 use super::types::{Action, Options};
 use super::{PROBE_PATIENCE, backoff};
-use crate::planner::{STEP_ROWS, Stage, WorkerSpec};
+use crate::planner::single::{STEP_ROWS, Stage, WorkerSpec};
 use crate::scheduler::{Line, StepCost};
 use crate::tick::Tick;
 
