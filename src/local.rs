@@ -115,6 +115,8 @@ impl LocalOptions {
             insecure: self.insecure,
             sampling_defaults: self.sampling_defaults,
             shutdown_grace: node::config::Duration(STOP_GRACE),
+            // No balancer looks at a process of one user.
+            lame_duck: node::config::Duration(Duration::ZERO),
             // Every worker there will be is there before the coordinator starts.
             settle: node::config::Duration(Duration::ZERO),
             ..coordinator::Config::default()

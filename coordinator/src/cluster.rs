@@ -33,7 +33,7 @@ use members::Members;
 pub use types::{Action, ClusterView, Event, Options, PROBE_PATIENCE};
 
 /// There is one pipeline for now.
-const PIPELINE: PipelineId = PipelineId(1);
+pub(crate) const PIPELINE: PipelineId = PipelineId(1);
 
 /// Wait before the second try of anything; doubles up to [`BACKOFF_LIMIT`].
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);

@@ -23,6 +23,9 @@ pub const DEFAULT_GRPC: SocketAddr =
 pub const DEFAULT_HTTP: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), ports::COORDINATOR_HTTP);
 
+/// Two looks of a load balancer that looks every second.
+const DEFAULT_LAME_DUCK: Duration = Duration::from_secs(2);
+
 /// A coordinator's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -58,6 +61,9 @@ pub struct Config {
     pub insecure: bool,
     /// How long open answers may go on after the process was told to stop.
     pub shutdown_grace: Duration,
+    /// How long after that requests are still taken, while readiness says no: whoever sends them
+    /// here needs a moment to see it. At most the grace.
+    pub lame_duck: Duration,
     /// How long the first plan waits for more workers after the last one came.
     pub settle: Duration,
     /// Where the defaults of sampling come from.
@@ -144,6 +150,7 @@ impl Default for Config {
             insecure: false,
             // Most answers end within it; the rest end with an error that says why.
             shutdown_grace: Duration::from_secs(10),
+            lame_duck: DEFAULT_LAME_DUCK,
             // Workers of one cluster start within moments of each other.
             settle: Duration::from_millis(500),
             sampling_defaults: SamplingSource::Model,

@@ -23,6 +23,9 @@ pub enum RunError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// There are no threads to be had.
+    #[error("failed to start the threads of lanes")]
+    Threads(#[source] std::io::Error),
     /// The model's store could not be opened.
     #[error("failed to open the model {}", path.display())]
     Model {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! grpc, http ──GenerateRequest──▶ request (checks, text) ──▶ driver ──steps──▶ workers (links)
-//!                                                         owns cluster, scheduler (pure)
+//!                                              owns cluster, router, schedulers (pure)
 //! ```
 
 use std::net::SocketAddr;
@@ -31,6 +31,7 @@ mod http;
 mod memory;
 mod metrics;
 mod request;
+mod runtime;
 mod service;
 mod spans;
 mod text;
@@ -40,6 +41,7 @@ mod workers;
 // Pure: events in, actions out.
 pub mod cluster;
 pub mod planner;
+pub mod router;
 pub mod scheduler;
 pub mod tick;
 pub mod token_log;
@@ -95,6 +97,7 @@ pub async fn run(
     metrics::describe();
     node::serve::describe();
 
+    let lanes = runtime::LaneRuntime::new().map_err(RunError::Threads)?;
     let model = served_model(&store, &config);
     let driver_config = driver::DriverConfig {
         cluster_name: config.cluster.to_string(),
@@ -104,6 +107,8 @@ pub async fn run(
         http: advertised_http(&config, http),
         first_token: model.bos_token.unwrap_or(0),
         grace: config.shutdown_grace.get(),
+        lame_duck: config.lame_duck.get(),
+        lanes: lanes.handle(),
     };
     let (driver, handle) = driver::Driver::new(driver_config, keys, membership, stop.child_token());
     let deadline = config.limits.request_deadline.get();
@@ -131,8 +136,9 @@ pub async fn run(
     let grpc_router = grpc::router(grpc_limits, Arc::clone(&service), health_service)?;
     let mut tasks = Supervisor::new(stop);
     tasks.spawn("driver", |_| async move {
-        driver.run().await;
-        drop(last_answer);
+        // Lanes run for as long as the driver does.
+        let _lanes = lanes;
+        driver.run(last_answer).await;
         Ok(())
     });
     let connections = config.limits.connections as usize;

@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use ::metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use ::metrics::{
+    Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 
 use proto::generate::Timings;
+use proto::status::QueueStatus;
 
-use crate::scheduler::QueueStats;
+use crate::driver::Counted;
 
 /// Says once what every metric means.
 pub(crate) fn describe() {
@@ -15,9 +18,15 @@ pub(crate) fn describe() {
     describe_gauge!("tercet_requests_waiting", "requests that wait for KV or a pipeline");
     describe_gauge!("tercet_kv_cache_usage_ratio", "share of the KV blocks that are reserved");
     describe_gauge!("tercet_steps_in_flight", "steps between the coordinator and the last stage");
-    describe_gauge!("tercet_membership_epoch", "epoch of the active pipeline, 0 without one");
+    describe_gauge!(
+        "tercet_membership_epoch",
+        "newest epoch of the pipelines that serve, 0 without one"
+    );
     describe_gauge!("tercet_membership_term", "this coordinator's reign, 0 when it does not lead");
-    describe_gauge!("tercet_ready", "1 when a token came through the active pipeline");
+    describe_gauge!(
+        "tercet_ready",
+        "1 when a token came through a pipeline within the last seconds, and nothing stops"
+    );
     describe_counter!("tercet_prompt_tokens_total", "prompt tokens computed");
     describe_counter!("tercet_generation_tokens_total", "tokens sampled");
     describe_counter!("tercet_request_success_total", "answers that ended, by why");
@@ -54,20 +63,33 @@ pub(crate) fn describe() {
         "tercet_e2e_request_latency_seconds",
         "from the arrival of a request's head to its last token"
     );
+    describe_histogram!(
+        "tercet_task_poll_seconds",
+        "how long the tasks that everybody waits for computed at once, by task"
+    );
     describe_histogram!("tercet_stage_compute_seconds", "of one step in one stage's engine");
     describe_histogram!("tercet_stage_wait_seconds", "of one step before one stage's engine");
     gauge!("tercet_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
 }
 
-/// How full the scheduler is; `parked` requests wait for a pipeline.
-pub(crate) fn queue(stats: QueueStats, parked: usize) {
-    gauge!("tercet_requests_running").set(f64::from(stats.running));
-    gauge!("tercet_requests_waiting").set(f64::from(stats.waiting) + parked as f64);
-    let total = f64::from(stats.kv_blocks_total.max(1));
-    gauge!("tercet_kv_cache_usage_ratio").set(f64::from(stats.kv_blocks_used) / total);
-    gauge!("tercet_steps_in_flight").set(f64::from(stats.steps_in_flight));
-    counter!("tercet_prompt_tokens_total").absolute(stats.prompt_tokens);
-    counter!("tercet_generation_tokens_total").absolute(stats.generated_tokens);
+/// How full everything is, and how many steps are on their way.
+pub(crate) fn queue(queue: &QueueStatus, steps_in_flight: u32) {
+    gauge!("tercet_requests_running").set(f64::from(queue.running));
+    gauge!("tercet_requests_waiting").set(f64::from(queue.waiting));
+    let total = f64::from(queue.kv_blocks_total.max(1));
+    gauge!("tercet_kv_cache_usage_ratio").set(f64::from(queue.kv_blocks_used) / total);
+    gauge!("tercet_steps_in_flight").set(f64::from(steps_in_flight));
+}
+
+/// Tokens of all pipelines since start.
+pub(crate) fn tokens(counted: Counted) {
+    counter!("tercet_prompt_tokens_total").absolute(counted.prompt_tokens);
+    counter!("tercet_generation_tokens_total").absolute(counted.generated_tokens);
+}
+
+/// Where the polls of a task of the driver are counted: `control` or `lane`.
+pub(crate) fn task_poll(task: &'static str) -> Histogram {
+    histogram!("tercet_task_poll_seconds", "task" => task)
 }
 
 /// Who leads and what serves.
@@ -77,11 +99,13 @@ pub(crate) fn membership(term: u64, epoch: u64, ready: bool) {
     gauge!("tercet_ready").set(f64::from(u8::from(ready)));
 }
 
-/// One stage's part of one step.
-pub(crate) fn stage_time(stage: u32, compute: Duration, wait: Duration) {
+/// Where one stage's parts of steps are counted: computing and waiting.
+pub(crate) fn stage_times(stage: u32) -> (Histogram, Histogram) {
     let stage = stage.to_string();
-    histogram!("tercet_stage_compute_seconds", "stage" => stage.clone()).record(compute);
-    histogram!("tercet_stage_wait_seconds", "stage" => stage).record(wait);
+    (
+        histogram!("tercet_stage_compute_seconds", "stage" => stage.clone()),
+        histogram!("tercet_stage_wait_seconds", "stage" => stage),
+    )
 }
 
 /// The first token of an answer.

@@ -1,61 +1,80 @@
-//! Which rows go into the next step. Pure: continuous batching, chunked prefill, KV blocks,
-//! admission; no clock, no sockets, no text.
+//! Which rows go into the next step of one pipeline. Pure: continuous batching, chunked prefill,
+//! KV blocks; no clock, no sockets, no text. Who runs here is the router's choice.
 //!
 //! ```text
-//! submit ─▶ waiting ──KV reserved──▶ prefilling ──first token──▶ decoding ─▶ finished
+//! admit ─▶ arriving ──blocks free──▶ prefilling ──first token──▶ decoding ─▶ finished
 //!                                       └──── rows ──▶ next_step ─▶ pipeline ─▶ complete ──┘
 //! ```
 //!
 //! The rules and their reasons are in `docs/scheduling.md`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use proto::generate::{FinishReason, Timings};
-use proto::ids::{Epoch, SequenceId, StepId};
+use proto::ids::{Epoch, PipelineId, SequenceId, StepId, Term};
 use proto::step::{RowResult, RowStatus, RowValue, Sampled, StepResult};
 
 use crate::tick::Tick;
 
 mod blocks;
 mod epoch;
+mod leaving;
 mod microbatch;
 mod picking;
+mod queue;
 mod sequence;
 #[cfg(test)]
-mod simulation;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod types;
 
-use blocks::BlockPool;
 use epoch::{Active, SentRow, Wants};
+pub use leaving::{Lost, MAX_DEATHS};
 pub use microbatch::{Line, StepCost, in_flight_limit};
-use sequence::{Scoring, Sequence};
+use queue::Queue;
+use sequence::Scoring;
+pub use sequence::{NotASequence, Sequence};
 pub use types::{
-    Class, Emission, EmissionEvent, Finish, Limits, PipelineShape, QueueStats, Rejected, Request,
-    Running, ScheduledStep, SequenceError,
+    Emission, EmissionEvent, Finish, Limits, PipelineShape, PipelineStats, Priority, Request,
+    ScheduledStep, SequenceError,
 };
 
-/// All requests of one pipeline.
+/// What runs on one pipeline.
 #[derive(Debug)]
-pub struct Scheduler {
+pub struct PipelineScheduler {
     limits: Limits,
-    active: Option<Active>,
-    /// Everyone who waits or runs. Ids ascend in the order of submission.
-    sequences: BTreeMap<SequenceId, Sequence>,
-    last_sequence: SequenceId,
-    /// By class; each in order of arrival.
-    waiting: BTreeMap<Class, VecDeque<SequenceId>>,
-    /// Admitted and not wholly sent, in order of admission.
-    prefilling: VecDeque<SequenceId>,
+    active: Active,
+    /// Everyone who was admitted and has not ended.
+    sequences: BTreeMap<SequenceId, Box<Sequence>>,
+    /// Promised blocks by the router that a step on its way still names.
+    arriving: Queue,
+    /// Have blocks and are not wholly sent, in order of admission.
+    prefilling: Queue,
     /// Has one known token that was not sent, the one that went longest without a row first.
-    decode_ready: VecDeque<SequenceId>,
+    decode_ready: Queue,
     /// Has the residual stream from which the first stage will draw its next token.
-    draw_ready: VecDeque<SequenceId>,
-    held: bool,
-    closed: bool,
+    draw_ready: Queue,
+    deadlines: BTreeSet<(Tick, SequenceId)>,
+    paused: bool,
     totals: Totals,
+    /// When a row last came back well.
+    last_row: Option<Tick>,
+    /// A token was sampled in this epoch.
+    proven: bool,
+    /// The probe that is on its way.
+    probe: Option<SequenceId>,
+    probes: u32,
+}
+
+/// Where a sequence stands while no row of it is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stand {
+    Arriving,
+    Prefilling,
+    Decoding,
+    Drawing,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -67,67 +86,64 @@ struct Totals {
     cancelled: u64,
 }
 
-impl Scheduler {
-    /// A scheduler without a pipeline.
-    pub fn new(limits: Limits) -> Self {
+impl PipelineScheduler {
+    /// Nothing runs yet.
+    pub fn new(limits: Limits, shape: PipelineShape) -> Self {
         Self {
             limits,
-            active: None,
+            active: Active::new(shape),
             sequences: BTreeMap::new(),
-            last_sequence: SequenceId(0),
-            waiting: BTreeMap::new(),
-            prefilling: VecDeque::new(),
-            decode_ready: VecDeque::new(),
-            draw_ready: VecDeque::new(),
-            held: false,
-            closed: false,
+            arriving: Queue::default(),
+            prefilling: Queue::default(),
+            decode_ready: Queue::default(),
+            draw_ready: Queue::default(),
+            deadlines: BTreeSet::new(),
+            paused: false,
             totals: Totals::default(),
+            last_row: None,
+            proven: false,
+            probe: None,
+            probes: 0,
         }
     }
 
-    /// Takes a request into the queue. It is admitted by a later [`Self::next_step`].
-    ///
-    /// # Errors
-    ///
-    /// Why it was not taken; nothing is kept of it then.
-    pub fn submit(&mut self, request: Request, now: Tick) -> Result<SequenceId, Rejected> {
-        self.check(&request)?;
-        self.last_sequence.0 += 1;
-        let id = self.last_sequence;
-        self.waiting.entry(request.class).or_default().push_back(id);
-        self.sequences.insert(id, Sequence::new(request, now));
-        Ok(id)
+    /// Takes a sequence for which the router has promised blocks. It gets them in a later
+    /// [`Self::next_step`], when no step on its way names them any more.
+    pub fn admit(&mut self, sequence: Box<Sequence>) {
+        let id = sequence.id();
+        self.insert(sequence);
+        self.enqueue(Stand::Arriving, id);
     }
 
-    fn check(&self, request: &Request) -> Result<(), Rejected> {
-        if request.prompt.is_empty() {
-            return Err(Rejected::EmptyPrompt);
+    fn insert(&mut self, sequence: Box<Sequence>) {
+        if let Some(deadline) = sequence.request.deadline {
+            self.deadlines.insert((deadline, sequence.id()));
         }
-        if let Some(finish) = complete_already(request) {
-            return Err(Rejected::Complete { finish });
+        self.sequences.insert(sequence.id(), sequence);
+    }
+
+    fn queue(&mut self, stand: Stand) -> &mut Queue {
+        match stand {
+            Stand::Arriving => &mut self.arriving,
+            Stand::Prefilling => &mut self.prefilling,
+            Stand::Decoding => &mut self.decode_ready,
+            Stand::Drawing => &mut self.draw_ready,
         }
-        if self.closed {
-            return Err(Rejected::Draining);
+    }
+
+    fn enqueue(&mut self, stand: Stand, id: SequenceId) {
+        let ticket = self.queue(stand).push_back(id);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.place = Some((stand, ticket));
         }
-        let Some(active) = &self.active else { return Err(Rejected::NoPipeline) };
-        let kv_tokens = active.blocks.total().saturating_mul(proto::BLOCK_TOKENS);
-        let limit = self.limits.context_tokens.min(kv_tokens);
-        if request.prompt.len() as u64 + u64::from(request.max_tokens) > u64::from(limit) {
-            let prompt_tokens = request.prompt.len().try_into().unwrap_or(u32::MAX);
-            let max_tokens = request.max_tokens;
-            return Err(Rejected::TooLong { prompt_tokens, max_tokens, limit });
-        }
-        if self.waiting_count() >= self.limits.waiting_requests as usize {
-            return Err(Rejected::Full { limit: self.limits.waiting_requests });
-        }
-        Ok(())
     }
 
     /// The client went away. Nothing more is emitted for the sequence. Unknown ids are ignored.
-    pub fn cancel(&mut self, sequence: SequenceId) {
-        if self.remove(sequence).is_some() {
-            self.totals.cancelled += 1;
-        }
+    /// Whether it was here.
+    pub fn cancel(&mut self, sequence: SequenceId) -> bool {
+        let was_here = self.remove(sequence).is_some();
+        self.totals.cancelled += u64::from(was_here);
+        was_here
     }
 
     /// The caller ends an answer early (a stop string): nothing more is emitted for the sequence.
@@ -139,37 +155,35 @@ impl Scheduler {
     }
 
     /// The next step to send, if there is work and room for one more in flight. Call it until it
-    /// returns `None`, after everything that may have made work: submit, complete, activation.
+    /// returns `None`, after everything that may have made work: admit, complete, resume.
     pub fn next_step(&mut self, now: Tick) -> Option<ScheduledStep> {
-        if !self.active.as_ref()?.has_room() {
+        if self.paused || !self.active.has_room() {
             return None;
         }
-        self.admit(now);
+        self.let_in(now);
         let deadline = self.limits.step_deadline;
         let (rows, states) = self.pick_draws();
         if !rows.is_empty() {
-            let step = self.active.as_mut()?.send(rows, states, true, now, deadline);
+            let step = self.active.send(rows, states, true, now, deadline);
             return Some(ScheduledStep { step, deadline: now + deadline });
         }
         let (mut rows, decode_rows) = self.pick_rows();
         if rows.is_empty() {
             return None;
         }
-        let decoding = self.running_count() - self.prefilling.len();
-        let active = self.active.as_mut()?;
-        active.share_draws(&mut rows, decoding);
-        let step = active.send(rows, Bytes::new(), decode_rows > 0, now, deadline);
-        Some(ScheduledStep { step, deadline: now + self.limits.step_deadline })
+        let decoding = self.decoding_count();
+        self.active.share_draws(&mut rows, decoding);
+        let step = self.active.send(rows, Bytes::new(), decode_rows > 0, now, deadline);
+        Some(ScheduledStep { step, deadline: now + deadline })
     }
 
     /// Takes a step's result. Results of unknown steps, of steps known already and of other
     /// epochs are ignored: sending again is safe.
     pub fn complete(&mut self, result: StepResult, now: Tick) -> Vec<Emission> {
-        let Some(active) = &mut self.active else { return Vec::new() };
-        if active.shape.epoch != result.epoch {
+        if self.active.shape.epoch != result.epoch {
             return Vec::new();
         }
-        let Some(step) = active.take_sent(result.step, now) else { return Vec::new() };
+        let Some(step) = self.active.take_sent(result.step, now) else { return Vec::new() };
 
         let mut emissions = Vec::new();
         let (want, found) = (step.rows.len(), result.rows.len());
@@ -221,10 +235,13 @@ impl Scheduler {
             return Err(SequenceError::Row { status, position: sent.position, detail });
         }
         let sequence = self.sequences.get_mut(&sent.sequence).expect("the row is current");
-        let prompt_len = sequence.log.prompt().len() as u32;
-        let of_prompt = if sent.is_draw { 0 } else { prompt_len };
-        let of_prompt = (sent.position + sent.token_count).min(of_prompt);
-        self.totals.prompt_tokens += u64::from(of_prompt.saturating_sub(sent.position));
+        self.last_row = Some(now);
+        if self.probe != Some(sent.sequence) {
+            let prompt_len = sequence.log.prompt().len() as u32;
+            let of_prompt = if sent.is_draw { 0 } else { prompt_len };
+            let of_prompt = (sent.position + sent.token_count).min(of_prompt);
+            self.totals.prompt_tokens += u64::from(of_prompt.saturating_sub(sent.position));
+        }
         match (sent.wants, row.value) {
             (Wants::Nothing, _) => Ok(()),
             (Wants::Scores, RowValue::Scores(scores))
@@ -236,11 +253,12 @@ impl Scheduler {
             }
             (Wants::State, RowValue::State(state)) => {
                 sequence.state = Some(state);
-                self.draw_ready.push_back(sent.sequence);
+                self.enqueue(Stand::Drawing, sent.sequence);
                 Ok(())
             }
             (Wants::Token, RowValue::Sampled(sampled)) => {
                 sequence.held_back = Some(sampled);
+                self.proven = true;
                 self.tell_scores(sent.sequence, now, emissions);
                 Ok(())
             }
@@ -272,13 +290,17 @@ impl Scheduler {
         now: Tick,
         emissions: &mut Vec<Emission>,
     ) {
+        if self.probe == Some(id) {
+            self.remove(id);
+            return;
+        }
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let (index, finish) = sequence.append(sampled.token, now);
         self.totals.generated_tokens += 1;
         emissions.push(Emission { sequence: id, event: EmissionEvent::Token { index, sampled } });
         match finish {
             Some(finish) => self.finished(id, finish, now, emissions),
-            None => self.decode_ready.push_back(id),
+            None => self.enqueue(Stand::Decoding, id),
         }
     }
 
@@ -296,7 +318,8 @@ impl Scheduler {
     }
 
     fn fail(&mut self, id: SequenceId, error: SequenceError, emissions: &mut Vec<Emission>) {
-        if self.remove(id).is_some() {
+        let is_probe = self.probe == Some(id);
+        if self.remove(id).is_some() && !is_probe {
             self.totals.failed += 1;
             emissions.push(Emission { sequence: id, event: EmissionEvent::Failed(error) });
         }
@@ -304,135 +327,96 @@ impl Scheduler {
 
     /// Takes a sequence out of everything. Its blocks return to the pool, now or with the last
     /// step that names them.
-    fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
-        let sequence = self.sequences.remove(&id)?;
-        for queue in self.waiting.values_mut() {
-            queue.retain(|&waiting| waiting != id);
+    fn remove(&mut self, id: SequenceId) -> Option<Box<Sequence>> {
+        let mut sequence = self.sequences.remove(&id)?;
+        if let Some((stand, ticket)) = sequence.place.take() {
+            self.queue(stand).remove(ticket);
         }
-        self.prefilling.retain(|&other| other != id);
-        self.decode_ready.retain(|&other| other != id);
-        self.draw_ready.retain(|&other| other != id);
-        if let Some(active) = &mut self.active {
-            active.blocks.give_back(&sequence.blocks);
-            if sequence.sent > 0 {
-                active.ended.push_back(id);
-            }
+        if let Some(deadline) = sequence.request.deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        self.probe = self.probe.filter(|&probe| probe != id);
+        self.active.blocks.give_back(&sequence.blocks);
+        if sequence.sent > 0 {
+            self.active.ended.push_back(id);
         }
         Some(sequence)
     }
 
-    /// Fails what waited or ran for too long. Call it several times a second.
+    /// Fails those whose deadline passed. Call it several times a second.
     pub fn expire(&mut self, now: Tick) -> Vec<Emission> {
-        let mut late = Vec::new();
-        for (&id, sequence) in &self.sequences {
-            let waited = now.since(sequence.waiting_since);
-            if sequence.request.deadline.is_some_and(|deadline| now >= deadline) {
-                let tokens = sequence.log.output().len() as u32;
-                late.push((id, SequenceError::DeadlineExceeded { tokens }));
-            } else if self.is_waiting(id) && waited >= self.limits.wait {
-                late.push((id, SequenceError::WaitedTooLong { waited }));
-            }
-        }
         let mut emissions = Vec::new();
-        for (id, error) in late {
-            self.fail(id, error, &mut emissions);
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now
+        {
+            let tokens = self.sequences.get(&id).map_or(0, |late| late.log.output().len() as u32);
+            self.fail(id, SequenceError::DeadlineExceeded { tokens }, &mut emissions);
+            // Gone with its sequence; and if there were none, it must not be met again.
+            self.deadlines.remove(&(deadline, id));
         }
         emissions
     }
 
-    /// A pipeline serves from now on. What ran on an earlier one becomes what `running` says;
-    /// steps of the earlier epoch are fenced: their results are ignored, their blocks are free.
-    pub fn set_pipeline(
-        &mut self,
-        shape: PipelineShape,
-        running: Running,
-        now: Tick,
-    ) -> Vec<Emission> {
-        let mut emissions = self.clear_pipeline(running, now);
-        for id in self.sequences.keys().copied().collect::<Vec<_>>() {
-            let needed_blocks = self.sequences[&id].blocks_needed();
-            if needed_blocks > shape.kv_blocks {
-                let kv_blocks = shape.kv_blocks;
-                let error = SequenceError::NeverFits { needed_blocks, kv_blocks };
-                self.fail(id, error, &mut emissions);
-            }
+    /// Asks the pipeline for one token, before everyone else, to prove that it computes; unless it
+    /// is being asked already, or all blocks are taken: then the others prove it. What comes of it
+    /// is told to nobody: see [`Self::proven`].
+    pub fn probe(&mut self, token: u32) {
+        if self.probe.is_some() {
+            return;
         }
-        self.active = Some(Active::new(shape));
-        emissions
+        let Ok(mut probe) = Sequence::new(Request::probe(token)) else { return };
+        let Some(blocks) = self.active.blocks.take(probe.blocks_needed()) else { return };
+        let (_, Epoch(epoch)) = self.pipeline();
+        let number = (epoch as u32).wrapping_add(self.probes);
+        self.probes = self.probes.wrapping_add(1);
+        let id = SequenceId(PROBES | first_of_term(self.active.shape.term).0 | u64::from(number));
+        probe.name(id);
+        probe.blocks = blocks;
+        probe.place = Some((Stand::Prefilling, self.prefilling.push_front(id)));
+        self.probe = Some(id);
+        self.sequences.insert(id, Box::new(probe));
     }
 
-    /// No pipeline serves any more. Requests that wait go on waiting; new ones are rejected.
-    pub fn clear_pipeline(&mut self, running: Running, now: Tick) -> Vec<Emission> {
-        self.active = None;
-        let ran: Vec<_> =
-            self.sequences.keys().copied().filter(|&id| !self.is_waiting(id)).collect();
-        let mut emissions = Vec::new();
-        self.prefilling.clear();
-        self.decode_ready.clear();
-        self.draw_ready.clear();
-        // From the last, so that the first comes first in its queue.
-        for id in ran.into_iter().rev() {
-            match &running {
-                Running::Fail(reason) => {
-                    let error = SequenceError::PipelineLost { reason: reason.clone() };
-                    self.fail(id, error, &mut emissions);
-                }
-                Running::Keep => {
-                    let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-                    sequence.restart(now);
-                    self.waiting.entry(sequence.request.class).or_default().push_front(id);
-                }
-            }
-        }
-        emissions
+    /// When this epoch last computed something, if it has sampled a token.
+    pub fn proven(&self) -> Option<Tick> {
+        self.last_row.filter(|_| self.proven)
     }
 
-    /// Fails everyone, running and waiting.
-    pub fn fail_all(&mut self, reason: &str) -> Vec<Emission> {
-        let mut emissions = Vec::new();
-        for id in self.sequences.keys().copied().collect::<Vec<_>>() {
-            let error = SequenceError::PipelineLost { reason: reason.to_owned() };
-            self.fail(id, error, &mut emissions);
-        }
-        emissions
+    /// While paused no step is sent; those on their way come back.
+    pub fn pause(&mut self, paused: bool) {
+        self.paused = paused;
     }
 
-    /// While held, nobody is admitted: requests wait and those that run go on.
-    pub fn hold_admission(&mut self, hold: bool) {
-        self.held = hold;
+    /// Steps carry this coordinator's reign, which may be younger than the pipeline.
+    pub fn set_term(&mut self, term: Term) {
+        self.active.shape.term = term;
     }
 
-    /// From now on every new request is rejected as [`Rejected::Draining`].
-    pub fn close(&mut self) {
-        self.closed = true;
-    }
-
-    /// Whether nothing runs. Requests may wait, and rows of ended sequences be on their way.
+    /// Whether nothing runs. Rows of ended sequences may be on their way.
     pub fn is_idle(&self) -> bool {
-        self.running_count() == 0
+        self.sequences.keys().all(|&id| self.probe == Some(id))
     }
 
-    /// The epoch that serves.
-    pub fn epoch(&self) -> Option<Epoch> {
-        self.active.as_ref().map(|active| active.shape.epoch)
+    /// Which pipeline at which epoch.
+    pub fn pipeline(&self) -> (PipelineId, Epoch) {
+        (self.active.shape.pipeline, self.active.shape.epoch)
     }
 
     /// The oldest step that has been on its way for so long that somebody should ask the workers.
     pub fn overdue(&self, now: Tick) -> Option<StepId> {
-        let active = self.active.as_ref()?;
-        let (&id, step) = active.in_flight.first_key_value()?;
-        (now.since(step.sent) > active.patience()).then_some(id)
+        let (&id, step) = self.active.in_flight.first_key_value()?;
+        (now.since(step.sent) > self.active.patience()).then_some(id)
     }
 
     /// How full it is.
-    pub fn stats(&self) -> QueueStats {
-        let blocks = self.active.as_ref().map(|active| &active.blocks);
-        QueueStats {
-            running: self.running_count() as u32,
-            waiting: self.waiting_count() as u32,
-            kv_blocks_total: blocks.map_or(0, BlockPool::total),
-            kv_blocks_used: blocks.map_or(0, |blocks| blocks.total() - blocks.free_count()),
-            steps_in_flight: self.active.as_ref().map_or(0, |active| active.in_flight.len() as u32),
+    pub fn stats(&self) -> PipelineStats {
+        let blocks = &self.active.blocks;
+        let probing = u32::from(self.probe.is_some());
+        PipelineStats {
+            running: self.sequences.len() as u32 - probing,
+            kv_blocks_total: blocks.total(),
+            kv_blocks_used: blocks.total() - blocks.free_count(),
+            steps_in_flight: self.active.in_flight.len() as u32,
             prompt_tokens: self.totals.prompt_tokens,
             generated_tokens: self.totals.generated_tokens,
             finished: self.totals.finished,
@@ -441,29 +425,21 @@ impl Scheduler {
         }
     }
 
-    fn waiting_count(&self) -> usize {
-        self.waiting.values().map(VecDeque::len).sum()
+    /// Those that have been prefilled and go on token by token.
+    fn decoding_count(&self) -> usize {
+        self.sequences.len() - self.arriving.len() - self.prefilling.len()
     }
+}
 
-    fn running_count(&self) -> usize {
-        self.sequences.len() - self.waiting_count()
-    }
+/// Set in the ids of probes alone.
+const PROBES: u64 = 1 << 63;
 
-    fn is_waiting(&self, id: SequenceId) -> bool {
-        self.waiting.values().any(|queue| queue.contains(&id))
-    }
+/// Before the first id of a reign: workers remember sequences for longer than a coordinator leads,
+/// so no id means two of them.
+pub fn first_of_term(term: Term) -> SequenceId {
+    SequenceId((term.0 << 32) & !PROBES)
 }
 
 fn bad_result(step: StepId, detail: String) -> SequenceError {
     SequenceError::BadResult { step, detail }
-}
-
-/// Whether what is known of the answer ends it.
-fn complete_already(request: &Request) -> Option<Finish> {
-    let ended = (0..).zip(&request.forced);
-    let by_token = ended.into_iter().find_map(|(i, &token)| sequence::finish_at(request, i, token));
-    let scores_only = request.score_prompt && request.prompt.len() > 1;
-    let by_length = (request.max_tokens == 0 && !scores_only)
-        .then_some(Finish { reason: FinishReason::Length, stop_token: None });
-    by_token.or(by_length)
 }

@@ -5,16 +5,18 @@ use std::time::Duration;
 
 use proto::generate::{GenerateRequest, Prompt};
 use proto::status::ClusterStatus;
+use proto::step::SamplingParameters;
 use tokio::sync::{Semaphore, watch};
 use tracing::Span;
 
 use crate::answer::{Answer, AnswerParts};
 use crate::arrival;
 use crate::background;
-use crate::driver::{DriverHandle, Submission};
+use crate::driver::{Check, DriverHandle, Submission};
 use crate::memory::{Memory, Room, SMALL_BYTES};
 use crate::request::{self, Checked, RequestError, ServedModel};
-use crate::scheduler;
+use crate::router::Wish;
+use crate::scheduler::{self, Priority, Sequence};
 use crate::text::Text;
 
 /// Prompts that are tokenised at once: more only take turns on the same cores.
@@ -47,6 +49,8 @@ pub(crate) struct Prepared {
     checked: Checked,
     /// In tokens.
     prompt: Vec<u32>,
+    /// What each choice begins as.
+    sequence: Sequence,
     seed: u64,
     request_id: String,
 }
@@ -107,6 +111,7 @@ impl Service {
             .unwrap_or(u32::MAX)
             .min(ENCODING_AT_ONCE as u32);
         let model = self.model.clone();
+        let request_id = hex(&rand::random::<[u8; RANDOM_KEY_BYTES]>());
         let work = move |text: &Text| {
             let mut checked = request::check(request, &model)?;
             if answer == Wanted::PromptOnly {
@@ -120,15 +125,15 @@ impl Service {
             request::check_lengths(&prompt, checked.max_tokens, &model)?;
             checked.max_tokens =
                 checked.max_tokens.or_else(|| request::default_length(&checked, &prompt, &model));
-            Ok((checked, prompt))
+            let key = match &checked.idempotency_key {
+                key if key.is_empty() => &request_id,
+                key => key,
+            };
+            let seed = checked.seed.unwrap_or_else(|| seed_of(key));
+            let sequence = sequence(&checked, &prompt, seed)?;
+            Ok(Prepared { checked, prompt, sequence, seed, request_id })
         };
-        let (checked, prompt) =
-            self.off_thread(&self.encoding, turns, bytes > SMALL_BYTES, work).await??;
-        let request_id = hex(&rand::random::<[u8; RANDOM_KEY_BYTES]>());
-        let key =
-            if checked.idempotency_key.is_empty() { &request_id } else { &checked.idempotency_key };
-        let seed = checked.seed.unwrap_or_else(|| seed_of(key));
-        Ok(Prepared { checked, prompt, seed, request_id })
+        self.off_thread(&self.encoding, turns, bytes > SMALL_BYTES, work).await?
     }
 
     /// Does what takes longer than an async thread may be held, such as writing a long answer.
@@ -207,8 +212,6 @@ impl Service {
         span: Span,
     ) -> Result<Answer, RequestError> {
         let checked = &prepared.checked;
-        let mut sampling = checked.sampling.clone();
-        (sampling.seed, sampling.choice) = (prepared.seed, choice);
         let deadline = checked.deadline.unwrap_or(Duration::MAX).min(self.request_deadline);
         let parts = AnswerParts {
             text: Arc::clone(&self.text),
@@ -222,7 +225,7 @@ impl Service {
             include_stop: checked.include_stop,
             stop_tokens: checked.stop_tokens.clone(),
             min_tokens: checked.min_tokens,
-            logprobs: sampling.top_logprobs.is_some(),
+            logprobs: checked.sampling.top_logprobs.is_some(),
             score_prompt: checked.score_prompt,
             span: span.clone(),
         };
@@ -232,23 +235,15 @@ impl Service {
             // All that the client has is replayed.
             self.compute(move |_| Answer::new(parts)).await?
         };
+        let mut sequence = Box::new(prepared.sequence.clone());
+        sequence.set_choice(choice);
+        sequence
+            .set_traceparent(node::telemetry::propagation::traceparent(&span).unwrap_or_default());
         let submission = Submission {
-            request: scheduler::Request {
-                prompt: prepared.prompt.clone(),
-                forced: checked.received.clone(),
-                max_tokens: checked.max_tokens.unwrap_or(0),
-                min_tokens: checked.min_tokens,
-                sampling,
-                stop_tokens: checked.stop_tokens.clone(),
-                score_prompt: checked.score_prompt,
-                class: scheduler::Class::Interactive,
-                deadline: None,
-                traceparent: node::telemetry::propagation::traceparent(&span).unwrap_or_default(),
-            },
+            sequence,
+            wish: Wish { as_many_as_fit: checked.max_tokens.is_none(), class: checked.class },
             arrived: arrival::of_this_request(),
-            as_many_as_fit: checked.max_tokens.is_none(),
             time_limit: deadline,
-            class: checked.class,
         };
         answer.admit(self.driver.submit(submission).await?);
         Ok(answer)
@@ -269,10 +264,37 @@ impl Service {
         Ok(status)
     }
 
-    /// Whether a token has come through the active pipeline, now and whenever that changes.
+    /// What readiness is made of.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::Unavailable`] while the process stops.
+    pub(crate) async fn checks(&self) -> Result<Vec<Check>, RequestError> {
+        self.driver.checks().await
+    }
+
+    /// Whether a token has come through a pipeline within the last seconds, now and whenever that
+    /// changes.
     pub(crate) fn readiness(&self) -> watch::Receiver<bool> {
         self.driver.readiness()
     }
+}
+
+/// What every choice of a request begins as: its prompt is hashed here, once and for all of them.
+fn sequence(checked: &Checked, prompt: &[u32], seed: u64) -> Result<Sequence, RequestError> {
+    let request = scheduler::Request {
+        prompt: prompt.to_vec(),
+        forced: checked.received.clone(),
+        max_tokens: checked.max_tokens.unwrap_or(0),
+        min_tokens: checked.min_tokens,
+        sampling: SamplingParameters { seed, ..checked.sampling.clone() },
+        stop_tokens: checked.stop_tokens.clone(),
+        score_prompt: checked.score_prompt,
+        priority: Priority::Interactive,
+        deadline: None,
+        traceparent: String::new(),
+    };
+    Sequence::new(request).map_err(|error| RequestError::invalid("prompt", error.to_string()))
 }
 
 /// Bytes that a prompt's text is made of, before the template.

@@ -116,6 +116,13 @@ impl StepsLink {
         Self { id, queue, _task: task }
     }
 
+    /// A link to nobody: what is sent on it comes out of the receiver.
+    #[cfg(test)]
+    pub(crate) fn to_nobody(id: LinkId) -> (Self, mpsc::Receiver<SentStep>) {
+        let (queue, steps) = mpsc::channel(STEPS_QUEUED);
+        (Self { id, queue, _task: JoinSet::new() }, steps)
+    }
+
     /// Sends a step, in order. Steps that a broken link takes are lost; the driver keeps them.
     pub(crate) fn send(&self, step: SentStep) {
         if self.queue.try_send(step).is_err() {
@@ -143,6 +150,12 @@ pub(crate) struct ResultsWanted {
 }
 
 impl ResultsLink {
+    /// A link from nobody.
+    #[cfg(test)]
+    pub(crate) fn from_nobody(id: LinkId) -> Self {
+        Self { id, _task: JoinSet::new() }
+    }
+
     /// Connects in the background.
     pub(crate) fn open(
         id: LinkId,

@@ -93,7 +93,9 @@ fn the_client_lists_completes_and_chats_as_the_command_line_does() {
 
 #[test]
 fn the_client_sees_a_stream_that_fails_midway_as_an_error() {
-    let mut cluster = Cluster::start(bundled_store(), 3, 3);
+    // Answers wait so long for a pipeline that goes on with them: here none comes.
+    let wait = [("TERCET_COORDINATOR__LIMITS__WAIT", "1s")];
+    let mut cluster = Cluster::start_with(bundled_store(), 3, 3, &wait);
     let mut client = Process::spawn("openai client", check(&cluster, "interrupted"));
     client.wait_for_log("streaming", Duration::from_secs(60));
     cluster.worker(1).kill();

@@ -43,9 +43,10 @@ const HOMES: [(&str, &[&str]); 13] = [
 ];
 
 /// Modules that decide or compute and touch nothing else.
-const PURE: [&str; 6] = [
+const PURE: [&str; 7] = [
     "coordinator/src/planner",
     "coordinator/src/cluster",
+    "coordinator/src/router",
     "coordinator/src/scheduler",
     "coordinator/src/token_log",
     "worker/src/engine",

@@ -1,7 +1,11 @@
 //! Everyone who waits for an answer, from the driver's side and from theirs. An answer's tokens go
 //! through a bounded channel; its end goes beside it and so never has to wait.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{NumericsClass, SequenceId};
@@ -18,7 +22,7 @@ use crate::tick::Tick;
 /// late reads no more, and its KV is better used by another.
 pub(crate) const MAX_TOKENS_BEHIND: usize = 1024;
 
-/// A request that the scheduler took.
+/// A request that the router took.
 pub(crate) struct Admitted {
     /// Of the pipeline that serves it.
     pub(crate) class: NumericsClass,
@@ -81,6 +85,15 @@ impl Tokens {
         }
     }
 
+    /// The next token, if it has come.
+    #[cfg(test)]
+    pub(crate) fn try_next(&mut self) -> Option<(u32, Sampled)> {
+        match self.events.try_recv().ok()? {
+            TokenEvent::Token { index, sampled } => Some((index, sampled)),
+            TokenEvent::PromptScores(_) => None,
+        }
+    }
+
     /// How the answer ended, once there are no more tokens.
     ///
     /// # Errors
@@ -109,15 +122,59 @@ async fn end(end: &mut oneshot::Receiver<Result<End, RequestError>>) -> Result<E
     end.await.unwrap_or_else(stopped)
 }
 
-/// Everyone who waits for an answer.
-#[derive(Default)]
-pub(crate) struct Clients {
-    waiting: HashMap<SequenceId, Client>,
-    pub(crate) finished: u64,
-    pub(crate) failed: u64,
+/// Clients that one look for gone ones asks, in a row of all of them: bounds the time of a look.
+const LOOK: usize = 1024;
+
+/// Gone ones that a look finds at most: what is done about them takes longer than the look.
+pub(crate) const GONE_AT_ONCE: usize = 32;
+
+/// What all clients have got, since start. Lanes and the control task count together.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    finished: AtomicU64,
+    failed: AtomicU64,
+    prompt_tokens: AtomicU64,
+    generated_tokens: AtomicU64,
 }
 
-struct Client {
+/// [`Totals`] at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counted {
+    pub(crate) finished: u64,
+    pub(crate) failed: u64,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) generated_tokens: u64,
+}
+
+impl Totals {
+    /// So many more tokens were computed.
+    pub(crate) fn count_tokens(&self, prompt: u64, generated: u64) {
+        self.prompt_tokens.fetch_add(prompt, Relaxed);
+        self.generated_tokens.fetch_add(generated, Relaxed);
+    }
+
+    /// As they are now; nothing orders them with each other.
+    pub(crate) fn counted(&self) -> Counted {
+        Counted {
+            finished: self.finished.load(Relaxed),
+            failed: self.failed.load(Relaxed),
+            prompt_tokens: self.prompt_tokens.load(Relaxed),
+            generated_tokens: self.generated_tokens.load(Relaxed),
+        }
+    }
+}
+
+/// Those who wait for answers, of one task: of the control task while they are in the queue, of a
+/// lane while they run.
+pub(crate) struct Clients {
+    waiting: BTreeMap<SequenceId, Client>,
+    totals: Arc<Totals>,
+    /// The last that was looked at.
+    looked_at: Option<SequenceId>,
+}
+
+/// The driver's side of one answer. It goes with its sequence from task to task.
+pub(crate) struct Client {
     events: mpsc::Sender<TokenEvent>,
     end: oneshot::Sender<Result<End, RequestError>>,
     /// When the head of its request arrived.
@@ -128,6 +185,11 @@ struct Client {
 }
 
 impl Client {
+    /// Whether nobody listens any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.events.is_closed()
+    }
+
     fn ended(&self, reason: FinishReason, timings: Timings, now: Tick) -> metrics::Ended {
         metrics::Ended {
             reason: reason.name(),
@@ -150,6 +212,21 @@ pub(crate) enum Then {
 }
 
 impl Clients {
+    /// Nobody waits yet.
+    pub(crate) fn new(totals: Arc<Totals>) -> Self {
+        Self { waiting: BTreeMap::new(), totals, looked_at: None }
+    }
+
+    /// The client of a sequence comes with it.
+    pub(crate) fn put(&mut self, sequence: SequenceId, client: Client) {
+        self.waiting.insert(sequence, client);
+    }
+
+    /// The client of a sequence goes with it.
+    pub(crate) fn take(&mut self, sequence: SequenceId) -> Option<Client> {
+        self.waiting.remove(&sequence)
+    }
+
     /// Someone waits for a sequence from now on, whose request arrived at `arrived`.
     pub(crate) fn add(
         &mut self,
@@ -196,29 +273,33 @@ impl Clients {
     /// The client ended the answer itself.
     pub(crate) fn finish(&mut self, sequence: SequenceId, timings: Timings, now: Tick) {
         if let Some(client) = self.waiting.remove(&sequence) {
-            self.finished += 1;
+            self.totals.finished.fetch_add(1, Relaxed);
             metrics::finished(client.ended(FinishReason::Stop, timings, now));
         }
     }
 
-    /// Sequences whose clients went away; they are forgotten here.
+    /// Sequences whose clients went away; they are forgotten here. Looks at [`LOOK`] clients, or
+    /// until [`GONE_AT_ONCE`] were found, and at the next ones the next time.
     pub(crate) fn take_gone(&mut self) -> Vec<SequenceId> {
-        let gone: Vec<_> = self
-            .waiting
-            .iter()
-            .filter(|(_, client)| client.events.is_closed())
-            .map(|(&sequence, _)| sequence)
-            .collect();
+        let from = self.looked_at.map_or(Bound::Unbounded, Bound::Excluded);
+        let looked_at = self.waiting.range((from, Bound::Unbounded)).take(LOOK);
+        let (mut count, mut last, mut gone) = (0, None, Vec::new());
+        for (&sequence, client) in looked_at {
+            (count, last) = (count + 1, Some(sequence));
+            if client.is_gone() {
+                gone.push(sequence);
+            }
+            if gone.len() == GONE_AT_ONCE {
+                break;
+            }
+        }
+        let is_whole = count < LOOK && gone.len() < GONE_AT_ONCE;
+        self.looked_at = last.filter(|_| !is_whole);
         for sequence in &gone {
             self.waiting.remove(sequence);
             metrics::cancelled();
         }
         gone
-    }
-
-    /// Whether nobody waits.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
     }
 
     fn pass_on(&mut self, sequence: SequenceId, event: TokenEvent) -> Then {
@@ -239,11 +320,11 @@ impl Clients {
         let Some(client) = self.waiting.remove(&sequence) else { return };
         match &outcome {
             Ok(end) => {
-                self.finished += 1;
+                self.totals.finished.fetch_add(1, Relaxed);
                 metrics::finished(client.ended(end.finish.reason, end.timings, now));
             }
             Err(error) => {
-                self.failed += 1;
+                self.totals.failed.fetch_add(1, Relaxed);
                 metrics::failed(error.kind());
             }
         }
@@ -256,7 +337,7 @@ impl Clients {
 fn of_sequence(error: SequenceError) -> RequestError {
     match error {
         SequenceError::PipelineLost { reason } => RequestError::Lost { reason },
-        SequenceError::WaitedTooLong { .. } => {
+        SequenceError::WaitedTooLong { .. } | SequenceError::NoPipeline { .. } => {
             RequestError::Unavailable { reason: error.to_string() }
         }
         SequenceError::DeadlineExceeded { .. } => {

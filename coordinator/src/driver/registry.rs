@@ -9,7 +9,7 @@ use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord};
 
-use super::{Driver, Outcome};
+use super::control::{Driver, Outcome};
 use crate::cluster;
 
 /// Between campaigns that the registry refused.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use proto::status::{ClusterStatus, QueueStatus, RateStatus};
 
-use super::Driver;
-use crate::scheduler::QueueStats;
+use super::clients::Counted;
+use super::control::Driver;
 use crate::tick::Tick;
 
 /// Over which rates are taken.
@@ -24,11 +24,11 @@ pub(super) struct Rates {
 
 impl Rates {
     /// Notes how far the counters are.
-    pub(super) fn sample(&mut self, now: Tick, stats: QueueStats) {
+    pub(super) fn sample(&mut self, now: Tick, counted: Counted) {
         if self.samples.back().is_some_and(|(last, ..)| now.since(*last) < SAMPLE_EVERY) {
             return;
         }
-        self.samples.push_back((now, stats.prompt_tokens, stats.generated_tokens));
+        self.samples.push_back((now, counted.prompt_tokens, counted.generated_tokens));
         // One sample stays that is as old as the window.
         while self.samples.get(1).is_some_and(|(second, ..)| now.since(*second) >= WINDOW) {
             self.samples.pop_front();
@@ -53,15 +53,15 @@ impl Driver {
     /// The whole as it is now; who serves fills in what it knows of the model.
     pub(super) fn status(&self) -> ClusterStatus {
         let mut view = self.cluster.view();
-        if let Some(pipeline) = &self.pipeline {
-            let shown = view.plan.pipelines.iter_mut().find(|p| p.epoch == pipeline.epoch().0);
+        for report in self.lanes.reports() {
+            let shown = view.plan.pipelines.iter_mut().find(|p| p.epoch == report.at.epoch.0);
             let stages = shown.map(|shown| shown.stages.iter_mut()).into_iter().flatten();
-            for (stage, means) in stages.zip(&pipeline.stage_times) {
+            for (stage, means) in stages.zip(&report.stages) {
                 (stage.compute_ms, stage.wait_ms) = (means.compute_ms, means.wait_ms);
                 (stage.steps, stage.busy_ms) = (means.steps, means.busy_ms);
             }
         }
-        let stats = self.scheduler.stats();
+        let counted = self.totals.counted();
         let (prompt_tokens_per_s, generated_tokens_per_s) = self.rates.per_second();
         ClusterStatus {
             cluster: self.config.cluster_name.clone(),
@@ -73,20 +73,28 @@ impl Driver {
             model: proto::status::ModelStatus::default(),
             workers: view.workers,
             plan: view.plan,
-            queue: QueueStatus {
-                running: stats.running,
-                waiting: stats.waiting + self.parked.len() as u32,
-                waiting_limit: self.config.limits.waiting_requests,
-                kv_blocks_total: stats.kv_blocks_total,
-                kv_blocks_used: stats.kv_blocks_used,
-            },
+            queue: self.queue(),
             rates: RateStatus {
                 prompt_tokens_per_s,
                 generated_tokens_per_s,
-                requests_finished: self.clients.finished,
-                requests_failed: self.clients.failed,
+                requests_finished: counted.finished,
+                requests_failed: counted.failed,
             },
             waiting: self.waiting(),
+        }
+    }
+}
+
+impl Driver {
+    /// How full everything is, over all pipelines.
+    pub(super) fn queue(&self) -> QueueStatus {
+        let router = self.router.stats();
+        QueueStatus {
+            running: router.running,
+            waiting: router.waiting + self.parking.len() as u32,
+            waiting_limit: self.config.limits.waiting_requests,
+            kv_blocks_total: router.kv_blocks_total,
+            kv_blocks_used: router.kv_blocks_promised,
         }
     }
 }
@@ -102,12 +110,12 @@ mod tests {
         for half_seconds in 0..60u64 {
             // Nothing for 15 s, then 4 prompt and 20 generated tokens a second.
             let busy = half_seconds.saturating_sub(30);
-            let stats = QueueStats {
+            let counted = Counted {
                 prompt_tokens: 2 * busy,
                 generated_tokens: 10 * busy,
-                ..QueueStats::default()
+                ..Counted::default()
             };
-            rates.sample(Tick::from_millis(500 * half_seconds), stats);
+            rates.sample(Tick::from_millis(500 * half_seconds), counted);
         }
         assert_eq!(rates.per_second(), (4.0, 20.0));
         assert_eq!(rates.samples.len(), 21);

@@ -7,13 +7,13 @@ use node::config::HostPort;
 use proto::key::LeaderRecord;
 use proto::status::{WaitCause, Waiting};
 
-use super::{Driver, Outcome};
+use super::control::{Driver, Outcome};
 use crate::tick::Tick;
 
 /// What passes sooner is part of every start, and nothing to tell.
 const TELL_AFTER: Duration = Duration::from_secs(1);
 
-/// How often a coordinator that stands by looks who leads: one small read of the registry.
+/// How often a coordinator looks who leads: one small read of the registry.
 const LEADER_INTERVAL: Duration = Duration::from_secs(10);
 
 /// When to say what: once for every change that lasts.
@@ -55,14 +55,26 @@ impl Teller {
 }
 
 impl Driver {
-    /// Why nothing is served; `None` once a token has come through the active pipeline.
+    /// Why nothing is served; `None` once a token has come through a pipeline.
     pub(super) fn waiting(&self) -> Option<Waiting> {
+        if self.is_stopping() {
+            return Some(Waiting {
+                cause: WaitCause::Starting,
+                detail: "the coordinator is stopping".to_owned(),
+            });
+        }
         if *self.ready.borrow() {
             return None;
         }
         let mut waiting = self.cluster.waiting().cloned().unwrap_or_else(|| Waiting {
             cause: WaitCause::Starting,
-            detail: "the pipeline is to compute its first token".to_owned(),
+            detail: match self.lanes.proven() {
+                None => "the pipeline is to compute its first token".to_owned(),
+                Some(last) => {
+                    let silent = self.now().since(last).as_secs();
+                    format!("no token has come through for {silent} s")
+                }
+            },
         });
         if waiting.cause == WaitCause::Leadership
             && let Some(leader) = &self.leader
@@ -87,34 +99,34 @@ impl Driver {
         }
     }
 
-    /// Looks who leads, for as long as it is not this coordinator.
-    pub(super) fn look_for_leader(&mut self, after: Duration) {
+    /// Looks who leads, and so whether the registry answers; `again` and again from then on.
+    fn look_for_leader(&mut self, after: Duration, again: bool) {
         let (membership, key) = (self.membership.clone(), self.keys.leader());
         self.calls.spawn(async move {
             tokio::time::sleep(after).await;
-            // Only told to people: without an answer there is nothing to tell.
-            let found = membership.list(&key).await.ok();
-            let entries = found.into_iter().flat_map(|snapshot| snapshot.entries);
-            let entry = entries.into_iter().find(|entry| entry.key == key);
-            Outcome::Leader(entry.and_then(|entry| address(&entry.value)))
+            let found = membership.list(&key).await.map(|snapshot| {
+                let entry = snapshot.entries.into_iter().find(|entry| entry.key == key);
+                entry.and_then(|entry| address(&entry.value))
+            });
+            let found = found.map_err(|error| node::Chain(&error).to_string());
+            Outcome::Leader { found, again }
         });
     }
 
-    /// Notes who leads, and looks again later.
-    pub(super) fn on_leader(&mut self, leader: Option<String>) {
-        self.looks_for_leader = self.leadership.is_none();
-        self.leader = leader.filter(|_| self.looks_for_leader);
-        if self.looks_for_leader {
-            self.look_for_leader(LEADER_INTERVAL);
+    /// Notes who leads and how the registry is, and looks again later.
+    pub(super) fn on_leader(&mut self, found: Result<Option<String>, String>, again: bool) {
+        self.registry = Some((self.now(), found.as_ref().err().cloned()));
+        // Only told to people: without an answer there is nothing to tell.
+        self.leader = found.ok().flatten().filter(|_| self.leadership.is_none());
+        if again {
+            self.look_for_leader(LEADER_INTERVAL, true);
         }
     }
 
-    /// Begins to look who leads, unless it does already.
+    /// Begins to look who leads.
     pub(super) fn stand_by(&mut self) {
-        if !self.looks_for_leader {
-            self.looks_for_leader = true;
-            self.look_for_leader(TELL_AFTER);
-        }
+        let first = !std::mem::replace(&mut self.looks_for_leader, true);
+        self.look_for_leader(TELL_AFTER, first);
     }
 }
 

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::errors::{Outcome, cause_of};
+use crate::driver::Check;
 use crate::service::Service;
 use crate::{arrival, metrics};
 
@@ -41,9 +42,28 @@ pub(super) async fn health() -> impl IntoResponse {
     Json(json!({ "status": "ok" }))
 }
 
-/// A token has come through the active pipeline.
-pub(super) async fn ready(State(service): State<Arc<Service>>) -> Response {
-    if *service.readiness().borrow() {
+/// What may be asked of `/ready`.
+#[derive(Deserialize)]
+pub(super) struct ReadyQuery {
+    verbose: Option<String>,
+}
+
+/// A token came through a pipeline within the last seconds, and nothing stops; with `?verbose` what
+/// that is made of.
+pub(super) async fn ready(
+    State(service): State<Arc<Service>>,
+    Query(query): Query<ReadyQuery>,
+) -> Response {
+    let is_ready = *service.readiness().borrow();
+    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    if query.verbose.is_some() {
+        let body = match service.checks().await {
+            Ok(checks) => verbose(is_ready, &checks),
+            Err(error) => json!({ "status": "not ready", "reason": error.to_string() }),
+        };
+        return (status, Json(body)).into_response();
+    }
+    if is_ready {
         return Json(json!({ "status": "ready" })).into_response();
     }
     let waiting = match service.status().await {
@@ -53,7 +73,22 @@ pub(super) async fn ready(State(service): State<Arc<Service>>) -> Response {
     // It may have become ready in between; the next question finds it so.
     let (cause, reason) = waiting.map(|w| (w.cause.name(), w.detail)).unzip();
     let body = Json(json!({ "status": "not ready", "cause": cause, "reason": reason }));
-    (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+    (status, body).into_response()
+}
+
+fn verbose(is_ready: bool, checks: &[Check]) -> serde_json::Value {
+    let checks: Vec<_> = checks
+        .iter()
+        .map(|check| {
+            json!({
+                "name": check.name,
+                "passes": check.passes,
+                "needed": check.needed,
+                "detail": check.detail,
+            })
+        })
+        .collect();
+    json!({ "status": if is_ready { "ready" } else { "not ready" }, "checks": checks })
 }
 
 /// Of the program.
@@ -203,10 +238,14 @@ mod tests {
     fn every_family_has_help_and_type_is_documented_and_has_its_alias() {
         node::metrics::install().unwrap();
         crate::metrics::describe();
-        crate::metrics::queue(crate::scheduler::QueueStats::default(), 0);
+        crate::metrics::queue(&proto::status::QueueStatus::default(), 0);
+        crate::metrics::tokens(crate::driver::Counted::default());
+        crate::metrics::task_poll("lane").record(0.0001);
         crate::metrics::membership(1, 1, true);
         let second = std::time::Duration::from_secs(1);
-        crate::metrics::stage_time(0, second, second);
+        let (compute, wait) = crate::metrics::stage_times(0);
+        compute.record(second);
+        wait.record(second);
         crate::metrics::first_token(second);
         crate::metrics::next_token(second);
         crate::metrics::finished(crate::metrics::Ended {

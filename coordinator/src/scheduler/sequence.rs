@@ -6,16 +6,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use proto::BLOCK_TOKENS;
 use proto::generate::{FinishReason, Timings};
-use proto::ids::{BlockId, SequenceId};
+use proto::ids::{BlockId, NumericsClass, SequenceId};
 use proto::step::{Output, Row, RowStatus, Sampled, SamplingParameters};
 
-use super::types::{Finish, Request};
+use super::Stand;
+use super::queue::Ticket;
+use super::types::{Finish, Priority, Request};
 use crate::tick::Tick;
 use crate::token_log::TokenLog;
 
-/// A request that was taken.
-#[derive(Debug)]
-pub(super) struct Sequence {
+/// A request as a log of tokens. It is made where prompts are tokenised (hashing a long one takes a
+/// while), waits in the router, runs on a pipeline, and goes back to the router when that is lost.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    id: SequenceId,
     pub(super) log: TokenLog,
     pub(super) request: Request,
     /// Tokens of the log whose rows were sent in this generation.
@@ -27,14 +31,27 @@ pub(super) struct Sequence {
     pub(super) held_back: Option<Sampled>,
     /// The residual stream after the last token sent, to draw the next from.
     pub(super) state: Option<Bytes>,
+    /// In which of a scheduler's queues it is.
+    pub(super) place: Option<(Stand, Ticket)>,
+    /// How often its pipeline was lost while it ran.
+    pub(super) deaths: u32,
     /// Of the prompt; counted once, here, because the prompt does not change.
     prompt_counts: Vec<(u32, u32)>,
+    /// The first forced token that ends the answer, and its index.
+    stopped_at: Option<(u32, u32)>,
+    /// Of the pipeline that it began on: others would go on with other tokens.
+    class: Option<NumericsClass>,
     submitted: Tick,
     /// Since when it waits; later than `submitted` after it lost its pipeline.
-    pub(super) waiting_since: Tick,
+    waiting_since: Tick,
     admitted: Option<Tick>,
     first_token: Option<Tick>,
 }
+
+/// Why a request makes no sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the prompt has no tokens")]
+pub struct NotASequence;
 
 /// The log probabilities of the prompt's tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,13 +63,25 @@ pub(super) enum Scoring {
 }
 
 impl Sequence {
-    pub(super) fn new(mut request: Request, now: Tick) -> Self {
+    /// The sequence of a request, before anyone has taken it. It computes: not for an async thread.
+    ///
+    /// # Errors
+    ///
+    /// [`NotASequence`]
+    pub fn new(mut request: Request) -> Result<Self, NotASequence> {
+        if request.prompt.is_empty() {
+            return Err(NotASequence);
+        }
         let log = TokenLog::new(&request.prompt, &request.forced);
+        let stopped_at = (0..).zip(request.forced.iter().copied()).find(|&(index, token)| {
+            index >= request.min_tokens && request.stop_tokens.contains(&token)
+        });
         // The log holds them from here on.
         request.prompt = Vec::new();
         request.forced = Vec::new();
         let repetition = request.sampling.repetition_penalty != 1.0;
         let mut sequence = Self {
+            id: SequenceId(0),
             prompt_counts: if repetition { log.prompt_counts() } else { Vec::new() },
             log,
             request,
@@ -61,15 +90,104 @@ impl Sequence {
             scoring: Scoring::Done,
             held_back: None,
             state: None,
-            submitted: now,
-            waiting_since: now,
+            place: None,
+            deaths: 0,
+            stopped_at,
+            class: None,
+            submitted: Tick::ZERO,
+            waiting_since: Tick::ZERO,
             admitted: None,
             first_token: None,
         };
         if sequence.request.score_prompt {
             sequence.scoring = sequence.nothing_scored();
         }
-        sequence
+        Ok(sequence)
+    }
+
+    /// Another choice of the same request: its seed is drawn from for its own number.
+    pub fn set_choice(&mut self, choice: u32) {
+        self.request.sampling.choice = choice;
+    }
+
+    /// Its trace's parent.
+    pub fn set_traceparent(&mut self, traceparent: String) {
+        self.request.traceparent = traceparent;
+    }
+
+    /// When it is too late for the answer.
+    pub fn set_deadline(&mut self, deadline: Tick) {
+        self.request.deadline = Some(deadline);
+    }
+
+    /// The router takes it.
+    pub(crate) fn submit(
+        &mut self,
+        id: SequenceId,
+        max_tokens: u32,
+        class: NumericsClass,
+        since: Tick,
+    ) {
+        self.name(id);
+        self.request.max_tokens = max_tokens;
+        self.class = Some(class);
+        self.submitted = since;
+        self.waiting_since = since;
+    }
+
+    pub(super) fn name(&mut self, id: SequenceId) {
+        self.id = id;
+    }
+
+    /// Its name, from when the router took it.
+    pub fn id(&self) -> SequenceId {
+        self.id
+    }
+
+    /// Tokens of the prompt.
+    pub fn prompt_tokens(&self) -> u32 {
+        self.log.prompt().len() as u32
+    }
+
+    /// Tokens of the answer so far, those that were known at the start among them.
+    pub fn output_tokens(&self) -> u32 {
+        self.log.output().len() as u32
+    }
+
+    /// Length of the answer at most.
+    pub fn max_tokens(&self) -> u32 {
+        self.request.max_tokens
+    }
+
+    /// Whose turn it is.
+    pub fn priority(&self) -> Priority {
+        self.request.priority
+    }
+
+    /// When it is too late for the answer.
+    pub fn deadline(&self) -> Option<Tick> {
+        self.request.deadline
+    }
+
+    /// Since when it waits.
+    pub fn waiting_since(&self) -> Tick {
+        self.waiting_since
+    }
+
+    /// Where it may run, once it was taken.
+    pub(crate) fn class(&self) -> Option<NumericsClass> {
+        self.class
+    }
+
+    /// Whether what is known of the answer ends it, if that has `max_tokens` at most.
+    pub(crate) fn complete_already(&self, max_tokens: u32) -> Option<Finish> {
+        if let Some((_, token)) = self.stopped_at.filter(|&(index, _)| index < max_tokens) {
+            return Some(Finish { reason: FinishReason::Stop, stop_token: Some(token) });
+        }
+        let scores = self.request.score_prompt && self.prompt_tokens() > 1;
+        let scores_only = max_tokens == 0 && scores && self.output_tokens() == 0;
+        (self.output_tokens() >= max_tokens && !scores_only)
+            .then_some(Finish { reason: FinishReason::Length, stop_token: None })
     }
 
     fn nothing_scored(&self) -> Scoring {
@@ -77,7 +195,7 @@ impl Sequence {
     }
 
     /// Blocks for prompt and answer together.
-    pub(super) fn blocks_needed(&self) -> u32 {
+    pub(crate) fn blocks_needed(&self) -> u32 {
         blocks_for(self.log.prompt().len(), self.request.max_tokens)
     }
 
@@ -86,11 +204,17 @@ impl Sequence {
         self.admitted.get_or_insert(now);
     }
 
+    /// Whether a pipeline has worked for it in this generation.
+    pub(super) fn has_run(&self) -> bool {
+        self.sent > 0
+    }
+
     /// Forgets what the lost pipeline held of it. What was told stays told: the log is kept.
     pub(super) fn restart(&mut self, now: Tick) {
         self.log.begin_generation();
         self.sent = 0;
         self.blocks.clear();
+        self.place = None;
         self.held_back = None;
         self.state = None;
         self.waiting_since = now;
@@ -108,7 +232,7 @@ impl Sequence {
     }
 
     /// Tokens that have to be computed before one is drawn.
-    pub(super) fn prompt_tokens(&self) -> usize {
+    pub(super) fn tokens_to_feed(&self) -> usize {
         self.feed_end()
     }
 
@@ -118,7 +242,7 @@ impl Sequence {
     }
 
     /// The next row, of at most `budget` tokens, and marks its tokens as sent.
-    pub(super) fn next_row(&mut self, id: SequenceId, budget: usize) -> Row {
+    pub(super) fn next_row(&mut self, budget: usize) -> Row {
         let begin = self.sent;
         let mut end = self.feed_end().min(begin + budget);
         // A row wants one thing back: those that score end before the one that samples.
@@ -135,19 +259,19 @@ impl Sequence {
             Output::None
         };
         self.sent = end;
-        self.row(id, begin..end, output)
+        self.row(begin..end, output)
     }
 
     /// The row to draw from the state after its last token, and that state; once.
-    pub(super) fn draw_row(&mut self, id: SequenceId) -> Option<(Row, Bytes)> {
+    pub(super) fn draw_row(&mut self) -> Option<(Row, Bytes)> {
         let state = self.state.take()?;
         let output = Output::Draw(Box::new(self.sampling()));
-        Some((self.row(id, self.sent.saturating_sub(1)..self.sent, output), state))
+        Some((self.row(self.sent.saturating_sub(1)..self.sent, output), state))
     }
 
-    fn row(&self, id: SequenceId, positions: Range<usize>, output: Output) -> Row {
+    fn row(&self, positions: Range<usize>, output: Output) -> Row {
         Row {
-            sequence: id,
+            sequence: self.id,
             generation: self.log.generation(),
             position: positions.start as u32,
             tokens: self.log.tokens()[positions.clone()].to_vec(),
@@ -188,7 +312,7 @@ impl Sequence {
         (index, finish_at(&self.request, index, token))
     }
 
-    pub(super) fn timings(&self, now: Tick) -> Timings {
+    pub(crate) fn timings(&self, now: Tick) -> Timings {
         let admitted = self.admitted.unwrap_or(now);
         let first_token = self.first_token.unwrap_or(now);
         Timings {

@@ -1,9 +1,10 @@
 //! Single rules of the scheduler, by cases.
 
-use std::time::Duration;
+use std::cell::Cell;
+use std::collections::VecDeque;
 
-use proto::ids::{Incarnation, PipelineId, Term};
-use proto::step::{Output, Row, SamplingParameters, Step, TokenLogprob};
+use proto::ids::{Incarnation, NumericsClass, PipelineId, Term};
+use proto::step::{Output, SamplingParameters, Step};
 
 use super::*;
 
@@ -20,10 +21,24 @@ fn shape(stages: u32, kv_blocks: u32) -> PipelineShape {
     }
 }
 
-fn serving(limits: Limits, stages: u32, kv_blocks: u32) -> Scheduler {
-    let mut scheduler = Scheduler::new(limits);
-    assert_eq!(scheduler.set_pipeline(shape(stages, kv_blocks), Running::Keep, Tick::ZERO), []);
-    scheduler
+fn serving(limits: Limits, stages: u32, kv_blocks: u32) -> PipelineScheduler {
+    PipelineScheduler::new(limits, shape(stages, kv_blocks))
+}
+
+thread_local! {
+    /// How many sequences this test has named.
+    static NAMED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Admits a sequence as the router would: names ascend.
+fn admit(scheduler: &mut PipelineScheduler, request: Request) -> SequenceId {
+    let id = SequenceId(NAMED.get() + 1);
+    NAMED.set(id.0);
+    let mut sequence = Box::new(Sequence::new(request).unwrap());
+    let (max_tokens, class) = (sequence.max_tokens(), NumericsClass([3; 32]));
+    sequence.submit(id, max_tokens, class, Tick::ZERO);
+    scheduler.admit(sequence);
+    id
 }
 
 fn request(prompt: usize, max_tokens: u32) -> Request {
@@ -35,7 +50,7 @@ fn request(prompt: usize, max_tokens: u32) -> Request {
         sampling: SamplingParameters::default(),
         stop_tokens: Vec::new(),
         score_prompt: false,
-        class: Class::Interactive,
+        priority: Priority::Interactive,
         deadline: None,
         traceparent: String::new(),
     }
@@ -43,34 +58,10 @@ fn request(prompt: usize, max_tokens: u32) -> Request {
 
 /// The result of a step whose every row went well; sampled tokens are `token`.
 fn result(step: &Step, token: u32) -> StepResult {
-    let row = |row: &Row| RowResult {
-        sequence: row.sequence,
-        generation: row.generation,
-        position: row.position,
-        token_count: row.tokens.len() as u32,
-        status: RowStatus::Ok,
-        detail: String::new(),
-        value: match &row.output {
-            Output::Sample(_) => RowValue::Sampled(Sampled {
-                token,
-                logprob: Some(-0.5),
-                top: vec![TokenLogprob { token, logprob: -0.5 }],
-            }),
-            Output::Score(targets) => RowValue::Scores(vec![-1.0; targets.len()]),
-            Output::Draw(_) => RowValue::Sampled(Sampled { token, logprob: None, top: Vec::new() }),
-            Output::State => RowValue::State(vec![token as u8; 4].into()),
-            Output::None | Output::Logits | Output::Drawn(_) => RowValue::None,
-        },
-    };
-    StepResult {
-        epoch: step.header.epoch,
-        step: step.header.step,
-        rows: step.rows.iter().map(row).collect(),
-        stage_times: Vec::new(),
-    }
+    testing::result(step, |_| token)
 }
 
-fn send(scheduler: &mut Scheduler) -> Step {
+fn send(scheduler: &mut PipelineScheduler) -> Step {
     scheduler.next_step(Tick::ZERO).expect("there is work and room").step
 }
 
@@ -88,7 +79,7 @@ fn in_flight_limits() {
 fn a_long_prompt_fills_consecutive_steps_and_only_the_last_chunk_samples() {
     let limits = Limits { step_tokens: 16, ..Limits::default() };
     let mut scheduler = serving(limits, 1, 100);
-    let id = scheduler.submit(request(40, 3), Tick::ZERO).unwrap();
+    let id = admit(&mut scheduler, request(40, 3));
     let steps: Vec<_> = (0..3).map(|_| send(&mut scheduler)).collect();
     assert_eq!(steps.iter().flat_map(tokens).collect::<Vec<_>>(), [16, 16, 8]);
     let samples: Vec<_> =
@@ -115,7 +106,7 @@ fn decode_rows_spread_over_the_steps_in_flight_and_leave_room_for_prefill() {
     let limits = Limits { step_tokens: 16, ..Limits::default() };
     let mut scheduler = serving(limits, 1, 1000);
     for _ in 0..16 {
-        scheduler.submit(request(1, 50), Tick::ZERO).unwrap();
+        admit(&mut scheduler, request(1, 50));
     }
     let first = send(&mut scheduler);
     assert_eq!(first.rows.len(), 16);
@@ -127,13 +118,13 @@ fn decode_rows_spread_over_the_steps_in_flight_and_leave_room_for_prefill() {
 
     let mut scheduler = serving(Limits { step_tokens: 4, ..Limits::default() }, 1, 1000);
     for _ in 0..30 {
-        scheduler.submit(request(1, 50), Tick::ZERO).unwrap();
+        admit(&mut scheduler, request(1, 50));
     }
     for _ in 0..8 {
         let step = send(&mut scheduler);
         scheduler.complete(result(&step, 1), Tick::ZERO);
     }
-    scheduler.submit(request(100, 5), Tick::ZERO).unwrap();
+    admit(&mut scheduler, request(100, 5));
     assert_eq!(tokens(&send(&mut scheduler)), [1, 1, 1, 1], "three decode, one of prefill");
 }
 
@@ -142,11 +133,10 @@ fn sequences_that_are_ready_apart_join_the_steps_that_are_on_their_way() {
     let line = Line { step_ns: 25_000_000, row_ns: 25_000_000 };
     let cost = StepCost { decode: line, prompt: line };
     let shape = PipelineShape { cost, ..shape(2, 1000) };
-    let mut scheduler = Scheduler::new(Limits::default());
-    scheduler.set_pipeline(shape, Running::Keep, Tick::ZERO);
+    let mut scheduler = PipelineScheduler::new(Limits::default(), shape);
     for prompt in [16, 17, 18, 19] {
         for _ in 0..2 {
-            scheduler.submit(request(prompt, 50), Tick::ZERO).unwrap();
+            admit(&mut scheduler, request(prompt, 50));
         }
     }
     // Prompts come back as their chunks do: not all become ready at once.
@@ -169,10 +159,9 @@ fn sequences_that_are_ready_apart_join_the_steps_that_are_on_their_way() {
 fn the_first_stage_draws_for_every_other_step() {
     let line = Line { step_ns: 25_000_000, row_ns: 25_000_000 };
     let cost = StepCost { decode: line, prompt: line };
-    let mut scheduler = Scheduler::new(Limits::default());
     let shape = PipelineShape { first_draws: true, cost, ..shape(2, 100) };
-    scheduler.set_pipeline(shape, Running::Keep, Tick::ZERO);
-    let alone = scheduler.submit(request(3, 3), Tick::ZERO).unwrap();
+    let mut scheduler = PipelineScheduler::new(Limits::default(), shape);
+    let alone = admit(&mut scheduler, request(3, 3));
     for _ in 0..3 {
         let step = send(&mut scheduler);
         assert!(matches!(step.rows[0].output, Output::Sample(_)), "one waits for nobody");
@@ -180,7 +169,7 @@ fn the_first_stage_draws_for_every_other_step() {
     }
     assert_eq!(scheduler.finish(alone, Tick::ZERO), None);
     for _ in 0..4 {
-        scheduler.submit(request(8, 50), Tick::ZERO).unwrap();
+        admit(&mut scheduler, request(8, 50));
     }
     let mut flying = VecDeque::new();
     let (mut by_last, mut by_first) = (0, 0);
@@ -210,49 +199,23 @@ fn the_first_stage_draws_for_every_other_step() {
 }
 
 #[test]
-fn the_first_in_the_queue_is_not_overtaken() {
+fn who_arrives_gets_blocks_once_no_step_names_them() {
     let mut scheduler = serving(Limits::default(), 1, 4);
-    let small = scheduler.submit(request(32, 32), Tick::ZERO).unwrap();
-    let large = scheduler.submit(request(64, 64), Tick::ZERO).unwrap();
-    let third = scheduler.submit(request(1, 1), Tick::ZERO).unwrap();
+    let first = admit(&mut scheduler, request(32, 32));
     let step = send(&mut scheduler);
-    assert_eq!(step.rows.iter().map(|row| row.sequence).collect::<Vec<_>>(), [small]);
-    assert_eq!(scheduler.stats().waiting, 2, "the third would fit, the second comes first");
-    scheduler.cancel(small);
-    assert_eq!(scheduler.next_step(Tick::ZERO), None, "its blocks are named by a step on its way");
+    assert!(scheduler.cancel(first));
+    assert!(!scheduler.cancel(first), "it is gone");
+    let large = admit(&mut scheduler, request(64, 64));
+    let small = admit(&mut scheduler, request(1, 1));
+    assert_eq!(scheduler.next_step(Tick::ZERO), None, "the blocks are named by a step");
     assert_eq!(scheduler.complete(result(&step, 1), Tick::ZERO), []);
     let step = send(&mut scheduler);
     assert_eq!(step.rows.iter().map(|row| row.sequence).collect::<Vec<_>>(), [large]);
-    assert_eq!(step.ended_sequences, [small]);
+    assert_eq!(step.ended_sequences, [first]);
     scheduler.complete(result(&step, 1), Tick::ZERO);
     assert!(scheduler.finish(large, Tick::ZERO).is_some());
     let step = send(&mut scheduler);
-    assert_eq!((step.rows[0].sequence, step.ended_sequences), (third, vec![large]));
-}
-
-#[test]
-fn what_cannot_be_served_is_refused_by_name() {
-    let limits = Limits { waiting_requests: 1, context_tokens: 100, ..Limits::default() };
-    let mut scheduler = Scheduler::new(limits);
-    assert_eq!(scheduler.submit(request(1, 1), Tick::ZERO), Err(Rejected::NoPipeline));
-    scheduler.set_pipeline(shape(1, 3), Running::Keep, Tick::ZERO);
-    let too_long = scheduler.submit(request(90, 7), Tick::ZERO).unwrap_err();
-    assert_eq!(
-        too_long.to_string(),
-        "the prompt of 90 tokens and an answer of 7 make 97 tokens, more than the 96 that this \
-         cluster can hold"
-    );
-    assert_eq!(scheduler.submit(request(0, 7), Tick::ZERO), Err(Rejected::EmptyPrompt));
-    let stop = Request { forced: vec![4, 2], stop_tokens: vec![2], ..request(3, 9) };
-    let finish = Finish { reason: FinishReason::Stop, stop_token: Some(2) };
-    assert_eq!(scheduler.submit(stop, Tick::ZERO), Err(Rejected::Complete { finish }));
-    let length = Request { forced: vec![4, 2], ..request(3, 2) };
-    let finish = Finish { reason: FinishReason::Length, stop_token: None };
-    assert_eq!(scheduler.submit(length, Tick::ZERO), Err(Rejected::Complete { finish }));
-    assert!(scheduler.submit(request(1, 1), Tick::ZERO).is_ok());
-    assert_eq!(scheduler.submit(request(1, 1), Tick::ZERO), Err(Rejected::Full { limit: 1 }));
-    scheduler.close();
-    assert_eq!(scheduler.submit(request(1, 1), Tick::ZERO), Err(Rejected::Draining));
+    assert_eq!((step.rows[0].sequence, step.ended_sequences), (small, vec![large]));
 }
 
 #[test]
@@ -265,8 +228,8 @@ fn a_refused_row_fails_its_request_and_no_other() {
         RowStatus::Invalid,
     ] {
         let mut scheduler = serving(Limits::default(), 2, 100);
-        let bad = scheduler.submit(request(3, 4), Tick::ZERO).unwrap();
-        let good = scheduler.submit(request(3, 4), Tick::ZERO).unwrap();
+        let bad = admit(&mut scheduler, request(3, 4));
+        let good = admit(&mut scheduler, request(3, 4));
         let step = send(&mut scheduler);
         let mut result = result(&step, 8);
         result.rows[0].status = status;
@@ -292,7 +255,7 @@ fn a_result_that_does_not_match_fails_what_it_names() {
     ];
     for spoil in cases {
         let mut scheduler = serving(Limits::default(), 1, 100);
-        scheduler.submit(request(3, 4), Tick::ZERO).unwrap();
+        admit(&mut scheduler, request(3, 4));
         let step = send(&mut scheduler);
         let mut result = result(&step, 8);
         spoil(&mut result);
@@ -307,59 +270,125 @@ fn a_result_that_does_not_match_fails_what_it_names() {
 }
 
 #[test]
-fn waiting_and_running_have_an_end() {
-    let limits = Limits { wait: Duration::from_secs(5), ..Limits::default() };
-    let mut scheduler = serving(limits, 1, 2);
+fn running_has_an_end() {
+    let mut scheduler = serving(Limits::default(), 1, 2);
     let deadline = Some(Tick::from_millis(7000));
-    let runs = scheduler.submit(Request { deadline, ..request(20, 40) }, Tick::ZERO).unwrap();
-    let waits = scheduler.submit(request(20, 40), Tick::from_millis(1000)).unwrap();
+    let runs = admit(&mut scheduler, Request { deadline, ..request(20, 40) });
     send(&mut scheduler);
-    assert_eq!(scheduler.expire(Tick::from_millis(5999)), []);
-    let waited = Duration::from_secs(5);
-    let event = EmissionEvent::Failed(SequenceError::WaitedTooLong { waited });
-    assert_eq!(scheduler.expire(Tick::from_millis(6000)), [Emission { sequence: waits, event }]);
+    assert_eq!(scheduler.expire(Tick::from_millis(6999)), []);
     let event = EmissionEvent::Failed(SequenceError::DeadlineExceeded { tokens: 0 });
     assert_eq!(scheduler.expire(Tick::from_millis(7000)), [Emission { sequence: runs, event }]);
+    assert_eq!(scheduler.expire(Tick::from_millis(7000)), []);
     assert_eq!(scheduler.stats().kv_blocks_used, 1, "a step that names one is on its way");
 }
 
 #[test]
-fn held_admission_lets_running_answers_end() {
+fn a_paused_pipeline_sends_nothing_and_takes_what_comes_back() {
     let mut scheduler = serving(Limits::default(), 1, 100);
-    let runs = scheduler.submit(request(3, 2), Tick::ZERO).unwrap();
+    let id = admit(&mut scheduler, request(3, 2));
     let step = send(&mut scheduler);
-    scheduler.hold_admission(true);
-    scheduler.submit(request(3, 2), Tick::ZERO).unwrap();
-    scheduler.complete(result(&step, 1), Tick::ZERO);
-    let step = send(&mut scheduler);
-    assert_eq!(step.rows.iter().map(|row| row.sequence).collect::<Vec<_>>(), [runs]);
-    assert!(!scheduler.is_idle());
-    scheduler.complete(result(&step, 1), Tick::ZERO);
-    assert!(scheduler.is_idle());
+    scheduler.pause(true);
+    assert_eq!(scheduler.complete(result(&step, 1), Tick::ZERO).len(), 1);
     assert_eq!(scheduler.next_step(Tick::ZERO), None);
-    scheduler.hold_admission(false);
-    assert!(scheduler.next_step(Tick::ZERO).is_some());
+    assert_eq!(scheduler.stats().steps_in_flight, 0);
+    scheduler.pause(false);
+    scheduler.set_term(Term(8));
+    let step = send(&mut scheduler);
+    assert_eq!((step.rows[0].sequence, step.header.term), (id, Term(8)));
 }
 
 #[test]
-fn a_smaller_pipeline_fails_what_it_can_never_hold() {
-    let mut scheduler = serving(Limits::default(), 2, 10);
-    let large = scheduler.submit(request(100, 100), Tick::ZERO).unwrap();
-    let small = scheduler.submit(request(10, 10), Tick::ZERO).unwrap();
-    let emissions = scheduler.set_pipeline(shape(2, 5), Running::Keep, Tick::ZERO);
-    let error = SequenceError::NeverFits { needed_blocks: 7, kv_blocks: 5 };
-    assert_eq!(emissions, [Emission { sequence: large, event: EmissionEvent::Failed(error) }]);
-    assert_eq!(send(&mut scheduler).rows[0].sequence, small);
-    let emissions = scheduler.fail_all("no worker is left");
-    assert_eq!(emissions.len(), 1);
-    assert_eq!(scheduler.stats().failed, 2);
+fn a_switch_replays_what_is_known_and_samples_nothing_again() {
+    let mut scheduler = serving(Limits::default(), 1, 100);
+    let id = admit(&mut scheduler, request(3, 9));
+    for token in [11, 12] {
+        let step = send(&mut scheduler);
+        scheduler.complete(result(&step, token), Tick::ZERO);
+    }
+    let late = send(&mut scheduler);
+    let next = PipelineShape { epoch: Epoch(12), term: Term(4), ..shape(2, 100) };
+    assert!(scheduler.switch(next, Tick::ZERO).is_empty());
+    assert_eq!(scheduler.complete(result(&late, 13), Tick::ZERO), [], "of a fenced epoch");
+    let step = send(&mut scheduler);
+    assert_eq!((step.header.epoch, step.header.step), (Epoch(12), StepId(1)));
+    let row = &step.rows[0];
+    assert_eq!((row.sequence, row.generation.0, row.position), (id, 1, 0));
+    assert_eq!(row.tokens, [0, 1, 2, 11, 12], "forced");
+    let emissions = scheduler.complete(result(&step, 13), Tick::ZERO);
+    let EmissionEvent::Token { index, .. } = emissions[0].event else { panic!("{emissions:?}") };
+    assert_eq!((emissions.len(), index), (1, 2));
+}
+
+#[test]
+fn a_smaller_epoch_gives_back_the_last_that_came() {
+    let mut scheduler = serving(Limits::default(), 1, 10);
+    let ids: Vec<_> = (0..3).map(|_| admit(&mut scheduler, request(40, 40)).0).collect();
+    let surplus = scheduler.switch(shape(1, 5), Tick::ZERO);
+    assert_eq!(surplus.iter().map(|sequence| sequence.id().0).collect::<Vec<_>>(), ids[1..]);
+    assert_eq!(send(&mut scheduler).rows[0].sequence.0, ids[0]);
+}
+
+#[test]
+fn who_ran_on_two_lost_pipelines_fails_and_who_waited_does_not() {
+    let limits = Limits { step_tokens: 4, ..Limits::default() };
+    let mut first = serving(limits, 1, 100);
+    let ran = admit(&mut first, request(4, 4));
+    let waited = admit(&mut first, request(4, 4));
+    send(&mut first);
+    let lost = first.lose("a stage died", Tick::ZERO);
+    assert_eq!(lost.emissions, []);
+    let back: Vec<_> = lost.returned.iter().map(|sequence| sequence.id()).collect();
+    assert_eq!(back, [ran, waited], "in order of arrival");
+    assert_eq!(first.stats().kv_blocks_used, 0);
+
+    let mut second = serving(limits, 1, 100);
+    for sequence in lost.returned {
+        second.admit(sequence);
+    }
+    send(&mut second);
+    let lost = second.lose("another died", Tick::ZERO);
+    let error = SequenceError::PipelineLost { reason: "another died".to_owned() };
+    let event = EmissionEvent::Failed(error);
+    assert_eq!(lost.emissions, [Emission { sequence: ran, event }]);
+    assert_eq!(lost.returned.len(), 1);
+    assert_eq!(lost.returned[0].id(), waited);
+}
+
+#[test]
+fn a_probe_passes_everyone_and_proves_the_pipeline() {
+    let limits = Limits { step_tokens: 8, ..Limits::default() };
+    let mut scheduler = serving(limits, 1, 100);
+    admit(&mut scheduler, request(100, 4));
+    let step = send(&mut scheduler);
+    scheduler.complete(result(&step, 1), Tick::ZERO);
+    assert_eq!(scheduler.proven(), None, "a part of a prompt proves no head");
+    let before = scheduler.stats();
+    scheduler.probe(5);
+    scheduler.probe(5);
+    let step = send(&mut scheduler);
+    assert_eq!(tokens(&step), [1, 7], "the probe, then the prompt");
+    assert_eq!(scheduler.complete(result(&step, 1), Tick::from_millis(5)), [], "told to nobody");
+    assert_eq!(scheduler.proven(), Some(Tick::from_millis(5)));
+    let after = scheduler.stats();
+    assert_eq!((after.generated_tokens, after.running), (0, before.running));
+    let probe = step.rows[0].sequence;
+    let step = send(&mut scheduler);
+    assert_eq!(step.ended_sequences, [probe]);
+    scheduler.probe(5);
+    let step = send(&mut scheduler);
+    assert_ne!(step.rows[0].sequence, probe, "workers remember");
+    assert!(
+        scheduler.switch(shape(1, 50), Tick::ZERO).is_empty(),
+        "a probe is given back to nobody"
+    );
+    assert_eq!(scheduler.proven(), None);
 }
 
 #[test]
 fn a_step_is_overdue_by_the_pace_of_the_last_ones() {
     let mut scheduler = serving(Limits::default(), 1, 100);
     assert_eq!(scheduler.overdue(Tick::from_millis(60_000)), None, "nothing is on its way");
-    scheduler.submit(request(3, 100), Tick::ZERO).unwrap();
+    admit(&mut scheduler, request(3, 100));
     let step = send(&mut scheduler);
     assert_eq!(scheduler.overdue(Tick::from_millis(5000)), None);
     assert_eq!(scheduler.overdue(Tick::from_millis(5001)), Some(StepId(1)));

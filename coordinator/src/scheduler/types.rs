@@ -1,22 +1,22 @@
-//! What goes into the scheduler and what comes out of it.
+//! What goes into router and schedulers and what comes out of them.
 
 use std::time::Duration;
 
 use proto::generate::{FinishReason, Timings};
-use proto::ids::{Epoch, Incarnation, PipelineId, SequenceId, StepId, Term};
+use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, SequenceId, StepId, Term};
 use proto::step::{RowStatus, Sampled, SamplingParameters, Step};
 
 use super::microbatch::StepCost;
 use crate::tick::Tick;
 
-/// What the scheduler may hold and send.
+/// What may wait, run and be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Requests that may wait for KV; one more is refused as [`Rejected::Full`].
+    /// Requests that may wait for KV; one more is refused.
     pub waiting_requests: u32,
     /// The longest that a request waits for KV before it fails.
     pub wait: Duration,
-    /// Requests that may run at once, whatever the KV would hold.
+    /// Requests that may run at once on one pipeline, whatever its KV would hold.
     pub running_requests: u32,
     /// Tokens in one step: decode rows and prefill chunks together.
     pub step_tokens: u32,
@@ -65,12 +65,17 @@ pub struct PipelineShape {
 
 /// Whose turn it is when not all can be served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Class {
+pub enum Priority {
     /// Someone waits for the answer: always before `Batch`.
     #[default]
     Interactive,
     /// Fills what is left.
     Batch,
+}
+
+impl Priority {
+    /// In their order.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
 }
 
 /// A request for one answer, in token ids.
@@ -91,52 +96,29 @@ pub struct Request {
     /// Log probabilities of the prompt's tokens from the second on.
     pub score_prompt: bool,
     /// Whose turn it is.
-    pub class: Class,
+    pub priority: Priority,
     /// When it is too late for the answer.
     pub deadline: Option<Tick>,
     /// W3C trace parent; empty when the request is not sampled.
     pub traceparent: String,
 }
 
-/// Why a request was not taken.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Rejected {
-    /// As many wait as may.
-    #[error("{limit} requests are waiting already, the most that may")]
-    Full {
-        /// How many may wait.
-        limit: u32,
-    },
-    /// It can never be served: longer than the model's context or than the whole KV cache.
-    #[error(
-        "the prompt of {prompt_tokens} tokens and an answer of {max_tokens} make \
-         {} tokens, more than the {limit} that this cluster can hold",
-        u64::from(*prompt_tokens) + u64::from(*max_tokens)
-    )]
-    TooLong {
-        /// Length of the prompt.
-        prompt_tokens: u32,
-        /// Asked-for length of the answer.
-        max_tokens: u32,
-        /// Tokens that one sequence may have.
-        limit: u32,
-    },
-    /// There is no token to go on from.
-    #[error("the prompt has no tokens")]
-    EmptyPrompt,
-    /// Forced tokens (or a length of 0) leave nothing to do: the answer is complete as it is.
-    #[error("the answer is complete already")]
-    Complete {
-        /// Why it ended.
-        finish: Finish,
-    },
-    /// No pipeline serves.
-    #[error("no pipeline is serving")]
-    NoPipeline,
-    /// The coordinator is stopping.
-    #[error("the coordinator is stopping")]
-    Draining,
+impl Request {
+    /// For one token after `token`.
+    pub fn probe(token: u32) -> Self {
+        Self {
+            prompt: vec![token],
+            forced: Vec::new(),
+            max_tokens: 1,
+            min_tokens: 0,
+            sampling: SamplingParameters::default(),
+            stop_tokens: Vec::new(),
+            score_prompt: false,
+            priority: Priority::Interactive,
+            deadline: None,
+            traceparent: String::new(),
+        }
+    }
 }
 
 /// Why an answer ended.
@@ -182,18 +164,26 @@ pub enum SequenceError {
         /// How long.
         waited: Duration,
     },
+    /// Every pipeline of its class was gone for too long: those of others go on with other tokens.
+    #[error("waited {} s for a pipeline of class {class}", waited.as_secs())]
+    NoPipeline {
+        /// Of the pipeline that it was taken for.
+        class: NumericsClass,
+        /// How long.
+        waited: Duration,
+    },
     /// Its deadline passed.
     #[error("the deadline of the request passed after {tokens} tokens of the answer")]
     DeadlineExceeded {
         /// Length of the answer by then.
         tokens: u32,
     },
-    /// The pipeline that serves now can never hold it.
-    #[error("needs {needed_blocks} KV blocks, the pipeline has {kv_blocks}")]
+    /// No pipeline that serves now can ever hold it.
+    #[error("needs {needed_blocks} KV blocks, no pipeline has more than {kv_blocks}")]
     NeverFits {
         /// Blocks of prompt and answer.
         needed_blocks: u32,
-        /// Blocks of the pipeline.
+        /// Blocks of the largest pipeline.
         kv_blocks: u32,
     },
 }
@@ -239,22 +229,11 @@ pub struct ScheduledStep {
     pub deadline: Tick,
 }
 
-/// What becomes of running sequences when their pipeline's epoch ends.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Running {
-    /// They fail with this reason.
-    Fail(String),
-    /// They start again from their token logs, before everyone who waits.
-    Keep,
-}
-
-/// How full the scheduler is.
+/// How full one pipeline is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueStats {
-    /// Admitted sequences.
+pub struct PipelineStats {
+    /// Sequences that were admitted and have not ended.
     pub running: u32,
-    /// Requests that wait for KV.
-    pub waiting: u32,
     /// Blocks of the pipeline.
     pub kv_blocks_total: u32,
     /// Blocks that are reserved or still named by a step on its way.
@@ -265,7 +244,8 @@ pub struct QueueStats {
     pub prompt_tokens: u64,
     /// Tokens sampled, since start.
     pub generated_tokens: u64,
-    /// Answers that ended well, since start; those of [`Scheduler::finish`](super::Scheduler::finish) too.
+    /// Answers that ended well, since start; those of
+    /// [`PipelineScheduler::finish`](super::PipelineScheduler::finish) too.
     pub finished: u64,
     /// Sequences that failed, since start.
     pub failed: u64,

@@ -1,0 +1,468 @@
+//! The control task: cluster, router, registry, calls to workers. Nothing that is done for every
+//! token passes through here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use node::membership::{Leadership, Membership, MembershipError};
+use proto::ids::{Incarnation, PipelineId, SequenceId, Term};
+use proto::key::CoordinatorKey;
+use proto::keys::Keys;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::admission::Parking;
+use super::clients::{Clients, Then, Totals};
+use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneSays, ToWorkers};
+use super::lanes::{Lanes, Left};
+use super::status::Rates;
+use super::timed::{timed, wall_clock};
+use super::waiting::Teller;
+use super::{COMMANDS, Command, DriverConfig, DriverHandle, stopping};
+use crate::cluster::{self, Cluster};
+use crate::metrics;
+use crate::router::Router;
+use crate::scheduler::{Emission, EmissionEvent, SequenceError};
+use crate::tick::Tick;
+
+#[cfg(test)]
+mod tests;
+
+/// How often time passes: bounds how late a gone client or a deadline is seen.
+const TICK: Duration = Duration::from_millis(50);
+
+/// A pipeline that computed something within this is ready. Lanes ask one that is silent for a token
+/// well before.
+pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the registry is given to hear that this coordinator leads no more; then the lease ends it.
+const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What lanes are given to tell clients that everything stops: nothing waits there.
+const LANES_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How something that the driver had started ended.
+pub(super) enum Outcome {
+    /// The cluster is told this.
+    Event(cluster::Event),
+    /// The campaign ended.
+    Campaigned(Result<Leadership, MembershipError>),
+    /// Who leads was looked up, as far as the registry answered.
+    Leader { found: Result<Option<String>, String>, again: bool },
+    /// Nobody is told.
+    Nothing,
+}
+
+/// The control task.
+pub(crate) struct Driver {
+    pub(super) config: DriverConfig,
+    pub(super) keys: Keys,
+    /// Shown to workers with every call.
+    pub(super) key: CoordinatorKey,
+    /// Of this process start.
+    pub(super) incarnation: Incarnation,
+    pub(super) membership: Arc<dyn Membership>,
+    pub(super) started: Instant,
+    pub(super) cluster: Cluster,
+    pub(super) router: Router,
+    /// Of those who are in the router's queue; the others are with their lanes.
+    pub(super) clients: Clients,
+    pub(super) totals: Arc<Totals>,
+    pub(super) parking: Parking,
+    pub(super) lanes: Lanes,
+    lane_events: mpsc::Receiver<LaneEvent>,
+    /// Why nothing is served and nothing can be planned.
+    pub(super) no_plan: Option<String>,
+    pub(super) leadership: Option<Leadership>,
+    /// Admission is held; `true` once the cluster was told that nothing runs.
+    pub(super) held: Option<bool>,
+    /// Who leads in place of this coordinator, as far as it knows.
+    pub(super) leader: Option<String>,
+    pub(super) looks_for_leader: bool,
+    /// When the registry was last asked something, and what was wrong with its answer.
+    pub(super) registry: Option<(Tick, Option<String>)>,
+    pub(super) teller: Teller,
+    pub(super) rates: Rates,
+    commands: mpsc::Receiver<Command>,
+    /// Calls to workers and to the registry that have not ended.
+    pub(super) calls: JoinSet<Outcome>,
+    pub(super) ready: watch::Sender<bool>,
+    pub(super) stop: CancellationToken,
+    /// When it was told to stop.
+    stopped_at: Option<Instant>,
+    /// Requests are refused from now on.
+    closed: bool,
+}
+
+impl Driver {
+    /// A driver and the way to it. It does nothing until it is run; `stop` ends it.
+    pub(crate) fn new(
+        config: DriverConfig,
+        keys: Keys,
+        membership: Arc<dyn Membership>,
+        stop: CancellationToken,
+    ) -> (Self, DriverHandle) {
+        let (command_sender, commands) = mpsc::channel(COMMANDS);
+        let (ready, their_ready) = watch::channel(false);
+        let (started, totals) = (Instant::now(), Arc::new(Totals::default()));
+        // `rand`'s default source is the system's, through a cipher: it cannot be guessed.
+        let key = CoordinatorKey::new(rand::random());
+        let lane_config = LaneConfig {
+            limits: config.limits,
+            started,
+            first_token: config.first_token,
+            totals: Arc::clone(&totals),
+        };
+        let runtime = config.lanes.clone();
+        let (lanes, lane_events) = Lanes::new(Box::new(move |served, ends, tasks| {
+            let lane = Lane::new(lane_config.clone(), served, Box::new(ToWorkers(key)), ends);
+            tasks.spawn_on(lane.run(), &runtime);
+        }));
+        let driver = Self {
+            cluster: Cluster::new(config.cluster.clone()),
+            router: Router::new(config.limits),
+            config,
+            keys,
+            key,
+            incarnation: Incarnation(rand::random()),
+            membership,
+            started,
+            clients: Clients::new(Arc::clone(&totals)),
+            totals,
+            parking: Parking::default(),
+            lanes,
+            lane_events,
+            no_plan: None,
+            leadership: None,
+            held: None,
+            leader: None,
+            looks_for_leader: false,
+            registry: None,
+            teller: Teller::default(),
+            rates: Rates::default(),
+            commands,
+            calls: JoinSet::new(),
+            ready,
+            stop,
+            stopped_at: None,
+            closed: false,
+        };
+        (driver, DriverHandle { commands: command_sender, ready: their_ready })
+    }
+
+    /// Leads, places and serves until the stop, then lets open answers end within the grace.
+    /// `answered` is dropped when none is open any more.
+    pub(crate) async fn run(self, answered: DropGuard) {
+        let poll_seconds = metrics::task_poll("control");
+        timed(self.work(answered), wall_clock(), move |took| poll_seconds.record(took)).await;
+    }
+
+    async fn work(mut self, answered: DropGuard) {
+        let mut workers = self.membership.watch(&self.keys.workers());
+        let mut ticks = tokio::time::interval(TICK);
+        // A late tick is a tick: nothing is owed for those that were missed.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.campaign();
+        let stop = self.stop.clone();
+        loop {
+            let lost = self.leadership.as_ref().map(|leadership| leadership.lost.clone());
+            tokio::select! {
+                () = stop.cancelled(), if self.stopped_at.is_none() => self.begin_to_stop(),
+                Some(command) = self.commands.recv() => self.obey(command),
+                event = workers.next() => self.on_registry(event),
+                Some(event) = self.lane_events.recv() => self.on_lane(event),
+                end = self.lanes.joined() => on_end(end),
+                Some(outcome) = self.calls.join_next() => self.on_outcome(outcome),
+                () = fired(lost) => self.on_leadership_lost(),
+                () = std::future::ready(()), if self.may_unpark() => self.unpark(),
+                _ = ticks.tick() => self.on_tick(),
+            }
+            self.place();
+            self.tell_if_drained();
+            self.lanes.flush().await;
+            if self.is_over() {
+                break;
+            }
+            // One thing at a time: what else this thread is to do has its turn in between.
+            tokio::task::yield_now().await;
+        }
+        self.end(answered).await;
+    }
+
+    /// Not ready from this moment, so that nobody new is sent here; requests that come in spite of
+    /// that are taken for a while.
+    fn begin_to_stop(&mut self) {
+        self.stopped_at = Some(Instant::now());
+        self.ready.send_replace(false);
+        self.close_if_due();
+    }
+
+    /// Refuses requests once those who send them had the time to see that it stops.
+    fn close_if_due(&mut self) {
+        let lame_duck = self.config.lame_duck.min(self.config.grace);
+        if !self.closed && self.stopped_at.is_some_and(|since| since.elapsed() >= lame_duck) {
+            self.closed = true;
+            self.router.close();
+            self.refuse_parked(stopping);
+        }
+    }
+
+    /// Whether requests are refused because everything stops.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Whether it was told to stop.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopped_at.is_some()
+    }
+
+    fn is_over(&self) -> bool {
+        let Some(since) = self.stopped_at else { return false };
+        self.closed && self.router.is_empty() || since.elapsed() >= self.config.grace
+    }
+
+    /// The end of everything that is still open.
+    async fn end(mut self, answered: DropGuard) {
+        self.ready.send_replace(false);
+        let reason = "the coordinator is stopping";
+        self.refuse_parked(stopping);
+        let emissions = self.router.fail_waiting(reason);
+        self.emit(emissions);
+        self.lanes.stop(reason);
+        let told = async {
+            self.lanes.flush().await;
+            while !self.lanes.is_empty()
+                && let Some(event) = self.lane_events.recv().await
+            {
+                if matches!(event.says, LaneSays::Left) {
+                    self.lanes.left(event.at.id);
+                }
+            }
+        };
+        if tokio::time::timeout(LANES_TIMEOUT, told).await.is_err() {
+            tracing::warn!(
+                "lanes did not end in time, their clients hear it when they are dropped"
+            );
+        }
+        // Whoever waits for the last answer waits for nothing that the registry may do.
+        drop(answered);
+        if let Some(leadership) = self.leadership.take() {
+            resign(leadership.resign()).await;
+        }
+    }
+
+    pub(super) fn now(&self) -> Tick {
+        Tick(self.started.elapsed())
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit { submission, reply } => self.submit(submission, reply),
+            Command::Finish { sequence, reply } => self.finish(sequence, reply),
+            Command::Status { reply } => {
+                let _ = reply.send(self.status());
+            }
+            Command::Checks { reply } => {
+                let _ = reply.send(self.checks());
+            }
+        }
+    }
+
+    /// An answer is complete for its client: whoever has its sequence ends it.
+    fn finish(&mut self, sequence: SequenceId, reply: FinishReply) {
+        if let Some(pipeline) = self.router.pipeline_of(sequence) {
+            return self.lanes.finish(pipeline, sequence, reply);
+        }
+        let now = self.now();
+        let withdrawn = self.router.withdraw(sequence);
+        let timings = withdrawn.map(|sequence| sequence.timings(now));
+        if let Some(timings) = timings {
+            self.clients.finish(sequence, timings, now);
+        }
+        let _ = reply.send(timings);
+    }
+
+    /// Sends those who may run to their pipelines.
+    fn place(&mut self) {
+        for assigned in self.router.assign() {
+            let id = assigned.sequence.id();
+            let Some(client) = self.clients.take(id) else {
+                self.router.ended(id);
+                continue;
+            };
+            let placed = self.lanes.assign(assigned.pipeline, assigned.sequence, client);
+            if let Err((sequence, client)) = placed {
+                // No lane, no account: cannot be. Nobody is lost over it.
+                tracing::warn!(pipeline = %assigned.pipeline, "no lane for an assigned sequence");
+                self.router.remove_pipeline(assigned.pipeline);
+                self.clients.put(id, client);
+                self.router.returned(sequence);
+            }
+        }
+    }
+
+    fn on_lane(&mut self, LaneEvent { at, says }: LaneEvent) {
+        let is_current = self.lanes.is_current(at);
+        let epoch = at.epoch;
+        let event = match says {
+            LaneSays::Ended(sequence) => return self.router.ended(sequence),
+            LaneSays::Returned(sequences) => {
+                for (sequence, client) in sequences {
+                    self.clients.put(sequence.id(), client);
+                    self.router.returned(sequence);
+                }
+                return;
+            }
+            // It was given back before this, and may run elsewhere by now; or it has ended.
+            LaneSays::NotHere { sequence, reply } => return self.finish(sequence, reply),
+            LaneSays::Left => return self.on_left(at.id),
+            LaneSays::Ready => return self.measure_readiness(),
+            // The cluster asks for no pause yet.
+            LaneSays::Paused => return,
+            LaneSays::StreamBroken { stage, detail } => {
+                cluster::Event::StreamBroken { epoch, stage, detail }
+            }
+            LaneSays::Fenced { detail } => cluster::Event::Fenced { epoch, detail },
+            LaneSays::StepOverdue => cluster::Event::StepOverdue { epoch },
+            LaneSays::Flowing => cluster::Event::ResultsFlowing { epoch },
+        };
+        if is_current {
+            self.tell_cluster(event);
+        }
+    }
+
+    /// What is said of a sequence that waited for a pipeline in vain: why there is none.
+    fn with_reason(&self, late: Emission) -> Emission {
+        let EmissionEvent::Failed(SequenceError::NoPipeline { waited, .. }) = late.event else {
+            return late;
+        };
+        let Some(why) = self.cluster.unavailable() else { return late };
+        let reason = format!("waited {} s for a pipeline: {why}", waited.as_secs());
+        let event = EmissionEvent::Failed(SequenceError::PipelineLost { reason });
+        Emission { sequence: late.sequence, event }
+    }
+
+    /// A pipeline has given everyone back.
+    fn on_left(&mut self, pipeline: PipelineId) {
+        match self.lanes.left(pipeline) {
+            Left::Gone => self.router.remove_pipeline(pipeline),
+            Left::Again => self.router.hold(pipeline, self.held.is_some()),
+        }
+    }
+
+    fn on_tick(&mut self) {
+        let now = self.now();
+        self.close_if_due();
+        for sequence in self.clients.take_gone() {
+            self.router.withdraw(sequence);
+        }
+        let expired = self.router.expire(now).into_iter().map(|late| self.with_reason(late));
+        let expired = expired.collect();
+        self.emit(expired);
+        self.expire_parked(now);
+        self.tell_cluster(cluster::Event::Tick);
+        self.measure_readiness();
+        self.tell_waiting();
+        self.measure();
+    }
+
+    /// Ready is what has computed something within the last seconds, and is not to stop.
+    pub(super) fn measure_readiness(&mut self) {
+        let (now, proven) = (self.now(), self.lanes.proven());
+        let is_proven = proven.is_some_and(|proven| now.since(proven) < READY_WITHIN);
+        let ready = is_proven && !self.is_stopping();
+        if self.ready.send_replace(ready) != ready {
+            tracing::info!(ready, "readiness changed");
+        }
+    }
+
+    fn measure(&mut self) {
+        let counted = self.totals.counted();
+        self.rates.sample(self.now(), counted);
+        let reports = self.lanes.reports();
+        let steps: u32 = reports.iter().map(|report| report.stats.steps_in_flight).sum();
+        metrics::queue(&self.queue(), steps);
+        metrics::tokens(counted);
+        let term = self.leadership.as_ref().map_or(0, |leadership| leadership.term);
+        let epoch = self.lanes.serving().iter().map(|at| at.epoch.0).max().unwrap_or(0);
+        metrics::membership(term, epoch, *self.ready.borrow());
+    }
+
+    fn on_outcome(&mut self, outcome: Result<Outcome, JoinError>) {
+        match outcome {
+            Ok(Outcome::Event(event)) => self.tell_cluster(event),
+            Ok(Outcome::Campaigned(Ok(leadership))) => {
+                let term = Term(leadership.term);
+                tracing::info!(%term, "leads");
+                self.leadership = Some(leadership);
+                self.router.begin_term(term);
+                self.lanes.set_term(term);
+                self.tell_cluster(cluster::Event::TermGained(term));
+            }
+            Ok(Outcome::Campaigned(Err(error))) if self.stop.is_cancelled() => {
+                tracing::debug!(error = %node::Chain(&error), "campaign ended with the process");
+            }
+            Ok(Outcome::Campaigned(Err(error))) => {
+                tracing::error!(error = %node::Chain(&error), "failed to campaign, trying again");
+                self.campaign_later();
+            }
+            Ok(Outcome::Leader { found, again }) => self.on_leader(found, again),
+            Ok(Outcome::Nothing) => {}
+            // Nothing is known of what it did, and the cluster would wait for its answer for ever.
+            Err(error) => on_end(Err(error)),
+        }
+    }
+
+    fn on_leadership_lost(&mut self) {
+        tracing::warn!("leadership is lost; what is placed goes on serving");
+        self.leadership = None;
+        self.tell_cluster(cluster::Event::TermLost);
+        self.campaign();
+    }
+
+    /// Tells the clients of those who waited what happened to their sequences.
+    pub(super) fn emit(&mut self, emissions: Vec<Emission>) {
+        let now = self.now();
+        for emission in emissions {
+            let sequence = emission.sequence;
+            if self.clients.tell(emission, now) == Then::Cancel {
+                self.router.withdraw(sequence);
+            }
+        }
+    }
+}
+
+/// A task of ours ended. Its panic is a bug here: the process ends, and another leads.
+fn on_end(end: Result<(), JoinError>) {
+    if let Err(error) = end {
+        match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => tracing::debug!(%error, "a task was aborted"),
+        }
+    }
+}
+
+/// Lays down the leadership, or leaves that to the lease.
+async fn resign(resigned: impl Future<Output = Result<(), MembershipError>>) {
+    match tokio::time::timeout(RESIGN_TIMEOUT, resigned).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::info!(error = %node::Chain(&error), "leadership ends with its lease");
+        }
+        Err(_) => {
+            let waited = RESIGN_TIMEOUT.as_secs();
+            tracing::info!(waited, "the registry is away, leadership ends with its lease");
+        }
+    }
+}
+
+/// Waits for a token that may not be there.
+async fn fired(token: Option<CancellationToken>) {
+    match token {
+        Some(token) => token.cancelled().await,
+        None => std::future::pending().await,
+    }
+}

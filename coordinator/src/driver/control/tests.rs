@@ -1,0 +1,147 @@
+//! The control task against a registry in memory, without workers.
+
+use bytes::Bytes;
+use node::membership::{Entry, Memory, Registration, Revision, Snapshot, Watch, WriteOutcome};
+use proto::ids::ModelId;
+use proto::plan::KvType;
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::driver::Submission;
+use crate::planner::ModelCosts;
+use crate::request::RequestError;
+use crate::router::Wish;
+use crate::scheduler::{Limits, Request, Sequence};
+
+fn config(lame_duck: Duration, grace: Duration) -> DriverConfig {
+    DriverConfig {
+        cluster_name: "c".to_owned(),
+        cluster: cluster::Options {
+            cluster_id: "1".to_owned(),
+            model: ModelId([1; 32]),
+            costs: ModelCosts {
+                layers: 2,
+                layer_bytes: 1,
+                embedding_bytes: 1,
+                head_bytes: 1,
+                tied_head: false,
+                kv_block_layer_bytes: 1,
+            },
+            kv_type: KvType::F16,
+            stages: Some(1),
+            min_kv_blocks: 1,
+            max_kv_blocks: 1,
+            max_step_tokens: 1,
+            settle: Duration::ZERO,
+        },
+        limits: Limits::default(),
+        advertise: "c:1".to_owned(),
+        http: "c:2".to_owned(),
+        first_token: 0,
+        grace,
+        lame_duck,
+        lanes: tokio::runtime::Handle::current(),
+    }
+}
+
+/// A registry whose calls to `list` panic.
+struct Broken(Memory);
+
+#[tonic::async_trait]
+impl Membership for Broken {
+    async fn get_or_create(&self, key: &str, value: Bytes) -> Result<Entry, MembershipError> {
+        self.0.get_or_create(key, value).await
+    }
+
+    async fn register(&self, key: &str, value: Bytes) -> Result<Registration, MembershipError> {
+        self.0.register(key, value).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Snapshot, MembershipError> {
+        panic!("asked for {prefix}")
+    }
+
+    fn watch(&self, prefix: &str) -> Watch {
+        self.0.watch(prefix)
+    }
+
+    async fn campaign(
+        &self,
+        key: &str,
+        value: Bytes,
+        stop: &CancellationToken,
+    ) -> Result<Leadership, MembershipError> {
+        self.0.campaign(key, value, stop).await
+    }
+
+    async fn write_if_leader(
+        &self,
+        leader_key: &str,
+        term: Revision,
+        key: &str,
+        previous: Option<Revision>,
+        value: Bytes,
+    ) -> Result<WriteOutcome, MembershipError> {
+        self.0.write_if_leader(leader_key, term, key, previous, value).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_panics_ends_the_driver() {
+    let grace = Duration::ZERO;
+    let membership = Arc::new(Broken(Memory::new()));
+    let stop = CancellationToken::new();
+    let (driver, _handle) = Driver::new(config(grace, grace), Keys::new("c"), membership, stop);
+    let answered = CancellationToken::new();
+    let run = tokio::spawn(driver.run(answered.clone().drop_guard()));
+    let end = tokio::time::timeout(Duration::from_secs(60), run).await;
+    let end = end.expect("it goes on, and waits for an answer for ever").unwrap_err();
+    assert!(end.is_panic());
+    assert!(answered.is_cancelled(), "nobody waits for the rest");
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_the_stop_requests_are_taken_for_a_while_and_then_refused() {
+    let (lame_duck, grace) = (Duration::from_secs(2), Duration::from_secs(5));
+    let membership = Arc::new(Memory::new());
+    membership.disconnect();
+    let stop = CancellationToken::new();
+    let (driver, handle) =
+        Driver::new(config(lame_duck, grace), Keys::new("c"), membership, stop.clone());
+    let answered = CancellationToken::new();
+    let begin = Instant::now();
+    let run = tokio::spawn(driver.run(answered.clone().drop_guard()));
+    stop.cancel();
+    let ask = || {
+        let submission = Box::new(Submission {
+            sequence: Box::new(Sequence::new(Request::probe(1)).unwrap()),
+            wish: Wish::default(),
+            arrived: Instant::now(),
+            time_limit: Duration::from_secs(60),
+        });
+        let (reply, admitted) = oneshot::channel();
+        let command = Command::Submit { submission, reply };
+        let handle = handle.clone();
+        async move {
+            handle.tell(command).await;
+            admitted.await
+        }
+    };
+    // It hears of the stop in its own time.
+    let heard = async { while handle.checks().await.unwrap()[0].passes {} };
+    tokio::time::timeout(lame_duck / 2, heard).await.expect("it is never told");
+    let Err(RequestError::Unavailable { reason }) = ask().await.unwrap() else { panic!("taken") };
+    // The first is told what the cluster lacks, or waits until everyone is refused.
+    assert!(begin.elapsed() <= lame_duck + Duration::from_secs(1), "{reason}");
+    run.await.unwrap();
+    assert!(answered.is_cancelled());
+    assert!(begin.elapsed() >= lame_duck, "who sends requests here needs a moment to see it");
+    assert!(begin.elapsed() < grace, "and nobody waits for longer without an open answer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_is_away_does_not_hold_up_the_end() {
+    let begin = Instant::now();
+    resign(std::future::pending()).await;
+    assert_eq!(begin.elapsed(), RESIGN_TIMEOUT);
+}

@@ -1,0 +1,337 @@
+//! The way of steps to the workers and of results back: two links, and what was sent and not
+//! answered.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::Histogram;
+use proto::ids::{StepId, Term};
+use proto::key::CoordinatorKey;
+use proto::plan::StagePlan;
+use proto::step::{StageTime, Step, StepReply, StepResult, StepVerdict};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::scheduler::PipelineShape;
+use crate::workers::{LinkEvent, LinkId, ResultsLink, ResultsWanted, SentStep, StepsLink};
+
+/// The most that one step's times move the mean of its stage.
+const STAGE_TIME_WEIGHT: f64 = 0.1;
+
+/// Opens links. A trait, so that a lane can be tried without workers.
+pub(in crate::driver) trait Wire: Send {
+    fn steps(&self, id: LinkId, address: &str, events: &mpsc::Sender<LinkEvent>) -> StepsLink;
+
+    fn results(
+        &self,
+        id: LinkId,
+        address: &str,
+        wanted: ResultsWanted,
+        events: &mpsc::Sender<LinkEvent>,
+    ) -> ResultsLink;
+}
+
+/// Links to workers, which are shown this key.
+pub(in crate::driver) struct ToWorkers(pub(in crate::driver) CoordinatorKey);
+
+impl Wire for ToWorkers {
+    fn steps(&self, id: LinkId, address: &str, events: &mpsc::Sender<LinkEvent>) -> StepsLink {
+        StepsLink::open(id, self.0, address.to_owned(), events.clone())
+    }
+
+    fn results(
+        &self,
+        id: LinkId,
+        address: &str,
+        wanted: ResultsWanted,
+        events: &mpsc::Sender<LinkEvent>,
+    ) -> ResultsLink {
+        ResultsLink::open(id, self.0, address.to_owned(), wanted, events.clone())
+    }
+}
+
+/// What a link's event comes to.
+pub(super) enum Heard {
+    Nothing,
+    Result(StepResult),
+    /// A stage is not reached.
+    Broken {
+        stage: u32,
+        detail: String,
+    },
+    /// Somebody newer rules a stage.
+    Fenced {
+        detail: String,
+    },
+}
+
+/// The way of steps and results of one pipeline.
+pub(super) struct Path {
+    shape: PipelineShape,
+    stages: Vec<StagePlan>,
+    wire: Box<dyn Wire>,
+    events: mpsc::Sender<LinkEvent>,
+    /// `None` while it is broken.
+    steps: Option<StepsLink>,
+    /// `None` while it is broken.
+    results: Option<ResultsLink>,
+    last_link: u64,
+    /// Sent, and no result yet.
+    unanswered: BTreeMap<StepId, Sent>,
+    last_sent: StepId,
+    stage_times: Vec<StageMeans>,
+    histograms: Vec<(Histogram, Histogram)>,
+}
+
+struct Sent {
+    step: SentStep,
+    /// It arrived damaged once.
+    damaged: bool,
+    /// The first stage had no room; it is sent again at the next tick.
+    again: bool,
+    /// It was sent in an earlier reign, which a stage may have fenced since.
+    restamped: bool,
+}
+
+/// Moving means over steps, and sums over all of the epoch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::driver) struct StageMeans {
+    pub(in crate::driver) compute_ms: f64,
+    pub(in crate::driver) wait_ms: f64,
+    pub(in crate::driver) steps: u64,
+    pub(in crate::driver) busy_ms: f64,
+}
+
+impl Path {
+    pub(super) fn new(
+        shape: PipelineShape,
+        stages: Vec<StagePlan>,
+        wire: Box<dyn Wire>,
+        events: mpsc::Sender<LinkEvent>,
+    ) -> Self {
+        let numbers = 0..stages.len() as u32;
+        Self {
+            shape,
+            stage_times: vec![StageMeans::default(); stages.len()],
+            histograms: numbers.map(crate::metrics::stage_times).collect(),
+            stages,
+            wire,
+            events,
+            steps: None,
+            results: None,
+            last_link: 0,
+            unanswered: BTreeMap::new(),
+            last_sent: StepId(0),
+        }
+    }
+
+    /// Opens both links.
+    pub(super) fn open(&mut self) {
+        self.open_results();
+        self.open_steps();
+    }
+
+    /// Closes both, and forgets what was sent.
+    pub(super) fn close(&mut self) {
+        (self.steps, self.results) = (None, None);
+        self.unanswered.clear();
+    }
+
+    /// Another epoch: steps are numbered anew.
+    pub(super) fn switch(&mut self, shape: PipelineShape, stages: Vec<StagePlan>) {
+        self.close();
+        self.stage_times = vec![StageMeans::default(); stages.len()];
+        let numbers = 0..stages.len() as u32;
+        self.histograms = numbers.map(crate::metrics::stage_times).collect();
+        (self.shape, self.stages) = (shape, stages);
+        self.last_sent = StepId(0);
+        self.open();
+    }
+
+    pub(super) fn stage_times(&self) -> &[StageMeans] {
+        &self.stage_times
+    }
+
+    /// What is sent again is sent in this reign.
+    pub(super) fn set_term(&mut self, term: Term) {
+        self.shape.term = term;
+        for sent in self.unanswered.values_mut() {
+            Arc::make_mut(&mut sent.step.step).header.term = term;
+            sent.restamped = true;
+        }
+    }
+
+    pub(super) fn send(&mut self, step: Step, deadline: Instant) {
+        let number = step.header.step;
+        let step = SentStep { step: Arc::new(step), deadline };
+        if let Some(link) = &self.steps {
+            link.send(step.clone());
+        }
+        self.last_sent = number;
+        let sent = Sent { step, damaged: false, again: false, restamped: false };
+        self.unanswered.insert(number, sent);
+    }
+
+    /// Sends again what the first stage had no room for.
+    pub(super) fn retry(&mut self) {
+        let Some(link) = &self.steps else { return };
+        for sent in self.unanswered.values_mut().filter(|sent| sent.again) {
+            sent.again = false;
+            link.send(sent.step.clone());
+        }
+    }
+
+    /// Opens again the links that touch a stage and are broken.
+    pub(super) fn reconnect(&mut self, stage: u32) {
+        // Results first: what they bring need not be sent again.
+        if stage == self.last_stage() && self.results.is_none() {
+            self.open_results();
+        }
+        if stage == 0 && self.steps.is_none() {
+            self.open_steps();
+        } else if stage != 0 && self.steps.is_some() {
+            // A link between stages lost what it carried: the first stage passes it on again.
+            self.resend();
+        }
+    }
+
+    /// Takes what a link says, unless the link is not in use any more.
+    pub(super) fn take(&mut self, event: LinkEvent) -> Heard {
+        let steps = |id: LinkId| self.steps.as_ref().is_some_and(|link| link.id == id);
+        let results = |id: LinkId| self.results.as_ref().is_some_and(|link| link.id == id);
+        let epoch = self.shape.epoch;
+        match event {
+            LinkEvent::Reply { link, reply } if steps(link) => self.on_reply(reply),
+            LinkEvent::Result { link, result } if results(link) => self.on_result(result),
+            LinkEvent::Broken { link, detail } if steps(link) => {
+                self.steps = None;
+                tracing::info!(%epoch, stage = 0, detail, "steps link broke");
+                Heard::Broken { stage: 0, detail }
+            }
+            LinkEvent::Broken { link, detail } if results(link) => {
+                let stage = self.last_stage();
+                self.results = None;
+                tracing::info!(%epoch, stage, detail, "results link broke");
+                Heard::Broken { stage, detail }
+            }
+            LinkEvent::Reply { .. } | LinkEvent::Result { .. } | LinkEvent::Broken { .. } => {
+                Heard::Nothing
+            }
+        }
+    }
+
+    fn on_result(&mut self, result: StepResult) -> Heard {
+        if result.epoch != self.shape.epoch {
+            return Heard::Nothing;
+        }
+        if self.unanswered.remove(&result.step).is_some() {
+            for time in &result.stage_times {
+                self.count(time);
+            }
+        }
+        Heard::Result(result)
+    }
+
+    fn count(&mut self, time: &StageTime) {
+        let stage = time.stage as usize;
+        if let Some((compute, wait)) = self.histograms.get(stage) {
+            compute.record(time.compute);
+            wait.record(time.wait);
+        }
+        if let Some(means) = self.stage_times.get_mut(stage) {
+            let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+            means.compute_ms += STAGE_TIME_WEIGHT * (ms(time.compute) - means.compute_ms);
+            means.steps += 1;
+            means.busy_ms += ms(time.compute);
+            means.wait_ms += STAGE_TIME_WEIGHT * (ms(time.wait) - means.wait_ms);
+        }
+    }
+
+    fn on_reply(&mut self, reply: StepReply) -> Heard {
+        let epoch = self.shape.epoch;
+        let StepReply { step, stage, verdict, detail, .. } = reply;
+        if verdict != StepVerdict::Accepted {
+            tracing::info!(%epoch, %step, stage, ?verdict, detail, "stage refused a step");
+        }
+        let sent = self.unanswered.get_mut(&step);
+        match verdict {
+            StepVerdict::Accepted => Heard::Nothing,
+            StepVerdict::Busy => {
+                if let Some(sent) = sent {
+                    sent.again = true;
+                }
+                Heard::Nothing
+            }
+            StepVerdict::Corrupt => {
+                let Some(sent) = sent else { return Heard::Nothing };
+                // A later stage has had it twice from the one before it.
+                if std::mem::replace(&mut sent.damaged, true) || stage > 0 {
+                    return Heard::Broken { stage, detail };
+                }
+                if let Some(link) = &self.steps {
+                    link.send(sent.step.clone());
+                }
+                Heard::Nothing
+            }
+            StepVerdict::Fenced => {
+                // Sent in a reign of this coordinator that has ended, and a worker has heard of the
+                // next one.
+                if let Some(sent) = sent
+                    && std::mem::take(&mut sent.restamped)
+                {
+                    sent.again = true;
+                    return Heard::Nothing;
+                }
+                Heard::Fenced { detail }
+            }
+            StepVerdict::NotPrepared | StepVerdict::Invalid => Heard::Broken { stage, detail },
+            // Any number may come from a worker.
+            StepVerdict::DownstreamLost => Heard::Broken { stage: stage.saturating_add(1), detail },
+        }
+    }
+
+    fn last_stage(&self) -> u32 {
+        self.shape.stages.saturating_sub(1)
+    }
+
+    /// Results up to this one are known.
+    fn known_results(&self) -> StepId {
+        let oldest = self.unanswered.keys().next();
+        oldest.map_or(self.last_sent, |step| StepId(step.0.saturating_sub(1)))
+    }
+
+    fn open_steps(&mut self) {
+        let id = self.next_link();
+        let Some(first) = self.stages.first() else { return };
+        self.steps = Some(self.wire.steps(id, &first.address, &self.events));
+        self.resend();
+    }
+
+    fn open_results(&mut self) {
+        let id = self.next_link();
+        let Some(last) = self.stages.last() else { return };
+        let wanted = ResultsWanted {
+            pipeline: self.shape.pipeline,
+            epoch: self.shape.epoch,
+            term: self.shape.term,
+            incarnation: last.incarnation,
+            after_step: self.known_results(),
+        };
+        self.results = Some(self.wire.results(id, &last.address, wanted, &self.events));
+    }
+
+    /// The stages know by their numbers what they have computed.
+    fn resend(&mut self) {
+        let Some(link) = &self.steps else { return };
+        for sent in self.unanswered.values_mut() {
+            sent.again = false;
+            link.send(sent.step.clone());
+        }
+    }
+
+    fn next_link(&mut self) -> LinkId {
+        self.last_link += 1;
+        LinkId(self.last_link)
+    }
+}

@@ -1,0 +1,249 @@
+//! All lanes, from the control task's side: what is asked of pipelines goes to their tasks.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use proto::ids::{PipelineId, PipelineRef, SequenceId, Term};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+
+use super::clients::Client;
+use super::lane::{
+    FinishReply, LANE_COMMANDS, LaneCommand, LaneEnds, LaneEvent, LaneReport, Served,
+};
+use crate::scheduler::Sequence;
+use crate::tick::Tick;
+
+/// What lanes have to say that may wait for the control task; then they keep it themselves.
+pub(super) const LANE_EVENTS: usize = 1024;
+
+/// Starts the task of a lane.
+pub(super) type Start = Box<dyn Fn(Served, LaneEnds, &mut JoinSet<()>) + Send + Sync>;
+
+/// All lanes.
+pub(super) struct Lanes {
+    start: Start,
+    tasks: JoinSet<()>,
+    lanes: BTreeMap<PipelineId, Handle>,
+    events: mpsc::Sender<LaneEvent>,
+}
+
+struct Handle {
+    at: PipelineRef,
+    commands: mpsc::Sender<LaneCommand>,
+    /// Not handed over yet: see [`Lanes::flush`].
+    outbox: VecDeque<LaneCommand>,
+    report: watch::Receiver<LaneReport>,
+    /// It was told to give everyone back.
+    leaving: bool,
+    /// Serves once everyone was given back.
+    next: Option<Box<Served>>,
+}
+
+/// What became of a pipeline whose lane has left.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// It is gone.
+    Gone,
+    /// It serves again: its next plan had come already.
+    Again,
+}
+
+impl Lanes {
+    /// No lane yet. `start` runs the task of each; what they say comes out of the receiver.
+    pub(super) fn new(start: Start) -> (Self, mpsc::Receiver<LaneEvent>) {
+        let (events, said) = mpsc::channel(LANE_EVENTS);
+        (Self { start, tasks: JoinSet::new(), lanes: BTreeMap::new(), events }, said)
+    }
+
+    /// A pipeline serves: a lane for it, or, if there is one, that goes on with the new epoch and
+    /// replays its sequences.
+    pub(super) fn serve(&mut self, served: Served) {
+        let at = served.at();
+        match self.lanes.get_mut(&at.id) {
+            None => self.open(served),
+            // What ran has to come back first, so that nobody is lost between the two.
+            Some(lane) if lane.leaving => lane.next = Some(Box::new(served)),
+            Some(lane) => {
+                lane.at = at;
+                lane.outbox.push_back(LaneCommand::Switch(Box::new(served)));
+            }
+        }
+    }
+
+    fn open(&mut self, served: Served) {
+        let at = served.at();
+        let (commands, their_commands) = mpsc::channel(LANE_COMMANDS);
+        let (their_report, report) = watch::channel(LaneReport::default());
+        let ends = LaneEnds {
+            commands: their_commands,
+            events: self.events.clone(),
+            report: their_report,
+        };
+        (self.start)(served, ends, &mut self.tasks);
+        let (outbox, leaving, next) = (VecDeque::new(), false, None);
+        self.lanes.insert(at.id, Handle { at, commands, outbox, report, leaving, next });
+    }
+
+    /// A lane has given everyone back.
+    pub(super) fn left(&mut self, pipeline: PipelineId) -> Left {
+        match self.lanes.remove(&pipeline).and_then(|lane| lane.next) {
+            None => Left::Gone,
+            Some(served) => {
+                self.open(*served);
+                Left::Again
+            }
+        }
+    }
+
+    /// No more steps are sent; [`LaneSays::Paused`](super::lane::LaneSays::Paused) comes when none
+    /// is on its way.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the cluster of one pipeline never asks"))]
+    pub(super) fn pause(&mut self, at: PipelineRef) {
+        self.tell(at, LaneCommand::Pause);
+    }
+
+    /// Steps are sent again.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the cluster of one pipeline never asks"))]
+    pub(super) fn resume(&mut self, at: PipelineRef) {
+        self.tell(at, LaneCommand::Resume);
+    }
+
+    /// A pipeline goes as planned: its sequences come back. Whether it was there.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the cluster of one pipeline never asks"))]
+    pub(super) fn leave(&mut self, at: PipelineRef) -> bool {
+        self.end(at, LaneCommand::Leave)
+    }
+
+    /// A pipeline is lost: its sequences come back, or fail if it is not the first time. Whether it
+    /// was there.
+    pub(super) fn fail(&mut self, at: PipelineRef, reason: &str) -> bool {
+        self.end(at, LaneCommand::Fail { reason: reason.to_owned() })
+    }
+
+    /// Opens the links that touch a stage again.
+    pub(super) fn reconnect(&mut self, at: PipelineRef, stage: u32) {
+        self.tell(at, LaneCommand::Reconnect { stage });
+    }
+
+    /// Steps of all pipelines are sent in this reign from now on: whoever is planned in an earlier
+    /// one goes on.
+    pub(super) fn set_term(&mut self, term: Term) {
+        for lane in self.lanes.values_mut() {
+            lane.outbox.push_back(LaneCommand::Term(term));
+            if let Some(next) = &mut lane.next {
+                next.shape.term = term;
+            }
+        }
+    }
+
+    /// Everyone fails with the reason.
+    pub(super) fn stop(&mut self, reason: &str) {
+        for lane in self.lanes.values_mut() {
+            lane.outbox.push_back(LaneCommand::Stop { reason: reason.to_owned() });
+            (lane.leaving, lane.next) = (true, None);
+        }
+    }
+
+    /// A sequence runs on a pipeline from now on. Given back if there is no such pipeline.
+    pub(super) fn assign(
+        &mut self,
+        pipeline: PipelineId,
+        sequence: Box<Sequence>,
+        client: Client,
+    ) -> Result<(), (Box<Sequence>, Client)> {
+        let Some(lane) = self.lanes.get_mut(&pipeline) else { return Err((sequence, client)) };
+        lane.outbox.push_back(LaneCommand::Assign { sequence, client });
+        Ok(())
+    }
+
+    /// An answer that runs on a pipeline is complete for its client.
+    pub(super) fn finish(
+        &mut self,
+        pipeline: PipelineId,
+        sequence: SequenceId,
+        reply: FinishReply,
+    ) {
+        // Without a lane the reply is dropped, and whoever asked waits for the answer's own end.
+        if let Some(lane) = self.lanes.get_mut(&pipeline) {
+            lane.outbox.push_back(LaneCommand::Finish { sequence, reply });
+        }
+    }
+
+    /// Hands over what lanes are told. They take it at once: they wait for nobody.
+    pub(super) async fn flush(&mut self) {
+        for lane in self.lanes.values_mut() {
+            while let Some(command) = lane.outbox.pop_front() {
+                if lane.commands.send(command).await.is_err() {
+                    // Its task has ended, which is noticed where tasks are joined.
+                    lane.outbox.clear();
+                }
+            }
+        }
+    }
+
+    /// Whether this pipeline serves at this epoch.
+    pub(super) fn is_current(&self, at: PipelineRef) -> bool {
+        self.lanes.get(&at.id).is_some_and(|lane| lane.at == at && !lane.leaving)
+    }
+
+    /// The pipelines that serve.
+    pub(super) fn serving(&self) -> Vec<PipelineRef> {
+        self.lanes.values().filter(|lane| !lane.leaving).map(|lane| lane.at).collect()
+    }
+
+    /// A task of a lane has ended; never if there is none.
+    pub(super) async fn joined(&mut self) -> Result<(), JoinError> {
+        match self.tasks.join_next().await {
+            Some(end) => end,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether there is no lane at all.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lanes.is_empty()
+    }
+
+    /// How the pipelines are that serve, as of their last tick.
+    pub(super) fn reports(&self) -> Vec<LaneReport> {
+        let current = |lane: &&Handle| !lane.leaving;
+        let reports = self.lanes.values().filter(current).map(|lane| {
+            let report = lane.report.borrow().clone();
+            match report.at == lane.at {
+                true => report,
+                // Of the epoch before, which proves nothing of this one.
+                false => LaneReport { at: lane.at, ..LaneReport::default() },
+            }
+        });
+        reports.collect()
+    }
+
+    /// When one of the pipelines that serve last computed something.
+    pub(super) fn proven(&self) -> Option<Tick> {
+        self.lanes
+            .values()
+            .filter(|lane| !lane.leaving)
+            .filter_map(|lane| {
+                let report = lane.report.borrow();
+                report.proven.filter(|_| report.at.id == lane.at.id)
+            })
+            .max()
+    }
+
+    fn end(&mut self, at: PipelineRef, command: LaneCommand) -> bool {
+        let is_current = self.is_current(at);
+        if is_current && let Some(lane) = self.lanes.get_mut(&at.id) {
+            lane.outbox.push_back(command);
+            lane.leaving = true;
+        }
+        is_current
+    }
+
+    fn tell(&mut self, at: PipelineRef, command: LaneCommand) {
+        if self.is_current(at)
+            && let Some(lane) = self.lanes.get_mut(&at.id)
+        {
+            lane.outbox.push_back(command);
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! Who runs where. Pure: it owns those who wait, and keeps the account of every pipeline's KV;
+//! which block is whose, and what is sent, is each pipeline's scheduler's.
+//!
+//! ```text
+//! submit ─▶ waiting ──assign──▶ a pipeline ─▶ ended: what was promised is free
+//!              ▲                    │
+//!              └──── returned ◀─────┘ lost, or gone as planned
+//! ```
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::BLOCK_TOKENS;
+use proto::ids::{NumericsClass, PipelineId, SequenceId, Term};
+
+use crate::scheduler::{
+    Emission, EmissionEvent, Finish, Limits, Priority, Sequence, SequenceError, first_of_term,
+};
+use crate::tick::Tick;
+
+mod accounts;
+mod queue;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+use accounts::{Accounts, Room};
+use queue::Waiting;
+
+/// How many of those who wait are looked at for a pipeline that the first of them can never use.
+const LOOK_AHEAD: usize = 64;
+
+/// The queue, and what is promised on every pipeline.
+#[derive(Debug)]
+pub struct Router {
+    limits: Limits,
+    waiting: Waiting,
+    /// Who runs, and where.
+    running: BTreeMap<SequenceId, PipelineId>,
+    accounts: Accounts,
+    last_sequence: SequenceId,
+    closed: bool,
+    failed: u64,
+}
+
+/// What a sequence is to be submitted with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// The length of the answer is to be filled in: as many tokens as context and KV hold.
+    pub as_many_as_fit: bool,
+    /// The class it must have.
+    pub class: Option<NumericsClass>,
+}
+
+/// A sequence that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// Its name.
+    pub sequence: SequenceId,
+    /// Of the pipelines that it may run on.
+    pub class: NumericsClass,
+    /// Length of its answer at most.
+    pub max_tokens: u32,
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Rejected {
+    /// As many wait as may.
+    #[error("{limit} requests are waiting already, the most that may")]
+    Full {
+        /// How many may wait.
+        limit: u32,
+    },
+    /// It can never be served: longer than the model's context or than the largest KV cache.
+    #[error(
+        "the prompt of {prompt_tokens} tokens and an answer of {max_tokens} make \
+         {} tokens, more than the {limit} that this cluster can hold",
+        u64::from(*prompt_tokens) + u64::from(*max_tokens)
+    )]
+    TooLong {
+        /// Length of the prompt.
+        prompt_tokens: u32,
+        /// Asked-for length of the answer.
+        max_tokens: u32,
+        /// Tokens that one sequence may have.
+        limit: u32,
+    },
+    /// Forced tokens (or a length of 0) leave nothing to do: the answer is complete as it is.
+    #[error("the answer is complete already")]
+    Complete {
+        /// Why it ended.
+        finish: Finish,
+        /// Of the pipelines that it would have run on.
+        class: NumericsClass,
+        /// Length of the answer at most.
+        max_tokens: u32,
+    },
+    /// Pipelines serve, but none of the class that was asked for.
+    #[error("class {wanted} was asked for, class {served} is served")]
+    Class {
+        /// What was asked for.
+        wanted: NumericsClass,
+        /// What the largest pipeline has.
+        served: NumericsClass,
+    },
+    /// No pipeline serves.
+    #[error("no pipeline is serving")]
+    NoPipeline,
+    /// The coordinator is stopping.
+    #[error("the coordinator is stopping")]
+    Draining,
+}
+
+/// A sequence, and where it runs from now on.
+#[derive(Debug)]
+pub struct Assigned {
+    /// It goes to the scheduler of ...
+    pub sequence: Box<Sequence>,
+    /// ... this pipeline.
+    pub pipeline: PipelineId,
+}
+
+/// How full everything is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RouterStats {
+    /// Those who wait.
+    pub waiting: u32,
+    /// Those who run.
+    pub running: u32,
+    /// Blocks of all pipelines.
+    pub kv_blocks_total: u32,
+    /// Blocks that are promised.
+    pub kv_blocks_promised: u32,
+    /// Sequences that failed while they waited, since start.
+    pub failed: u64,
+}
+
+impl Router {
+    /// A router without pipelines.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            waiting: Waiting::new(limits.wait),
+            running: BTreeMap::new(),
+            accounts: Accounts::new(limits.running_requests),
+            last_sequence: SequenceId(0),
+            closed: false,
+            failed: 0,
+        }
+    }
+
+    /// A reign begins: sequences get names that no earlier one gave.
+    pub fn begin_term(&mut self, term: Term) {
+        self.last_sequence = self.last_sequence.max(first_of_term(term));
+    }
+
+    /// Takes a request into the queue. `since` is when it began to wait: earlier than now if it
+    /// waited for the first pipeline.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not taken; nothing is kept of it then.
+    pub fn submit(
+        &mut self,
+        mut sequence: Box<Sequence>,
+        wish: Wish,
+        since: Tick,
+    ) -> Result<Taken, Rejected> {
+        if self.closed {
+            return Err(Rejected::Draining);
+        }
+        let Some((served, _)) = self.accounts.largest(None) else {
+            return Err(Rejected::NoPipeline);
+        };
+        let Some((class, kv_blocks)) = self.accounts.largest(wish.class) else {
+            let wanted = wish.class.unwrap_or(served);
+            return Err(Rejected::Class { wanted, served });
+        };
+        let limit = self.limits.context_tokens.min(kv_blocks.saturating_mul(BLOCK_TOKENS));
+        let prompt_tokens = sequence.prompt_tokens();
+        let max_tokens = match wish.as_many_as_fit {
+            true => limit.saturating_sub(prompt_tokens).max(1),
+            false => sequence.max_tokens(),
+        };
+        if let Some(finish) = sequence.complete_already(max_tokens) {
+            return Err(Rejected::Complete { finish, class, max_tokens });
+        }
+        if u64::from(prompt_tokens) + u64::from(max_tokens) > u64::from(limit) {
+            return Err(Rejected::TooLong { prompt_tokens, max_tokens, limit });
+        }
+        if self.waiting.len() >= self.limits.waiting_requests as usize {
+            return Err(Rejected::Full { limit: self.limits.waiting_requests });
+        }
+        self.last_sequence.0 += 1;
+        let id = self.last_sequence;
+        sequence.submit(id, max_tokens, class, since);
+        self.wait(sequence);
+        Ok(Taken { sequence: id, class, max_tokens })
+    }
+
+    fn wait(&mut self, sequence: Box<Sequence>) {
+        let stranded = self.accounts.room_for(&sequence) == Room::Never;
+        self.waiting.insert(sequence, stranded);
+    }
+
+    /// Gives to those who wait, in their order, the pipelines that have room: each goes to the one
+    /// with the most free KV in proportion. Nobody is overtaken on a pipeline that could hold him:
+    /// a long request is never kept waiting for ever by short ones.
+    pub fn assign(&mut self) -> Vec<Assigned> {
+        let mut assigned = Vec::new();
+        let mut kept_free = Vec::new();
+        let mut looked_at = 0;
+        let mut after = None;
+        while looked_at < LOOK_AHEAD
+            && kept_free.len() < self.accounts.open_count()
+            && let Some(sequence) = self.waiting.next(after)
+        {
+            let key = queue::key(sequence);
+            match self.accounts.choose(sequence, &kept_free) {
+                Some(pipeline) => {
+                    let Some(sequence) = self.waiting.take(key) else { break };
+                    self.accounts.promise(pipeline, sequence.blocks_needed(), sequence.id());
+                    self.running.insert(sequence.id(), pipeline);
+                    assigned.push(Assigned { sequence, pipeline });
+                }
+                None => {
+                    self.accounts.keep_free_for(sequence, &mut kept_free);
+                    looked_at += 1;
+                    after = Some(key);
+                }
+            }
+        }
+        assigned
+    }
+
+    /// A sequence has ended on its pipeline: what was promised to it is free. Unknown ones are
+    /// ignored.
+    pub fn ended(&mut self, sequence: SequenceId) {
+        if let Some(pipeline) = self.running.remove(&sequence) {
+            self.accounts.release(pipeline, sequence);
+        }
+    }
+
+    /// Its pipeline gave a sequence back: it waits before everyone who came after it. There may be
+    /// more who wait than [`Limits::waiting_requests`] then.
+    pub fn returned(&mut self, sequence: Box<Sequence>) {
+        self.ended(sequence.id());
+        self.wait(sequence);
+    }
+
+    /// Takes one that waits out of the queue: nobody wants it any more.
+    pub fn withdraw(&mut self, sequence: SequenceId) -> Option<Box<Sequence>> {
+        self.waiting.withdraw(sequence)
+    }
+
+    /// Fails what waited for too long. Call it several times a second.
+    pub fn expire(&mut self, now: Tick) -> Vec<Emission> {
+        let mut emissions = Vec::new();
+        while let Some(late) = self.waiting.pop_late(now) {
+            let error = self.late(&late, now);
+            emissions.push(Emission { sequence: late.id(), event: EmissionEvent::Failed(error) });
+        }
+        self.failed += emissions.len() as u64;
+        emissions
+    }
+
+    fn late(&self, late: &Sequence, now: Tick) -> SequenceError {
+        if late.deadline().is_some_and(|deadline| deadline <= now) {
+            return SequenceError::DeadlineExceeded { tokens: late.output_tokens() };
+        }
+        let waited: Duration = now.since(late.waiting_since());
+        let (needed_blocks, class) = (late.blocks_needed(), late.class());
+        match (self.accounts.largest(class), class) {
+            (Some((_, kv_blocks)), _) if kv_blocks < needed_blocks => {
+                SequenceError::NeverFits { needed_blocks, kv_blocks }
+            }
+            (None, Some(class)) => SequenceError::NoPipeline { class, waited },
+            _ => SequenceError::WaitedTooLong { waited },
+        }
+    }
+
+    /// Fails everyone who waits.
+    pub fn fail_waiting(&mut self, reason: &str) -> Vec<Emission> {
+        let failed = |sequence: Box<Sequence>| {
+            let error = SequenceError::PipelineLost { reason: reason.to_owned() };
+            Emission { sequence: sequence.id(), event: EmissionEvent::Failed(error) }
+        };
+        let emissions: Vec<_> = self.waiting.take_all().into_iter().map(failed).collect();
+        self.failed += emissions.len() as u64;
+        emissions
+    }
+
+    /// A pipeline serves from now on, or goes on with other KV. What is promised on it stays so.
+    pub fn set_pipeline(&mut self, pipeline: PipelineId, kv_blocks: u32, class: NumericsClass) {
+        self.accounts.set(pipeline, kv_blocks, class);
+        self.sort();
+    }
+
+    /// A pipeline is gone. Those who ran on it have been given back, or are forgotten here.
+    pub fn remove_pipeline(&mut self, pipeline: PipelineId) {
+        self.accounts.remove(pipeline);
+        self.running.retain(|_, on| *on != pipeline);
+        self.sort();
+    }
+
+    /// While a pipeline is held nobody new goes to it.
+    pub fn hold(&mut self, pipeline: PipelineId, hold: bool) {
+        self.accounts.hold(pipeline, hold);
+    }
+
+    /// Whether nothing runs on a pipeline.
+    pub fn is_idle(&self, pipeline: PipelineId) -> bool {
+        self.accounts.is_idle(pipeline)
+    }
+
+    /// Where a sequence runs.
+    pub fn pipeline_of(&self, sequence: SequenceId) -> Option<PipelineId> {
+        self.running.get(&sequence).copied()
+    }
+
+    /// Puts those aside whom no pipeline can hold as they are now, and takes back the others.
+    fn sort(&mut self) {
+        let accounts = &self.accounts;
+        self.waiting.sort(|sequence| accounts.room_for(sequence) == Room::Never);
+    }
+
+    /// From now on every new request is rejected as [`Rejected::Draining`].
+    pub fn close(&mut self) {
+        self.closed = true;
+    }
+
+    /// Whether nobody waits or runs.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.len() == 0 && self.running.is_empty()
+    }
+
+    /// How full everything is.
+    pub fn stats(&self) -> RouterStats {
+        let (kv_blocks_total, kv_blocks_promised) = self.accounts.totals();
+        RouterStats {
+            waiting: self.waiting.len() as u32,
+            running: self.running.len() as u32,
+            kv_blocks_total,
+            kv_blocks_promised,
+            failed: self.failed,
+        }
+    }
+}
+
+/// Orders those who wait: by priority, then by arrival.
+type Key = (Priority, SequenceId);

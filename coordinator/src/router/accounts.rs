@@ -1,0 +1,159 @@
+//! What every pipeline has, and what of it is promised to whom.
+
+use std::collections::BTreeMap;
+
+use proto::ids::{NumericsClass, PipelineId, SequenceId};
+
+use crate::scheduler::Sequence;
+
+/// The accounts of all pipelines.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    /// Sequences that may run at once on one pipeline.
+    most_running: u32,
+    pipelines: BTreeMap<PipelineId, Account>,
+}
+
+#[derive(Debug)]
+struct Account {
+    class: NumericsClass,
+    kv_blocks: u32,
+    /// Blocks for each that runs.
+    promised: BTreeMap<SequenceId, u32>,
+    /// Their sum. More than `kv_blocks` for a moment when a pipeline goes on with less KV.
+    sum: u32,
+    held: bool,
+}
+
+impl Account {
+    fn can_hold(&self, sequence: &Sequence) -> bool {
+        sequence.class().is_none_or(|class| class == self.class)
+            && sequence.blocks_needed() <= self.kv_blocks
+    }
+
+    fn free(&self) -> u32 {
+        self.kv_blocks.saturating_sub(self.sum)
+    }
+
+    fn has_room(&self, sequence: &Sequence, most_running: u32) -> bool {
+        !self.held
+            && sequence.blocks_needed() <= self.free()
+            && self.promised.len() < most_running as usize
+    }
+}
+
+/// Whether there may be room for a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Sooner or later.
+    SomeTime,
+    /// Not on these pipelines.
+    Never,
+}
+
+impl Accounts {
+    pub(super) fn new(most_running: u32) -> Self {
+        Self { most_running, pipelines: BTreeMap::new() }
+    }
+
+    pub(super) fn set(&mut self, pipeline: PipelineId, kv_blocks: u32, class: NumericsClass) {
+        let account = self.pipelines.entry(pipeline).or_insert_with(|| Account {
+            class,
+            kv_blocks,
+            promised: BTreeMap::new(),
+            sum: 0,
+            held: false,
+        });
+        (account.kv_blocks, account.class) = (kv_blocks, class);
+    }
+
+    pub(super) fn remove(&mut self, pipeline: PipelineId) {
+        self.pipelines.remove(&pipeline);
+    }
+
+    pub(super) fn hold(&mut self, pipeline: PipelineId, hold: bool) {
+        if let Some(account) = self.pipelines.get_mut(&pipeline) {
+            account.held = hold;
+        }
+    }
+
+    pub(super) fn is_idle(&self, pipeline: PipelineId) -> bool {
+        self.pipelines.get(&pipeline).is_none_or(|account| account.promised.is_empty())
+    }
+
+    /// Class and blocks of the pipeline with the most KV, of those that have `class`.
+    pub(super) fn largest(&self, class: Option<NumericsClass>) -> Option<(NumericsClass, u32)> {
+        self.pipelines
+            .values()
+            .filter(|account| class.is_none_or(|class| class == account.class))
+            .map(|account| (account.class, account.kv_blocks))
+            // Of equal ones the first, so that the choice does not change when one is added.
+            .reduce(|most, next| if next.1 > most.1 { next } else { most })
+    }
+
+    pub(super) fn room_for(&self, sequence: &Sequence) -> Room {
+        match self.pipelines.values().any(|account| account.can_hold(sequence)) {
+            true => Room::SomeTime,
+            false => Room::Never,
+        }
+    }
+
+    /// The pipeline with the most free KV in proportion among those that have room and are not
+    /// kept free for somebody else; of equal ones the one where fewer run, then the first.
+    pub(super) fn choose(
+        &self,
+        sequence: &Sequence,
+        kept_free: &[PipelineId],
+    ) -> Option<PipelineId> {
+        let candidates = self.pipelines.iter().filter(|(id, account)| {
+            account.can_hold(sequence)
+                && account.has_room(sequence, self.most_running)
+                && !kept_free.contains(id)
+        });
+        let freer = |a: &Account, b: &Account| {
+            let of_a = u64::from(a.free()) * u64::from(b.kv_blocks);
+            let of_b = u64::from(b.free()) * u64::from(a.kv_blocks);
+            of_a.cmp(&of_b).then(b.promised.len().cmp(&a.promised.len()))
+        };
+        let best = candidates.reduce(|best, next| match freer(next.1, best.1) {
+            std::cmp::Ordering::Greater => next,
+            _ => best,
+        });
+        best.map(|(&id, _)| id)
+    }
+
+    /// Notes the pipelines on which nobody may overtake a sequence.
+    pub(super) fn keep_free_for(&self, sequence: &Sequence, kept_free: &mut Vec<PipelineId>) {
+        for (&id, account) in &self.pipelines {
+            if !account.held && account.can_hold(sequence) && !kept_free.contains(&id) {
+                kept_free.push(id);
+            }
+        }
+    }
+
+    /// Pipelines that somebody new may go to.
+    pub(super) fn open_count(&self) -> usize {
+        self.pipelines.values().filter(|account| !account.held).count()
+    }
+
+    pub(super) fn promise(&mut self, pipeline: PipelineId, blocks: u32, sequence: SequenceId) {
+        if let Some(account) = self.pipelines.get_mut(&pipeline) {
+            account.promised.insert(sequence, blocks);
+            account.sum += blocks;
+        }
+    }
+
+    pub(super) fn release(&mut self, pipeline: PipelineId, sequence: SequenceId) {
+        if let Some(account) = self.pipelines.get_mut(&pipeline) {
+            let blocks = account.promised.remove(&sequence);
+            account.sum -= blocks.unwrap_or(0);
+        }
+    }
+
+    /// Blocks of all pipelines, and how many of them are promised.
+    pub(super) fn totals(&self) -> (u32, u32) {
+        self.pipelines.values().fold((0, 0), |(total, promised), account| {
+            (total.saturating_add(account.kv_blocks), promised.saturating_add(account.sum))
+        })
+    }
+}

@@ -1,0 +1,244 @@
+//! Single rules of the router, by cases.
+
+use std::time::Duration;
+
+use proto::generate::FinishReason;
+
+use super::*;
+use crate::scheduler::Request;
+
+const CLASS: NumericsClass = NumericsClass([1; 32]);
+const OTHER: NumericsClass = NumericsClass([2; 32]);
+
+fn request(prompt: usize, max_tokens: u32) -> Request {
+    Request { prompt: vec![1; prompt], max_tokens, ..Request::probe(0) }
+}
+
+fn sequence(prompt: usize, max_tokens: u32) -> Box<Sequence> {
+    Box::new(Sequence::new(request(prompt, max_tokens)).unwrap())
+}
+
+fn take(router: &mut Router, prompt: usize, max_tokens: u32, now: Tick) -> SequenceId {
+    let wish = Wish::default();
+    router.submit(sequence(prompt, max_tokens), wish, now).unwrap().sequence
+}
+
+/// With pipelines of so many blocks, named from 1.
+fn router(limits: Limits, kv_blocks: &[u32]) -> Router {
+    let mut router = Router::new(limits);
+    for (id, &blocks) in (1..).zip(kv_blocks) {
+        router.set_pipeline(PipelineId(id), blocks, CLASS);
+    }
+    router
+}
+
+fn placed(router: &mut Router) -> Vec<(u64, u64)> {
+    let assigned = router.assign();
+    assigned.iter().map(|a| (a.sequence.id().0, u64::from(a.pipeline.0))).collect()
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_by_name() {
+    let limits = Limits { waiting_requests: 1, context_tokens: 100, ..Limits::default() };
+    let mut router = Router::new(limits);
+    let submit = |router: &mut Router, request: Request, wish: Wish| {
+        router.submit(Box::new(Sequence::new(request).unwrap()), wish, Tick::ZERO)
+    };
+    let wish = Wish::default();
+    assert_eq!(submit(&mut router, request(1, 1), wish), Err(Rejected::NoPipeline));
+    router.set_pipeline(PipelineId(1), 3, CLASS);
+    router.set_pipeline(PipelineId(2), 2, CLASS);
+    let too_long = submit(&mut router, request(90, 7), wish).unwrap_err();
+    assert_eq!(
+        too_long.to_string(),
+        "the prompt of 90 tokens and an answer of 7 make 97 tokens, more than the 96 that this \
+         cluster can hold"
+    );
+    assert!(Sequence::new(request(0, 7)).is_err(), "a prompt without tokens");
+    let complete =
+        |finish, max_tokens| Err(Rejected::Complete { finish, class: CLASS, max_tokens });
+    let stop = Request { forced: vec![4, 2], stop_tokens: vec![2], ..request(3, 9) };
+    let finish = Finish { reason: FinishReason::Stop, stop_token: Some(2) };
+    assert_eq!(submit(&mut router, stop, wish), complete(finish, 9));
+    let length = Request { forced: vec![4, 2], ..request(3, 2) };
+    let finish = Finish { reason: FinishReason::Length, stop_token: None };
+    assert_eq!(submit(&mut router, length, wish), complete(finish, 2));
+    let scores = Request { score_prompt: true, ..request(1, 0) };
+    assert_eq!(submit(&mut router, scores, wish), complete(finish, 0), "one token has no score");
+    let wanted = Wish { class: Some(OTHER), ..wish };
+    let other = Rejected::Class { wanted: OTHER, served: CLASS };
+    assert_eq!(submit(&mut router, request(1, 1), wanted), Err(other));
+    let fits = Wish { as_many_as_fit: true, class: None };
+    let taken = submit(&mut router, request(40, 0), fits).unwrap();
+    assert_eq!((taken.max_tokens, taken.class), (56, CLASS));
+    assert_eq!(submit(&mut router, request(1, 1), wish), Err(Rejected::Full { limit: 1 }));
+    router.close();
+    assert_eq!(submit(&mut router, request(1, 1), wish), Err(Rejected::Draining));
+}
+
+#[test]
+fn names_differ_from_reign_to_reign() {
+    let mut router = router(Limits::default(), &[100]);
+    router.begin_term(Term(3));
+    let first = take(&mut router, 1, 1, Tick::ZERO);
+    assert_eq!(first, SequenceId((3 << 32) + 1));
+    router.begin_term(Term(4));
+    assert_eq!(take(&mut router, 1, 1, Tick::ZERO), SequenceId((4 << 32) + 1));
+    router.begin_term(Term(2));
+    assert_eq!(take(&mut router, 1, 1, Tick::ZERO), SequenceId((4 << 32) + 2), "they ascend");
+}
+
+#[test]
+fn each_goes_where_most_is_free_in_proportion() {
+    let mut router = router(Limits::default(), &[10, 20]);
+    for _ in 0..6 {
+        take(&mut router, 32, 32, Tick::ZERO);
+    }
+    assert_eq!(placed(&mut router), [(1, 1), (2, 2), (3, 2), (4, 1), (5, 2), (6, 2)]);
+    let stats = router.stats();
+    assert_eq!((stats.kv_blocks_promised, stats.kv_blocks_total, stats.running), (12, 30, 6));
+    router.ended(SequenceId(1));
+    router.ended(SequenceId(1));
+    assert_eq!(router.stats().kv_blocks_promised, 10);
+    assert_eq!(router.pipeline_of(SequenceId(1)), None);
+}
+
+#[test]
+fn the_first_in_the_queue_is_not_overtaken_where_it_could_run() {
+    let mut router = router(Limits::default(), &[4, 2]);
+    let [running, large, small] = [(64, 64), (64, 64), (1, 1)]
+        .map(|(prompt, max)| take(&mut router, prompt, max, Tick::ZERO).0);
+    // The second needs the first pipeline, which is full; the third does not keep it waiting.
+    assert_eq!(placed(&mut router), [(running, 1), (small, 2)]);
+    let later = take(&mut router, 33, 0x40 - 33, Tick::ZERO).0;
+    assert_eq!(placed(&mut router), [], "the second pipeline has one block");
+    router.ended(SequenceId(small));
+    assert_eq!(placed(&mut router), [(later, 2)]);
+    let tiny = take(&mut router, 1, 1, Tick::ZERO).0;
+    router.withdraw(SequenceId(running));
+    router.ended(SequenceId(running));
+    assert_eq!(placed(&mut router), [(large, 1)]);
+    router.withdraw(SequenceId(tiny)).unwrap();
+    assert_eq!(router.stats().waiting, 0);
+}
+
+#[test]
+fn who_comes_back_waits_before_those_who_came_later() {
+    let mut router = router(Limits { running_requests: 2, ..Limits::default() }, &[100]);
+    let ids: Vec<_> = (0..4).map(|_| take(&mut router, 1, 1, Tick::ZERO).0).collect();
+    let batch = Request { priority: Priority::Batch, ..request(1, 1) };
+    let batch = Box::new(Sequence::new(batch).unwrap());
+    router.submit(batch, Wish::default(), Tick::ZERO).unwrap();
+    let assigned = router.assign();
+    assert_eq!(assigned.len(), 2, "as many as may run");
+    router.remove_pipeline(PipelineId(1));
+    // In any order: their names say who came first.
+    for back in assigned.into_iter().rev() {
+        router.returned(back.sequence);
+    }
+    assert!(router.assign().is_empty());
+    router.set_pipeline(PipelineId(7), 100, CLASS);
+    assert_eq!(placed(&mut router), [(ids[0], 7), (ids[1], 7)]);
+    for id in &ids[..2] {
+        router.ended(SequenceId(*id));
+    }
+    assert_eq!(placed(&mut router), [(ids[2], 7), (ids[3], 7)]);
+    router.ended(SequenceId(ids[2]));
+    assert_eq!(placed(&mut router), [(ids[3] + 1, 7)], "batch comes last");
+}
+
+#[test]
+fn waiting_has_an_end_and_a_reason() {
+    let limits = Limits { wait: Duration::from_secs(5), ..Limits::default() };
+    let mut router = router(limits, &[2]);
+    let runs = take(&mut router, 20, 40, Tick::ZERO);
+    assert_eq!(router.assign().len(), 1);
+    let waits = take(&mut router, 20, 40, Tick::from_millis(1000));
+    let mut hurried = sequence(20, 40);
+    hurried.set_deadline(Tick::from_millis(3000));
+    let hurried = router.submit(hurried, Wish::default(), Tick::from_millis(1000)).unwrap();
+    let failed = |sequence, error| [Emission { sequence, event: EmissionEvent::Failed(error) }];
+    assert_eq!(router.expire(Tick::from_millis(2999)), []);
+    let error = SequenceError::DeadlineExceeded { tokens: 0 };
+    assert_eq!(router.expire(Tick::from_millis(3000)), failed(hurried.sequence, error));
+    assert_eq!(router.expire(Tick::from_millis(5999)), []);
+    let error = SequenceError::WaitedTooLong { waited: Duration::from_secs(5) };
+    assert_eq!(router.expire(Tick::from_millis(6000)), failed(waits, error));
+    assert_eq!(router.pipeline_of(runs), Some(PipelineId(1)));
+    assert_eq!(router.stats().failed, 2);
+}
+
+#[test]
+fn what_no_pipeline_can_hold_keeps_nobody_waiting_and_fails_by_name() {
+    let mut router = router(Limits::default(), &[10]);
+    let large = take(&mut router, 100, 100, Tick::ZERO);
+    let small = take(&mut router, 10, 10, Tick::ZERO).0;
+    router.set_pipeline(PipelineId(1), 5, CLASS);
+    assert_eq!(placed(&mut router), [(small, 1)]);
+    let late = router.expire(Tick::ZERO + Limits::default().wait);
+    let error = SequenceError::NeverFits { needed_blocks: 7, kv_blocks: 5 };
+    assert_eq!(late, [Emission { sequence: large, event: EmissionEvent::Failed(error) }]);
+
+    // A pipeline that comes in time takes it.
+    router.set_pipeline(PipelineId(2), 7, CLASS);
+    let large = take(&mut router, 100, 100, Tick::ZERO).0;
+    router.remove_pipeline(PipelineId(2));
+    assert_eq!(placed(&mut router), []);
+    router.set_pipeline(PipelineId(3), 7, CLASS);
+    assert_eq!(placed(&mut router), [(large, 3)]);
+}
+
+#[test]
+fn nobody_goes_on_with_another_class() {
+    let mut router = router(Limits::default(), &[10]);
+    let id = take(&mut router, 10, 10, Tick::ZERO);
+    router.remove_pipeline(PipelineId(1));
+    router.set_pipeline(PipelineId(2), 10, OTHER);
+    assert_eq!(placed(&mut router), []);
+    let waited = Limits::default().wait;
+    let error = SequenceError::NoPipeline { class: CLASS, waited };
+    let event = EmissionEvent::Failed(error);
+    assert_eq!(router.expire(Tick::ZERO + waited), [Emission { sequence: id, event }]);
+}
+
+#[test]
+fn a_held_pipeline_gets_nobody_new() {
+    let mut router = router(Limits::default(), &[10, 10]);
+    take(&mut router, 1, 1, Tick::ZERO);
+    assert_eq!(placed(&mut router), [(1, 1)]);
+    router.hold(PipelineId(2), true);
+    take(&mut router, 1, 1, Tick::ZERO);
+    assert_eq!(placed(&mut router), [(2, 1)]);
+    assert!(router.is_idle(PipelineId(2)) && !router.is_idle(PipelineId(1)));
+    router.hold(PipelineId(1), true);
+    take(&mut router, 1, 1, Tick::ZERO);
+    assert_eq!(placed(&mut router), []);
+    router.hold(PipelineId(2), false);
+    assert_eq!(placed(&mut router), [(3, 2)]);
+    assert_eq!(router.fail_waiting("none"), []);
+}
+
+/// The queue may be as long as the configuration allows: what happens often must not look at all
+/// of it. Quadratic work took minutes here.
+#[test]
+fn a_queue_of_the_longest_kind_costs_no_more_for_each() {
+    const MANY: u32 = 1 << 16;
+    let limits = Limits { waiting_requests: MANY, ..Limits::default() };
+    let mut router = router(limits, &[1]);
+    take(&mut router, 1, 1, Tick::ZERO);
+    assert_eq!(router.assign().len(), 1);
+    let template = sequence(1, 1);
+    for _ in 0..MANY {
+        router.submit(template.clone(), Wish::default(), Tick::ZERO).unwrap();
+    }
+    let begin = std::time::Instant::now();
+    for second in 0..MANY {
+        let now = Tick::from_millis(u64::from(second) / 2);
+        assert!(router.expire(now).is_empty() && router.assign().is_empty());
+    }
+    for id in (2..=u64::from(MANY) + 1).rev() {
+        assert!(router.withdraw(SequenceId(id)).is_some());
+    }
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}

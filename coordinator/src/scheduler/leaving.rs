@@ -1,0 +1,93 @@
+//! The end of an epoch: what ran goes on with the next one, goes back to the router, or has died
+//! too often.
+
+use super::epoch::Active;
+use super::{
+    Emission, EmissionEvent, PipelineScheduler, PipelineShape, Queue, Sequence, SequenceError,
+};
+use crate::tick::Tick;
+
+/// A sequence whose pipeline is lost this often while it runs fails: it may be what kills them.
+pub const MAX_DEATHS: u32 = 2;
+
+/// What a lost pipeline leaves.
+#[derive(Debug)]
+pub struct Lost {
+    /// Go on elsewhere, from their token logs; in order of their arrival.
+    pub returned: Vec<Box<Sequence>>,
+    /// Those that failed.
+    pub emissions: Vec<Emission>,
+}
+
+impl PipelineScheduler {
+    /// The same pipeline goes on with another epoch: sequences are replayed from their token logs,
+    /// and tokens that are known are not sampled again. Steps of the earlier epoch are fenced: their
+    /// results are ignored, their blocks are free. Gives back those for which the new epoch has no
+    /// blocks, the last that arrived.
+    pub fn switch(&mut self, shape: PipelineShape, now: Tick) -> Vec<Box<Sequence>> {
+        let ran = self.take_all(now);
+        self.active = Active::new(shape);
+        self.last_row = None;
+        self.proven = false;
+        let mut free = shape.kv_blocks;
+        let mut surplus = Vec::new();
+        for sequence in ran {
+            match free.checked_sub(sequence.blocks_needed()).filter(|_| surplus.is_empty()) {
+                Some(left) => {
+                    free = left;
+                    self.admit(sequence);
+                }
+                None => surplus.push(sequence),
+            }
+        }
+        surplus
+    }
+
+    /// The pipeline ends as was planned: everyone goes back to the router, in order of arrival.
+    pub fn take_all(&mut self, now: Tick) -> Vec<Box<Sequence>> {
+        for queue in
+            [&mut self.arriving, &mut self.prefilling, &mut self.decode_ready, &mut self.draw_ready]
+        {
+            *queue = Queue::default();
+        }
+        self.deadlines.clear();
+        if let Some(probe) = self.probe.take() {
+            self.sequences.remove(&probe);
+        }
+        // A new pool: what the old one held is named by steps that count no more.
+        self.active = Active::new(self.active.shape);
+        let mut all = Vec::with_capacity(self.sequences.len());
+        for mut sequence in std::mem::take(&mut self.sequences).into_values() {
+            sequence.restart(now);
+            all.push(sequence);
+        }
+        all
+    }
+
+    /// The pipeline is lost: everyone goes back to the router, but for those that had run and to whom
+    /// this has now happened [`MAX_DEATHS`] times.
+    pub fn lose(&mut self, reason: &str, now: Tick) -> Lost {
+        for sequence in self.sequences.values_mut() {
+            sequence.deaths += u32::from(sequence.has_run());
+        }
+        let (returned, died): (Vec<_>, Vec<_>) =
+            self.take_all(now).into_iter().partition(|sequence| sequence.deaths < MAX_DEATHS);
+        self.totals.failed += died.len() as u64;
+        let failed = |sequence: Box<Sequence>| {
+            let error = SequenceError::PipelineLost { reason: reason.to_owned() };
+            Emission { sequence: sequence.id(), event: EmissionEvent::Failed(error) }
+        };
+        Lost { returned, emissions: died.into_iter().map(failed).collect() }
+    }
+
+    /// Fails everyone.
+    pub fn fail_all(&mut self, reason: &str) -> Vec<Emission> {
+        let ids: Vec<_> = self.sequences.keys().copied().collect();
+        let mut emissions = Vec::new();
+        for id in ids {
+            let error = SequenceError::PipelineLost { reason: reason.to_owned() };
+            self.fail(id, error, &mut emissions);
+        }
+        emissions
+    }
+}

@@ -1,0 +1,85 @@
+//! Sequences in an order, any of which leaves at the same small price.
+
+use std::collections::BTreeMap;
+
+use proto::ids::SequenceId;
+
+/// A place in a [`Queue`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ticket(u64);
+
+/// Tickets begin here, so that there are as many before the first as behind it.
+const MIDDLE: u64 = 1 << 63;
+
+/// Sequences in an order.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    entries: BTreeMap<u64, SequenceId>,
+}
+
+impl Queue {
+    /// Behind everyone.
+    pub(super) fn push_back(&mut self, id: SequenceId) -> Ticket {
+        let last = self.entries.last_key_value();
+        let ticket = last.map_or(MIDDLE, |(last, _)| last + 1);
+        self.entries.insert(ticket, id);
+        Ticket(ticket)
+    }
+
+    /// Before everyone.
+    pub(super) fn push_front(&mut self, id: SequenceId) -> Ticket {
+        let first = self.entries.first_key_value();
+        let ticket = first.map_or(MIDDLE, |(first, _)| first - 1);
+        self.entries.insert(ticket, id);
+        Ticket(ticket)
+    }
+
+    /// The first, who stays.
+    pub(super) fn front(&self) -> Option<SequenceId> {
+        self.entries.first_key_value().map(|(_, &id)| id)
+    }
+
+    /// The first, who leaves.
+    pub(super) fn pop_front(&mut self) -> Option<SequenceId> {
+        self.entries.pop_first().map(|(_, id)| id)
+    }
+
+    /// Takes out who has this ticket.
+    pub(super) fn remove(&mut self, ticket: Ticket) {
+        self.entries.remove(&ticket.0);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// In order, with their tickets.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Ticket, SequenceId)> {
+        self.entries.iter().map(|(&ticket, &id)| (Ticket(ticket), id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_leaves_the_others_keep_their_order() {
+        let mut queue = Queue::default();
+        let two = queue.push_back(SequenceId(2));
+        queue.push_back(SequenceId(3));
+        queue.push_front(SequenceId(1));
+        queue.push_back(SequenceId(4));
+        assert_eq!((queue.front(), queue.len()), (Some(SequenceId(1)), 4));
+        queue.remove(two);
+        queue.remove(two);
+        assert_eq!(queue.pop_front(), Some(SequenceId(1)));
+        let ids: Vec<_> = queue.iter().map(|(_, id)| id.0).collect();
+        assert_eq!(ids, [3, 4]);
+        assert!(!queue.is_empty());
+    }
+}
