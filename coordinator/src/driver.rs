@@ -125,8 +125,11 @@ impl DriverHandle {
     }
 }
 
+/// Why nothing is served any more.
+const STOPPING: &str = "the coordinator is stopping";
+
 fn stopping() -> RequestError {
-    RequestError::Unavailable { reason: "the coordinator is stopping".into() }
+    RequestError::Unavailable { reason: STOPPING.into() }
 }
 
 /// What the driver is told at its start.

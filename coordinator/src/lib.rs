@@ -138,7 +138,7 @@ pub async fn run(
     tasks.spawn("driver", |_| async move {
         // Lanes run for as long as the driver does.
         let _lanes = lanes;
-        driver.run(last_answer).await;
+        Box::pin(driver.run(last_answer)).await;
         Ok(())
     });
     let connections = config.limits.connections as usize;

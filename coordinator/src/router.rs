@@ -256,10 +256,13 @@ impl Router {
         self.waiting.withdraw(sequence)
     }
 
-    /// Fails what waited for too long. Call it several times a second.
-    pub fn expire(&mut self, now: Tick) -> Vec<Emission> {
+    /// Fails what waited for too long, `at_most` so many: call it several times a second, and again
+    /// if it gives so many.
+    pub fn expire(&mut self, now: Tick, at_most: usize) -> Vec<Emission> {
         let mut emissions = Vec::new();
-        while let Some(late) = self.waiting.pop_late(now) {
+        while emissions.len() < at_most
+            && let Some(late) = self.waiting.pop_late(now)
+        {
             let error = self.late(&late, now);
             emissions.push(Emission { sequence: late.id(), event: EmissionEvent::Failed(error) });
         }
@@ -282,13 +285,14 @@ impl Router {
         }
     }
 
-    /// Fails everyone who waits.
-    pub fn fail_waiting(&mut self, reason: &str) -> Vec<Emission> {
+    /// Fails those who wait, `at_most` so many of them: call it until it gives none.
+    pub fn fail_waiting(&mut self, reason: &str, at_most: usize) -> Vec<Emission> {
+        let first = std::iter::from_fn(|| self.waiting.pop_first());
         let failed = |sequence: Box<Sequence>| {
             let error = SequenceError::PipelineLost { reason: reason.to_owned() };
             Emission { sequence: sequence.id(), event: EmissionEvent::Failed(error) }
         };
-        let emissions: Vec<_> = self.waiting.take_all().into_iter().map(failed).collect();
+        let emissions: Vec<_> = first.take(at_most).map(failed).collect();
         self.failed += emissions.len() as u64;
         emissions
     }

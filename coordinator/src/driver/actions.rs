@@ -5,7 +5,6 @@ use proto::ids::{Epoch, PipelineRef};
 use super::control::{Driver, Outcome};
 use super::lane::Served;
 use crate::cluster::{self, Action, PROBE_PATIENCE};
-use crate::request::RequestError;
 use crate::workers;
 
 /// The cluster knows one pipeline for now.
@@ -89,10 +88,9 @@ impl Driver {
                 // Who was taken waits for a pipeline that goes on with him, as long as anybody
                 // waits; but not here if it is another coordinator's.
                 if self.leadership.is_none() {
-                    let emissions = self.router.fail_waiting(&reason);
-                    self.emit(emissions);
+                    self.failing = Some(reason.clone());
                 }
-                self.refuse_parked(|| RequestError::Unavailable { reason: reason.clone() });
+                self.refusing = Some(reason.clone());
                 self.no_plan = Some(reason);
             }
             Action::Alarm { text } => tracing::error!(text, "alarm"),
@@ -115,6 +113,10 @@ impl Driver {
         let at = served.at();
         tracing::info!(pipeline = %at, stages = served.shape.stages, class = %served.class, "pipeline is active");
         self.no_plan = None;
+        if !self.is_closed() {
+            // Who was not refused yet needs not be.
+            (self.failing, self.refusing) = (None, None);
+        }
         self.router.set_pipeline(at.id, served.shape.kv_blocks, served.class);
         self.lanes.serve(served);
         // One that is still giving back what it had gets nobody before that.

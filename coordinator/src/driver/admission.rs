@@ -7,14 +7,10 @@ use std::time::Duration;
 use proto::status::WaitCause;
 use tokio::sync::oneshot;
 
-use super::control::Driver;
+use super::control::{CHORES_AT_ONCE, Driver};
 use super::{Admitted, RequestError, Submission, stopping};
 use crate::router::{Rejected, Taken};
 use crate::tick::Tick;
-
-/// Requests that are taken into the router at once when a pipeline comes: the others wait for a turn
-/// more, so that the control task hears everyone else in between.
-const UNPARKED_AT_ONCE: usize = 64;
 
 /// Requests that one look for gone clients asks, in a row of all of them.
 const LOOK: usize = 1024;
@@ -122,9 +118,9 @@ impl Driver {
         self.parking.len() > 0 && self.serves()
     }
 
-    /// A pipeline serves: those who waited for it go first.
+    /// A pipeline serves: those who waited for it go first, some at a time.
     pub(super) fn unpark(&mut self) {
-        for _ in 0..UNPARKED_AT_ONCE {
+        for _ in 0..CHORES_AT_ONCE {
             let Some(Parked { submission, reply, since, .. }) = self.parking.pop_first() else {
                 return;
             };
@@ -135,22 +131,29 @@ impl Driver {
         }
     }
 
-    /// Refuses everyone who waits for a pipeline.
-    pub(super) fn refuse_parked(&mut self, why: impl Fn() -> RequestError) {
-        for parked in std::mem::take(&mut self.parking).parked.into_values() {
-            let _ = parked.reply.send(Err(why()));
+    /// Refuses those who wait for a pipeline, some at a time.
+    pub(super) fn refuse_parked(&mut self) {
+        for _ in 0..CHORES_AT_ONCE {
+            let (Some(why), Some(parked)) = (&self.refusing, self.parking.pop_first()) else {
+                self.refusing = None;
+                return;
+            };
+            let _ = parked.reply.send(Err(RequestError::Unavailable { reason: why.clone() }));
         }
     }
 
-    /// Refuses those who waited for too long, forgets those who went away.
-    pub(super) fn expire_parked(&mut self, now: Tick) {
+    /// Refuses those who waited for too long, some at a time, and forgets those who went away. How
+    /// many were refused.
+    pub(super) fn expire_parked(&mut self, now: Tick) -> usize {
         self.parking.forget_gone();
-        while let Some(late) = self.parking.pop_late(now) {
+        for count in 0..CHORES_AT_ONCE {
+            let Some(late) = self.parking.pop_late(now) else { return count };
             let why = self.cluster.unavailable().unwrap_or("no pipeline is serving");
             let is_own = late.submission.time_limit <= self.config.limits.wait;
             let error = too_late(now.since(late.since), is_own, why);
             let _ = late.reply.send(Err(error));
         }
+        CHORES_AT_ONCE
     }
 
     fn admit(&mut self, submission: Submission, since: Tick) -> Result<Admitted, RequestError> {

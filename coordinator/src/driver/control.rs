@@ -14,13 +14,13 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::Parking;
-use super::clients::{Clients, Then, Totals};
+use super::clients::{Clients, GONE_AT_ONCE, Then, Totals};
 use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneSays, ToWorkers};
 use super::lanes::{Lanes, Left};
 use super::status::Rates;
 use super::timed::{timed, wall_clock};
 use super::waiting::Teller;
-use super::{COMMANDS, Command, DriverConfig, DriverHandle, stopping};
+use super::{COMMANDS, Command, DriverConfig, DriverHandle, STOPPING};
 use crate::cluster::{self, Cluster};
 use crate::metrics;
 use crate::router::Router;
@@ -32,6 +32,10 @@ mod tests;
 
 /// How often time passes: bounds how late a gone client or a deadline is seen.
 const TICK: Duration = Duration::from_millis(50);
+
+/// Requests about which something is done at once, if it is to be done about many: the queue may be
+/// as long as `limits.waiting_requests`, and others wait for this task meanwhile.
+pub(super) const CHORES_AT_ONCE: usize = 32;
 
 /// A pipeline that computed something within this is ready. Lanes ask one that is silent for a token
 /// well before.
@@ -90,6 +94,14 @@ pub(crate) struct Driver {
     pub(super) calls: JoinSet<Outcome>,
     pub(super) ready: watch::Sender<bool>,
     pub(super) stop: CancellationToken,
+    /// There are more clients who went away than were looked for at once.
+    more_gone: bool,
+    /// There are more who waited for too long than were told at once.
+    more_late: bool,
+    /// Why those who wait are being failed.
+    pub(super) failing: Option<String>,
+    /// Why those who wait for a pipeline are being refused.
+    pub(super) refusing: Option<String>,
     /// When it was told to stop.
     stopped_at: Option<Instant>,
     /// Requests are refused from now on.
@@ -146,6 +158,10 @@ impl Driver {
             calls: JoinSet::new(),
             ready,
             stop,
+            more_gone: false,
+            more_late: false,
+            failing: None,
+            refusing: None,
             stopped_at: None,
             closed: false,
         };
@@ -176,7 +192,7 @@ impl Driver {
                 end = self.lanes.joined() => on_end(end),
                 Some(outcome) = self.calls.join_next() => self.on_outcome(outcome),
                 () = fired(lost) => self.on_leadership_lost(),
-                () = std::future::ready(()), if self.may_unpark() => self.unpark(),
+                () = std::future::ready(()), if self.has_chores() => self.do_chores(),
                 _ = ticks.tick() => self.on_tick(),
             }
             self.place();
@@ -205,7 +221,7 @@ impl Driver {
         if !self.closed && self.stopped_at.is_some_and(|since| since.elapsed() >= lame_duck) {
             self.closed = true;
             self.router.close();
-            self.refuse_parked(stopping);
+            self.refusing = Some(STOPPING.to_owned());
         }
     }
 
@@ -227,11 +243,12 @@ impl Driver {
     /// The end of everything that is still open.
     async fn end(mut self, answered: DropGuard) {
         self.ready.send_replace(false);
-        let reason = "the coordinator is stopping";
-        self.refuse_parked(stopping);
-        let emissions = self.router.fail_waiting(reason);
-        self.emit(emissions);
-        self.lanes.stop(reason);
+        self.refusing = Some(STOPPING.to_owned());
+        self.failing = Some(STOPPING.to_owned());
+        while self.has_chores() {
+            self.do_chores();
+        }
+        self.lanes.stop(STOPPING);
         let told = async {
             self.lanes.flush().await;
             while !self.lanes.is_empty()
@@ -334,6 +351,46 @@ impl Driver {
         }
     }
 
+    /// Whether something is left of what is done for many at once, some of them at a time.
+    fn has_chores(&self) -> bool {
+        let refuses = self.refusing.is_some() || self.failing.is_some();
+        refuses || self.more_gone || self.more_late || self.may_unpark()
+    }
+
+    /// Does some of it.
+    fn do_chores(&mut self) {
+        if let Some(reason) = self.failing.take() {
+            let emissions = self.router.fail_waiting(&reason, CHORES_AT_ONCE);
+            self.failing = Some(reason).filter(|_| emissions.len() == CHORES_AT_ONCE);
+            self.emit(emissions);
+        } else if self.refusing.is_some() {
+            self.refuse_parked();
+        } else if self.more_gone {
+            self.forget_gone();
+        } else if self.more_late {
+            self.expire();
+        } else {
+            self.unpark();
+        }
+    }
+
+    fn forget_gone(&mut self) {
+        let gone = self.clients.take_gone();
+        self.more_gone = gone.len() == GONE_AT_ONCE;
+        for sequence in gone {
+            self.router.withdraw(sequence);
+        }
+    }
+
+    fn expire(&mut self) {
+        let now = self.now();
+        let late = self.router.expire(now, CHORES_AT_ONCE);
+        let late: Vec<_> = late.into_iter().map(|late| self.with_reason(late)).collect();
+        let parked = self.expire_parked(now);
+        self.more_late = late.len() == CHORES_AT_ONCE || parked == CHORES_AT_ONCE;
+        self.emit(late);
+    }
+
     /// What is said of a sequence that waited for a pipeline in vain: why there is none.
     fn with_reason(&self, late: Emission) -> Emission {
         let EmissionEvent::Failed(SequenceError::NoPipeline { waited, .. }) = late.event else {
@@ -354,15 +411,9 @@ impl Driver {
     }
 
     fn on_tick(&mut self) {
-        let now = self.now();
         self.close_if_due();
-        for sequence in self.clients.take_gone() {
-            self.router.withdraw(sequence);
-        }
-        let expired = self.router.expire(now).into_iter().map(|late| self.with_reason(late));
-        let expired = expired.collect();
-        self.emit(expired);
-        self.expire_parked(now);
+        self.forget_gone();
+        self.expire();
         self.tell_cluster(cluster::Event::Tick);
         self.measure_readiness();
         self.tell_waiting();

@@ -297,7 +297,7 @@ impl Lane {
             LaneCommand::Stop { reason } => {
                 let emissions = self.scheduler.fail_all(&reason);
                 self.emit(emissions, now);
-                self.leave(Vec::new());
+                self.leave([]);
             }
         }
     }
@@ -330,7 +330,7 @@ impl Lane {
         self.probe();
     }
 
-    fn leave(&mut self, returned: Vec<Box<Sequence>>) {
+    fn leave(&mut self, returned: impl IntoIterator<Item = Box<Sequence>>) {
         self.give_back(returned);
         self.path.close();
         self.left = true;
@@ -338,8 +338,8 @@ impl Lane {
         self.say(LaneSays::Left);
     }
 
-    fn give_back(&mut self, sequences: Vec<Box<Sequence>>) {
-        let mut returned = Vec::with_capacity(sequences.len());
+    fn give_back(&mut self, sequences: impl IntoIterator<Item = Box<Sequence>>) {
+        let mut returned = Vec::new();
         for sequence in sequences {
             match self.clients.take(sequence.id()) {
                 Some(client) => returned.push((sequence, client)),

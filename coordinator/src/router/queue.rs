@@ -70,12 +70,10 @@ impl Waiting {
         self.take(key)
     }
 
-    /// Takes out everyone.
-    pub(super) fn take_all(&mut self) -> Vec<Box<Sequence>> {
-        self.late.clear();
-        let mut all = std::mem::take(&mut self.queue);
-        all.append(&mut self.stranded);
-        all.into_values().collect()
+    /// Takes out the first, stranded or not.
+    pub(super) fn pop_first(&mut self) -> Option<Box<Sequence>> {
+        let first = self.queue.keys().next().or_else(|| self.stranded.keys().next()).copied()?;
+        self.take(first)
     }
 
     /// Tells anew who is stranded.

@@ -413,7 +413,7 @@ impl World {
         self.check();
         // What fits on none of those that are left was put aside, and fails when its time is up.
         let largest = self.pipes.values().map(|pipe| pipe.shape.kv_blocks).max().unwrap();
-        for late in self.router.expire(self.now + LIMITS.wait) {
+        for late in self.router.expire(self.now + LIMITS.wait, usize::MAX) {
             let EmissionEvent::Failed(SequenceError::NeverFits { needed_blocks, .. }) = late.event
             else {
                 panic!("starved: {late:?}")

@@ -34,7 +34,7 @@ fn router(limits: Limits, kv_blocks: &[u32]) -> Router {
 
 fn placed(router: &mut Router) -> Vec<(u64, u64)> {
     let assigned = router.assign();
-    assigned.iter().map(|a| (a.sequence.id().0, u64::from(a.pipeline.0))).collect()
+    assigned.iter().map(|a| (a.sequence.id().0, a.pipeline.0)).collect()
 }
 
 #[test]
@@ -158,12 +158,12 @@ fn waiting_has_an_end_and_a_reason() {
     hurried.set_deadline(Tick::from_millis(3000));
     let hurried = router.submit(hurried, Wish::default(), Tick::from_millis(1000)).unwrap();
     let failed = |sequence, error| [Emission { sequence, event: EmissionEvent::Failed(error) }];
-    assert_eq!(router.expire(Tick::from_millis(2999)), []);
+    assert_eq!(router.expire(Tick::from_millis(2999), 9), []);
     let error = SequenceError::DeadlineExceeded { tokens: 0 };
-    assert_eq!(router.expire(Tick::from_millis(3000)), failed(hurried.sequence, error));
-    assert_eq!(router.expire(Tick::from_millis(5999)), []);
+    assert_eq!(router.expire(Tick::from_millis(3000), 9), failed(hurried.sequence, error));
+    assert_eq!(router.expire(Tick::from_millis(5999), 9), []);
     let error = SequenceError::WaitedTooLong { waited: Duration::from_secs(5) };
-    assert_eq!(router.expire(Tick::from_millis(6000)), failed(waits, error));
+    assert_eq!(router.expire(Tick::from_millis(6000), 9), failed(waits, error));
     assert_eq!(router.pipeline_of(runs), Some(PipelineId(1)));
     assert_eq!(router.stats().failed, 2);
 }
@@ -175,7 +175,7 @@ fn what_no_pipeline_can_hold_keeps_nobody_waiting_and_fails_by_name() {
     let small = take(&mut router, 10, 10, Tick::ZERO).0;
     router.set_pipeline(PipelineId(1), 5, CLASS);
     assert_eq!(placed(&mut router), [(small, 1)]);
-    let late = router.expire(Tick::ZERO + Limits::default().wait);
+    let late = router.expire(Tick::ZERO + Limits::default().wait, 9);
     let error = SequenceError::NeverFits { needed_blocks: 7, kv_blocks: 5 };
     assert_eq!(late, [Emission { sequence: large, event: EmissionEvent::Failed(error) }]);
 
@@ -198,7 +198,7 @@ fn nobody_goes_on_with_another_class() {
     let waited = Limits::default().wait;
     let error = SequenceError::NoPipeline { class: CLASS, waited };
     let event = EmissionEvent::Failed(error);
-    assert_eq!(router.expire(Tick::ZERO + waited), [Emission { sequence: id, event }]);
+    assert_eq!(router.expire(Tick::ZERO + waited, 9), [Emission { sequence: id, event }]);
 }
 
 #[test]
@@ -215,7 +215,14 @@ fn a_held_pipeline_gets_nobody_new() {
     assert_eq!(placed(&mut router), []);
     router.hold(PipelineId(2), false);
     assert_eq!(placed(&mut router), [(3, 2)]);
-    assert_eq!(router.fail_waiting("none"), []);
+    assert_eq!(router.fail_waiting("none", 9), []);
+    for _ in 0..3 {
+        take(&mut router, 100, 100, Tick::ZERO);
+    }
+    assert_eq!(router.fail_waiting("none", 2).len(), 2);
+    assert_eq!(router.stats().waiting, 1);
+    assert!(router.expire(Tick::ZERO + Limits::default().wait, 0).is_empty());
+    assert_eq!(router.fail_waiting("none", 2).len(), 1);
 }
 
 /// The queue may be as long as the configuration allows: what happens often must not look at all
@@ -234,7 +241,7 @@ fn a_queue_of_the_longest_kind_costs_no_more_for_each() {
     let begin = std::time::Instant::now();
     for second in 0..MANY {
         let now = Tick::from_millis(u64::from(second) / 2);
-        assert!(router.expire(now).is_empty() && router.assign().is_empty());
+        assert!(router.expire(now, 9).is_empty() && router.assign().is_empty());
     }
     for id in (2..=u64::from(MANY) + 1).rev() {
         assert!(router.withdraw(SequenceId(id)).is_some());

@@ -93,9 +93,10 @@ async fn a_call_that_panics_ends_the_driver() {
     let stop = CancellationToken::new();
     let (driver, _handle) = Driver::new(config(grace, grace), Keys::new("c"), membership, stop);
     let answered = CancellationToken::new();
-    let run = tokio::spawn(driver.run(answered.clone().drop_guard()));
-    let end = tokio::time::timeout(Duration::from_secs(60), run).await;
-    let end = end.expect("it goes on, and waits for an answer for ever").unwrap_err();
+    let mut run = JoinSet::new();
+    run.spawn(driver.run(answered.clone().drop_guard()));
+    let end = tokio::time::timeout(Duration::from_secs(60), run.join_next()).await;
+    let end = end.expect("it goes on, and waits for an answer for ever").unwrap().unwrap_err();
     assert!(end.is_panic());
     assert!(answered.is_cancelled(), "nobody waits for the rest");
 }
@@ -110,7 +111,8 @@ async fn after_the_stop_requests_are_taken_for_a_while_and_then_refused() {
         Driver::new(config(lame_duck, grace), Keys::new("c"), membership, stop.clone());
     let answered = CancellationToken::new();
     let begin = Instant::now();
-    let run = tokio::spawn(driver.run(answered.clone().drop_guard()));
+    let mut run = JoinSet::new();
+    run.spawn(driver.run(answered.clone().drop_guard()));
     stop.cancel();
     let ask = || {
         let submission = Box::new(Submission {
@@ -133,7 +135,7 @@ async fn after_the_stop_requests_are_taken_for_a_while_and_then_refused() {
     let Err(RequestError::Unavailable { reason }) = ask().await.unwrap() else { panic!("taken") };
     // The first is told what the cluster lacks, or waits until everyone is refused.
     assert!(begin.elapsed() <= lame_duck + Duration::from_secs(1), "{reason}");
-    run.await.unwrap();
+    run.join_next().await.unwrap().unwrap();
     assert!(answered.is_cancelled());
     assert!(begin.elapsed() >= lame_duck, "who sends requests here needs a moment to see it");
     assert!(begin.elapsed() < grace, "and nobody waits for longer without an open answer");
@@ -144,4 +146,52 @@ async fn a_registry_that_is_away_does_not_hold_up_the_end() {
     let begin = Instant::now();
     resign(std::future::pending()).await;
     assert_eq!(begin.elapsed(), RESIGN_TIMEOUT);
+}
+
+/// What this thread has computed.
+fn cpu_time() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
+}
+
+/// As in a lane's test: 500 µs, thirty times for tests that are not optimised.
+const LONGEST_POLL: Duration = Duration::from_millis(15);
+
+#[tokio::test(start_paused = true)]
+async fn no_poll_computes_for_long_however_long_the_queue_is() {
+    const MANY: u32 = 20_000;
+    let mut config = config(Duration::ZERO, Duration::from_secs(60));
+    config.limits.waiting_requests = 2 * MANY;
+    let membership = Arc::new(Memory::new());
+    // It does not lead, so that everyone who waits fails at the first tick.
+    membership.disconnect();
+    let stop = CancellationToken::new();
+    let (mut driver, _handle) = Driver::new(config, Keys::new("c"), membership, stop.clone());
+    let pipeline = PipelineId(1);
+    driver.router.set_pipeline(pipeline, 1, proto::ids::NumericsClass([1; 32]));
+    driver.router.hold(pipeline, true);
+    let template = Box::new(Sequence::new(Request::probe(1)).unwrap());
+    let mut clients = Vec::new();
+    for _ in 0..MANY {
+        let taken = driver.router.submit(template.clone(), Wish::default(), Tick::ZERO).unwrap();
+        clients.push(driver.clients.add(taken.sequence, Tick::ZERO, 1));
+    }
+    // Half of them go away.
+    clients.truncate(MANY as usize / 2);
+    let longest = Arc::new(std::sync::Mutex::new(Duration::ZERO));
+    let observed = Arc::clone(&longest);
+    let observe = move |took: Duration| {
+        let mut longest = observed.lock().unwrap();
+        *longest = took.max(*longest);
+    };
+    let mut run = JoinSet::new();
+    let answered = CancellationToken::new();
+    run.spawn(timed(driver.work(answered.clone().drop_guard()), cpu_time, observe));
+    for client in clients {
+        let end = client.end().await.unwrap_err();
+        assert!(end.to_string().contains("does not lead"), "{end}");
+    }
+    stop.cancel();
+    run.join_next().await.unwrap().unwrap();
+    let longest = *longest.lock().unwrap();
+    assert!(longest < LONGEST_POLL, "the control task computed for {longest:?} at once");
 }
