@@ -82,7 +82,7 @@ pub struct LimitsConfig {
     pub waiting_requests: u32,
     /// The longest that a request waits for KV, or for a pipeline when there is none.
     pub wait: Duration,
-    /// Requests that may run at once, whatever the KV would hold.
+    /// Requests that may run at once on one pipeline, whatever its KV would hold.
     pub running_requests: u32,
     /// Tokens in one step.
     pub step_tokens: u32,

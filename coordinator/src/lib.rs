@@ -115,7 +115,8 @@ pub async fn run(
     let body_bytes = usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX);
     let memory = memory::Memory::for_requests(body_bytes.max(proto::limits::CLIENT_MESSAGE_BYTES));
     let service = Arc::new(service::Service::new(model, text, handle, deadline, memory));
-    // Beyond what may wait and run a request could only be refused.
+    // What may wait, and run on one pipeline. More pipelines do not raise it, for it bounds the memory
+    // of requests that are here.
     let requests = (config.limits.waiting_requests + config.limits.running_requests) as usize;
     let http_limits = http::Limits {
         body_bytes,

@@ -177,8 +177,9 @@ fn a_client_that_goes_away_frees_its_kv() {
 }
 
 #[test]
-fn a_cluster_serves_on_while_etcd_is_down() {
-    let mut cluster = Cluster::start(bundled_store(), STAGES, STAGES);
+fn a_cluster_serves_on_while_etcd_is_down_and_ends_in_order() {
+    let grace = [("TERCET_COORDINATOR__SHUTDOWN_GRACE", "1s")];
+    let mut cluster = Cluster::start_with(bundled_store(), STAGES, STAGES, &grace);
     let request = ["--max-tokens", "8", "--temperature", "0", "Tom"];
     let before = json_of(&cluster.generate(&request));
     cluster.etcd().kill();
@@ -194,6 +195,23 @@ fn a_cluster_serves_on_while_etcd_is_down() {
     });
     assert_eq!(json_of(&cluster.generate(&request))["tokens"], before["tokens"]);
     drop(late);
+
+    // An answer uses the whole grace, and then etcd does not answer.
+    cluster.etcd().kill();
+    let pid = nix::unistd::Pid::from_raw(cluster.coordinator().id().try_into().unwrap());
+    let answer = thread::scope(|scope| {
+        let cluster = &cluster;
+        let answer = scope.spawn(move || long_request(cluster, 1));
+        wait_for("the request to run", SETTLE, || {
+            (cluster.status()["queue"]["running"] == 1).then_some(())
+        });
+        nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+        answer.join().unwrap()
+    });
+    let said = String::from_utf8_lossy(&answer.stderr);
+    assert!(!answer.status.success() && said.contains("stopping"), "{said}");
+    let coordinator = cluster.coordinator();
+    assert!(coordinator.wait(SETTLE).success(), "{}", coordinator.log());
 }
 
 #[test]
