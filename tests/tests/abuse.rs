@@ -243,7 +243,9 @@ fn nobody_is_stopped_by_those_who_do_not_do_their_part() {
 
     assert_eq!(attacked.wrong, Vec::<String>::new());
     assert_eq!(alone.wrong, Vec::<String>::new());
-    assert!(alone.streams() >= STREAMS && attacked.streams() >= STREAMS, "too few streams");
+    for streams in [alone.streams(), attacked.streams()] {
+        assert!(streams >= STREAMS, "{streams} streams came to their end, {STREAMS} are needed");
+    }
     assert!(high < COORDINATOR_MIB, "coordinator: {high} MiB");
     assert!(growth.iter().all(|growth| *growth <= WORKER_GROWTH_MIB), "workers: {growth:?} MiB");
     for kind in &kinds {
