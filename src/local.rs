@@ -137,7 +137,7 @@ impl LocalOptions {
         worker::Config {
             id: Some(format!("worker-{}", index + 1).parse().expect("a legal name")),
             listen: ANY_PORT,
-            threads: self.threads,
+            threads: Some(self.threads),
             store: self.store.clone(),
             // They share the machine.
             memory_bytes: defaults.memory_bytes / u64::from(self.workers.max(1)),
@@ -155,8 +155,7 @@ impl LocalOptions {
 
 /// Compute threads of each of `workers` workers that share this machine.
 pub fn threads_each(workers: u32) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores / workers.max(1) as usize).max(1)
+    (worker::config::available_threads() / workers.max(1) as usize).max(1)
 }
 
 /// The name of every cluster in a process.

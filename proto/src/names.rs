@@ -13,6 +13,9 @@ pub const CLUSTER_NAME_BYTES: usize = 64;
 /// name has up to 64 bytes, and a port follows it.
 pub const WORKER_ID_BYTES: usize = 128;
 
+/// Bytes of the longest name of a rack: it is part of every worker's record.
+pub const RACK_NAME_BYTES: usize = 64;
+
 /// Bytes of the longest name of a model, as stores have them.
 pub const MODEL_NAME_BYTES: usize = 256;
 
@@ -117,6 +120,11 @@ name!(
 name!(
     /// The name of a worker, unique in its cluster and the same after every start.
     WorkerId, "a worker's id", WORKER_ID_BYTES
+);
+
+name!(
+    /// The name of a rack: machines with the same one are near one another.
+    RackName, "a rack's name", RACK_NAME_BYTES
 );
 
 impl Default for ClusterName {

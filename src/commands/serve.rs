@@ -103,7 +103,10 @@ pub(crate) struct WorkerCommand {
     /// How others reach it, as host:port [default: where it listens]
     #[arg(long, value_name = "ADDR")]
     advertise: Option<String>,
-    /// Compute threads [default: all cores]
+    /// Rack that the machine is in [default: unknown]
+    #[arg(long, value_name = "NAME")]
+    rack: Option<String>,
+    /// Compute threads, at most the cores and whole CPUs of the quota [default: as many as those]
     #[arg(long, value_name = "N", value_parser = threads)]
     threads: Option<usize>,
     /// A store, or a directory of stores [default: store]
@@ -168,6 +171,7 @@ impl WorkerCommand {
         flags.set("worker.id", self.id.clone());
         flags.set("worker.listen", self.listen.clone());
         flags.set("worker.advertise", self.advertise.clone());
+        flags.set("worker.rack", self.rack.clone());
         flags.set("worker.threads", self.threads.map(|threads| threads as i64));
         flags.set("worker.store", path(self.store.as_ref()));
         flags.set("worker.memory", text(self.memory.as_ref()));

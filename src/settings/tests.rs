@@ -27,9 +27,9 @@ fn flags_over_environment_over_file() {
     let file = "[worker]\nthreads = 3\n";
     let environment = [("TERCET_WORKER__THREADS", "5")];
     let threads = |environment: &[_], flags| load(file, environment, flags).unwrap().worker.threads;
-    assert_eq!(threads(&[], Flags::default()), 3);
-    assert_eq!(threads(&environment, Flags::default()), 5);
-    assert_eq!(threads(&environment, flags("worker.threads", 7)), 7);
+    assert_eq!(threads(&[], Flags::default()), Some(3));
+    assert_eq!(threads(&environment, Flags::default()), Some(5));
+    assert_eq!(threads(&environment, flags("worker.threads", 7)), Some(7));
 }
 
 #[test]

@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use kernels::{Backend, Refusal};
 use node::config::{HostPort, deserialize_listen, deserialize_optional_listen};
-use proto::names::WorkerId;
+use proto::names::{RackName, WorkerId};
 use proto::ports;
 use serde::{Deserialize, Serialize};
 
+use crate::config::cpu::CpuLimits;
 use crate::engine::{Placement, Shortcuts, WeightMemory};
 
+mod cgroup;
+pub(crate) mod cpu;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -23,7 +26,8 @@ const MEMORY_SHARE_PERCENT: u64 = 80;
 /// What is assumed when the machine does not say how much memory it has.
 const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
 
-/// Steps in flight finish within a second; a minute is for a drain that the coordinator leads.
+/// For a coordinator to prepare other workers and move to them what this one holds: the weights of a
+/// large stage are read from a disk in less.
 const DEFAULT_SHUTDOWN_GRACE: Duration = Duration::from_secs(60);
 
 /// More threads than any machine we know; a larger number is a mistake in a config file.
@@ -41,8 +45,12 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `host:port` under which others reach it; by default the bound address.
     pub advertise: Option<HostPort>,
-    /// Compute threads.
-    pub threads: usize,
+    /// Which rack the machine is in; absent: unknown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rack: Option<RackName>,
+    /// Compute threads; fewer where cores or quota are fewer, and by default as many as those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
     /// A store, or a directory that holds stores.
     pub store: PathBuf,
     /// Bytes that weights, KV and the working memory of steps may take together; written as `4GiB`
@@ -64,7 +72,8 @@ pub struct Config {
     /// Where `/metrics` and `/health` are served; by default nowhere.
     #[serde(deserialize_with = "deserialize_optional_listen")]
     pub http: Option<SocketAddr>,
-    /// How long what is in flight may take after the process was asked to stop.
+    /// How long the coordinator may take to move elsewhere what the worker holds, after the process was
+    /// asked to stop.
     #[serde(with = "as_time")]
     pub shutdown_grace: Duration,
     /// Allows an address other than loopback without TLS.
@@ -77,7 +86,8 @@ impl Default for Config {
             id: None,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, ports::WORKER)),
             advertise: None,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            rack: None,
+            threads: None,
             store: PathBuf::from("store"),
             memory_bytes: default_memory_bytes(),
             isa: None,
@@ -148,8 +158,8 @@ impl Config {
     /// [`ConfigError`], with the field and what it must be.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.worker_id()?;
-        if !(1..=THREADS_MAX).contains(&self.threads) {
-            return Err(ConfigError::Threads { found: self.threads });
+        if let Some(found) = self.threads.filter(|threads| !(1..=THREADS_MAX).contains(threads)) {
+            return Err(ConfigError::Threads { found });
         }
         if self.memory_bytes == 0 {
             return Err(ConfigError::Memory);
@@ -203,6 +213,11 @@ impl Config {
             source,
         })
     }
+}
+
+/// Threads that can compute at a time on this machine, within the quotas of the control groups.
+pub fn available_threads() -> usize {
+    CpuLimits::read().threads(None)
 }
 
 /// [`MEMORY_SHARE_PERCENT`] of what the machine or the control group gives.

@@ -9,7 +9,7 @@ use kernels::{Backend, KERNEL_REVISION, Refusal};
 use model::{Progress, Store};
 use node::Chain;
 use node::hosts::Hosts;
-use node::membership::{Membership, MembershipError, Registration};
+use node::membership::Membership;
 use node::observe::{Condition, Health};
 use node::{Supervisor, TaskError};
 use proto::ids::{Incarnation, KnownAnswer, ModelId};
@@ -19,20 +19,18 @@ use proto::plan::{KvType, WORKER_FORMAT, WorkerModel, WorkerRecord};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tonic_health::server::HealthReporter;
 
 use crate::bridge::EngineFailure;
 use crate::config::Config;
-use crate::engine::{EngineConfig, working_bytes as working_bytes_of};
+use crate::config::cpu::CpuLimits;
+use crate::engine::EngineConfig;
 use crate::error::RunError;
+use crate::leaving::{Leaving, REGISTRY_TIMEOUT};
 use crate::measure::measure_steps;
-use crate::service::{Identity, Service};
+use crate::record::{Published, encode};
+use crate::service::{Identity, Service, offered_bytes};
 use crate::witness::{LeaderKey, Witness};
-use crate::{grpc, known_answer, standby, telemetry, weights};
-
-/// A draining worker to which nobody sent a step for so long is idle: longer than a step of a
-/// large model takes to go round its pipeline.
-const DRAIN_QUIET: Duration = Duration::from_secs(3);
+use crate::{grpc, known_answer, machine, standby, telemetry, weights};
 
 /// How long the registry may take before that is said.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
@@ -40,16 +38,13 @@ const NOTICE_AFTER: Duration = Duration::from_secs(1);
 /// How often a start that verifies a large model says how far it is.
 const VERIFY_REPORT: Duration = Duration::from_secs(3);
 
-/// How long leaving the registry may take; the lease ends by itself if the registry is away.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// Characters of a machine's name that are told: Linux has names of up to 64 bytes.
 const MACHINE_NAME_CHARS: usize = 64;
 
 /// What stopping takes beyond leaving and draining: streams end, connections close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Serves as one worker of a cluster until `stop` fires and what is in flight is done.
+/// Serves as one worker of a cluster until `stop` fires and what it holds was moved elsewhere.
 ///
 /// `bound` is told the address of the stage service once it accepts connections and the worker
 /// is in the registry.
@@ -74,8 +69,7 @@ pub async fn run(
         tracing::info!(worker = id, "stopped before its models were verified");
         return Ok(());
     };
-    let Checked { engine, known_answer, stores, models, working_bytes } =
-        checked.map_err(RunError::StartUp)??;
+    let Checked { engine, known_answer, stores, models } = checked.map_err(RunError::StartUp)??;
     let listener = listen(config.listen)?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
     let observer = match config.http {
@@ -90,11 +84,11 @@ pub async fn run(
         incarnation,
         address: config.advertise.as_ref().map_or_else(|| address.to_string(), ToString::to_string),
         machine: machine_name(),
-        rack: String::new(),
+        rack: config.rack.as_ref().map(ToString::to_string).unwrap_or_default(),
         version: env!("CARGO_PKG_VERSION").into(),
         isa: engine.backend.isa().into(),
-        threads: config.threads as u32,
-        memory_bytes: config.memory_bytes.saturating_sub(working_bytes),
+        threads: u32::try_from(engine.threads).unwrap_or(u32::MAX),
+        memory_bytes: offered_bytes(config.memory_bytes, &stores, &engine),
         kernel_revision: KERNEL_REVISION,
         known_answer,
         models,
@@ -128,7 +122,8 @@ pub async fn run(
     });
     tasks.spawn("engine", |_| watch_engines(failed, closing.clone()));
     let watched = service.clone();
-    tasks.spawn("weights", |stop| weights::look_after(watched, watch_failures, stop));
+    // A worker that drains goes on serving.
+    tasks.spawn("weights", |_| weights::look_after(watched, watch_failures, closing.clone()));
     if let Some((http, listener)) = observer {
         let router = node::observe::router(condition.clone(), Hosts::of(http, None));
         let closing = closing.clone();
@@ -138,7 +133,7 @@ pub async fn run(
         });
     }
     let key = keys.worker(&id);
-    let value = encode(&record)?;
+    let value = encode(&record).map_err(RunError::Record)?;
     let register = async {
         let mut register = membership.register(&key, value);
         match tokio::time::timeout(NOTICE_AFTER, &mut register).await {
@@ -172,11 +167,16 @@ pub async fn run(
         // Nobody may be waiting any more.
         let _ = bound.send(address);
     }
-    tasks.spawn("standby", |stop| standby::tell(service.clone(), membership, keys, stop));
+    let (watched, registry) = (service.clone(), membership.clone());
+    tasks.spawn("standby", |stop| standby::tell(watched, registry, keys.clone(), stop));
     let grace = config.shutdown_grace;
-    let worker = Leaving { record, registration, service, health, condition };
-    tasks.spawn("drain", |stop| worker.leave_after(stop, grace));
-    tasks.run(grace + LEAVE_TIMEOUT + CLOSE_TIMEOUT).await?;
+    let published = Arc::new(Published::new(record, registration));
+    let (watched, told) = (service.clone(), published.clone());
+    tasks.spawn("cpus", |stop| machine::watch_cpus(config.threads, watched, told, stop));
+    let leaving =
+        Leaving { id: id.clone(), published, membership, keys, service, health, condition };
+    tasks.spawn("drain", |stop| leaving.leave_after(stop, grace));
+    tasks.run(grace + 2 * REGISTRY_TIMEOUT + CLOSE_TIMEOUT).await?;
     tracing::info!(worker = id, "worker has left");
     Ok(())
 }
@@ -188,9 +188,6 @@ struct Checked {
     known_answer: KnownAnswer,
     stores: Vec<Arc<Store>>,
     models: Vec<WorkerModel>,
-    /// Beside weights and KV, whichever of the models and whichever of its stages is held: the
-    /// planner is not offered it.
-    working_bytes: u64,
 }
 
 /// The name of this machine; empty if it has none.
@@ -203,9 +200,17 @@ fn machine_name() -> String {
 /// for about a second.
 fn check_machine(config: &Config) -> Result<Checked, RunError> {
     let backend = config.backend()?;
+    let limits = CpuLimits::read();
+    let threads = limits.threads(config.threads);
+    let reason = limits.explain(config.threads);
+    if config.threads.is_some_and(|asked| asked > threads) {
+        tracing::warn!("more threads were asked for than can compute at a time: {reason}");
+    } else {
+        tracing::info!("{reason}");
+    }
     let engine = EngineConfig {
         backend,
-        threads: config.threads,
+        threads,
         kv_type: KvType::F32,
         kv_blocks: 1,
         max_step_tokens: limits::STEP_TOKENS as u32,
@@ -232,7 +237,6 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
     }
     let mut stores: Vec<Arc<Store>> = Vec::with_capacity(paths.len());
     let mut models = Vec::with_capacity(paths.len());
-    let mut working_bytes = 0;
     for path in paths {
         let store = Store::open(&path)?;
         let id = ModelId(store.id().0);
@@ -245,10 +249,9 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         let steps = measure_steps(&store, &engine).map_err(RunError::Measure)?;
         tracing::info!(model = %id, path = %path.display(), ?steps, "store opened");
         models.push(WorkerModel { id, steps });
-        working_bytes = working_bytes.max(working_bytes_of(store.config(), true, &engine));
         stores.push(Arc::new(store));
     }
-    Ok(Checked { engine, known_answer, stores, models, working_bytes })
+    Ok(Checked { engine, known_answer, stores, models })
 }
 
 /// Compares everything in a store with its manifest, and says how it goes on and how long it took.
@@ -276,10 +279,6 @@ fn listen_error(address: SocketAddr, source: std::io::Error) -> RunError {
     RunError::Listen { address, source }
 }
 
-fn encode(record: &WorkerRecord) -> Result<bytes::Bytes, RunError> {
-    serde_json::to_vec(record).map(bytes::Bytes::from).map_err(RunError::Record)
-}
-
 /// Ends when an engine's thread panicked or refuses to compute, and then ends every stream at once:
 /// nobody must wait for a result that will not come.
 async fn watch_engines(
@@ -296,57 +295,6 @@ async fn watch_engines(
             None => Ok(()),
         },
         () = closing.cancelled() => Ok(()),
-    }
-}
-
-/// What is needed to leave well.
-struct Leaving {
-    record: WorkerRecord,
-    registration: Registration,
-    service: Arc<Service>,
-    health: HealthReporter,
-    condition: Health,
-}
-
-impl Leaving {
-    /// After `stop`: leaves the registry, refuses new work, finishes what is in flight, and ends
-    /// every stream.
-    async fn leave_after(self, stop: CancellationToken, grace: Duration) -> Result<(), TaskError> {
-        stop.cancelled().await;
-        let closing = self.service.closing().clone();
-        let _streams_end = closing.clone().drop_guard();
-        tracing::info!(worker = self.record.id, "draining");
-        let service = self.service.clone();
-        self.condition.set(Condition::Stopping);
-        grpc::set_serving(&self.health, false).await;
-        self.leave_registry().await;
-        service.drain();
-        if service.wait_until_idle(DRAIN_QUIET, grace).await {
-            Ok(())
-        } else {
-            Err(format!("steps were still in flight after {grace:?}").into())
-        }
-    }
-
-    /// Best effort: a registry that is away finds out when the lease ends.
-    async fn leave_registry(self) {
-        let Self { registration, record, .. } = self;
-        let record = WorkerRecord { draining: true, ..record };
-        let leave = async {
-            if let Ok(value) = encode(&record) {
-                registration.update(value).await?;
-            }
-            registration.leave().await
-        };
-        let outcome: Result<Result<(), MembershipError>, _> =
-            tokio::time::timeout(LEAVE_TIMEOUT, leave).await;
-        match outcome {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::info!(error = %Chain(&error), "the registry did not let us go");
-            }
-            Err(_) => tracing::info!("the registry did not answer in time"),
-        }
     }
 }
 

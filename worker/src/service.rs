@@ -2,9 +2,9 @@
 //! each step to the stage that it is for. Decisions are those of [`Epochs`].
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kernels::KERNEL_REVISION;
 use model::{Store, WeightFile};
@@ -37,20 +37,29 @@ use crate::witness::{Claim, Witness};
 /// Room in a step's message for everything that is not activations.
 const STEP_OVERHEAD_BYTES: usize = 16 << 20;
 
-/// How often a draining worker looks whether it is idle.
-const DRAIN_POLL: Duration = Duration::from_millis(10);
-
 /// Who this worker is; none of it changes while the process lives.
 #[derive(Debug)]
 pub(crate) struct Identity {
     pub(crate) id: String,
     pub(crate) incarnation: Incarnation,
-    /// How every engine computes; KV and step sizes are those of its stage.
+    /// How every engine computes; KV and step sizes are those of its stage, and threads those of
+    /// [`Service::threads`].
     pub(crate) engine: EngineConfig,
     /// For weights, KV and the working memory of steps together.
     pub(crate) memory_bytes: u64,
     pub(crate) known_answer: KnownAnswer,
     pub(crate) stores: Vec<Arc<Store>>,
+}
+
+/// Bytes for weights and KV of `memory_bytes`: the rest is for what engines write beside those,
+/// whichever of the models and whichever of its stages is held.
+pub(crate) fn offered_bytes(
+    memory_bytes: u64,
+    stores: &[Arc<Store>],
+    engine: &EngineConfig,
+) -> u64 {
+    let working = stores.iter().map(|store| working_bytes(store.config(), true, engine)).max();
+    memory_bytes.saturating_sub(working.unwrap_or(0))
 }
 
 /// What a worker says of itself.
@@ -137,6 +146,8 @@ pub(crate) struct Service {
     reserve: Arc<Reserve>,
     failures: mpsc::Sender<EngineFailure>,
     executed: Arc<AtomicU64>,
+    /// Of engines that are built from now on.
+    threads: AtomicUsize,
     /// Every stream ends when it fires.
     closing: CancellationToken,
 }
@@ -152,6 +163,7 @@ impl Service {
         let epochs = Epochs::new(identity.incarnation);
         Self {
             reserve: Reserve::new(identity.memory_bytes),
+            threads: AtomicUsize::new(identity.engine.threads),
             identity,
             witness,
             held: Mutex::new(Held { epochs, running: Vec::new() }),
@@ -295,8 +307,10 @@ impl Service {
         let build = match building {
             Some(build) => build,
             None => {
-                let charge = self.charge(&shape).await?;
-                building.insert(self.begin_build(shape, charge)?)
+                // Counted and built with as many threads, also should that change meanwhile.
+                let config = self.engine_config(&shape);
+                let charge = self.charge(&shape, &config).await?;
+                building.insert(self.begin_build(shape, config, charge)?)
             }
         };
         let built = (&mut build.done).await;
@@ -325,8 +339,12 @@ impl Service {
     }
 
     /// Memory for an engine of this shape, beside what is held.
-    async fn charge(&self, shape: &HoldingShape) -> Result<Charge, ServiceError> {
-        let needed_bytes = self.needed_bytes(shape)?;
+    async fn charge(
+        &self,
+        shape: &HoldingShape,
+        config: &EngineConfig,
+    ) -> Result<Charge, ServiceError> {
+        let needed_bytes = self.needed_bytes(shape, config)?;
         let kept_bytes = self.holdings().iter().map(|holding| holding.charge.bytes()).sum();
         let taken = self.reserve.take(needed_bytes, kept_bytes).await;
         taken.map_err(|Shortage { needed_bytes, available_bytes }| ServiceError::Memory {
@@ -335,13 +353,16 @@ impl Service {
         })
     }
 
-    fn needed_bytes(&self, shape: &HoldingShape) -> Result<u64, ServiceError> {
+    fn needed_bytes(
+        &self,
+        shape: &HoldingShape,
+        config: &EngineConfig,
+    ) -> Result<u64, ServiceError> {
         let store = self.store(shape.model)?;
-        let config = self.engine_config(shape);
         let has_head = shape.draws || shape.layers.end == store.config().layers;
         let weights = stage_weight_bytes(store, &shape.layers, has_head)
-            .saturating_mul(weight_copies(&config));
-        let working = working_bytes(store.config(), has_head, &config);
+            .saturating_mul(weight_copies(config));
+        let working = working_bytes(store.config(), has_head, config);
         Ok(weights.saturating_add(shape.kv_bytes(store)).saturating_add(working))
     }
 
@@ -350,14 +371,35 @@ impl Service {
             kv_type: shape.kv_type,
             kv_blocks: shape.kv_blocks,
             max_step_tokens: shape.max_step_tokens,
+            threads: self.threads(),
             ..self.identity.engine
         }
     }
 
+    /// Compute threads of engines that are built from now on.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads.load(Ordering::Relaxed)
+    }
+
+    /// Engines that are built from now on have so many threads.
+    pub(crate) fn set_threads(&self, threads: usize) {
+        self.threads.store(threads, Ordering::Relaxed);
+    }
+
+    /// Bytes that the planner may give to weights and KV.
+    pub(crate) fn offered_bytes(&self) -> u64 {
+        let Identity { memory_bytes, stores, engine, .. } = &self.identity;
+        offered_bytes(*memory_bytes, stores, &EngineConfig { threads: self.threads(), ..*engine })
+    }
+
     /// Maps and verifies weights and gets memory, off the async threads.
-    fn begin_build(&self, shape: HoldingShape, charge: Charge) -> Result<Build, ServiceError> {
+    fn begin_build(
+        &self,
+        shape: HoldingShape,
+        config: EngineConfig,
+        charge: Charge,
+    ) -> Result<Build, ServiceError> {
         let store = self.store(shape.model)?.clone();
-        let config = self.engine_config(&shape);
         let failures = self.failures.clone();
         let (of, charge) = (shape.clone(), Arc::new(charge));
         let build = move || {
@@ -516,25 +558,20 @@ impl Service {
         Ok(stage.read(after))
     }
 
-    /// Refuses new stages from now on.
+    /// Refuses from now on to prepare what was not prepared before.
     pub(crate) fn drain(&self) {
         self.held().epochs.drain();
     }
 
-    /// Waits until nothing is in flight: every stage is retired, or nobody sends steps to it, or
-    /// nobody did for `quiet`. Returns whether that was so before `grace` had passed.
-    pub(crate) async fn wait_until_idle(&self, quiet: Duration, grace: Duration) -> bool {
-        let end = Instant::now() + grace;
-        while self.held().running.iter().any(|running| running.stage.is_busy(quiet)) {
-            if Instant::now() >= end {
-                return false;
-            }
-            tokio::select! {
-                () = self.closing.cancelled() => return true,
-                () = tokio::time::sleep(DRAIN_POLL) => {}
-            }
-        }
-        true
+    /// Whether any stage is active or prepared.
+    pub(crate) fn holds_a_stage(&self) -> bool {
+        self.held().epochs.held().is_some()
+    }
+
+    /// Whether anything is in flight: somebody who sends steps is connected to a stage, and did so less
+    /// than `quiet` ago or waits for what they gave.
+    pub(crate) fn is_busy(&self, quiet: Duration) -> bool {
+        self.held().running.iter().any(|running| running.stage.is_busy(quiet))
     }
 
     /// Nothing that may panic runs while it is held.

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::{fs, io, thread};
 
+use crate::config::cpu::siblings_of;
+
 /// Where the kernel describes memory nodes.
 const NODES: &str = "/sys/devices/system/node";
 
@@ -15,17 +17,24 @@ const CORES_MAX: usize = 1 << 16;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Topology {
     nodes: Vec<Vec<usize>>,
+    /// Those of the cores that are a further hardware thread of an earlier one.
+    further: BTreeSet<usize>,
 }
 
 impl Topology {
     /// This machine's, looked at once.
     pub(crate) fn get() -> &'static Self {
         static TOPOLOGY: OnceLock<Topology> = OnceLock::new();
-        TOPOLOGY.get_or_init(|| Self::new(&node_lists(Path::new(NODES)), is_allowed))
+        TOPOLOGY.get_or_init(|| Self::new(&node_lists(Path::new(NODES)), is_allowed, siblings_of))
     }
 
-    /// Of nodes with these lists of cores. A machine that describes none has one node.
-    fn new(lists: &[String], allowed: impl Fn(usize) -> bool) -> Self {
+    /// Of nodes with these lists of cores, of which those with equal `siblings` are one core's hardware
+    /// threads. A machine that describes no nodes has one.
+    fn new(
+        lists: &[String],
+        allowed: impl Fn(usize) -> bool,
+        siblings: impl Fn(usize) -> Option<String>,
+    ) -> Self {
         let mut nodes: Vec<Vec<usize>> = lists.iter().filter_map(|list| cores(list)).collect();
         for node in &mut nodes {
             node.retain(|core| allowed(*core));
@@ -35,7 +44,14 @@ impl Topology {
             let count = thread::available_parallelism().map_or(1, usize::from);
             nodes.push((0..count).collect());
         }
-        Self { nodes }
+        let mut seen = BTreeSet::new();
+        let mut further = BTreeSet::new();
+        for core in nodes.iter().flatten() {
+            if siblings(*core).is_some_and(|siblings| !seen.insert(siblings)) {
+                further.insert(*core);
+            }
+        }
+        Self { nodes, further }
     }
 
     /// How many memory nodes there are.
@@ -105,7 +121,7 @@ impl Seats {
     }
 
     /// Every thread has a core of its own: the first of those on which the fewest of this process
-    /// sit already.
+    /// sit already, further hardware threads of a core after all others.
     pub(crate) fn on_cores(topology: &Topology, threads: usize) -> Self {
         let mut sitting = SITTING.lock().unwrap_or_else(PoisonError::into_inner);
         let places = || {
@@ -114,7 +130,9 @@ impl Seats {
         };
         let mut taken = Vec::with_capacity(threads);
         for _ in 0..threads {
-            let least = places().min_by_key(|(_, core)| sitting.get(core).copied().unwrap_or(0));
+            let least = places().min_by_key(|(_, core)| {
+                (sitting.get(core).copied().unwrap_or(0), topology.further.contains(core))
+            });
             let (node, core) = least.expect("a topology has a core");
             *sitting.entry(core).or_default() += 1;
             taken.push((node, core));
@@ -197,7 +215,18 @@ mod tests {
     use super::*;
 
     fn topology(lists: &[&str]) -> Topology {
-        Topology::new(&lists.iter().map(ToString::to_string).collect::<Vec<_>>(), |core| core != 5)
+        let lists: Vec<_> = lists.iter().map(ToString::to_string).collect();
+        Topology::new(&lists, |core| core != 5, |_| None)
+    }
+
+    #[test]
+    fn threads_take_cores_of_their_own_before_they_share_one() {
+        // Cores that no other test of this process takes; each number divided by two is a core.
+        let lists = ["2000-2003".to_owned(), "2004-2005".to_owned()];
+        let topology = Topology::new(&lists, |_| true, |core| Some((core / 2).to_string()));
+        let seats = Seats::on_cores(&topology, 4);
+        let cores: Vec<_> = seats.seats.iter().map(|seat| seat.cores[0]).collect();
+        assert_eq!(cores, [2000, 2002, 2004, 2001]);
     }
 
     #[test]

@@ -81,6 +81,7 @@ const BAD_ETCD: &[&str] = &[
 const KEYS: &[Key] = &[
     Key { key: "cluster", flag: "--cluster", roles: BOTH, good: GOOD_NAMES, bad: BAD_NAMES },
     Key { key: "worker.id", flag: "--id", roles: WORKER, good: GOOD_NAMES, bad: BAD_NAMES },
+    Key { key: "worker.rack", flag: "--rack", roles: WORKER, good: GOOD_NAMES, bad: BAD_NAMES },
     Key { key: "etcd.endpoints", flag: "--etcd", roles: BOTH, good: GOOD_ETCD, bad: BAD_ETCD },
     Key {
         key: "coordinator.grpc",

@@ -45,14 +45,15 @@ fn every_flag_of_a_coordinator_reaches_its_setting() {
 fn every_flag_of_a_worker_reaches_its_setting() {
     let found = settings(
         "worker --etcd http://a:1 --cluster c --id w --listen 127.0.0.1:3 --advertise h:3 \
-         --threads 2 --store d --memory 2GiB --isa scalar --http 127.0.0.1:4 --insecure",
+         --rack r7 --threads 2 --store d --memory 2GiB --isa scalar --http 127.0.0.1:4 --insecure",
     );
     assert_eq!(found.cluster.as_str(), "c");
     let want = worker::Config {
         id: Some("w".parse().unwrap()),
         listen: "127.0.0.1:3".parse().unwrap(),
         advertise: Some("h:3".parse().unwrap()),
-        threads: 2,
+        rack: Some("r7".parse().unwrap()),
+        threads: Some(2),
         store: "d".into(),
         memory_bytes: 2 << 30,
         isa: Some("scalar".into()),

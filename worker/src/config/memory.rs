@@ -3,17 +3,22 @@
 use std::fs;
 use std::path::Path;
 
-/// Where the kernel shows control groups.
-const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+use super::cgroup::{self, Group};
 
 /// Bytes that this process may use, `None` where the system does not say.
 pub(super) fn available_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_bytes(&text));
-    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let limits = limit_files(&groups).into_iter().filter_map(|file| {
-        fs::read_to_string(Path::new(CGROUP_ROOT).join(file)).ok().and_then(|text| limit(&text))
-    });
-    machine.into_iter().chain(limits).min()
+    let groups = fs::read_to_string(cgroup::OWN).unwrap_or_default();
+    let groups = cgroup::folders(Path::new(cgroup::ROOT), &groups, "memory");
+    machine.into_iter().chain(groups.iter().filter_map(limit_of)).min()
+}
+
+fn limit_of(group: &Group) -> Option<u64> {
+    let file = match group {
+        Group::V1(folder) => folder.join("memory.limit_in_bytes"),
+        Group::V2(folder) => folder.join("memory.max"),
+    };
+    fs::read_to_string(file).ok().and_then(|text| limit(&text))
 }
 
 /// `MemTotal` of `/proc/meminfo`, which counts in KiB.
@@ -21,38 +26,6 @@ fn total_bytes(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
-}
-
-/// The limit files, relative to [`CGROUP_ROOT`], of every group that holds this process: its own
-/// and all above it, for both versions of control groups. In a container the path may be that of
-/// the host and not exist; the root's file is then the container's own.
-fn limit_files(groups: &str) -> Vec<String> {
-    let mut files = Vec::new();
-    for line in groups.lines() {
-        let mut parts = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
-        else {
-            continue;
-        };
-        let (prefix, name) = if controllers.is_empty() {
-            ("", "memory.max")
-        } else if controllers.split(',').any(|controller| controller == "memory") {
-            ("memory/", "memory.limit_in_bytes")
-        } else {
-            continue;
-        };
-        let mut group = path.trim_matches('/');
-        loop {
-            let separator = if group.is_empty() { "" } else { "/" };
-            files.push(format!("{prefix}{group}{separator}{name}"));
-            match group.rsplit_once('/') {
-                Some((parent, _)) => group = parent,
-                None if group.is_empty() => break,
-                None => group = "",
-            }
-        }
-    }
-    files
 }
 
 /// A limit file's number; `max` and the absurd number of version 1 both mean no limit.
@@ -76,15 +49,14 @@ mod tests {
     }
 
     #[test]
-    fn looks_at_every_group_above_the_process() {
-        assert_eq!(
-            limit_files("0::/a/b\n"),
-            ["a/b/memory.max", "a/memory.max", "memory.max"].map(String::from)
-        );
-        assert_eq!(
-            limit_files("7:blkio:/\n4:memory:/pod\nnonsense\n"),
-            ["memory/pod/memory.limit_in_bytes", "memory/memory.limit_in_bytes"].map(String::from)
-        );
+    fn limits_of_both_versions_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().to_owned();
+        assert_eq!(limit_of(&Group::V2(folder.clone())), None);
+        fs::write(folder.join("memory.max"), "4096\n").unwrap();
+        fs::write(folder.join("memory.limit_in_bytes"), "8192\n").unwrap();
+        assert_eq!(limit_of(&Group::V2(folder.clone())), Some(4096));
+        assert_eq!(limit_of(&Group::V1(folder)), Some(8192));
     }
 
     #[test]

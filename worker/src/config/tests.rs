@@ -21,8 +21,8 @@ fn each_wrong_field_is_named() {
         assert!(error.to_string().contains(expected), "{error}");
     };
     check(|c| c.id = None, "no id");
-    check(|c| c.threads = 0, "threads");
-    check(|c| c.threads = 100_000, "threads");
+    check(|c| c.threads = Some(0), "threads");
+    check(|c| c.threads = Some(100_000), "threads");
     check(|c| c.memory_bytes = 0, "memory");
     check(|c| c.isa = Some("avx9".into()), "scalar");
     check(|c| c.listen = "10.0.0.1:1".parse().unwrap(), "stage service");

@@ -136,7 +136,7 @@ impl Epochs {
         self.find(epoch).is_some()
     }
 
-    /// From now on nothing new is prepared.
+    /// From now on nothing new is prepared. What is held goes on.
     pub(crate) fn drain(&mut self) {
         self.draining = true;
     }
@@ -160,9 +160,6 @@ impl Epochs {
         self.check_incarnation(request.dst_incarnation)?;
         self.check_cluster(&request.cluster_id)?;
         self.check_sender(request.term, request.dst_incarnation)?;
-        if self.draining {
-            return Err(EpochError::Draining);
-        }
         let action = self.judge_prepare(request)?;
         if action == PrepareAction::Build {
             // A newer epoch supersedes it, whether or not its engine can be built.
@@ -190,9 +187,6 @@ impl Epochs {
     /// Judges it again after the engine was built, which takes a while, and takes it in.
     pub(crate) fn install(&mut self, request: Prepare) -> Result<(), EpochError> {
         self.check_sender(request.term, request.dst_incarnation)?;
-        if self.draining {
-            return Err(EpochError::Draining);
-        }
         if self.judge_prepare(&request)? == PrepareAction::Build {
             self.prepared = Some(request);
         }
@@ -212,6 +206,9 @@ impl Epochs {
         let newest = self.newest();
         if request.epoch <= newest {
             return Err(EpochError::OldEpoch { own: newest, found: request.epoch });
+        }
+        if self.draining {
+            return Err(EpochError::Draining);
         }
         Ok(PrepareAction::Build)
     }

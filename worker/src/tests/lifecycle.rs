@@ -2,13 +2,16 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use node::membership::{Event, Leadership, Membership, Memory, Watch};
 use proto::convert::encode_prepare;
 use proto::ids::{Epoch, Incarnation, Term};
 use proto::key::LeaderRecord;
 use proto::keys::Keys;
-use proto::plan::{StagePlan, WorkerRecord};
+use proto::pb::stage_client::StageClient;
+use proto::plan::{StagePlan, StepTime, WorkerModel, WorkerRecord};
 use proto::step::{Output, Prepare};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -20,7 +23,12 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use super::harness::{KEY, Steps, connect, model_id, prepare, row, soon, step, store_dir};
+use super::harness::{
+    KEY, LONG, Steps, Worker, connect, model_id, prepare, row, soon, step, store_dir,
+};
+use crate::config::cpu::CpuLimits;
+use crate::machine::follow;
+use crate::record::{Published, encode};
 use crate::{Config, RunError};
 
 type Ended = JoinSet<Result<(), RunError>>;
@@ -29,7 +37,7 @@ pub(super) fn config() -> Config {
     Config {
         id: Some("w1".parse().unwrap()),
         listen: "127.0.0.1:0".parse().unwrap(),
-        threads: 1,
+        threads: Some(1),
         store: store_dir().to_owned(),
         ..Config::default()
     }
@@ -39,6 +47,8 @@ pub(super) fn config() -> Config {
 pub(super) struct Process {
     address: SocketAddr,
     watch: Watch,
+    /// The worker's own connection.
+    registry: Memory,
     /// Of the coordinator that the tests play.
     pub(super) leadership: Leadership,
     stop: CancellationToken,
@@ -48,6 +58,7 @@ pub(super) struct Process {
 impl Process {
     pub(super) async fn start(config: Config) -> Self {
         let membership = Memory::new();
+        let registry = membership.another();
         let keys = Keys::new("test");
         let mut watch = membership.watch(&keys.workers());
         let Event::Reset(_) = soon(watch.next()).await else { panic!("the first is a reset") };
@@ -61,9 +72,10 @@ impl Process {
         let stop = CancellationToken::new();
         let leadership = membership.campaign(&keys.leader(), record, &stop).await.unwrap();
         let mut ended = JoinSet::new();
-        ended.spawn(crate::run(config, keys, Arc::new(membership), Some(bound), stop.clone()));
+        let workers = Arc::new(registry.clone());
+        ended.spawn(crate::run(config, keys, workers, Some(bound), stop.clone()));
         let address = soon(address).await.expect("it starts");
-        Self { address, watch, leadership, stop, ended }
+        Self { address, watch, registry, leadership, stop, ended }
     }
 
     pub(super) async fn record(&mut self) -> WorkerRecord {
@@ -114,10 +126,8 @@ async fn an_idle_worker_registers_serves_and_leaves_at_once() {
     process.end().await.unwrap();
 }
 
-#[tokio::test]
-async fn a_busy_worker_finishes_what_is_in_flight() {
-    let mut process = Process::start(config()).await;
-    let record = process.record().await;
+/// A worker's only stage, held at epoch 1.
+async fn hold_a_stage(process: &Process, record: &WorkerRecord) -> (StageClient<Channel>, Prepare) {
     let plan = StagePlan {
         worker: record.id.clone(),
         incarnation: record.incarnation,
@@ -128,34 +138,128 @@ async fn a_busy_worker_finishes_what_is_in_flight() {
     let prepare = Prepare { term, ..prepare(&[plan], 0, 1) };
     let mut client = connect(&record.address).await;
     soon(client.prepare(KEY.attach(encode_prepare(&prepare)))).await.unwrap();
+    (client, prepare)
+}
+
+#[tokio::test]
+async fn a_draining_worker_serves_until_the_coordinator_retires_its_stage() {
+    let mut process = Process::start(config()).await;
+    let record = process.record().await;
+    let (mut client, prepare) = hold_a_stage(&process, &record).await;
+    let next = Prepare { epoch: Epoch(2), ..prepare.clone() };
+    soon(client.prepare(KEY.attach(encode_prepare(&next)))).await.unwrap();
     let mut steps = Steps::open(&mut client).await;
-    steps.give(&step(&prepare, 1, vec![row(0, 0, 5, Output::None)])).await;
+    steps.give(&step(&next, 1, vec![row(0, 0, 5, Output::None)])).await;
 
     process.stop.cancel();
     assert!(process.record().await.draining);
-    assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
     assert_eq!(health(process.address, "").await, ServingStatus::NotServing);
-    // It goes on with what it has, and takes nothing new.
-    let next = Prepare { epoch: Epoch(2), ..prepare.clone() };
-    let refused = async {
-        loop {
-            // Draining begins a moment after the registry was left.
-            match client.prepare(KEY.attach(encode_prepare(&next))).await {
-                Err(status) => break status,
-                Ok(_) => tokio::task::yield_now().await,
-            }
-        }
+    // It goes on with what it was prepared for, and takes nothing new.
+    let later = Prepare { epoch: Epoch(3), ..prepare.clone() };
+    let refused = soon(client.prepare(KEY.attach(encode_prepare(&later)))).await.unwrap_err();
+    assert!(refused.message().contains("draining"), "{refused}");
+    soon(client.prepare(KEY.attach(encode_prepare(&next)))).await.unwrap();
+    let activate = proto::pb::ActivateRequest {
+        pipeline: 1,
+        epoch: 2,
+        term: prepare.term.0,
+        dst_incarnation: record.incarnation.0.to_vec().into(),
     };
-    assert!(soon(refused).await.message().contains("draining"));
-    steps.give(&step(&prepare, 2, vec![row(0, 5, 1, Output::None)])).await;
+    soon(client.activate(KEY.attach(activate))).await.unwrap();
+    steps.give(&step(&next, 2, vec![row(0, 5, 1, Output::None)])).await;
     assert!(process.ended.try_join_next().is_none(), "it still serves");
+    let gone = process.watch.next().now_or_never();
+    assert!(gone.is_none(), "it is in the registry as long as it serves: {gone:?}");
+
     let retire = proto::pb::RetireRequest {
         pipeline: 1,
         epoch: 2,
-        term: term.0,
+        term: prepare.term.0,
         dst_incarnation: record.incarnation.0.to_vec().into(),
     };
     soon(client.retire(KEY.attach(retire))).await.unwrap();
+    assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
+    process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_draining_worker_whose_stage_nobody_retires_goes_when_its_grace_is_over() {
+    let grace = Duration::from_millis(200);
+    let mut process = Process::start(Config { shutdown_grace: grace, ..config() }).await;
+    let record = process.record().await;
+    let (_client, _prepare) = hold_a_stage(&process, &record).await;
+    let begin = Instant::now();
+    process.stop.cancel();
+    assert!(process.record().await.draining);
+    // A coordinator leads: it is given that time.
+    assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
+    assert!(begin.elapsed() >= grace, "{:?}", begin.elapsed());
+    process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_draining_worker_without_a_coordinator_goes_when_it_is_idle() {
+    let mut process = Process::start(Config { shutdown_grace: LONG, ..config() }).await;
+    let record = process.record().await;
+    let (_client, _prepare) = hold_a_stage(&process, &record).await;
+    let Process { mut watch, leadership, stop, mut ended, .. } = process;
+    leadership.resign().await.unwrap();
+    stop.cancel();
+    assert!(matches!(soon(watch.next()).await, Event::Put(_)), "it says that it drains");
+    assert!(matches!(soon(watch.next()).await, Event::Delete { .. }));
+    soon(ended.join_next()).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_draining_worker_whose_registry_is_away_goes_when_it_is_idle() {
+    let mut process = Process::start(Config { shutdown_grace: LONG, ..config() }).await;
+    let record = process.record().await;
+    let (_client, _prepare) = hold_a_stage(&process, &record).await;
+    process.registry.disconnect();
+    process.stop.cancel();
+    process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn threads_follow_the_limits_of_the_machine() {
+    let mut worker = Worker::start("w1").await;
+    let membership = Memory::new();
+    let keys = Keys::new("test");
+    let mut watch = membership.watch(&keys.workers());
+    let Event::Reset(_) = soon(watch.next()).await else { panic!("the first is a reset") };
+    let steps = vec![StepTime { rows: 1, layer_ns: 900, head_ns: 300 }];
+    let models = vec![WorkerModel { id: model_id(), steps }];
+    let record = WorkerRecord { threads: 1, models, ..WorkerRecord::default() };
+    let value = encode(&record).unwrap();
+    let registration = membership.register(&keys.worker("w1"), value).await.unwrap();
+    let Event::Put(_) = soon(watch.next()).await else { panic!("it is registered") };
+    let published = Published::new(record, registration);
+
+    let mut limits = CpuLimits { logical: 8, physical: Some(4), quota: None };
+    follow(limits, Some(3), &worker.service, &published).await;
+    let Event::Put(entry) = soon(watch.next()).await else { panic!("it is told") };
+    let told: WorkerRecord = serde_json::from_slice(&entry.value).unwrap();
+    let step = told.models[0].steps[0];
+    assert_eq!((told.threads, step.layer_ns, step.head_ns), (3, 300, 100));
+    assert_eq!(worker.service.threads(), 3);
+    worker.serve_alone(1).await;
+
+    limits.quota = Some(500);
+    follow(limits, Some(3), &worker.service, &published).await;
+    follow(limits, Some(3), &worker.service, &published).await;
+    let Event::Put(entry) = soon(watch.next()).await else { panic!("it is told") };
+    let told: WorkerRecord = serde_json::from_slice(&entry.value).unwrap();
+    assert_eq!((told.threads, told.models[0].steps[0].layer_ns), (1, 900));
+    assert!(told.memory_bytes > 0);
+    assert!(watch.next().now_or_never().is_none(), "what did not change is not written");
+}
+
+#[tokio::test]
+async fn a_rack_is_told() {
+    let rack = Some("r7".parse().unwrap());
+    let mut process = Process::start(Config { rack, ..config() }).await;
+    assert_eq!(process.record().await.rack, "r7");
+    process.stop.cancel();
     process.end().await.unwrap();
 }
 
@@ -241,7 +345,7 @@ async fn what_keeps_a_worker_from_starting_is_said() {
     check(missing, "none does not exist: name a store, or a directory of stores, with --store")
         .await;
     check(Config { isa: Some("avx9".into()), ..config() }, "avx9").await;
-    check(Config { threads: 0, ..config() }, "threads").await;
+    check(Config { threads: Some(0), ..config() }, "threads").await;
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = taken.local_addr().unwrap();
     check(Config { listen, ..config() }, "failed to listen on").await;

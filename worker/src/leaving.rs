@@ -1,0 +1,151 @@
+//! How a worker goes that was asked to: it says that it drains, serves what it holds until the
+//! coordinator has moved that elsewhere, and then leaves the registry.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use node::membership::Membership;
+use node::observe::{Condition, Health};
+use node::{Chain, TaskError};
+use proto::keys::Keys;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic_health::server::HealthReporter;
+
+use crate::grpc;
+use crate::record::Published;
+use crate::service::Service;
+
+/// A draining worker to which nobody sent a step for so long is idle: longer than a step of a
+/// large model takes to go round its pipeline.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// How often it is looked whether everything was retired.
+const HELD_POLL: Duration = Duration::from_millis(10);
+
+/// How often the registry is asked whether a coordinator leads, who would retire what is held.
+const LEADER_POLL: Duration = Duration::from_secs(1);
+
+/// How long a question to the registry may take, and leaving it; the lease ends by itself if the registry is away.
+pub(crate) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What is needed to leave well.
+pub(crate) struct Leaving {
+    pub(crate) id: String,
+    pub(crate) published: Arc<Published>,
+    pub(crate) membership: Arc<dyn Membership>,
+    pub(crate) keys: Keys,
+    pub(crate) service: Arc<Service>,
+    pub(crate) health: HealthReporter,
+    pub(crate) condition: Health,
+}
+
+/// Why a draining worker goes now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Because {
+    /// Nothing is left to serve.
+    HoldsNothing,
+    /// There is no coordinator to wait for, and nobody sends steps.
+    NobodyLeads,
+    /// Nobody retired what it holds in time.
+    GraceIsOver,
+    /// The worker fails, and its streams end.
+    Closing,
+}
+
+impl Because {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::HoldsNothing => "it holds no stage",
+            Self::NobodyLeads => "no coordinator can be seen to lead, and nobody sends steps",
+            Self::GraceIsOver => "nobody retired its stages in time",
+            Self::Closing => "it fails",
+        }
+    }
+}
+
+impl Leaving {
+    /// After `stop`: says so, refuses what was not prepared before, serves what is held until it was
+    /// retired or `grace` is over, leaves the registry, and ends every stream.
+    pub(crate) async fn leave_after(
+        self,
+        stop: CancellationToken,
+        grace: Duration,
+    ) -> Result<(), TaskError> {
+        stop.cancelled().await;
+        let end = Instant::now() + grace;
+        let closing = self.service.closing().clone();
+        let _streams_end = closing.clone().drop_guard();
+        tracing::info!(worker = self.id, "draining");
+        self.condition.set(Condition::Stopping);
+        grpc::set_serving(&self.health, false).await;
+        self.service.drain();
+        let because = tokio::select! {
+            biased;
+            () = closing.cancelled() => Because::Closing,
+            because = self.until_nothing_is_left() => because,
+            () = sleep_until(end) => Because::GraceIsOver,
+        };
+        tracing::info!(worker = self.id, because = because.as_str(), "leaving");
+        if because == Because::Closing {
+            // It may not have been said yet: nothing is to be planned with this worker.
+            drop(timeout(REGISTRY_TIMEOUT, self.announce()).await);
+        }
+        self.leave_registry().await;
+        if because == Because::GraceIsOver && self.service.is_busy(QUIET) {
+            return Err(format!("steps were still in flight after {grace:?}").into());
+        }
+        Ok(())
+    }
+
+    async fn until_nothing_is_left(&self) -> Because {
+        self.announce().await;
+        tokio::select! {
+            biased;
+            () = self.holds_nothing() => Because::HoldsNothing,
+            () = self.nobody_leads() => Because::NobodyLeads,
+        }
+    }
+
+    /// Waits until every stage was retired.
+    async fn holds_nothing(&self) {
+        while self.service.holds_a_stage() {
+            sleep(HELD_POLL).await;
+        }
+    }
+
+    /// Waits until nothing is in flight and no coordinator can be seen to lead: it would retire what
+    /// is held, and until then what is held may be needed.
+    async fn nobody_leads(&self) {
+        while self.is_led().await || self.service.is_busy(QUIET) {
+            sleep(LEADER_POLL).await;
+        }
+    }
+
+    async fn is_led(&self) -> bool {
+        let leader = self.keys.leader();
+        match timeout(REGISTRY_TIMEOUT, self.membership.list(&leader)).await {
+            Ok(Ok(found)) => found.entries.iter().any(|entry| entry.key == leader),
+            // That etcd is away is said by whoever speaks to it.
+            Ok(Err(_)) | Err(_) => false,
+        }
+    }
+
+    /// Tells the coordinator. A registry that is away is told when it is back.
+    async fn announce(&self) {
+        if let Err(error) = self.published.change(|record| record.draining = true).await {
+            tracing::info!(error = %Chain(&*error), "the registry does not know yet that we drain");
+        }
+    }
+
+    /// Best effort: a registry that is away finds out when the lease ends.
+    async fn leave_registry(&self) {
+        match timeout(REGISTRY_TIMEOUT, self.published.leave()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::info!(error = %Chain(&error), "the registry did not let us go");
+            }
+            Err(_) => tracing::info!("the registry did not answer in time"),
+        }
+    }
+}
