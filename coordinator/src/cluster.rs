@@ -1,44 +1,66 @@
 //! Who is in, what is planned, and what must happen next. Pure: events in, actions out.
 //!
 //! ```text
-//!          plan possible        written            all prepared       all activated
-//! nothing ──────────────▶ writing ─────▶ preparing ────────────▶ activating ─────▶ active
-//!    ▲                       │ conflict,     │ refused, worker lost    │             │ stage dead,
-//!    └───────────────────────┴ unknown: read └─────────────────────────┘◀────────────┘ drained
+//! fleet       who is there, with or without a lease, and who may be planned with
+//! ledger      what is written, under which term; numbered questions to the registry
+//! planning    when a plan is made, and what the planner is asked
+//! transition  from what serves to what was planned, in switches
+//! pipelines   what serves, and whether its stages are well
+//! observed    what workers hold, and what of it they shall leave
 //! ```
 //!
-//! The driver carries actions out in order and answers with events. A lease is a hint, the epoch
-//! is the law: nobody is replaced for a lost lease alone.
+//! The driver carries actions out in order and answers with events. What is intended (the plan
+//! that was written, the pipelines that serve) is compared with what is observed, and the
+//! difference is acted on; so a worker that comes back, an answer that was lost and a coordinator
+//! that takes over need no rules of their own. A lease is a hint, the epoch is the law: nobody is
+//! replaced for a lost lease alone.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use proto::ids::{Epoch, NumericsClass, PipelineId, Term};
-use proto::plan::{PLAN_FORMAT, PipelinePlan, Plan, StagePlan, WorkerRecord};
+use proto::ids::{PipelineId, PipelineRef, Term};
+use proto::plan::Plan;
 use proto::status::{WaitCause, Waiting};
 
-use crate::planner::single::{self as planner, PlanError, Stage, WorkerSpec};
 use crate::tick::Tick;
 
-mod members;
-mod serving;
+mod fleet;
+mod ledger;
+mod observed;
+mod pipelines;
+mod planning;
 #[cfg(test)]
 mod simulation;
-mod starting;
+mod switching;
 #[cfg(test)]
 mod tests;
+mod transition;
 mod types;
 mod view;
+mod workers;
 
-use members::Members;
-pub use types::{Action, ClusterView, Event, Options, PROBE_PATIENCE};
-
-/// There is one pipeline for now.
-pub(crate) const PIPELINE: PipelineId = PipelineId(1);
+use fleet::Fleet;
+use ledger::{Answer, Ledger};
+use observed::{Intended, Observed};
+use pipelines::{Pipeline, Placed};
+use planning::Planning;
+use transition::{Phase, Switch};
+pub use types::{
+    Action, Availability, ClusterView, Event, Failure, Found, Held, Options, PROBE_TIMEOUT, Target,
+    Ticket,
+};
+use workers::planned_shape;
 
 /// Wait before the second try of anything; doubles up to [`BACKOFF_LIMIT`].
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 /// The longest wait between two tries.
 const BACKOFF_LIMIT: Duration = Duration::from_secs(10);
+
+/// A pipeline that served for so long was worth its plan: the next failure is the first again.
+const STABLE: Duration = Duration::from_secs(10);
+
+/// After its start a coordinator may lead soon; later another one does.
+const STARTUP: Duration = Duration::from_secs(3);
 
 /// The state of one cluster.
 #[derive(Debug)]
@@ -46,97 +68,26 @@ pub struct Cluster {
     options: Options,
     /// When the last event came.
     now: Tick,
-    /// While this coordinator leads.
-    term: Option<Term>,
-    highest_term: Term,
-    members: Members,
+    fleet: Fleet,
     /// The first list of workers has come.
     listed: bool,
-    written: Written,
-    phase: Phase,
-    /// The stages that served last; a new plan keeps them where it can.
-    incumbent: Vec<Stage>,
-    /// A first plan was made: workers are not waited for any more.
-    planned_once: bool,
-    /// Starts that failed in a row, and when the next may begin.
-    failed_starts: u32,
-    plan_after: Tick,
-    /// Why nothing serves.
-    waiting: Waiting,
-    /// Why the plan is as it is.
-    plan_reason: String,
-    /// The last reason that was told as [`Action::NoPlan`].
-    told: Option<String>,
-    /// Eligible workers that no plan was found for.
-    hopeless: Option<Vec<WorkerSpec>>,
-}
-
-/// What is known of the plan's key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Written {
-    /// Must be read, not before this.
-    Unknown(Tick),
-    Reading,
-    /// Its mod-revision.
-    At(Option<u64>),
-}
-
-#[derive(Debug)]
-enum Phase {
-    Nothing,
-    /// `WritePlan` is on its way, or its outcome is unknown and the plan is being read back.
-    Writing {
-        plan: Plan,
-        previous: Option<u64>,
-    },
-    Starting {
-        placed: Placed,
-        stages: Vec<Start>,
-        activating: bool,
-    },
-    Active {
-        placed: Placed,
-        stages: Vec<Health>,
-        stalled_since: Option<Tick>,
-        draining: bool,
-    },
-}
-
-/// A pipeline at its epoch.
-#[derive(Clone, Debug)]
-struct Placed {
-    plan: PipelinePlan,
-    term: Term,
-    class: NumericsClass,
-}
-
-/// How far one stage's `Prepare` or `Activate` is.
-#[derive(Clone, Copy, Debug)]
-struct Start {
-    tries: u32,
-    state: StartState,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum StartState {
-    Asked(Tick),
-    RetryAt(Tick),
-    Done,
-}
-
-/// What is known of one active stage's data path.
-#[derive(Clone, Debug, Default)]
-struct Health {
-    /// A stream to or from it broke and was not opened again.
-    broken: Option<String>,
-    /// A probe answered since: open it again then.
-    reconnect_at: Option<Tick>,
-    reconnects: u32,
-    last_break: Tick,
+    ledger: Ledger,
+    observed: Observed,
+    planning: Planning,
+    pipelines: BTreeMap<PipelineId, Pipeline>,
+    /// No worker is in two of them, or in one and in a pipeline that it does not change.
+    switches: Vec<Switch>,
+    /// Why the last pipeline was lost or did not come to serve.
+    last_failure: Option<Waiting>,
 }
 
 fn backoff(tries: u32) -> Duration {
     (BACKOFF_FIRST * 2u32.saturating_pow(tries.min(16))).min(BACKOFF_LIMIT)
+}
+
+/// Why nothing serves.
+fn waits(cause: WaitCause, detail: impl Into<String>) -> Waiting {
+    Waiting { cause, detail: detail.into() }
 }
 
 impl Cluster {
@@ -145,20 +96,14 @@ impl Cluster {
         Self {
             options,
             now: Tick::ZERO,
-            term: None,
-            highest_term: Term(0),
-            members: Members::default(),
+            fleet: Fleet::default(),
             listed: false,
-            written: Written::Unknown(Tick::ZERO),
-            phase: Phase::Nothing,
-            incumbent: Vec::new(),
-            planned_once: false,
-            failed_starts: 0,
-            plan_after: Tick::ZERO,
-            waiting: waits(WaitCause::Starting, "the coordinator is starting"),
-            plan_reason: String::new(),
-            told: None,
-            hopeless: None,
+            ledger: Ledger::new(),
+            observed: Observed::default(),
+            planning: Planning::default(),
+            pipelines: BTreeMap::new(),
+            switches: Vec::new(),
+            last_failure: None,
         }
     }
 
@@ -166,368 +111,370 @@ impl Cluster {
     pub fn handle(&mut self, now: Tick, event: Event) -> Vec<Action> {
         self.now = now;
         let mut actions = Vec::new();
-        match event {
-            Event::Tick => self.members.thaw(now),
-            Event::TermGained(term) => self.term_gained(now, term),
-            Event::TermLost => self.term_lost(),
-            Event::Reset(records) => self.reset(now, records, &mut actions),
-            Event::WorkerPut(record) => self.worker_put(now, record, &mut actions),
-            Event::WorkerGone { worker } => self.worker_gone(now, &worker, &mut actions),
-            Event::PlanRead(found) => self.plan_read(now, found, &mut actions),
-            Event::PlanReadFailed { detail } => {
-                self.waiting =
-                    waits(WaitCause::Registry, format!("the plan cannot be read: {detail}"));
-                self.written = Written::Unknown(now + backoff(2));
+        if let Event::ResultsFlowing { at } = event {
+            // Many times a second for every pipeline, and nothing follows from it.
+            if let Some(pipeline) = self.pipeline(at) {
+                pipeline.results_flow();
             }
-            Event::PlanWritten { revision } => self.plan_written(now, revision, &mut actions),
-            Event::PlanConflict | Event::PlanUnknown { .. } => {
-                // Reading back tells who wrote what: never write again blindly.
-                self.written = Written::Unknown(now);
-            }
-            Event::Prepared { epoch, stage, class } => {
-                self.prepared(now, epoch, stage, class, &mut actions);
-            }
-            Event::Activated { epoch, stage } => self.activated(now, epoch, stage, &mut actions),
-            Event::PrepareFailed { epoch, stage, transient, detail }
-            | Event::ActivateFailed { epoch, stage, transient, detail } => {
-                self.start_failed(now, epoch, stage, transient, &detail, &mut actions);
-            }
-            Event::StreamBroken { epoch, stage, detail } => {
-                self.stream_broken(now, epoch, stage, detail);
-            }
-            Event::Fenced { epoch, detail } => {
-                if self.active_epoch() == Some(epoch) {
-                    let reason = format!("a newer coordinator took the workers over: {detail}");
-                    self.fail_pipeline(now, reason, &mut actions);
-                    self.written = Written::Unknown(now);
-                }
-            }
-            Event::StepOverdue { epoch } => {
-                if let Some((_, _, stalled_since)) = self.active(epoch) {
-                    stalled_since.get_or_insert(now);
-                }
-            }
-            Event::ResultsFlowing { epoch } => {
-                if let Some((_, stages, stalled_since)) = self.active(epoch) {
-                    *stalled_since = None;
-                    stages.iter_mut().for_each(|health| health.reconnects = 0);
-                }
-            }
-            Event::ProbeOk { worker, incarnation } => {
-                if self.members.probe_ok(&worker, incarnation) {
-                    self.stage_answered(now, &worker);
-                } else {
-                    let why = "another process answers at its address".to_owned();
-                    self.probe_failed(now, &worker, why, &mut actions);
-                }
-            }
-            Event::ProbeFailed { worker, incarnation, detail } => {
-                if self.members.probe_failed(now, &worker, incarnation) {
-                    self.probe_failed(now, &worker, detail, &mut actions);
-                }
-            }
-            Event::Drained { epoch } => self.drained(now, epoch, &mut actions),
+            return actions;
         }
+        self.take(now, event, &mut actions);
         self.advance(now, &mut actions);
         actions
     }
 
-    // ---- leadership and the plan's key
-
-    fn term_gained(&mut self, now: Tick, term: Term) {
-        if term < self.highest_term {
-            return;
-        }
-        self.highest_term = term;
-        self.term = Some(term);
-        self.written = Written::Unknown(now);
-        self.waiting = waits(WaitCause::Starting, "the plan is being read");
-    }
-
-    /// What serves goes on serving: workers refuse it as soon as somebody else takes them over.
-    fn term_lost(&mut self) {
-        self.term = None;
-        if !matches!(self.phase, Phase::Active { .. }) {
-            self.phase = Phase::Nothing;
-        }
-    }
-
-    fn plan_read(
-        &mut self,
-        now: Tick,
-        found: Option<(u64, Option<Plan>)>,
-        actions: &mut Vec<Action>,
-    ) {
-        // An answer to an earlier question says nothing about the last write.
-        let (Some(term), Written::Reading) = (self.term, self.written) else { return };
-        let revision = found.as_ref().map(|&(revision, _)| revision);
-        self.written = Written::At(revision);
-        // A plan that cannot be read has a revision all the same, and is replaced like any other.
-        let found = found.and_then(|(revision, plan)| Some((revision, plan?)));
-        if let Some((_, plan)) = &found
-            && plan.term > term
-        {
-            // The loss of the term is on its way to us.
-            self.term = None;
-            let detail = format!("another coordinator leads (term {})", plan.term);
-            self.waiting = waits(WaitCause::Leadership, detail);
-        }
-        match &self.phase {
-            Phase::Writing { plan, previous } => {
-                let ours = |found: &Plan| same_plan(found, plan);
-                match found {
-                    Some((revision, found)) if ours(&found) && Some(revision) != *previous => {
-                        self.plan_written(now, revision, actions);
-                    }
-                    _ => {
-                        self.phase = Phase::Nothing;
-                        let detail = "the plan was not written";
-                        self.failed_start(now, waits(WaitCause::Starting, detail));
-                    }
+    fn take(&mut self, now: Tick, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Tick => self.fleet.tick(now),
+            Event::TermGained(term) => self.term_gained(now, term, actions),
+            Event::TermLost => {
+                self.ledger.term_lost();
+                self.end_reign(now, actions);
+            }
+            Event::Reset(records) => self.reset(now, records, actions),
+            Event::WorkerPut(record) => self.worker_put(now, record, actions),
+            Event::WorkerGone { worker } => self.worker_gone(now, &worker, actions),
+            Event::PlanRead { ticket, found } => {
+                let answer = self.ledger.read(now, ticket, found);
+                self.ledger_answered(now, answer, actions);
+            }
+            Event::PlanReadFailed { ticket, detail } => {
+                let answer = self.ledger.read_failed(now, ticket, &detail);
+                self.ledger_answered(now, answer, actions);
+            }
+            Event::PlanWritten { ticket, revision } => {
+                let answer = self.ledger.written(ticket, revision);
+                self.ledger_answered(now, answer, actions);
+            }
+            Event::PlanConflict { ticket } | Event::PlanUnknown { ticket, .. } => {
+                let answer = self.ledger.not_known(now, ticket);
+                self.ledger_answered(now, answer, actions);
+            }
+            Event::Deployed { ticket, result } => self.deployed(now, ticket, result, actions),
+            Event::Prepared { at, stage, class } => self.prepared(now, at, stage, class, actions),
+            Event::PrepareFailed { at, stage, failure, detail } => {
+                self.start_failed(now, Phase::Preparing, at, stage, (failure, &detail), actions);
+            }
+            Event::Activated { at, stage } => self.activated(at, stage),
+            Event::ActivateFailed { at, stage, failure, detail } => {
+                self.start_failed(now, Phase::Activating, at, stage, (failure, &detail), actions);
+            }
+            Event::Retired { worker, incarnation, at } => {
+                self.observed.retired(now, &worker, incarnation, at);
+            }
+            Event::RetireFailed { worker, incarnation, at, .. } => {
+                self.observed.retire_failed(now, &worker, incarnation, at);
+            }
+            Event::StreamBroken { at, stage, detail } => {
+                if let Some(pipeline) = self.pipeline(at)
+                    && let Some(worker) = pipeline.stream_broken(now, stage, detail)
+                {
+                    let worker = worker.to_owned();
+                    self.fleet.probe_at_once(now, &worker);
                 }
             }
-            Phase::Active { placed, .. } if revision != Some(placed.plan.epoch.0) => {
-                let reason = "another coordinator has changed the plan".to_owned();
-                self.fail_pipeline(now, reason, actions);
+            Event::Fenced { at, detail } => {
+                // While it is being replaced it shall be fenced.
+                if self.pipeline(at).is_some_and(|pipeline| pipeline.serves()) {
+                    let reason = format!("a worker takes no more steps of it: {detail}");
+                    self.fail_pipeline(now, at.id, reason, actions);
+                    self.ledger.read_again(now);
+                }
             }
-            Phase::Starting { placed, .. } if revision != Some(placed.plan.epoch.0) => {
-                let why = waits(WaitCause::Lost, "another plan was written");
-                self.abandon_start(now, why, actions);
+            Event::StepOverdue { at } => {
+                if let Some(pipeline) = self.pipeline(at) {
+                    pipeline.overdue(now);
+                }
             }
-            Phase::Nothing if self.incumbent.is_empty() => {
-                let model = self.options.model;
-                let pipeline = found.and_then(|(_, plan)| {
-                    plan.pipelines.into_iter().find(|pipeline| pipeline.model == model)
-                });
-                self.incumbent = pipeline.map(|pipeline| stages_of(&pipeline)).unwrap_or_default();
+            Event::ResultsFlowing { .. } => {}
+            Event::Paused { at } => {
+                if let Some(pipeline) = self.pipeline(at) {
+                    pipeline.paused();
+                }
             }
-            _ => {}
-        }
-    }
-
-    fn plan_written(&mut self, now: Tick, revision: u64, actions: &mut Vec<Action>) {
-        let Phase::Writing { plan, .. } = &self.phase else { return };
-        let term = plan.term;
-        let Some(mut pipeline) = plan.pipelines.first().cloned() else { return };
-        let class = pipeline.class;
-        self.written = Written::At(Some(revision));
-        pipeline.epoch = Epoch(revision);
-        if let Some(stage) =
-            pipeline.stages.iter().find(|stage| !self.members.is_usable(now, stage))
-        {
-            let reason = format!("worker {} went while the plan was written", stage.worker);
-            self.phase = Phase::Nothing;
-            self.waiting = waits(WaitCause::Lost, reason);
-            return;
-        }
-        let asked = Start { tries: 1, state: StartState::Asked(now) };
-        let stages = vec![asked; pipeline.stages.len()];
-        let placed = Placed { plan: pipeline, term, class };
-        for stage in 0..stages.len() {
-            actions.push(self.ask(&placed, stage as u32, false));
-        }
-        let detail = format!("the pipeline of epoch {revision} is being prepared");
-        self.waiting = waits(WaitCause::Starting, detail);
-        self.phase = Phase::Starting { placed, stages, activating: false };
-    }
-
-    // ---- workers
-
-    fn reset(&mut self, now: Tick, records: Vec<WorkerRecord>, actions: &mut Vec<Action>) {
-        self.listed = true;
-        let here: Vec<_> = records.iter().map(|record| record.id.clone()).collect();
-        for gone in self.members.listed_except(&here) {
-            self.worker_gone(now, &gone, actions);
-        }
-        for record in records {
-            self.worker_put(now, record, actions);
-        }
-    }
-
-    fn worker_put(&mut self, now: Tick, record: WorkerRecord, actions: &mut Vec<Action>) {
-        let id = record.id.clone();
-        let (incarnation, draining) = (record.incarnation, record.draining);
-        self.members.put(now, record);
-        let Some(stage) = self.stage_of(&id) else { return };
-        let planned = self.placed().map(|placed| placed.plan.stages[stage as usize].incarnation);
-        if planned != Some(incarnation) {
-            // The process that held the stage is no more, whatever its streams say.
-            return self.stage_lost(now, &id, "it was started again", actions);
-        }
-        match &mut self.phase {
-            Phase::Starting { .. } if draining => {
-                let why = waits(WaitCause::Lost, format!("worker {id} is draining"));
-                self.abandon_start(now, why, actions);
+            Event::Described { worker, incarnation, held } => {
+                self.described(now, &worker, incarnation, &held, actions);
             }
-            Phase::Active { draining: held, .. } if draining && !*held => {
-                *held = true;
-                actions.push(Action::HoldAdmission(true));
+            Event::ProbeFailed { worker, incarnation, detail } => {
+                if self.fleet.probe_failed(now, &worker, incarnation) {
+                    self.probe_failed(now, &worker, &detail, actions);
+                }
             }
-            _ => {}
+            Event::DrainWorker { worker, drain } => {
+                if self.fleet.order_drain(now, &worker, drain) && drain {
+                    self.drain_starting(now, &worker, actions);
+                }
+            }
+            Event::PlanNow => self.planning.requested = true,
         }
     }
 
-    fn worker_gone(&mut self, now: Tick, id: &str, actions: &mut Vec<Action>) {
-        let is_stage = self.stage_of(id).is_some();
-        if let Some(text) = self.members.gone(now, id, is_stage) {
-            actions.push(Action::Alarm { text });
-        }
-    }
-
-    fn drained(&mut self, now: Tick, epoch: Epoch, actions: &mut Vec<Action>) {
-        let Phase::Active { placed, draining: true, .. } = &self.phase else { return };
-        if placed.plan.epoch == epoch {
-            self.fail_pipeline(now, "a worker of the pipeline is leaving".to_owned(), actions);
-        }
-    }
-
-    // ---- what time and everything above make due
-
+    /// What time and events make due.
     fn advance(&mut self, now: Tick, actions: &mut Vec<Action>) {
-        self.advance_start(now, actions);
-        self.advance_active(now, actions);
-        let watched = self.watched();
-        actions.extend(self.members.probes(now, &watched));
-        if let (Some(_), Written::Unknown(due)) = (self.term, self.written)
-            && now >= due
-        {
-            self.written = Written::Reading;
-            actions.push(Action::ReadPlan);
+        self.observed.follow(now, &self.fleet);
+        self.advance_pipelines(now, actions);
+        self.take_over_lanes(actions);
+        self.make_room(now, actions);
+        self.retire(now, actions);
+        if self.advance_switches(now, actions) {
+            self.retire(now, actions);
         }
-        if matches!(self.phase, Phase::Nothing) {
-            self.try_plan(now, actions);
+        self.ledger.advance(now, actions);
+        self.plan(now, actions);
+        let mut wanted: BTreeSet<String> = self
+            .pipelines
+            .values()
+            .flat_map(|pipeline| pipeline.watched(&self.fleet))
+            .chain(self.observed.to_ask(now))
+            .cloned()
+            .collect();
+        let starting = self.switches.iter().flat_map(|switch| &switch.new);
+        let starting = starting.flat_map(|starting| &starting.placed.plan.stages);
+        let without_lease = starting.filter(|stage| self.fleet.lease_is_gone(&stage.worker));
+        wanted.extend(without_lease.map(|stage| stage.worker.clone()));
+        for worker in self.observed.take_new_asks() {
+            self.fleet.probe_at_once(now, &worker);
         }
+        actions.extend(self.fleet.probes(now, &wanted));
+        let Self { fleet, pipelines, switches, .. } = self;
+        fleet.forget_gone(|id| {
+            pipelines.values().any(|pipeline| pipeline.uses(id))
+                || switches.iter().any(|switch| switch.starts_at(id))
+        });
     }
 
-    fn try_plan(&mut self, now: Tick, actions: &mut Vec<Action>) {
-        let Some(term) = self.term else {
-            let why = waits(WaitCause::Leadership, "this coordinator does not lead");
-            return self.tell(why, actions);
-        };
-        let Written::At(previous) = self.written else { return };
-        if !self.listed || now < self.plan_after {
-            return;
-        }
-        let settled = self.members.last_arrival() + self.options.settle;
-        if self.options.stages.is_none() && !self.planned_once && now < settled {
-            self.waiting = waits(WaitCause::Starting, "waiting for workers to come");
-            return;
-        }
-        let (class, eligible) =
-            self.members.eligible(now, self.options.model, self.options.kv_type);
-        if self.hopeless.as_ref() == Some(&eligible) {
-            return;
-        }
-        let options = planner::Options {
-            stages: self.options.stages,
-            min_kv_blocks: self.options.min_kv_blocks,
-            max_kv_blocks: self.options.max_kv_blocks,
-            incumbent: self.incumbent.clone(),
-        };
-        match planner::plan(&self.options.costs, &eligible, &options) {
-            Ok(assignment) => {
-                let plan = self.compose(term, class, assignment);
-                self.hopeless = None;
-                self.planned_once = true;
-                self.waiting = waits(WaitCause::Starting, "the plan is being written");
-                self.plan_reason.clone_from(&plan.reason);
-                actions.push(Action::WritePlan { term, previous, plan: plan.clone() });
-                self.phase = Phase::Writing { plan, previous };
+    // ---- leadership and the plan's key
+
+    fn term_gained(&mut self, now: Tick, term: Term, actions: &mut Vec<Action>) {
+        self.end_reign(now, actions);
+        match self.ledger.term_gained(now, term) {
+            Ok(()) => {
+                self.observed.ask_all(now);
+                for starting in self.switches.iter_mut().flat_map(|switch| &mut switch.new) {
+                    starting.placed.term = term;
+                }
             }
-            Err(error) => {
-                self.hopeless = Some(eligible);
-                // Whoever was refused is left out, and that is why the rest do not suffice.
-                let cause = match error {
-                    _ if self.members.somebody_refused(now) => WaitCause::Refused,
-                    PlanError::DoesNotFit { .. } => WaitCause::Memory,
-                    _ => WaitCause::Workers,
-                };
-                let detail = self.members.explain(now, &self.options, error.to_string());
-                self.tell(Waiting { cause, detail }, actions);
+            Err(detail) => actions.push(Action::Resign { detail }),
+        }
+    }
+
+    /// What serves goes on serving, and what is being activated goes on too: workers refuse it as
+    /// soon as somebody else takes them over.
+    fn end_reign(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        self.planning.forget_question();
+        let mut index = 0;
+        while index < self.switches.len() {
+            match self.switches[index].phase {
+                Phase::Activating => index += 1,
+                Phase::Preparing | Phase::Pausing => {
+                    let why = waits(WaitCause::Leadership, "this coordinator does not lead");
+                    self.abandon(now, index, why, actions);
+                }
             }
         }
     }
 
-    fn tell(&mut self, why: Waiting, actions: &mut Vec<Action>) {
-        let reason = why.detail.clone();
-        self.waiting = why;
-        if self.told.as_ref() != Some(&reason) {
-            self.told = Some(reason.clone());
-            actions.push(Action::NoPlan { reason });
+    fn ledger_answered(&mut self, now: Tick, answer: Answer, actions: &mut Vec<Action>) {
+        match answer {
+            Answer::Ignored | Answer::Failed => {}
+            Answer::Read { is_own, write_failed } => {
+                self.plan_read(now, is_own, actions);
+                if write_failed {
+                    self.planning.failed(now);
+                    let detail = "the plan was not written";
+                    self.last_failure = Some(waits(WaitCause::Starting, detail));
+                }
+            }
+            Answer::Written(plan) => self.plan_written(now, &plan),
+            Answer::Unusable(detail) => {
+                self.end_reign(now, actions);
+                actions.push(Action::Resign { detail });
+            }
         }
     }
 
-    fn compose(&self, term: Term, class: NumericsClass, found: planner::Assignment) -> Plan {
-        let stages = found.stages.into_iter().map(|stage| self.members.place(stage)).collect();
-        Plan {
-            format: PLAN_FORMAT,
-            term,
-            pipelines: vec![PipelinePlan {
-                id: PIPELINE,
-                epoch: Epoch(0),
-                model: self.options.model,
-                kv_type: self.options.kv_type,
-                class,
-                stages,
-                kv_blocks: found.kv_blocks,
-                predicted_tokens_per_s: found.predicted_tokens_per_s,
-            }],
-            reason: found.reason,
+    fn plan_read(&mut self, now: Tick, is_own: bool, actions: &mut Vec<Action>) {
+        let Self { ledger, options, observed, .. } = self;
+        observed.learn(|at, worker| planned_shape(ledger, options, at, worker));
+        let Some(plan) = self.ledger.plan() else {
+            self.planning.is_missing = !self.pipelines.is_empty();
+            return;
+        };
+        if is_own {
+            return;
         }
+        // Another coordinator has led meanwhile; what it left in place is served by nobody else.
+        let is_planned = |pipeline: &Pipeline| {
+            plan.pipelines.iter().any(|planned| planned.at() == pipeline.at())
+        };
+        let lost: Vec<_> = self
+            .pipelines
+            .values()
+            .filter(|pipeline| !is_planned(pipeline))
+            .map(|pipeline| pipeline.placed.plan.id)
+            .collect();
+        for id in lost {
+            let reason = "another coordinator has changed the plan".to_owned();
+            self.fail_pipeline(now, id, reason, actions);
+        }
+        while !self.switches.is_empty() {
+            let why = waits(WaitCause::Lost, "another coordinator has changed the plan");
+            self.abandon(now, 0, why, actions);
+        }
+    }
+
+    /// Our plan is in the registry: what it changes begins to change.
+    fn plan_written(&mut self, now: Tick, plan: &Plan) {
+        let is_loss = self.planning.cause.take().is_some_and(planning::Cause::is_loss);
+        let known = |at: PipelineRef| {
+            self.pipelines.get(&at.id).is_some_and(|pipeline| pipeline.at() == at)
+                || self.switches.iter().any(|switch| switch.find(at).is_some())
+        };
+        let new: Vec<_> = plan
+            .pipelines
+            .iter()
+            .filter(|planned| !known(planned.at()))
+            .map(|planned| Placed { plan: planned.clone(), term: plan.term })
+            .collect();
+        let unusable = new.iter().flat_map(|placed| &placed.plan.stages);
+        let unusable =
+            unusable.filter(|stage| !self.fleet.is_usable(now, stage)).collect::<Vec<_>>();
+        if let Some(stage) = unusable.first() {
+            let detail = format!("worker {} went while the plan was written", stage.worker);
+            self.last_failure = Some(waits(WaitCause::Lost, detail));
+            self.planning.failed(now);
+            return;
+        }
+        let changing = |id: &PipelineId| self.switches.iter().any(|s| s.old.contains(id));
+        let is_planned = |at: PipelineRef| plan.pipelines.iter().any(|planned| planned.at() == at);
+        let old: Vec<_> = self
+            .pipelines
+            .iter()
+            .filter(|(id, pipeline)| !changing(id) && !is_planned(pipeline.at()))
+            .map(|(_, pipeline)| pipeline)
+            .collect();
+        let mut switches = transition::switches(now, &old, new);
+        for switch in &mut switches {
+            switch.is_urgent = is_loss;
+        }
+        self.planning.carried_out();
+        self.switches.append(&mut switches);
+    }
+
+    // ---- what serves
+
+    fn advance_pipelines(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let ids: Vec<_> = self.pipelines.keys().copied().collect();
+        for id in ids {
+            let Some(pipeline) = self.pipelines.get_mut(&id) else { continue };
+            if let Err(reason) = pipeline.advance(now, actions) {
+                let stalled = pipeline.is_stalled(now);
+                let stages = pipeline.placed.plan.stages.clone();
+                // Silence on the data path and no answer: two signals.
+                for stage in &stages {
+                    if !stalled || !self.fleet.is_silent(stage) {
+                        continue;
+                    }
+                    let why = "its steps were overdue and it did not answer";
+                    let alarm = self.fleet.evicted(now, stage, why);
+                    actions.extend(alarm.map(|text| Action::Alarm { text }));
+                }
+                self.fail_pipeline(now, id, reason, actions);
+            }
+        }
+        let serving = self.pipelines.values().filter(|pipeline| pipeline.serves());
+        let mut serving = serving.peekable();
+        if serving.peek().is_some() && serving.all(|p| now.since(p.since) >= STABLE) {
+            self.planning.is_stable();
+        }
+    }
+
+    /// Ends a pipeline that was lost.
+    fn fail_pipeline(
+        &mut self,
+        now: Tick,
+        id: PipelineId,
+        reason: String,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(pipeline) = self.pipelines.remove(&id) else { return };
+        actions.push(Action::Fail { at: pipeline.at(), reason: reason.clone() });
+        self.last_failure = Some(waits(WaitCause::Lost, reason));
+        let is_young = now.since(pipeline.since) < STABLE;
+        match self.switches.iter_mut().find_map(|switch| switch.old.remove(&id).then_some(switch)) {
+            // What takes its place is on its way.
+            Some(switch) => switch.is_urgent = true,
+            None => {
+                self.planning.lost = true;
+                self.planning.pipeline_lost(now, is_young);
+            }
+        }
+    }
+
+    /// Lanes stamp their steps with the term of this reign before any worker hears of it: workers
+    /// refuse steps of an older term. Those that are on their way then are sent again.
+    fn take_over_lanes(&mut self, actions: &mut Vec<Action>) {
+        let Some((term, _)) = self.ledger.ready() else { return };
+        let changing: BTreeSet<_> =
+            self.switches.iter().flat_map(|switch| switch.old.iter().copied()).collect();
+        for (id, pipeline) in &mut self.pipelines {
+            if pipeline.placed.term == term || changing.contains(id) || !pipeline.serves() {
+                continue;
+            }
+            pipeline.take_over(term, actions);
+        }
+    }
+
+    /// Whether all lanes that go on stamp their steps with the term of this reign.
+    fn terms_agree(&self) -> bool {
+        let mut serving = self.pipelines.values().filter(|pipeline| pipeline.serves());
+        serving.all(|pipeline| Some(pipeline.placed.term) == self.ledger.term())
+    }
+
+    // ---- what workers hold
+
+    /// Tells workers to leave what they shall not hold.
+    fn retire(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let Some(term) = self.ledger.term() else { return };
+        if !self.terms_agree() || self.ledger.ready().is_none() {
+            return;
+        }
+        let intended = self.intended();
+        let is_open = intended.is_empty() || self.planning.is_open();
+        actions.extend(self.observed.reconcile(now, term, &intended, is_open, &self.fleet));
+    }
+
+    /// Which stages each worker shall hold.
+    fn intended(&self) -> Intended {
+        let mut intended = Intended::new();
+        let none = BTreeSet::new();
+        let serving = self.pipelines.values().map(|p| (&p.placed, &p.released));
+        let starting = self.switches.iter().flat_map(|switch| &switch.new);
+        for (placed, released) in serving.chain(starting.map(|s| (&s.placed, &none))) {
+            let first_draws = self.options.costs.first_draws(placed.plan.stages.len());
+            for (index, stage) in (0..).zip(&placed.plan.stages) {
+                if let Some(shape) = transition::shape(&placed.plan, index, first_draws)
+                    && !released.contains(&stage.worker)
+                {
+                    let stages = intended.entry(stage.worker.clone()).or_default();
+                    stages.insert(placed.at(), shape);
+                }
+            }
+        }
+        intended
     }
 
     // ---- lookups
 
-    fn placed(&self) -> Option<&Placed> {
-        match &self.phase {
-            Phase::Starting { placed, .. } | Phase::Active { placed, .. } => Some(placed),
-            Phase::Nothing | Phase::Writing { .. } => None,
-        }
+    /// The pipeline, if it is at this epoch.
+    fn pipeline(&mut self, at: PipelineRef) -> Option<&mut Pipeline> {
+        self.pipelines.get_mut(&at.id).filter(|pipeline| pipeline.at() == at)
     }
 
-    fn stage_of(&self, worker: &str) -> Option<u32> {
-        let stages = &self.placed()?.plan.stages;
-        stages.iter().position(|stage| stage.worker == worker).map(|index| index as u32)
+    /// The stages that a worker has or is to have.
+    fn stages_of(&self, worker: &str) -> impl Iterator<Item = &proto::plan::StagePlan> {
+        let serving = self.pipelines.values().map(|pipeline| &pipeline.placed);
+        let starting = self.switches.iter().flat_map(|switch| &switch.new).map(|new| &new.placed);
+        serving.chain(starting).filter_map(move |placed| Some(placed.stage_of(worker)?.1))
     }
-
-    fn active_epoch(&self) -> Option<Epoch> {
-        match &self.phase {
-            Phase::Active { placed, .. } => Some(placed.plan.epoch),
-            _ => None,
-        }
-    }
-
-    /// The parts of the active pipeline, if it is of this epoch.
-    fn active(&mut self, epoch: Epoch) -> Option<(&Placed, &mut Vec<Health>, &mut Option<Tick>)> {
-        match &mut self.phase {
-            Phase::Active { placed, stages, stalled_since, .. } if placed.plan.epoch == epoch => {
-                Some((placed, stages, stalled_since))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// Why nothing serves.
-fn waits(cause: WaitCause, detail: impl Into<String>) -> Waiting {
-    Waiting { cause, detail: detail.into() }
-}
-
-fn stages_of(pipeline: &PipelinePlan) -> Vec<Stage> {
-    let stage =
-        |stage: &StagePlan| Stage { worker: stage.worker.clone(), layers: stage.layers.clone() };
-    pipeline.stages.iter().map(stage).collect()
-}
-
-/// Whether two plans say the same. Predicted rates are left out: a float that went through JSON
-/// may differ in its last bit.
-fn same_plan(a: &Plan, b: &Plan) -> bool {
-    let said = |plan: &Plan| {
-        let pipelines = plan.pipelines.iter();
-        (
-            plan.term,
-            pipelines.map(|p| (p.id, p.class, p.stages.clone(), p.kv_blocks)).collect::<Vec<_>>(),
-        )
-    };
-    said(a) == said(b)
 }

@@ -38,9 +38,12 @@ pub struct Config {
     pub model: PathBuf,
     /// How KV is stored; part of the numerics class.
     pub kv_type: KvType,
-    /// Exactly so many stages; absent: as many as the planner finds best.
+    /// Exactly so many stages in every pipeline; absent: as many as the planner finds best.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stages: Option<u32>,
+    /// Exactly so many pipelines; absent: as many as the planner finds best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pipelines: Option<u32>,
     /// Where the gRPC API listens.
     #[serde(deserialize_with = "deserialize_listen")]
     pub grpc: SocketAddr,
@@ -64,8 +67,12 @@ pub struct Config {
     /// How long after that requests are still taken, while readiness says no: whoever sends them
     /// here needs a moment to see it. At most the grace.
     pub lame_duck: Duration,
-    /// How long the first plan waits for more workers after the last one came.
+    /// While nothing serves, how long a plan waits for more workers after the last one came.
     pub settle: Duration,
+    /// What serves is improved only when no worker came, went or failed for so long.
+    pub hold_down: Duration,
+    /// What serves is improved only for a gain of so many per cent, as predicted.
+    pub min_gain_percent: u32,
     /// Where the defaults of sampling come from.
     pub sampling_defaults: SamplingSource,
     /// Defaults of sampling that go over the model's.
@@ -143,6 +150,7 @@ impl Default for Config {
             model: PathBuf::new(),
             kv_type: KvType::F16,
             stages: None,
+            pipelines: None,
             grpc: DEFAULT_GRPC,
             http: DEFAULT_HTTP,
             admin: None,
@@ -153,6 +161,10 @@ impl Default for Config {
             lame_duck: DEFAULT_LAME_DUCK,
             // Workers of one cluster start within moments of each other.
             settle: Duration::from_millis(500),
+            // Workers that start one by one, or restart, are placed together.
+            hold_down: Duration::from_secs(10),
+            // Measured speeds are hardly better.
+            min_gain_percent: 5,
             sampling_defaults: SamplingSource::Model,
             sampling: SamplingDefaults::default(),
             limits: LimitsConfig::default(),
@@ -225,6 +237,9 @@ pub enum ConfigError {
     },
 }
 
+/// The most pipelines that may be asked for: more workers than that are no cluster of this kind.
+const MAX_PIPELINES: u64 = 1 << 10;
+
 impl Config {
     /// Checks everything that can be checked without touching the world.
     ///
@@ -239,6 +254,8 @@ impl Config {
         let stages = self.stages.unwrap_or(1);
         for (field, found, least, most) in [
             ("stages", u64::from(stages), 1, proto::limits::STAGES as u64),
+            ("pipelines", u64::from(self.pipelines.unwrap_or(1)), 1, MAX_PIPELINES),
+            ("min_gain_percent", self.min_gain_percent.into(), 0, 100),
             ("limits.waiting_requests", limits.waiting_requests.into(), 1, 1 << 16),
             ("limits.running_requests", limits.running_requests.into(), 1, 1 << 16),
             ("limits.step_tokens", limits.step_tokens.into(), 1, proto::limits::STEP_TOKENS as u64),

@@ -187,8 +187,9 @@ const CLOSING_TIME: Duration = Duration::from_secs(3);
 /// Of that, what connections are given to close in order.
 const CONNECTIONS_LINGER: Duration = Duration::from_secs(2);
 
-/// A plan must hold at least so much KV, or the context if that is less: a conversation.
-const MIN_KV_TOKENS: u32 = 2048;
+/// What a conversation takes, in tokens, or the context if that is less: every pipeline must hold
+/// KV for one, and is counted on for as many as it holds.
+const CONVERSATION_TOKENS: u32 = 2048;
 
 fn open_model(config: &Config) -> Result<model::Store, RunError> {
     let open = || {
@@ -267,13 +268,18 @@ fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) ->
         },
         kv_type: config.kv_type,
         stages: config.stages,
+        pipelines: config.pipelines,
         min_kv_blocks: model
             .context
-            .min(MIN_KV_TOKENS)
+            .min(CONVERSATION_TOKENS)
             .div_ceil(BLOCK_TOKENS)
             .min(config.limits.kv_blocks),
         max_kv_blocks: config.limits.kv_blocks,
+        context_tokens: model.context.min(CONVERSATION_TOKENS),
+        objective: planner::Objective::default(),
         max_step_tokens: config.limits.step_tokens,
         settle: config.settle.get(),
+        hold_down: config.hold_down.get(),
+        min_gain_percent: config.min_gain_percent,
     }
 }

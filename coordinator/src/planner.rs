@@ -8,7 +8,6 @@ mod costs;
 mod grouping;
 mod incumbents;
 mod pipeline;
-pub mod single;
 #[cfg(test)]
 mod tests;
 mod words;

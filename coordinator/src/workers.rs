@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use proto::convert;
 use proto::held::Description;
-use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, StepId, Term};
+use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, PipelineRef, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::limits;
 use proto::pb;
@@ -21,6 +21,8 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
+
+use crate::cluster::{Failure, Target};
 
 /// Opening a connection on a LAN takes a millisecond.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
@@ -42,26 +44,27 @@ pub(crate) const LINK_EVENTS: usize = 1024;
 /// Why a control call failed.
 #[derive(Debug)]
 pub(crate) struct CallError {
-    /// Whether the same may succeed later.
-    pub(crate) transient: bool,
+    /// What may be done about it.
+    pub(crate) failure: Failure,
     pub(crate) detail: String,
 }
 
 impl CallError {
     fn of_status(status: &Status) -> Self {
-        let transient = matches!(
-            status.code(),
+        let failure = match status.code() {
             Code::Unavailable
-                | Code::DeadlineExceeded
-                | Code::Cancelled
-                | Code::Aborted
-                | Code::Unknown
-        );
-        Self { transient, detail: status_words(status) }
+            | Code::DeadlineExceeded
+            | Code::Cancelled
+            | Code::Aborted
+            | Code::Unknown => Failure::Transient,
+            Code::ResourceExhausted => Failure::Memory,
+            _ => Failure::Refused,
+        };
+        Self { failure, detail: status_words(status) }
     }
 
     fn transient(detail: impl Into<String>) -> Self {
-        Self { transient: true, detail: detail.into() }
+        Self { failure: Failure::Transient, detail: detail.into() }
     }
 }
 
@@ -191,7 +194,7 @@ pub(crate) async fn prepare(
     let call = client.prepare(key.attach(convert::encode_prepare(request)));
     let response = within(PREPARE_PATIENCE, call).await?;
     NumericsClass::try_from(&response.numerics_class[..])
-        .map_err(|error| CallError { transient: false, detail: error.to_string() })
+        .map_err(|error| CallError { failure: Failure::Refused, detail: error.to_string() })
 }
 
 /// Makes a prepared epoch the one that a worker serves.
@@ -201,15 +204,14 @@ pub(crate) async fn prepare(
 /// [`CallError`] in the worker's or the network's words.
 pub(crate) async fn activate(
     key: CoordinatorKey,
-    pipeline: PipelineId,
-    epoch: Epoch,
+    at: PipelineRef,
     term: Term,
     target: &StagePlan,
 ) -> Result<(), CallError> {
     let mut client = connect(&target.address).await?;
     let call = client.activate(key.attach(pb::ActivateRequest {
-        pipeline: pipeline.0,
-        epoch: epoch.0,
+        pipeline: at.id.0,
+        epoch: at.epoch.0,
         term: term.0,
         dst_incarnation: incarnation_bytes(target.incarnation),
     }));
@@ -223,15 +225,14 @@ pub(crate) async fn activate(
 /// [`CallError`] in the worker's or the network's words.
 pub(crate) async fn retire(
     key: CoordinatorKey,
-    pipeline: PipelineId,
-    epoch: Epoch,
+    at: PipelineRef,
     term: Term,
-    target: &StagePlan,
+    target: &Target,
 ) -> Result<(), CallError> {
     let mut client = connect(&target.address).await?;
     let call = client.retire(key.attach(pb::RetireRequest {
-        pipeline: pipeline.0,
-        epoch: epoch.0,
+        pipeline: at.id.0,
+        epoch: at.epoch.0,
         term: term.0,
         dst_incarnation: incarnation_bytes(target.incarnation),
     }));
@@ -254,7 +255,7 @@ pub(crate) async fn describe(address: &str, patience: Duration) -> Result<Descri
         CallError::transient(format!("no answer within {} ms", patience.as_millis()))
     })??;
     convert::decode_description(response)
-        .map_err(|error| CallError { transient: false, detail: chain(&error) })
+        .map_err(|error| CallError { failure: Failure::Refused, detail: chain(&error) })
 }
 
 async fn carry_steps(
@@ -331,7 +332,7 @@ fn encode(sent: &SentStep) -> pb::StepMessage {
 
 async fn connect(address: &str) -> Result<StageClient<Channel>, CallError> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| CallError { transient: false, detail: chain(&error) })?
+        .map_err(|error| CallError { failure: Failure::Refused, detail: chain(&error) })?
         .connect_timeout(CONNECT_PATIENCE)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(limits::KEEPALIVE_INTERVAL)

@@ -43,9 +43,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// steps had passed through every stage.
 struct Toy {
     class: NumericsClass,
-    results: broadcast::Sender<StepResult>,
+    results: broadcast::Sender<(PipelineId, StepResult)>,
     /// As real workers do: results that came before their listener are not lost.
-    kept: Mutex<Vec<StepResult>>,
+    kept: Mutex<Vec<(PipelineId, StepResult)>>,
     /// Steps beyond this number are taken and never answered.
     stall_after: Mutex<u64>,
     /// What happens to the next result on its way, once.
@@ -161,7 +161,7 @@ impl Stage for ToyWorker {
                 let header = step.header;
                 if header.step.0 <= *toy.stall_after.lock().unwrap() {
                     let mut kept = toy.kept.lock().unwrap();
-                    kept.push(toy.compute(&step));
+                    kept.push((header.pipeline, toy.compute(&step)));
                     let _ = toy.results.send(kept[kept.len() - 1].clone());
                 }
                 let reply = StepReply {
@@ -191,8 +191,11 @@ impl Stage for ToyWorker {
         let live = self.toy.results.subscribe();
         let missed: Vec<_> = kept
             .iter()
-            .filter(|r| r.epoch.0 == wanted.epoch && r.step.0 > wanted.after_step)
-            .map(|result| Ok(convert::encode_result(source, result)))
+            .filter(|(pipeline, result)| {
+                let is_it = (pipeline.0, result.epoch.0) == (wanted.pipeline, wanted.epoch);
+                is_it && result.step.0 > wanted.after_step
+            })
+            .map(|(_, result)| Ok(convert::encode_result(source, result)))
             .collect();
         drop(kept);
         let toy = Arc::clone(&self.toy);
@@ -200,8 +203,8 @@ impl Stage for ToyWorker {
             let toy = Arc::clone(&toy);
             async move {
                 let result = loop {
-                    let result = live.recv().await.ok()?;
-                    if result.epoch.0 == wanted.epoch {
+                    let (pipeline, result) = live.recv().await.ok()?;
+                    if (pipeline.0, result.epoch.0) == (wanted.pipeline, wanted.epoch) {
                         break result;
                     }
                 };

@@ -69,9 +69,12 @@ pub(crate) struct CoordinatorCommand {
     /// Where health, readiness and metrics are answered by a thread of their own [default: nowhere]
     #[arg(long, value_name = "ADDR")]
     admin: Option<String>,
-    /// Exactly so many stages [default: what the planner finds best]
+    /// Exactly so many stages in every pipeline [default: what the planner finds best]
     #[arg(long, value_name = "S")]
     stages: Option<u32>,
+    /// Exactly so many pipelines [default: what the planner finds best]
+    #[arg(long, value_name = "P")]
+    pipelines: Option<u32>,
     /// How keys and values are stored: f16 or f32 [default: f16]
     #[arg(long, value_name = "TYPE")]
     kv_type: Option<KvType>,
@@ -158,6 +161,7 @@ impl CoordinatorCommand {
         flags.set("coordinator.http", self.http.clone());
         flags.set("coordinator.admin", self.admin.clone());
         flags.set("coordinator.stages", self.stages.map(i64::from));
+        flags.set("coordinator.pipelines", self.pipelines.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
         flags.set("coordinator.advertise", self.advertise.clone());
         flags.set("coordinator.sampling_defaults", text(self.sampling_defaults.as_ref()));

@@ -1,85 +1,183 @@
 //! Single rules of the cluster, by cases.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use proto::ids::{Epoch, Incarnation, KnownAnswer, Term};
+use proto::ids::{Epoch, Incarnation, KnownAnswer, PipelineId, PipelineRef, Term};
 use proto::plan::{Plan, WorkerRecord};
+use proto::status::{WaitCause, Waiting};
 
-use super::simulation::{class, options, record};
-use super::starting::START_TRIES;
+use super::simulation::{class, options, place, record};
+use super::transition::START_TRIES;
 use super::*;
+
+mod changes;
+mod registry;
 
 /// A cluster with the answers that a faultless world would give.
 struct Script {
     cluster: Cluster,
     now: Tick,
     revision: u64,
-    /// What was asked for since the last look, but for what [`Script::answer`] answers.
+    /// What was asked for since the last look, but for what [`Script::tell`] answers.
     heard: Vec<Action>,
     plans: Vec<Plan>,
+    /// What the registry has when it is read.
+    found: Found,
+    /// Workers that have no memory for two engines, and what they hold.
+    small: BTreeSet<String>,
+    /// What workers hold, and say when asked.
+    held: BTreeMap<String, Vec<PipelineRef>>,
+    prepares: usize,
 }
 
 impl Script {
-    fn new(stages: Option<u32>, workers: Vec<WorkerRecord>) -> Self {
-        let cluster = Cluster::new(options(stages));
-        let mut script =
-            Self { cluster, now: Tick::ZERO, revision: 100, heard: Vec::new(), plans: Vec::new() };
+    fn with(options: Options, workers: Vec<WorkerRecord>, found: Found) -> Self {
+        let mut script = Self {
+            cluster: Cluster::new(options),
+            now: Tick::ZERO,
+            revision: 100,
+            heard: Vec::new(),
+            plans: Vec::new(),
+            found,
+            small: BTreeSet::new(),
+            held: BTreeMap::new(),
+            prepares: 0,
+        };
         script.tell(Event::TermGained(Term(7)));
         script.tell(Event::Reset(workers));
+        script
+    }
+
+    fn new(stages: Option<u32>, workers: Vec<WorkerRecord>) -> Self {
+        let mut script = Self::with(options(stages), workers, Found::Nothing);
+        script.pass(1000);
         script
     }
 
     fn tell(&mut self, event: Event) {
         let actions = self.cluster.handle(self.now, event);
         for action in actions {
-            let answer = match &action {
-                Action::ReadPlan => Some(Event::PlanRead(None)),
-                Action::WritePlan { plan, .. } => {
-                    self.revision += 1;
-                    self.plans.push(plan.clone());
-                    Some(Event::PlanWritten { revision: self.revision })
-                }
-                Action::Prepare(request) => {
-                    let (epoch, stage) = (request.epoch, request.stage);
-                    Some(Event::Prepared { epoch, stage, class: class() })
-                }
-                Action::Activate { epoch, stage, .. } => {
-                    Some(Event::Activated { epoch: *epoch, stage: *stage })
-                }
-                _ => None,
-            };
-            match answer {
+            match self.answer(&action) {
                 Some(answer) => self.tell(answer),
                 None => self.heard.push(action),
             }
         }
     }
 
+    fn answer(&mut self, action: &Action) -> Option<Event> {
+        match action {
+            Action::ReadPlan { ticket } => {
+                Some(Event::PlanRead { ticket: *ticket, found: self.found.clone() })
+            }
+            Action::WritePlan { ticket, plan, .. } => {
+                self.revision += 1;
+                self.plans.push(plan.clone());
+                self.found = Found::Plan { revision: self.revision, plan: plan.clone() };
+                Some(Event::PlanWritten { ticket: *ticket, revision: self.revision })
+            }
+            Action::Deploy { ticket, problem } => {
+                Some(Event::Deployed { ticket: *ticket, result: place(problem) })
+            }
+            Action::Prepare(request) => {
+                self.prepares += 1;
+                let at = PipelineRef { id: request.pipeline, epoch: request.epoch };
+                let (stage, worker) =
+                    (request.stage, &request.stages[request.stage as usize].worker);
+                let held = self.held.entry(worker.clone()).or_default();
+                if self.small.contains(worker) && !held.is_empty() {
+                    let (failure, detail) = (Failure::Memory, "no memory".to_owned());
+                    return Some(Event::PrepareFailed { at, stage, failure, detail });
+                }
+                held.push(at);
+                let planned = self.plans.last()?.pipelines.iter();
+                let class = planned.rev().find(|plan| plan.id == request.pipeline)?.class;
+                Some(Event::Prepared { at, stage, class })
+            }
+            Action::Activate { at, stage, target, .. } => {
+                self.held.insert(target.worker.clone(), vec![*at]);
+                Some(Event::Activated { at: *at, stage: *stage })
+            }
+            Action::Retire { at, target, .. } => {
+                let held = self.held.entry(target.worker.clone()).or_default();
+                held.retain(|held| held.epoch > at.epoch);
+                self.heard.push(action.clone());
+                let (worker, incarnation) = (target.worker.clone(), target.incarnation);
+                Some(Event::Retired { worker, incarnation, at: *at })
+            }
+            Action::Pause { at } => {
+                self.heard.push(action.clone());
+                Some(Event::Paused { at: *at })
+            }
+            // One that is asked what it holds; whether it lives is a matter of the test.
+            Action::Probe { worker, incarnation, .. }
+                if !self
+                    .cluster
+                    .pipelines
+                    .values()
+                    .any(|p| p.watched(&self.cluster.fleet).any(|w| w == worker)) =>
+            {
+                let held = self.held.get(worker).into_iter().flatten();
+                let held = held.map(|&at| Held { at }).collect();
+                Some(Event::Described { worker: worker.clone(), incarnation: *incarnation, held })
+            }
+            _ => None,
+        }
+    }
+
     fn pass(&mut self, millis: u64) {
-        self.now = self.now + Duration::from_millis(millis);
-        self.tell(Event::Tick);
+        let end = self.now + Duration::from_millis(millis);
+        while self.now < end {
+            self.now = (self.now + Duration::from_millis(250)).min(end);
+            self.tell(Event::Tick);
+        }
     }
 
     fn take(&mut self) -> Vec<Action> {
         std::mem::take(&mut self.heard)
     }
 
-    fn epoch(&self) -> Epoch {
-        Epoch(self.revision)
+    fn serves(&mut self) -> Vec<(PipelineRef, Vec<String>)> {
+        let serving = self.take().into_iter().filter_map(|action| match action {
+            Action::Serve { plan, .. } => {
+                Some((plan.at(), plan.stages.iter().map(|stage| stage.worker.clone()).collect()))
+            }
+            _ => None,
+        });
+        serving.collect()
     }
 
     fn states(&self) -> Vec<String> {
         self.cluster.view().workers.into_iter().map(|w| format!("{} {}", w.id, w.state)).collect()
     }
 
+    fn reason(&self) -> String {
+        self.cluster.view().plan.reason
+    }
+
+    /// The pipelines that serve, and who is in them.
+    fn served(&self) -> Vec<(u64, Vec<&str>)> {
+        let pipelines = self.cluster.pipelines.values();
+        pipelines
+            .map(|pipeline| {
+                let stages = pipeline.placed.plan.stages.iter();
+                (pipeline.at().id.0, stages.map(|stage| stage.worker.as_str()).collect())
+            })
+            .collect()
+    }
+
+    fn at(&self, id: u64) -> PipelineRef {
+        self.cluster.pipelines[&PipelineId(id)].at()
+    }
+
     /// A stage's stream breaks and the probe that follows fails.
-    fn kill(&mut self, stage: u32) {
-        let epoch = self.epoch();
-        self.tell(Event::StreamBroken { epoch, stage, detail: "reset".to_owned() });
-        let Some(Action::Probe { worker, incarnation, .. }) = self.heard.pop() else {
-            panic!("{:?}", self.heard)
-        };
-        self.tell(Event::ProbeFailed { worker, incarnation, detail: "refused".to_owned() });
+    fn kill(&mut self, at: PipelineRef, stage: u32) {
+        let worker = self.cluster.pipelines[&at.id].placed.plan.stages[stage as usize].clone();
+        self.held.remove(&worker.worker);
+        self.tell(Event::StreamBroken { at, stage, detail: "reset".to_owned() });
+        let detail = "refused".to_owned();
+        let (worker, incarnation) = (worker.worker, worker.incarnation);
+        self.tell(Event::ProbeFailed { worker, incarnation, detail });
     }
 }
 
@@ -87,13 +185,47 @@ fn workers(count: usize) -> Vec<WorkerRecord> {
     (0..count).map(|i| record(i, 1)).collect()
 }
 
-fn is_serve(action: &Action) -> bool {
-    matches!(action, Action::Serve { .. })
+fn draining(i: usize) -> WorkerRecord {
+    WorkerRecord { draining: true, ..record(i, 1) }
+}
+
+fn at(id: u64, epoch: u64) -> PipelineRef {
+    PipelineRef { id: PipelineId(id), epoch: Epoch(epoch) }
+}
+
+fn is_alarm(action: &Action) -> bool {
+    matches!(action, Action::Alarm { .. })
+}
+
+fn cause(availability: &Availability) -> Option<WaitCause> {
+    availability.waiting().map(|waiting| waiting.cause)
 }
 
 #[test]
-fn workers_become_a_pipeline_and_a_late_one_stands_by() {
-    let mut script = Script::new(Some(3), workers(3));
+fn workers_become_replicas_and_a_late_one_joins_while_nothing_else_is_touched() {
+    let mut script = Script::new(None, workers(2));
+    assert_eq!(script.served(), [(1, vec!["w0"]), (2, vec!["w1"])]);
+    let before = (script.at(1), script.at(2));
+    script.take();
+    script.tell(Event::WorkerPut(record(4, 1)));
+    script.pass(9000);
+    assert_eq!(script.take(), [], "it may not be alone");
+    script.tell(Event::WorkerPut(record(5, 1)));
+    script.pass(9750);
+    assert_eq!(script.take(), [], "the hold-down begins again");
+    script.pass(250);
+    let served: Vec<_> = script.serves();
+    assert_eq!(served, [(at(3, 102), vec!["w4".to_owned()]), (at(4, 102), vec!["w5".to_owned()])]);
+    assert_eq!((script.at(1), script.at(2)), before, "kept with their epochs");
+    script.pass(100_000);
+    assert_eq!(script.take(), []);
+    assert_eq!(script.plans.len(), 2);
+}
+
+#[test]
+fn with_pinned_stages_and_one_pipeline_a_late_worker_stands_by() {
+    let pinned = Options { pipelines: Some(1), ..options(Some(3)) };
+    let mut script = Script::with(pinned, workers(3), Found::Nothing);
     let actions = script.take();
     let [Action::Serve { shape, plan, class: of }] = &actions[..] else { panic!("{actions:?}") };
     assert_eq!((shape.epoch, shape.term, shape.stages), (Epoch(101), Term(7), 3));
@@ -102,64 +234,110 @@ fn workers_become_a_pipeline_and_a_late_one_stands_by() {
     script.pass(100_000);
     assert_eq!(script.take(), []);
     assert_eq!(script.states(), ["w0 active", "w1 active", "w2 active", "w3 standby"]);
-    assert_eq!(script.cluster.unavailable(), None);
+    assert_eq!(script.cluster.view().workers[3].detail, "spare");
+    assert_eq!(script.cluster.availability(), Availability::Serving);
+}
+
+#[test]
+fn a_gain_below_the_least_is_not_worth_a_move() {
+    let dear = Options { min_gain_percent: 60, ..options(None) };
+    let mut script = Script::with(dear, workers(2), Found::Nothing);
+    script.pass(1000);
+    script.take();
+    script.tell(Event::WorkerPut(record(4, 1)));
+    script.pass(100_000);
+    assert_eq!((script.take(), script.plans.len()), (vec![], 1));
+    script.tell(Event::PlanNow);
+    assert_eq!(script.serves(), [(at(3, 102), vec!["w4".to_owned()])], "asked for");
+}
+
+#[test]
+fn a_fleet_that_never_rests_is_planned_for_all_the_same() {
+    let mut script = Script::new(None, workers(2));
+    script.take();
+    for incarnation in 1..=30 {
+        script.tell(Event::WorkerPut(record(4, incarnation)));
+        script.pass(5000);
+    }
+    assert!(script.plans.len() > 1, "the one that flaps keeps no other from its place");
+    assert!(script.plans.len() < 8, "{} plans", script.plans.len());
+}
+
+#[test]
+fn a_speed_that_changes_for_a_minute_is_planned_for() {
+    let mut script = Script::new(None, workers(2));
+    let slow = |factor: u64| {
+        let mut slow = record(1, 1);
+        slow.models[0].steps.iter_mut().for_each(|step| step.layer_ns *= factor);
+        slow
+    };
+    let deploys = |script: &mut Script, factor: u64, millis: u64| {
+        let put = script.cluster.handle(script.now, Event::WorkerPut(slow(factor)));
+        assert_eq!(put, []);
+        let mut asked = 0;
+        for _ in 0..millis / 250 {
+            script.now = script.now + Duration::from_millis(250);
+            let actions = script.cluster.handle(script.now, Event::Tick);
+            asked += actions.iter().filter(|a| matches!(a, Action::Deploy { .. })).count();
+        }
+        asked
+    };
+    script.pass(20_000);
+    assert_eq!(deploys(&mut script, 10, 59_000), 0);
+    assert_eq!(deploys(&mut script, 1, 100_000), 0, "it passed");
+    assert_eq!(deploys(&mut script, 10, 61_000), 1);
 }
 
 #[test]
 fn a_broken_stream_alone_is_opened_again_and_with_a_failed_probe_the_worker_is_replaced() {
-    let mut script = Script::new(Some(2), workers(3));
+    let mut script = Script::new(Some(2), workers(4));
     script.take();
-    let epoch = script.epoch();
-    script.tell(Event::StreamBroken { epoch, stage: 1, detail: "reset".to_owned() });
+    let (first, second) = (script.at(1), script.at(2));
+    script.tell(Event::StreamBroken { at: first, stage: 1, detail: "reset".to_owned() });
     let [Action::Probe { worker, incarnation, .. }] = &script.take()[..] else { panic!() };
-    script.tell(Event::ProbeOk { worker: worker.clone(), incarnation: *incarnation });
-    assert_eq!(script.take(), [Action::Reconnect { epoch, stage: 1 }]);
+    let (worker, incarnation) = (worker.clone(), *incarnation);
+    script.tell(Event::Described { worker, incarnation, held: vec![Held { at: first }] });
+    assert_eq!(script.take(), [Action::Reconnect { at: first, stage: 1 }]);
+    script.tell(Event::WorkerPut(record(4, 1)));
+    script.pass(20_000);
 
-    script.now = script.now + Duration::from_secs(2);
-    let first = script.plans[0].pipelines[0].stages.clone();
-    script.kill(1);
+    script.kill(first, 1);
     let actions = script.take();
-    let [
-        Action::FailPipeline { epoch: failed, reason },
-        Action::Retire { target, .. },
-        Action::Serve { plan, .. },
-    ] = &actions[..]
-    else {
-        panic!("{actions:?}")
-    };
-    assert_eq!(*failed, epoch);
+    let Action::Fail { at: failed, reason } = &actions[1] else { panic!("{actions:?}") };
+    assert_eq!(*failed, first);
     assert_eq!(
         reason,
-        &format!(
-            "worker {} with layers {}..12 was lost: its stream broke (reset) and it does not \
-             answer (refused)",
-            first[1].worker, first[1].layers.start
-        )
+        "worker w1 with layers 6..12 was lost: its stream broke (reset) and it does not answer \
+         (refused)"
     );
-    assert_eq!(*target, first[0], "who is dead is not told");
-    assert_eq!(plan.stages[0], first[0], "the other stage stays as it was");
-    assert_eq!(plan.stages[1].layers, first[1].layers);
-    assert_ne!(plan.stages[1].worker, first[1].worker);
+    let Some(Action::Serve { plan, .. }) = actions.last() else { panic!("{actions:?}") };
+    let workers: Vec<_> = plan.stages.iter().map(|stage| stage.worker.as_str()).collect();
+    assert_eq!((plan.at(), workers), (at(1, 102), vec!["w0", "w4"]));
+    assert_eq!(script.at(2), second, "the other pipeline serves on");
+    assert!(!actions.iter().any(|a| matches!(a, Action::Pause { .. } | Action::Leave { .. })));
 }
 
 #[test]
 fn a_lost_lease_needs_a_silent_data_path() {
     let mut script = Script::new(Some(2), workers(4));
     script.take();
+    let first = script.at(1);
     script.tell(Event::WorkerGone { worker: "w0".to_owned() });
     let [Action::Probe { worker, incarnation, .. }] = &script.take()[..] else { panic!() };
     let (worker, incarnation) = (worker.clone(), *incarnation);
-    script.tell(Event::ProbeOk { worker: worker.clone(), incarnation });
+    let held = vec![Held { at: first }];
+    script.tell(Event::Described { worker: worker.clone(), incarnation, held });
     script.pass(1000);
     assert!(matches!(script.take()[..], [Action::Probe { .. }]), "it is watched");
     script.tell(Event::ProbeFailed { worker, incarnation, detail: "timeout".to_owned() });
-    assert!(matches!(script.take()[0], Action::FailPipeline { .. }));
+    assert!(matches!(script.take()[0], Action::Fail { at, .. } if at == first));
 }
 
 #[test]
 fn mass_loss_of_leases_freezes_evictions_and_raises_an_alarm() {
     let mut script = Script::new(Some(2), workers(3));
     script.take();
+    let served = script.served().len();
     script.tell(Event::Reset(vec![record(2, 1)]));
     let alarms = script.take();
     assert!(
@@ -169,249 +347,142 @@ fn mass_loss_of_leases_freezes_evictions_and_raises_an_alarm() {
     let failed =
         Event::ProbeFailed { worker: "w0".to_owned(), incarnation, detail: "timeout".to_owned() };
     script.tell(failed.clone());
-    assert_eq!(script.take(), [], "frozen");
+    assert_eq!(script.served().len(), served, "frozen");
     script.tell(Event::WorkerPut(record(1, 1)));
+    script.take();
     script.tell(failed);
-    assert!(matches!(script.take()[0], Action::FailPipeline { .. }), "thawed: most are back");
+    assert!(matches!(script.take()[0], Action::Fail { .. }), "thawed: most are back");
 }
 
 #[test]
 fn workers_that_announced_it_leave_without_an_alarm() {
     let mut script = Script::new(Some(2), workers(4));
     for index in 0..4 {
-        script.tell(Event::WorkerPut(WorkerRecord { draining: true, ..record(index, 1) }));
+        script.tell(Event::WorkerPut(draining(index)));
     }
-    script.take();
     for index in 0..4 {
         script.tell(Event::WorkerGone { worker: format!("w{index}") });
     }
     let actions = script.take();
-    assert!(!actions.iter().any(|a| matches!(a, Action::Alarm { .. })), "{actions:?}");
-    assert!(!script.cluster.members.is_frozen());
-}
-
-#[test]
-fn the_leases_of_the_dead_do_not_count_as_lost_at_once() {
-    let mut script = Script::new(Some(2), workers(3));
-    script.take();
-    let dead: Vec<_> =
-        script.plans[0].pipelines[0].stages.iter().map(|stage| stage.worker.clone()).collect();
-    // Both were found dead before their leases ran out; one more lease is one lease.
-    script.kill(0);
-    let second = script.cluster.stage_of(&dead[1]).expect("it has a stage of the new plan");
-    script.kill(second);
-    for worker in dead.iter().cloned().chain(["w2".to_owned()]) {
-        script.tell(Event::WorkerGone { worker });
-    }
-    let actions = script.take();
-    assert!(!actions.iter().any(|a| matches!(a, Action::Alarm { .. })), "{actions:?}");
-    assert!(!script.cluster.members.is_frozen());
+    assert!(!actions.iter().any(is_alarm), "{actions:?}");
+    assert!(!script.cluster.fleet.is_frozen());
 }
 
 #[test]
 fn a_restarted_worker_is_another_and_serves_again() {
     let mut script = Script::new(Some(3), workers(3));
+    script.pass(20_000);
     script.take();
-    script.kill(1);
+    script.kill(script.at(1), 1);
     let actions = script.take();
-    assert!(matches!(&actions[..], [
-        Action::FailPipeline { .. },
-        Action::Retire { .. },
-        Action::Retire { .. },
-        Action::NoPlan { reason },
-    ] if reason.starts_with("3 stages were asked for, only 2 workers")));
-    assert!(script.cluster.unavailable().unwrap().contains("w1: its stream broke"));
+    assert!(matches!(&actions[1], Action::Fail { .. }), "{actions:?}");
+    let Availability::No(Waiting { cause, detail }) = script.cluster.availability() else {
+        panic!("{:?}", script.cluster.availability())
+    };
+    assert_eq!(cause, WaitCause::Workers);
+    assert!(detail.starts_with("3 stages were asked for, only 2 workers"), "{detail}");
+    assert!(detail.contains("w1: its stream broke"), "{detail}");
     script.tell(Event::WorkerPut(record(1, 2)));
-    assert!(script.take().iter().any(is_serve));
+    assert_eq!(script.serves().len(), 1);
     // A new process start under a stage that seemed healthy is a death too.
+    script.pass(20_000);
+    script.take();
+    script.held.remove("w0");
     script.tell(Event::WorkerPut(record(0, 2)));
     let actions = script.take();
-    assert!(
-        matches!(&actions[0], Action::FailPipeline { reason, .. } if reason.contains("started again"))
-    );
-    assert!(actions.iter().any(is_serve));
+    assert!(matches!(&actions[0], Action::Fail { reason, .. } if reason.contains("started again")));
+    assert!(matches!(actions.last(), Some(Action::Serve { .. })), "{actions:?}");
 }
 
 #[test]
 fn a_worker_that_flaps_is_kept_out() {
     let mut script = Script::new(Some(3), workers(3));
     for incarnation in 2..4 {
-        script.kill(1);
+        script.pass(20_000);
+        script.take();
+        script.kill(script.at(1), 1);
         script.tell(Event::WorkerPut(record(1, incarnation)));
-        assert!(script.take().iter().any(is_serve));
+        assert_eq!(script.serves().len(), 1);
     }
-    script.kill(1);
+    script.pass(20_000);
+    script.kill(script.at(1), 1);
     script.tell(Event::WorkerPut(record(1, 4)));
     let actions = script.take();
     assert!(
         actions.iter().any(|a| matches!(a, Action::Alarm { text } if text.contains("3 times")))
     );
-    assert!(!actions.iter().any(is_serve));
     assert_eq!(script.states()[1], "w1 suspect");
     script.pass(59_000);
-    assert!(!script.take().iter().any(is_serve));
+    assert_eq!(script.serves(), []);
     script.pass(1000);
-    assert!(script.take().iter().any(is_serve));
-}
-
-#[test]
-fn a_draining_worker_is_replaced_when_nothing_runs() {
-    let mut script = Script::new(Some(2), workers(3));
-    script.take();
-    let (epoch, leaving) = (script.epoch(), script.plans[0].pipelines[0].stages[0].clone());
-    let index = leaving.worker[1..].parse().unwrap();
-    script.tell(Event::WorkerPut(WorkerRecord { draining: true, ..record(index, 1) }));
-    assert_eq!(script.take(), [Action::HoldAdmission(true)]);
-    script.tell(Event::Drained { epoch });
-    let actions = script.take();
-    assert!(matches!(actions[0], Action::FailPipeline { .. }));
-    assert_eq!(actions[1], Action::HoldAdmission(false));
-    let Some(Action::Serve { plan, .. }) = actions.last() else { panic!("{actions:?}") };
-    assert!(plan.stages.iter().all(|stage| stage.worker != leaving.worker));
-}
-
-#[test]
-fn the_minority_of_a_class_and_who_lacks_the_model_are_unfit() {
-    let mut all = workers(4);
-    all[1].known_answer = KnownAnswer([9; 32]);
-    all[2].models.clear();
-    let mut script = Script::new(Some(2), all);
-    assert!(script.take().iter().any(is_serve));
-    assert_eq!(script.states(), ["w0 active", "w1 unfit", "w2 unfit", "w3 active"]);
-    let view = script.cluster.view();
-    assert_eq!(view.workers[2].detail, "it does not have the model");
-    assert!(view.workers[1].detail.contains("known answer 09090909"), "{}", view.workers[1].detail);
-}
-
-#[test]
-fn an_unknown_outcome_is_read_back_and_never_written_blindly() {
-    let mut cluster = Cluster::new(options(Some(2)));
-    let now = Tick::ZERO;
-    assert_eq!(cluster.handle(now, Event::Reset(workers(2))).len(), 1, "it does not lead");
-    assert_eq!(cluster.handle(now, Event::TermGained(Term(7))), [Action::ReadPlan]);
-    let mut actions = cluster.handle(now, Event::PlanRead(None));
-    let Some(Action::WritePlan { previous: None, plan, .. }) = actions.pop() else { panic!() };
-    let unknown = Event::PlanUnknown { detail: "timeout".to_owned() };
-    assert_eq!(cluster.handle(now, unknown), [Action::ReadPlan]);
-    let mut read = plan.clone();
-    read.pipelines[0].predicted_tokens_per_s += 1e-9;
-    let actions = cluster.handle(now, Event::PlanRead(Some((33, Some(read)))));
-    assert!(matches!(&actions[..], [Action::Prepare(a), Action::Prepare(b)]
-        if a.epoch == Epoch(33) && b.stage == 1));
-}
-
-#[test]
-fn a_plan_that_cannot_be_read_is_replaced_where_it_is() {
-    let mut cluster = Cluster::new(options(Some(2)));
-    let now = Tick::ZERO;
-    cluster.handle(now, Event::Reset(workers(2)));
-    cluster.handle(now, Event::TermGained(Term(7)));
-    let actions = cluster.handle(now, Event::PlanRead(Some((33, None))));
-    let [Action::WritePlan { previous: Some(33), .. }] = &actions[..] else {
-        panic!("{actions:?}")
-    };
-    // One that comes while ours is on its way is somebody else's.
-    cluster.handle(now, Event::PlanConflict);
-    cluster.handle(now, Event::PlanRead(Some((34, None))));
-    let actions = cluster.handle(Tick::from_millis(1000), Event::Tick);
-    assert!(matches!(&actions[..], [Action::WritePlan { previous: Some(34), .. }]), "{actions:?}");
-}
-
-#[test]
-fn who_did_not_say_how_fast_it_is_has_no_place_in_a_plan() {
-    let mut all = workers(3);
-    all[1].models[0].steps.clear();
-    let mut script = Script::new(Some(2), all);
-    assert!(script.take().iter().any(is_serve));
-    assert_eq!(script.states(), ["w0 active", "w1 unfit", "w2 active"]);
-    let detail = &script.cluster.view().workers[1].detail;
-    assert_eq!(detail, "it has not said how fast it computes the model");
-}
-
-#[test]
-fn without_etcd_it_goes_on_serving_and_a_usurped_plan_ends_it() {
-    let mut script = Script::new(Some(2), workers(3));
-    script.take();
-    script.tell(Event::TermLost);
-    script.pass(600_000);
-    assert_eq!(script.take(), []);
-    assert!(script.cluster.view().serving);
-    let epoch = script.epoch();
-    let actions = script.cluster.handle(script.now, Event::TermGained(Term(8)));
-    assert_eq!(actions, [Action::ReadPlan]);
-    let ours = script.plans[0].clone();
-    let same = Event::PlanRead(Some((epoch.0, Some(ours.clone()))));
-    assert_eq!(script.cluster.handle(script.now, same), []);
-
-    script.cluster.handle(script.now, Event::TermLost);
-    script.cluster.handle(script.now, Event::TermGained(Term(9)));
-    let other = Event::PlanRead(Some((epoch.0 + 1, Some(ours))));
-    let actions = script.cluster.handle(script.now, other);
-    assert!(matches!(&actions[0], Action::FailPipeline { .. }));
-    assert!(
-        matches!(actions.last(), Some(Action::WritePlan { previous: Some(at), .. }) if *at == epoch.0 + 1)
-    );
+    assert_eq!(script.serves().len(), 1);
 }
 
 #[test]
 fn steps_that_never_come_back_end_the_pipeline() {
     let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
     script.take();
-    let epoch = script.epoch();
-    let mut failed = Vec::new();
+    let (epoch, mut failed) = (script.at(1).epoch, Vec::new());
     for _ in 0..40 {
-        script.tell(Event::StepOverdue { epoch });
+        let at = script.at(1);
+        script.tell(Event::StepOverdue { at });
         for action in script.take() {
             match action {
                 Action::Probe { worker, incarnation, .. } => {
-                    script.tell(Event::ProbeOk { worker, incarnation });
+                    script.tell(Event::Described { worker, incarnation, held: Vec::new() });
                 }
-                Action::FailPipeline { reason, .. } => failed.push(reason),
+                Action::Fail { reason, .. } => failed.push(reason),
                 _ => {}
             }
         }
         script.pass(400);
     }
     assert_eq!(failed, ["no step has come back for 15 s"]);
-    assert!(script.cluster.view().serving, "the same workers at a new epoch");
+    assert!(script.at(1).epoch > epoch, "the same workers at a new epoch");
 }
 
 #[test]
-fn who_refuses_for_good_is_left_out_and_planned_around() {
-    let mut cluster = Cluster::new(options(Some(1)));
-    let now = Tick::ZERO;
-    cluster.handle(now, Event::TermGained(Term(7)));
-    cluster.handle(now, Event::PlanRead(None));
-    let actions = cluster.handle(now, Event::Reset(workers(2)));
-    assert!(matches!(actions.last(), Some(Action::WritePlan { .. })));
-    let actions = cluster.handle(now, Event::PlanWritten { revision: 5 });
-    let [Action::Prepare(request)] = &actions[..] else { panic!("{actions:?}") };
-    let refused = request.stages[0].worker.clone();
-    let detail = "no memory".to_owned();
-    let failed = Event::PrepareFailed { epoch: Epoch(5), stage: 0, transient: false, detail };
-    let actions = cluster.handle(now, failed);
-    assert!(matches!(actions[0], Action::Retire { .. }));
-    let actions = cluster.handle(Tick::from_millis(250), Event::Tick);
-    let Some(Action::WritePlan { plan, .. }) = actions.last() else { panic!("{actions:?}") };
-    assert_ne!(plan.pipelines[0].stages[0].worker, refused);
+fn those_who_leave_have_no_vote_on_the_class() {
+    let newer = |i: usize| WorkerRecord { known_answer: KnownAnswer([9; 32]), ..record(i, 1) };
+    let mut script = Script::new(Some(1), vec![record(0, 1), record(1, 1), newer(2)]);
+    script.pass(20_000);
+    assert_eq!(script.states(), ["w0 active", "w1 active", "w2 unfit"]);
+    let detail = &script.cluster.view().workers[2].detail;
+    assert!(detail.contains("known answer 09090909"), "{detail}");
+    script.tell(Event::WorkerPut(draining(0)));
+    script.tell(Event::WorkerPut(draining(1)));
+    assert_eq!(script.states()[2], "w2 active", "two that leave do not keep it out");
 }
 
 #[test]
-fn transient_refusals_are_tried_again_a_bounded_number_of_times() {
-    let mut cluster = Cluster::new(options(Some(1)));
-    let mut now = Tick::ZERO;
-    cluster.handle(now, Event::TermGained(Term(7)));
-    cluster.handle(now, Event::PlanRead(None));
-    cluster.handle(now, Event::Reset(workers(1)));
-    cluster.handle(now, Event::PlanWritten { revision: 5 });
-    let mut tries = 1;
-    for _ in 0..20 {
-        let detail = "not reached".to_owned();
-        let failed = Event::PrepareFailed { epoch: Epoch(5), stage: 0, transient: true, detail };
-        cluster.handle(now, failed);
-        now = now + Duration::from_millis(1100);
-        let actions = cluster.handle(now, Event::Tick);
-        tries += actions.iter().filter(|a| matches!(a, Action::Prepare(_))).count();
+fn who_did_not_say_how_fast_it_is_has_no_place_in_a_plan() {
+    let mut all = workers(3);
+    all[1].models[0].steps.clear();
+    all[2].models.clear();
+    let script = Script::new(None, all);
+    assert_eq!(script.states(), ["w0 active", "w1 unfit", "w2 unfit"]);
+    let view = script.cluster.view();
+    assert_eq!(view.workers[1].detail, "it has not said how fast it computes the model");
+    assert_eq!(view.workers[2].detail, "it does not have the model");
+}
+
+#[test]
+fn workers_of_a_rack_that_comes_back_are_planned_together() {
+    let mut script = Script::new(None, workers(4));
+    script.pass(20_000);
+    for id in 1..=4 {
+        script.kill(script.at(id), 0);
     }
-    assert_eq!(tries, START_TRIES as usize);
+    script.tell(Event::Reset(Vec::new()));
+    script.pass(5000);
+    assert_eq!(script.served(), []);
+    let plans = script.plans.len();
+    script.take();
+    for i in 0..4 {
+        script.tell(Event::WorkerPut(record(i, 2)));
+        script.pass(400);
+    }
+    script.pass(1000);
+    assert_eq!((script.served().len(), script.plans.len()), (4, plans + 1));
 }

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use proto::ids::{Epoch, Incarnation, ModelId, NumericsClass, PipelineId, Term};
+use proto::ids::{Incarnation, ModelId, NumericsClass, PipelineRef, Term};
 use proto::plan::{KvType, PipelinePlan, Plan, StagePlan, WorkerRecord};
-use proto::status::{PlanStatus, WorkerStatus};
+use proto::status::{PlanStatus, Waiting, WorkerStatus};
 use proto::step::Prepare;
 
-use crate::planner::ModelCosts;
+use crate::planner::{Deployment, ModelCosts, Objective, PlanError, Problem};
 use crate::scheduler::PipelineShape;
 
 /// What the cluster serves and how.
@@ -21,23 +21,87 @@ pub struct Options {
     pub costs: ModelCosts,
     /// How KV is stored.
     pub kv_type: KvType,
-    /// Exactly so many stages; `None`: as many as give the highest predicted rate.
+    /// Exactly so many stages in every pipeline; `None`: as many as the planner finds best.
     pub stages: Option<u32>,
-    /// The least KV a plan must hold, in blocks.
+    /// Exactly so many pipelines; `None`: as many as the planner finds best.
+    pub pipelines: Option<u32>,
+    /// The least KV that a pipeline must hold, in blocks.
     pub min_kv_blocks: u32,
-    /// The most KV a plan may hold, in blocks.
+    /// The most KV that a pipeline may hold, in blocks.
     pub max_kv_blocks: u32,
+    /// Tokens of prompt and answer that people use.
+    pub context_tokens: u32,
+    /// What plans are made for.
+    pub objective: Objective,
     /// Tokens in one step, as workers are told in `Prepare`.
     pub max_step_tokens: u32,
-    /// How long the first plan waits for more workers after the last one came, when `stages` is
-    /// `None`: workers of one cluster start within moments of each other.
+    /// While nothing serves and `stages` is `None`, a plan waits so long after the last worker
+    /// came: workers of one cluster start within moments of each other.
     pub settle: Duration,
+    /// What serves is improved only when no worker came, went or failed for so long.
+    pub hold_down: Duration,
+    /// What serves is improved only if the new plan is predicted to be faster by so many per cent.
+    pub min_gain_percent: u32,
+}
+
+/// The number of a question to the registry or the planner; its answer names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// What is in the registry under the plan's key.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Found {
+    /// No plan.
+    Nothing,
+    /// Something that is no plan of this version: it is replaced.
+    Unreadable {
+        /// Its mod-revision.
+        revision: u64,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// A plan.
+    Plan {
+        /// Its mod-revision.
+        revision: u64,
+        /// As it is written: an epoch of 0 stands for `revision`.
+        plan: Plan,
+    },
+}
+
+/// Why a worker did not do what it was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Not reached, or busy: the same may succeed later.
+    Transient,
+    /// No memory beside what it holds: the same may succeed when it holds less.
+    Memory,
+    /// The same will never succeed.
+    Refused,
+}
+
+/// A stage that a worker says it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Of which pipeline.
+    pub at: PipelineRef,
+}
+
+/// Where a call goes that names no stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The worker's id.
+    pub worker: String,
+    /// The process start that is meant.
+    pub incarnation: Incarnation,
+    /// Where it is reached.
+    pub address: String,
 }
 
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Time passed. Send it several times a second: retries and patience live on it.
+    /// Time passed. Send it several times a second: retries and timeouts live on it.
     Tick,
     /// This coordinator leads.
     TermGained(Term),
@@ -52,30 +116,50 @@ pub enum Event {
         /// The worker's id.
         worker: String,
     },
-    /// Answer to [`Action::ReadPlan`]: what is written, with its mod-revision; no plan if it is
-    /// not to be understood.
-    PlanRead(Option<(u64, Option<Plan>)>),
-    /// Answer to [`Action::ReadPlan`]: it could not be read.
+    /// Answer to [`Action::ReadPlan`].
+    PlanRead {
+        /// Of the question.
+        ticket: Ticket,
+        /// What is there.
+        found: Found,
+    },
+    /// Answer to [`Action::ReadPlan`]: the registry could not be asked.
     PlanReadFailed {
-        /// The error's words.
+        /// Of the question.
+        ticket: Ticket,
+        /// The error's message.
         detail: String,
     },
-    /// Answer to [`Action::WritePlan`]: written at this mod-revision.
+    /// Answer to [`Action::WritePlan`]: written.
     PlanWritten {
-        /// The plan's mod-revision: its epoch.
+        /// Of the question.
+        ticket: Ticket,
+        /// The plan's mod-revision: the epoch of all pipelines that it changes.
         revision: u64,
     },
     /// Answer to [`Action::WritePlan`]: another term or another plan was there.
-    PlanConflict,
+    PlanConflict {
+        /// Of the question.
+        ticket: Ticket,
+    },
     /// Answer to [`Action::WritePlan`]: nobody knows whether it was written.
     PlanUnknown {
-        /// The error's words.
+        /// Of the question.
+        ticket: Ticket,
+        /// The error's message.
         detail: String,
+    },
+    /// Answer to [`Action::Deploy`].
+    Deployed {
+        /// Of the question.
+        ticket: Ticket,
+        /// Who should serve, or why nobody can.
+        result: Result<Deployment, PlanError>,
     },
     /// Answer to [`Action::Prepare`].
     Prepared {
         /// Of the request.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Index of the stage.
         stage: u32,
         /// What the worker computes with.
@@ -84,90 +168,126 @@ pub enum Event {
     /// Answer to [`Action::Prepare`].
     PrepareFailed {
         /// Of the request.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Index of the stage.
         stage: u32,
-        /// Whether the same may succeed later (not reached, busy) or not (no memory, no model).
-        transient: bool,
-        /// The error's words.
+        /// What may be done about it.
+        failure: Failure,
+        /// The error's message.
         detail: String,
     },
     /// Answer to [`Action::Activate`].
     Activated {
         /// Of the request.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Index of the stage.
         stage: u32,
     },
     /// Answer to [`Action::Activate`].
     ActivateFailed {
         /// Of the request.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Index of the stage.
         stage: u32,
-        /// As in [`Event::PrepareFailed`].
-        transient: bool,
-        /// The error's words.
+        /// What may be done about it.
+        failure: Failure,
+        /// The error's message.
+        detail: String,
+    },
+    /// Answer to [`Action::Retire`]: this epoch and older ones are gone there.
+    Retired {
+        /// The worker's id.
+        worker: String,
+        /// Who was told.
+        incarnation: Incarnation,
+        /// What it was told to leave.
+        at: PipelineRef,
+    },
+    /// Answer to [`Action::Retire`].
+    RetireFailed {
+        /// The worker's id.
+        worker: String,
+        /// Who was told.
+        incarnation: Incarnation,
+        /// What it was told to leave.
+        at: PipelineRef,
+        /// The error's message.
         detail: String,
     },
     /// A stream to or from a stage ended: the steps of the first, the results of the last, or,
     /// as told by the stage before (`DownstreamLost`), the steps of one between.
     StreamBroken {
         /// Of the pipeline.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Index of the stage that is not reached.
         stage: u32,
-        /// The error's words.
+        /// The error's message.
         detail: String,
     },
-    /// A stage fenced this coordinator's steps: somebody newer rules it.
+    /// A stage refuses this coordinator's steps.
     Fenced {
         /// Of the pipeline.
-        epoch: Epoch,
-        /// The stage's words.
+        at: PipelineRef,
+        /// The stage's message.
         detail: String,
     },
     /// A step has been on its way for too long.
     StepOverdue {
         /// Of the pipeline.
-        epoch: Epoch,
+        at: PipelineRef,
     },
     /// A result came.
     ResultsFlowing {
         /// Of the pipeline.
-        epoch: Epoch,
+        at: PipelineRef,
     },
-    /// Answer to [`Action::Probe`]: this process start answered.
-    ProbeOk {
+    /// Answer to [`Action::Pause`]: no step of it is on its way, or those that are count as lost.
+    Paused {
+        /// Of the pipeline.
+        at: PipelineRef,
+    },
+    /// Answer to [`Action::Probe`]: this process start answered, and holds this.
+    Described {
         /// The worker's id.
         worker: String,
         /// Who answered.
         incarnation: Incarnation,
+        /// Its stages, active and prepared.
+        held: Vec<Held>,
     },
-    /// Answer to [`Action::Probe`]: refused, or no answer within [`PROBE_PATIENCE`].
+    /// Answer to [`Action::Probe`]: refused, or no answer within [`PROBE_TIMEOUT`].
     ProbeFailed {
         /// The worker's id.
         worker: String,
         /// Who was asked.
         incarnation: Incarnation,
-        /// The error's words.
+        /// The error's message.
         detail: String,
     },
-    /// Nothing runs while admission is held: see [`Action::HoldAdmission`].
-    Drained {
-        /// Of the pipeline.
-        epoch: Epoch,
+    /// A person wants a worker used no more, or used again.
+    DrainWorker {
+        /// The worker's id.
+        worker: String,
+        /// Used no more.
+        drain: bool,
     },
+    /// A person wants the best plan now, whatever the gain.
+    PlanNow,
 }
 
-/// What must be done.
+/// What must be done. The driver carries actions out in their order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Read the plan's key; answer `PlanRead` or `PlanReadFailed`.
-    ReadPlan,
+    ReadPlan {
+        /// To be named by the answer.
+        ticket: Ticket,
+    },
     /// Write the plan if the leader's key is of `term` and the plan's mod-revision is `previous`
     /// (`None`: there is no plan); answer `PlanWritten`, `PlanConflict` or `PlanUnknown`.
     WritePlan {
+        /// To be named by the answer.
+        ticket: Ticket,
         /// Whose reign.
         term: Term,
         /// The plan's mod-revision.
@@ -175,15 +295,20 @@ pub enum Action {
         /// What to write.
         plan: Plan,
     },
+    /// Plan, on another thread; answer `Deployed`.
+    Deploy {
+        /// To be named by the answer.
+        ticket: Ticket,
+        /// What to plan.
+        problem: Box<Problem>,
+    },
     /// Prepare one stage (`request.stages[request.stage]` says where); answer `Prepared` or
     /// `PrepareFailed`.
     Prepare(Prepare),
     /// Activate one stage; answer `Activated` or `ActivateFailed`.
     Activate {
         /// Which pipeline.
-        pipeline: PipelineId,
-        /// At which epoch.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Under whose reign.
         term: Term,
         /// Index of the stage.
@@ -191,19 +316,17 @@ pub enum Action {
         /// Where it is.
         target: StagePlan,
     },
-    /// Tell a worker to leave this epoch and older ones. Once, no answer: a newer `Prepare` and
-    /// the epoch do the rest if it is not heard.
+    /// Tell a worker to leave this epoch and older ones; answer `Retired` or `RetireFailed`.
     Retire {
         /// Which pipeline.
-        pipeline: PipelineId,
-        /// This epoch and older ones.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Under whose reign.
         term: Term,
         /// Where it is.
-        target: StagePlan,
+        target: Target,
     },
-    /// The pipeline is active: open its streams, give the shape to the scheduler, serve.
+    /// The pipeline is active. If there is a lane with its id that lane goes on with the new epoch
+    /// and replays its sequences; else it gets one.
     Serve {
         /// For the scheduler.
         shape: PipelineShape,
@@ -212,29 +335,41 @@ pub enum Action {
         /// Of every stage.
         class: NumericsClass,
     },
-    /// The pipeline serves no more: close its streams and fail what runs with the reason.
-    FailPipeline {
+    /// Send no more steps, wait for those on their way, answer `Paused`.
+    Pause {
         /// Of the pipeline.
-        epoch: Epoch,
+        at: PipelineRef,
+    },
+    /// Send steps, or send them again after a pause, stamped with this term. Those on their way
+    /// that are refused for an older one are sent again too.
+    Resume {
+        /// Of the pipeline.
+        at: PipelineRef,
+        /// Whose reign it is now.
+        term: Term,
+    },
+    /// End the lane; its sequences go back to the front of the queue.
+    Leave {
+        /// Of the pipeline.
+        at: PipelineRef,
+    },
+    /// The pipeline was lost. End the lane; its sequences go back to the front of the queue, those
+    /// that this happens to too often fail with the reason.
+    Fail {
+        /// Of the pipeline.
+        at: PipelineRef,
         /// For the clients.
         reason: String,
     },
     /// Open the streams to and from this stage again and send what was not acknowledged.
     Reconnect {
         /// Of the pipeline.
-        epoch: Epoch,
+        at: PipelineRef,
         /// Index of the stage.
         stage: u32,
     },
-    /// While true nobody is admitted; send `Drained` when (or if already) nothing runs.
-    HoldAdmission(bool),
-    /// Nothing serves and nothing can be planned now: fail what waits with the reason.
-    NoPlan {
-        /// For clients and `tercet status`.
-        reason: String,
-    },
-    /// Ask a worker who it is (`Describe`), within [`PROBE_PATIENCE`]; answer `ProbeOk` or
-    /// `ProbeFailed`.
+    /// Ask a worker who it is and what it holds (`Describe`), within [`PROBE_TIMEOUT`]; answer
+    /// `Described` or `ProbeFailed`.
     Probe {
         /// The worker's id.
         worker: String,
@@ -242,6 +377,12 @@ pub enum Action {
         incarnation: Incarnation,
         /// Where.
         address: String,
+    },
+    /// Give the leadership up and campaign again: with this registry the term is of no use. It is
+    /// another one, or an older state of the same. `TermLost` is not awaited.
+    Resign {
+        /// For people: both numbers.
+        detail: String,
     },
     /// A person should look.
     Alarm {
@@ -251,14 +392,35 @@ pub enum Action {
 }
 
 /// How long a probe may take.
-pub const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Whether requests are served. The one answer that clients, status and log are given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Availability {
+    /// A pipeline is active.
+    Serving,
+    /// Not now; something is under way that may end in serving: requests may wait for it.
+    Soon(Waiting),
+    /// Not before the world has changed: requests are refused with the reason.
+    No(Waiting),
+}
+
+impl Availability {
+    /// Why nothing is served; `None` if a pipeline is active.
+    pub fn waiting(&self) -> Option<&Waiting> {
+        match self {
+            Self::Serving => None,
+            Self::Soon(waiting) | Self::No(waiting) => Some(waiting),
+        }
+    }
+}
 
 /// The cluster's part of `proto::status::ClusterStatus`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ClusterView {
     /// The coordinator's reign; `None` when it does not lead.
     pub term: Option<Term>,
-    /// Of the active pipeline.
+    /// Of the active pipeline with the lowest id.
     pub class: Option<NumericsClass>,
     /// A pipeline is active.
     pub serving: bool,

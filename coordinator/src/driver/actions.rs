@@ -1,16 +1,12 @@
 //! What the cluster wants done, and how it is done.
 
-use proto::ids::{Epoch, PipelineRef};
-
 use super::control::{Driver, Outcome};
 use super::lane::Served;
-use crate::cluster::{self, Action, PROBE_PATIENCE};
-use crate::workers;
-
-/// The cluster knows one pipeline for now.
-fn only(epoch: Epoch) -> PipelineRef {
-    PipelineRef { id: cluster::PIPELINE, epoch }
-}
+use super::registry;
+use crate::cluster::{self, Action, Availability, Failure, Held, PROBE_TIMEOUT};
+use crate::planner;
+use crate::workers::{self, CallError};
+use proto::ids::PipelineRef;
 
 impl Driver {
     /// Tells the cluster what happened and carries out what it wants done.
@@ -19,58 +15,74 @@ impl Driver {
         for action in self.cluster.handle(now, event) {
             self.carry_out(action);
         }
+        self.heed_availability();
     }
 
     fn carry_out(&mut self, action: Action) {
         tracing::debug!(?action, "carries out");
         let key = self.key;
         match action {
-            Action::ReadPlan => self.read_plan(),
-            Action::WritePlan { term, previous, plan } => self.write_plan(term, previous, &plan),
+            Action::ReadPlan { ticket } => self.read_plan(ticket),
+            Action::WritePlan { ticket, term, previous, plan } => {
+                self.write_plan(ticket, term, previous, &plan);
+            }
+            Action::Deploy { ticket, problem } => {
+                // Tens of milliseconds for many workers: not on a thread that others wait for.
+                self.calls.spawn_blocking(move || {
+                    let result = planner::deploy(&problem);
+                    Outcome::Event(cluster::Event::Deployed { ticket, result })
+                });
+            }
             Action::Prepare(request) => {
-                self.no_plan = None;
                 self.calls.spawn(async move {
-                    let (epoch, stage) = (request.epoch, request.stage);
+                    let at = PipelineRef { id: request.pipeline, epoch: request.epoch };
+                    let stage = request.stage;
                     Outcome::Event(match workers::prepare(key, &request).await {
-                        Ok(class) => cluster::Event::Prepared { epoch, stage, class },
-                        Err(error) => {
-                            let workers::CallError { transient, detail } = error;
-                            cluster::Event::PrepareFailed { epoch, stage, transient, detail }
+                        Ok(class) => cluster::Event::Prepared { at, stage, class },
+                        Err(CallError { failure, detail }) => {
+                            cluster::Event::PrepareFailed { at, stage, failure, detail }
                         }
                     })
                 });
             }
-            Action::Activate { pipeline, epoch, term, stage, target } => {
+            Action::Activate { at, term, stage, target } => {
                 self.calls.spawn(async move {
-                    Outcome::Event(
-                        match workers::activate(key, pipeline, epoch, term, &target).await {
-                            Ok(()) => cluster::Event::Activated { epoch, stage },
-                            Err(error) => {
-                                let workers::CallError { transient, detail } = error;
-                                cluster::Event::ActivateFailed { epoch, stage, transient, detail }
-                            }
-                        },
-                    )
+                    Outcome::Event(match workers::activate(key, at, term, &target).await {
+                        Ok(()) => cluster::Event::Activated { at, stage },
+                        Err(CallError { failure, detail }) => {
+                            cluster::Event::ActivateFailed { at, stage, failure, detail }
+                        }
+                    })
                 });
             }
-            Action::Retire { pipeline, epoch, term, target } => {
+            Action::Retire { at, term, target } => {
                 self.calls.spawn(async move {
-                    if let Err(error) = workers::retire(key, pipeline, epoch, term, &target).await {
-                        let worker = &target.worker;
-                        tracing::debug!(worker, %epoch, error.detail, "worker was not told to retire");
-                    }
-                    Outcome::Nothing
+                    let outcome = workers::retire(key, at, term, &target).await;
+                    let cluster::Target { worker, incarnation, .. } = target;
+                    Outcome::Event(match outcome {
+                        Ok(()) => cluster::Event::Retired { worker, incarnation, at },
+                        Err(CallError { detail, .. }) => {
+                            tracing::debug!(worker, pipeline = %at, detail, "worker did not retire");
+                            cluster::Event::RetireFailed { worker, incarnation, at, detail }
+                        }
+                    })
                 });
             }
             Action::Probe { worker, incarnation, address } => {
                 self.calls.spawn(async move {
-                    Outcome::Event(match workers::describe(&address, PROBE_PATIENCE).await {
-                        Ok(found) => {
-                            cluster::Event::ProbeOk { worker, incarnation: found.incarnation }
-                        }
-                        Err(error) => {
-                            let detail = error.detail;
+                    Outcome::Event(match workers::describe(&address, PROBE_TIMEOUT).await {
+                        Ok(found) => cluster::Event::Described {
+                            worker,
+                            incarnation: found.incarnation,
+                            held: found.held.iter().map(|stage| Held { at: stage.at }).collect(),
+                        },
+                        Err(CallError { detail, failure: Failure::Transient }) => {
                             cluster::Event::ProbeFailed { worker, incarnation, detail }
+                        }
+                        // It answers, so it lives, though what it says is not understood.
+                        Err(CallError { detail, .. }) => {
+                            tracing::warn!(worker, detail, "worker does not say what it holds");
+                            cluster::Event::Described { worker, incarnation, held: Vec::new() }
                         }
                     })
                 });
@@ -78,49 +90,66 @@ impl Driver {
             Action::Serve { shape, plan, class } => {
                 self.serve(Served { shape, stages: plan.stages, class });
             }
-            Action::Reconnect { epoch, stage } => self.lanes.reconnect(only(epoch), stage),
-            Action::FailPipeline { epoch, reason } => self.fail_pipeline(only(epoch), &reason),
-            Action::HoldAdmission(hold) => {
-                self.router.hold(cluster::PIPELINE, hold);
-                self.held = hold.then_some(false);
+            // Nobody is sent to a lane that stands still.
+            Action::Pause { at } => {
+                self.lanes.pause(at);
+                self.router.hold(at.id, true);
             }
-            Action::NoPlan { reason } => {
-                // Who was taken waits for a pipeline that goes on with him, as long as anybody
-                // waits; but not here if it is another coordinator's.
-                if self.leadership.is_none() {
-                    self.failing = Some(reason.clone());
+            Action::Resume { at, term } => {
+                self.lanes.resume(at, term);
+                self.router.hold(at.id, false);
+            }
+            Action::Leave { at } => {
+                if self.lanes.leave(at) {
+                    tracing::info!(pipeline = %at, "pipeline leaves");
+                    self.router.hold(at.id, true);
+                    self.measure_readiness();
                 }
-                self.refusing = Some(reason.clone());
-                self.no_plan = Some(reason);
+            }
+            Action::Fail { at, reason } => self.fail_pipeline(at, &reason),
+            Action::Reconnect { at, stage } => self.lanes.reconnect(at, stage),
+            Action::Resign { detail } => {
+                tracing::error!(detail, "gives the leadership up");
+                if let Some(leadership) = self.leadership.take() {
+                    self.calls.spawn(async move {
+                        registry::resign(leadership.resign()).await;
+                        Outcome::Nothing
+                    });
+                    self.campaign_later();
+                    self.stand_by();
+                }
             }
             Action::Alarm { text } => tracing::error!(text, "alarm"),
         }
     }
 
-    /// Says once that nothing runs any more while admission is held.
-    pub(super) fn tell_if_drained(&mut self) {
-        if self.held == Some(false)
-            && self.router.is_idle(cluster::PIPELINE)
-            && let Some(&PipelineRef { epoch, .. }) = self.lanes.serving().first()
-        {
-            self.held = Some(true);
-            self.tell_cluster(cluster::Event::Drained { epoch });
+    /// Refuses those who wait for a pipeline when there will be none before the world has changed.
+    fn heed_availability(&mut self) {
+        if self.is_closed() {
+            return;
         }
+        if self.serves() || !matches!(self.cluster.availability(), Availability::No(_)) {
+            // Who was not refused yet needs not be.
+            (self.failing, self.refusing) = (None, None);
+            return;
+        }
+        let reason = self.why_unavailable();
+        // Who was taken waits for a pipeline that goes on with him, as long as anybody waits; but
+        // not here if it is another coordinator's.
+        if self.leadership.is_none() {
+            self.failing = Some(reason.clone());
+        }
+        self.refusing = Some(reason);
     }
 
     /// A pipeline is active: it gets a lane, and those who waited for one go there.
     fn serve(&mut self, served: Served) {
         let at = served.at();
         tracing::info!(pipeline = %at, stages = served.shape.stages, class = %served.class, "pipeline is active");
-        self.no_plan = None;
-        if !self.is_closed() {
-            // Who was not refused yet needs not be.
-            (self.failing, self.refusing) = (None, None);
-        }
         self.router.set_pipeline(at.id, served.shape.kv_blocks, served.class);
         self.lanes.serve(served);
         // One that is still giving back what it had gets nobody before that.
-        self.router.hold(at.id, self.held.is_some() || !self.lanes.is_current(at));
+        self.router.hold(at.id, !self.lanes.is_current(at));
         self.measure_readiness();
     }
 

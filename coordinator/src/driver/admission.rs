@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::time::Duration;
 
-use proto::status::WaitCause;
 use tokio::sync::oneshot;
 
 use super::control::{CHORES_AT_ONCE, Driver};
 use super::{Admitted, RequestError, Submission, stopping};
+use crate::cluster::Availability;
 use crate::router::{Rejected, Taken};
 use crate::tick::Tick;
 
@@ -96,10 +96,8 @@ impl Driver {
         } else if self.serves() && self.parking.len() == 0 {
             let outcome = self.admit(*submission, now);
             let _ = reply.send(outcome);
-        } else if let Some(told) = self.no_plan.as_ref().filter(|_| !self.serves()) {
-            // What was told may have changed, and who leads may have become known since.
-            let lasts = self.waiting().filter(|waiting| waiting.cause != WaitCause::Starting);
-            let reason = lasts.map_or_else(|| told.clone(), |waiting| waiting.detail);
+        } else if !self.serves() && matches!(self.cluster.availability(), Availability::No(_)) {
+            let reason = self.why_unavailable();
             let _ = reply.send(Err(RequestError::Unavailable { reason }));
         } else if self.parking.len() >= limit as usize {
             let _ = reply.send(Err(RequestError::Full { limit }));
@@ -148,9 +146,8 @@ impl Driver {
         self.parking.forget_gone();
         for count in 0..CHORES_AT_ONCE {
             let Some(late) = self.parking.pop_late(now) else { return count };
-            let why = self.cluster.unavailable().unwrap_or("no pipeline is serving");
             let is_own = late.submission.time_limit <= self.config.limits.wait;
-            let error = too_late(now.since(late.since), is_own, why);
+            let error = too_late(now.since(late.since), is_own, &self.why_unavailable());
             let _ = late.reply.send(Err(error));
         }
         CHORES_AT_ONCE

@@ -8,6 +8,7 @@ use node::membership::{Leadership, Membership, MembershipError};
 use proto::ids::{Incarnation, PipelineId, SequenceId, Term};
 use proto::key::CoordinatorKey;
 use proto::keys::Keys;
+use proto::status::Waiting;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -17,6 +18,7 @@ use super::admission::Parking;
 use super::clients::{Clients, GONE_AT_ONCE, Then, Totals};
 use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneSays, ToWorkers};
 use super::lanes::{Lanes, Left};
+use super::registry;
 use super::status::Rates;
 use super::timed::{timed, wall_clock};
 use super::waiting::Teller;
@@ -40,9 +42,6 @@ pub(super) const CHORES_AT_ONCE: usize = 32;
 /// A pipeline that computed something within this is ready. Lanes ask one that is silent for a token
 /// well before.
 pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
-
-/// What the registry is given to hear that this coordinator leads no more; then the lease ends it.
-const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What lanes are given to tell clients that everything stops: nothing waits there.
 const LANES_TIMEOUT: Duration = Duration::from_millis(500);
@@ -77,11 +76,7 @@ pub(crate) struct Driver {
     pub(super) parking: Parking,
     pub(super) lanes: Lanes,
     lane_events: mpsc::Receiver<LaneEvent>,
-    /// Why nothing is served and nothing can be planned.
-    pub(super) no_plan: Option<String>,
     pub(super) leadership: Option<Leadership>,
-    /// Admission is held; `true` once the cluster was told that nothing runs.
-    pub(super) held: Option<bool>,
     /// Who leads in place of this coordinator, as far as it knows.
     pub(super) leader: Option<String>,
     pub(super) looks_for_leader: bool,
@@ -146,9 +141,7 @@ impl Driver {
             parking: Parking::default(),
             lanes,
             lane_events,
-            no_plan: None,
             leadership: None,
-            held: None,
             leader: None,
             looks_for_leader: false,
             registry: None,
@@ -172,7 +165,9 @@ impl Driver {
     /// `answered` is dropped when none is open any more.
     pub(crate) async fn run(self, answered: DropGuard) {
         let poll_seconds = metrics::task_poll("control");
-        timed(self.work(answered), wall_clock(), move |took| poll_seconds.record(took)).await;
+        // It is large: all that the driver owns.
+        let work = Box::pin(self.work(answered));
+        timed(work, wall_clock(), move |took| poll_seconds.record(took)).await;
     }
 
     async fn work(mut self, answered: DropGuard) {
@@ -196,7 +191,6 @@ impl Driver {
                 _ = ticks.tick() => self.on_tick(),
             }
             self.place();
-            self.tell_if_drained();
             self.lanes.flush().await;
             if self.is_over() {
                 break;
@@ -267,7 +261,7 @@ impl Driver {
         // Whoever waits for the last answer waits for nothing that the registry may do.
         drop(answered);
         if let Some(leadership) = self.leadership.take() {
-            resign(leadership.resign()).await;
+            registry::resign(leadership.resign()).await;
         }
     }
 
@@ -323,7 +317,6 @@ impl Driver {
 
     fn on_lane(&mut self, LaneEvent { at, says }: LaneEvent) {
         let is_current = self.lanes.is_current(at);
-        let epoch = at.epoch;
         let event = match says {
             LaneSays::Ended(sequence) => return self.router.ended(sequence),
             LaneSays::Returned(sequences) => {
@@ -337,14 +330,13 @@ impl Driver {
             LaneSays::NotHere { sequence, reply } => return self.finish(sequence, reply),
             LaneSays::Left => return self.on_left(at.id),
             LaneSays::Ready => return self.measure_readiness(),
-            // The cluster asks for no pause yet.
-            LaneSays::Paused => return,
+            LaneSays::Paused => cluster::Event::Paused { at },
             LaneSays::StreamBroken { stage, detail } => {
-                cluster::Event::StreamBroken { epoch, stage, detail }
+                cluster::Event::StreamBroken { at, stage, detail }
             }
-            LaneSays::Fenced { detail } => cluster::Event::Fenced { epoch, detail },
-            LaneSays::StepOverdue => cluster::Event::StepOverdue { epoch },
-            LaneSays::Flowing => cluster::Event::ResultsFlowing { epoch },
+            LaneSays::Fenced { detail } => cluster::Event::Fenced { at, detail },
+            LaneSays::StepOverdue => cluster::Event::StepOverdue { at },
+            LaneSays::Flowing => cluster::Event::ResultsFlowing { at },
         };
         if is_current {
             self.tell_cluster(event);
@@ -396,7 +388,8 @@ impl Driver {
         let EmissionEvent::Failed(SequenceError::NoPipeline { waited, .. }) = late.event else {
             return late;
         };
-        let Some(why) = self.cluster.unavailable() else { return late };
+        let availability = self.cluster.availability();
+        let Some(Waiting { detail: why, .. }) = availability.waiting() else { return late };
         let reason = format!("waited {} s for a pipeline: {why}", waited.as_secs());
         let event = EmissionEvent::Failed(SequenceError::PipelineLost { reason });
         Emission { sequence: late.sequence, event }
@@ -406,7 +399,7 @@ impl Driver {
     fn on_left(&mut self, pipeline: PipelineId) {
         match self.lanes.left(pipeline) {
             Left::Gone => self.router.remove_pipeline(pipeline),
-            Left::Again => self.router.hold(pipeline, self.held.is_some()),
+            Left::Again => self.router.hold(pipeline, false),
         }
     }
 
@@ -450,7 +443,6 @@ impl Driver {
                 tracing::info!(%term, "leads");
                 self.leadership = Some(leadership);
                 self.router.begin_term(term);
-                self.lanes.set_term(term);
                 self.tell_cluster(cluster::Event::TermGained(term));
             }
             Ok(Outcome::Campaigned(Err(error))) if self.stop.is_cancelled() => {
@@ -492,20 +484,6 @@ fn on_end(end: Result<(), JoinError>) {
         match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(error) => tracing::debug!(%error, "a task was aborted"),
-        }
-    }
-}
-
-/// Lays down the leadership, or leaves that to the lease.
-async fn resign(resigned: impl Future<Output = Result<(), MembershipError>>) {
-    match tokio::time::timeout(RESIGN_TIMEOUT, resigned).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::info!(error = %node::Chain(&error), "leadership ends with its lease");
-        }
-        Err(_) => {
-            let waited = RESIGN_TIMEOUT.as_secs();
-            tracing::info!(waited, "the registry is away, leadership ends with its lease");
         }
     }
 }

@@ -97,19 +97,17 @@ impl Lanes {
 
     /// No more steps are sent; [`LaneSays::Paused`](super::lane::LaneSays::Paused) comes when none
     /// is on its way.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the cluster of one pipeline never asks"))]
     pub(super) fn pause(&mut self, at: PipelineRef) {
         self.tell(at, LaneCommand::Pause);
     }
 
-    /// Steps are sent again.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the cluster of one pipeline never asks"))]
-    pub(super) fn resume(&mut self, at: PipelineRef) {
+    /// Steps are sent, or sent again, in this reign.
+    pub(super) fn resume(&mut self, at: PipelineRef, term: Term) {
+        self.tell(at, LaneCommand::Term(term));
         self.tell(at, LaneCommand::Resume);
     }
 
     /// A pipeline goes as planned: its sequences come back. Whether it was there.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the cluster of one pipeline never asks"))]
     pub(super) fn leave(&mut self, at: PipelineRef) -> bool {
         self.end(at, LaneCommand::Leave)
     }
@@ -123,17 +121,6 @@ impl Lanes {
     /// Opens the links that touch a stage again.
     pub(super) fn reconnect(&mut self, at: PipelineRef, stage: u32) {
         self.tell(at, LaneCommand::Reconnect { stage });
-    }
-
-    /// Steps of all pipelines are sent in this reign from now on: whoever is planned in an earlier
-    /// one goes on.
-    pub(super) fn set_term(&mut self, term: Term) {
-        for lane in self.lanes.values_mut() {
-            lane.outbox.push_back(LaneCommand::Term(term));
-            if let Some(next) = &mut lane.next {
-                next.shape.term = term;
-            }
-        }
     }
 
     /// Everyone fails with the reason.

@@ -3,17 +3,20 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use node::membership::{Entry, Event as RegistryEvent, WriteOutcome};
+use node::membership::{Entry, Event as RegistryEvent, MembershipError, WriteOutcome};
 use proto::ids::Term;
 use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord};
 
 use super::control::{Driver, Outcome};
-use crate::cluster;
+use crate::cluster::{self, Found, Ticket};
 
 /// Between campaigns that the registry refused.
 const CAMPAIGN_PAUSE: Duration = Duration::from_secs(1);
+
+/// What the registry is given to hear that this coordinator leads no more; then the lease ends it.
+pub(super) const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Driver {
     /// Asks to lead; the answer may take for ever.
@@ -74,25 +77,31 @@ impl Driver {
     }
 
     /// Reads what is planned.
-    pub(super) fn read_plan(&mut self) {
+    pub(super) fn read_plan(&mut self, ticket: Ticket) {
         let (membership, key) = (self.membership.clone(), self.keys.plan());
         self.calls.spawn(async move {
-            let failed = |detail| Outcome::Event(cluster::Event::PlanReadFailed { detail });
-            let snapshot = match membership.list(&key).await {
-                Ok(snapshot) => snapshot,
-                Err(error) => return failed(node::Chain(&error).to_string()),
-            };
-            let entry = snapshot.entries.into_iter().find(|entry| entry.key == key);
-            let Some(entry) = entry else {
-                return Outcome::Event(cluster::Event::PlanRead(None));
-            };
-            let plan = plan(&entry);
-            Outcome::Event(cluster::Event::PlanRead(Some((entry.mod_revision, plan))))
+            Outcome::Event(match membership.list(&key).await {
+                Ok(snapshot) => {
+                    let entry = snapshot.entries.iter().find(|entry| entry.key == key);
+                    let found = entry.map_or(Found::Nothing, plan);
+                    cluster::Event::PlanRead { ticket, found }
+                }
+                Err(error) => {
+                    let detail = node::Chain(&error).to_string();
+                    cluster::Event::PlanReadFailed { ticket, detail }
+                }
+            })
         });
     }
 
     /// Writes a plan, if this coordinator still leads and nobody wrote since.
-    pub(super) fn write_plan(&mut self, term: Term, previous: Option<u64>, plan: &Plan) {
+    pub(super) fn write_plan(
+        &mut self,
+        ticket: Ticket,
+        term: Term,
+        previous: Option<u64>,
+        plan: &Plan,
+    ) {
         let value = match serde_json::to_vec(plan) {
             Ok(value) => Bytes::from(value),
             Err(error) => {
@@ -106,17 +115,35 @@ impl Driver {
         self.calls.spawn(async move {
             let outcome = membership.write_if_leader(&leader, term.0, &key, previous, value).await;
             Outcome::Event(match outcome {
-                Ok(WriteOutcome::Written(revision)) => cluster::Event::PlanWritten { revision },
-                Ok(WriteOutcome::Conflict) => cluster::Event::PlanConflict,
+                Ok(WriteOutcome::Written(revision)) => {
+                    cluster::Event::PlanWritten { ticket, revision }
+                }
+                Ok(WriteOutcome::Conflict) => cluster::Event::PlanConflict { ticket },
                 Ok(WriteOutcome::Unknown) => {
-                    cluster::Event::PlanUnknown { detail: "the registry did not answer".into() }
+                    let detail = "the registry did not answer".to_owned();
+                    cluster::Event::PlanUnknown { ticket, detail }
                 }
                 // Certainly not written; reading it back finds that out and costs nothing.
                 Err(error) => {
-                    cluster::Event::PlanUnknown { detail: node::Chain(&error).to_string() }
+                    let detail = node::Chain(&error).to_string();
+                    cluster::Event::PlanUnknown { ticket, detail }
                 }
             })
         });
+    }
+}
+
+/// Lays down the leadership, or leaves that to the lease.
+pub(super) async fn resign(resigned: impl Future<Output = Result<(), MembershipError>>) {
+    match tokio::time::timeout(RESIGN_TIMEOUT, resigned).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::info!(error = %node::Chain(&error), "leadership ends with its lease");
+        }
+        Err(_) => {
+            let waited = RESIGN_TIMEOUT.as_secs();
+            tracing::info!(waited, "the registry is away, leadership ends with its lease");
+        }
     }
 }
 
@@ -131,20 +158,27 @@ fn record(keys: &Keys, entry: &Entry) -> Option<WorkerRecord> {
     whole.inspect_err(|error| tracing::warn!(key = entry.key, error, "not a worker's record")).ok()
 }
 
-/// The plan; `None`, and a line in the log, if what is there cannot be understood. Only its
-/// revision matters then: a new plan takes its place.
-fn plan(entry: &Entry) -> Option<Plan> {
+/// The plan. Of what cannot be understood, which a line in the log tells, only the revision matters:
+/// a new plan takes its place.
+fn plan(entry: &Entry) -> Found {
     let read = serde_json::from_slice(&entry.value).map_err(|error| error.to_string());
     let whole = read.and_then(|plan: Plan| match plan.fault() {
         None => Ok(plan),
         Some(fault) => Err(fault.to_owned()),
     });
     let revision = entry.mod_revision;
-    whole
-        .inspect_err(|error| {
-            tracing::warn!(key = entry.key, revision, error, "not a plan, and to be replaced");
-        })
-        .ok()
+    match whole {
+        Ok(plan) => Found::Plan { revision, plan },
+        Err(detail) => {
+            tracing::warn!(
+                key = entry.key,
+                revision,
+                error = detail,
+                "not a plan, and to be replaced"
+            );
+            Found::Unreadable { revision, detail }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -194,15 +228,26 @@ mod tests {
     #[test]
     fn what_cannot_be_carried_out_is_no_plan() {
         let stage = |worker, start, end| json!({ "worker": worker, "layers": { "start": start, "end": end } });
-        let read = |stages: serde_json::Value| {
-            plan(&entry("plan", &json!({ "pipelines": [{ "id": 1, "stages": stages }] })))
+        let is_plan = |value: serde_json::Value| {
+            let found = plan(&entry("plan", &value));
+            match &found {
+                Found::Plan { revision, .. } => assert_eq!(*revision, 5),
+                Found::Unreadable { revision, detail } => {
+                    assert!(*revision == 5 && !detail.is_empty());
+                }
+                Found::Nothing => panic!("there is something"),
+            }
+            matches!(found, Found::Plan { .. })
         };
-        assert!(read(json!([stage("a", 0, 2), stage("b", 2, 4)])).is_some());
-        assert_eq!(read(json!([])), None);
-        assert_eq!(read(json!([stage("a", 0, 2), stage("a", 2, 4)])), None, "twice");
-        assert_eq!(read(json!([stage("a", 0, 2), stage("b", 3, 4)])), None, "a gap");
-        assert_eq!(read(json!([stage("a", 0, 2), stage("b", 2, 1)])), None, "backwards");
-        assert_eq!(plan(&entry("plan", &json!("garbage"))), None);
-        assert_eq!(plan(&entry("plan", &json!({ "pipelines": null }))), None);
+        let read = |stages: serde_json::Value| {
+            is_plan(json!({ "pipelines": [{ "id": 1, "stages": stages }] }))
+        };
+        assert!(read(json!([stage("a", 0, 2), stage("b", 2, 4)])));
+        assert!(!read(json!([])));
+        assert!(!read(json!([stage("a", 0, 2), stage("a", 2, 4)])), "twice");
+        assert!(!read(json!([stage("a", 0, 2), stage("b", 3, 4)])), "a gap");
+        assert!(!read(json!([stage("a", 0, 2), stage("b", 2, 1)])), "backwards");
+        assert!(!is_plan(json!("garbage")));
+        assert!(!is_plan(json!({ "pipelines": null })));
     }
 }

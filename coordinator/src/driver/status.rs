@@ -54,7 +54,10 @@ impl Driver {
     pub(super) fn status(&self) -> ClusterStatus {
         let mut view = self.cluster.view();
         for report in self.lanes.reports() {
-            let shown = view.plan.pipelines.iter_mut().find(|p| p.epoch == report.at.epoch.0);
+            let at = report.at;
+            let is_it =
+                |p: &&mut proto::status::PipelineStatus| (p.id, p.epoch) == (at.id.0, at.epoch.0);
+            let shown = view.plan.pipelines.iter_mut().find(is_it);
             let stages = shown.map(|shown| shown.stages.iter_mut()).into_iter().flatten();
             for (stage, means) in stages.zip(&report.stages) {
                 (stage.compute_ms, stage.wait_ms) = (means.compute_ms, means.wait_ms);

@@ -66,7 +66,8 @@ impl Driver {
         if *self.ready.borrow() {
             return None;
         }
-        let mut waiting = self.cluster.waiting().cloned().unwrap_or_else(|| Waiting {
+        let availability = self.cluster.availability();
+        let mut waiting = availability.waiting().cloned().unwrap_or_else(|| Waiting {
             cause: WaitCause::Starting,
             detail: match self.lanes.proven() {
                 None => "the pipeline is to compute its first token".to_owned(),
@@ -82,6 +83,11 @@ impl Driver {
             waiting.detail.push_str(&format!("; the one at {leader} does"));
         }
         Some(waiting)
+    }
+
+    /// Why requests are not taken, for their clients: the same.
+    pub(super) fn why_unavailable(&self) -> String {
+        self.waiting().map_or_else(|| "no pipeline is serving".to_owned(), |why| why.detail)
     }
 
     /// Logs why nothing is served, once for every change.

@@ -222,8 +222,8 @@ impl<'a> Group<'a> {
         for lot in &mut self.lots {
             let by_time = |head_ns: u64| stage_ns.saturating_sub(head_ns) / lot.layer_ns;
             let most = [by_time(0), by_time(lot.head_first_ns), by_time(lot.head_last_ns)];
-            for place in 0..3 {
-                lot.most[place] = most[place].min(lot.room[place]);
+            for ((taken, by_time), room) in lot.most.iter_mut().zip(most).zip(lot.room) {
+                *taken = by_time.min(room);
             }
             if lot.most[0] == 0 {
                 return false;

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::driver::Submission;
-use crate::planner::ModelCosts;
+use crate::planner::{ModelCosts, Objective};
 use crate::request::RequestError;
 use crate::router::Wish;
 use crate::scheduler::{Limits, Request, Sequence};
@@ -29,10 +29,15 @@ fn config(lame_duck: Duration, grace: Duration) -> DriverConfig {
             },
             kv_type: KvType::F16,
             stages: Some(1),
+            pipelines: None,
             min_kv_blocks: 1,
             max_kv_blocks: 1,
             max_step_tokens: 1,
+            context_tokens: 1,
+            objective: Objective::default(),
             settle: Duration::ZERO,
+            hold_down: Duration::ZERO,
+            min_gain_percent: 5,
         },
         limits: Limits::default(),
         advertise: "c:1".to_owned(),
@@ -144,8 +149,8 @@ async fn after_the_stop_requests_are_taken_for_a_while_and_then_refused() {
 #[tokio::test(start_paused = true)]
 async fn a_registry_that_is_away_does_not_hold_up_the_end() {
     let begin = Instant::now();
-    resign(std::future::pending()).await;
-    assert_eq!(begin.elapsed(), RESIGN_TIMEOUT);
+    registry::resign(std::future::pending()).await;
+    assert_eq!(begin.elapsed(), registry::RESIGN_TIMEOUT);
 }
 
 /// What this thread has computed.

@@ -312,7 +312,7 @@ async fn a_switch_pauses_at_a_step_replays_and_goes_on() {
     tokio::time::sleep(PAUSE_TIMEOUT + 2 * TICK).await;
     assert!(world.hear().contains(&"1@12 paused".to_owned()));
     world.toy(1).steps();
-    world.lanes.resume(at(1, 12));
+    world.lanes.resume(at(1, 12), Term(1));
     world.turn().await;
     assert!(world.lanes.is_current(at(1, 12)));
 }
@@ -376,7 +376,7 @@ async fn a_regained_term_does_not_fence_a_pipeline_that_lives() {
     let toy = world.toy(1);
     let old = toy.steps();
     assert!(old.iter().all(|step| step.header.term == Term(1)));
-    world.lanes.set_term(Term(7));
+    world.lanes.resume(at(1, 10), Term(7));
     world.turn().await;
     let refused = |step, verdict| {
         move |link: LinkId, _: LinkId| {

@@ -1,0 +1,286 @@
+//! The workers that are known: their records and leases, whether they answer, and who may be
+//! planned with.
+
+mod class;
+mod probe;
+mod standing;
+
+pub(super) use class::Candidate;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proto::ids::Incarnation;
+use proto::plan::{StagePlan, WorkerRecord};
+
+use super::types::{Action, Target};
+use crate::tick::Tick;
+use probe::{PROBE_INTERVAL, Probe};
+use standing::FlapHistories;
+
+/// Leases that end within one TTL count as ended at once.
+const VANISH_WINDOW: Duration = Duration::from_secs(5);
+/// Evictions for lost leases stay frozen so long, unless the workers come back before.
+const FREEZE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Default)]
+pub(super) struct Fleet {
+    by_id: BTreeMap<String, Member>,
+    flaps: FlapHistories,
+    /// Whose leases ended unexpectedly within [`VANISH_WINDOW`], or since the freeze, and when.
+    vanished: BTreeMap<String, Tick>,
+    frozen_until: Option<Tick>,
+    last_arrival: Tick,
+    last_change: Tick,
+}
+
+/// A worker that is in the registry, or was and has a stage still.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) record: WorkerRecord,
+    /// Its key is there. A stage is remembered without: a lease is a hint.
+    pub(super) has_lease: bool,
+    /// A person wants this process start used no more.
+    pub(super) drain_ordered: bool,
+    /// Why this process start is not planned until it answers a probe.
+    pub(super) suspect: Option<String>,
+    probe: Probe,
+}
+
+impl Member {
+    /// It finishes what it has and takes nothing new.
+    pub(super) fn is_draining(&self) -> bool {
+        self.record.draining || self.drain_ordered
+    }
+}
+
+impl Fleet {
+    /// A record came. Whether it is of a process start that was not known.
+    pub(super) fn put(&mut self, now: Tick, record: WorkerRecord) -> bool {
+        self.vanished.remove(&record.id);
+        let is_new = match self.by_id.get_mut(&record.id) {
+            Some(member) if member.record.incarnation == record.incarnation => {
+                if member.record.draining != record.draining || !member.has_lease {
+                    self.last_change = now;
+                }
+                member.record = record;
+                member.has_lease = true;
+                false
+            }
+            _ => {
+                (self.last_arrival, self.last_change) = (now, now);
+                self.flaps.started_again(&record.id);
+                let member = Member {
+                    has_lease: true,
+                    drain_ordered: false,
+                    suspect: None,
+                    probe: Probe::new(now),
+                    record,
+                };
+                self.by_id.insert(member.record.id.clone(), member);
+                true
+            }
+        };
+        let here = self.by_id.values().filter(|member| member.has_lease).count();
+        if self.vanished.len() <= here {
+            self.frozen_until = None;
+        }
+        is_new
+    }
+
+    /// A lease ended. The text of an alarm if that froze evictions.
+    pub(super) fn gone(&mut self, now: Tick, id: &str) -> Option<String> {
+        let member = self.by_id.get_mut(id).filter(|member| member.has_lease)?;
+        member.has_lease = false;
+        member.probe.at(now);
+        self.last_change = now;
+        // Who announced that it leaves, or was found dead by its data path, says nothing about
+        // the health of the registry, which is what the freeze is for.
+        if member.is_draining() || member.suspect.is_some() {
+            return None;
+        }
+        if self.frozen_until.is_none() {
+            self.vanished.retain(|_, &mut at| now.since(at) <= VANISH_WINDOW);
+        }
+        self.vanished.insert(id.to_owned(), now);
+        let here = self.by_id.values().filter(|member| member.has_lease).count();
+        let vanished = self.vanished.len();
+        let many = vanished >= 2 && vanished > here;
+        if !many || self.frozen_until.is_some() {
+            return None;
+        }
+        self.frozen_until = Some(now + FREEZE);
+        Some(format!(
+            "{vanished} of {} workers lost their leases at once: nobody is evicted for that until \
+             they are back",
+            vanished + here
+        ))
+    }
+
+    /// Time passed.
+    pub(super) fn tick(&mut self, now: Tick) {
+        if self.frozen_until.is_some_and(|until| now >= until) {
+            self.frozen_until = None;
+            self.vanished.clear();
+        }
+    }
+
+    pub(super) fn is_frozen(&self) -> bool {
+        self.frozen_until.is_some()
+    }
+
+    /// A person wants a worker used no more, or used again. Whether it is known.
+    pub(super) fn order_drain(&mut self, now: Tick, id: &str, drain: bool) -> bool {
+        let Some(member) = self.by_id.get_mut(id) else { return false };
+        member.drain_ordered = drain;
+        self.last_change = now;
+        true
+    }
+
+    /// Ids with a lease that are not in `here`.
+    pub(super) fn listed_except(&self, here: &BTreeSet<String>) -> Vec<String> {
+        let listed =
+            self.by_id.iter().filter(|(id, member)| member.has_lease && !here.contains(*id));
+        listed.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Drops those whose key is gone and who have no stage.
+    pub(super) fn forget_gone(&mut self, has_stage: impl Fn(&str) -> bool) {
+        self.by_id.retain(|id, member| member.has_lease || has_stage(id));
+    }
+
+    /// When the last process start came that was not known.
+    pub(super) fn last_arrival(&self) -> Tick {
+        self.last_arrival
+    }
+
+    /// When a worker last came, went, failed, or began or ended to drain.
+    pub(super) fn last_change(&self) -> Tick {
+        self.last_change
+    }
+
+    pub(super) fn get(&self, id: &str) -> Option<&Member> {
+        self.by_id.get(id)
+    }
+
+    pub(super) fn lease_is_gone(&self, id: &str) -> bool {
+        self.by_id.get(id).is_none_or(|member| !member.has_lease)
+    }
+
+    pub(super) fn is_draining(&self, id: &str) -> bool {
+        self.by_id.get(id).is_some_and(Member::is_draining)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Member> {
+        self.by_id.values()
+    }
+
+    /// Where this process start is told things; `None` if it is believed dead.
+    pub(super) fn target(&self, id: &str, incarnation: Incarnation) -> Option<Target> {
+        let member = self.by_id.get(id)?;
+        let lives = member.record.incarnation == incarnation && member.suspect.is_none();
+        lives.then(|| Target {
+            worker: id.to_owned(),
+            incarnation,
+            address: member.record.address.clone(),
+        })
+    }
+
+    // ---- probes
+
+    pub(super) fn probe_at_once(&mut self, now: Tick, id: &str) {
+        if let Some(member) = self.by_id.get_mut(id) {
+            member.probe.at(now);
+        }
+    }
+
+    /// Notes an answer; whether it is that of the process start that is known.
+    pub(super) fn answered(&mut self, now: Tick, id: &str, incarnation: Incarnation) -> bool {
+        let Some(member) = self.by_id.get_mut(id) else { return true };
+        member.probe.answered();
+        if member.record.incarnation != incarnation {
+            return false;
+        }
+        if member.suspect.take().is_some() {
+            self.last_change = now;
+        }
+        true
+    }
+
+    /// Notes a failure; whether it is about the process start that is known.
+    pub(super) fn probe_failed(&mut self, now: Tick, id: &str, incarnation: Incarnation) -> bool {
+        let Some(member) = self.by_id.get_mut(id) else { return false };
+        if member.record.incarnation != incarnation {
+            return false;
+        }
+        member.probe.failed(now);
+        true
+    }
+
+    /// Probes that are due: of suspects, and of those that are `wanted`.
+    pub(super) fn probes(&mut self, now: Tick, wanted: &BTreeSet<String>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for (id, member) in &mut self.by_id {
+            if (member.suspect.is_some() || wanted.contains(id)) && member.probe.take_due(now) {
+                actions.push(Action::Probe {
+                    worker: id.clone(),
+                    incarnation: member.record.incarnation,
+                    address: member.record.address.clone(),
+                });
+            }
+        }
+        actions
+    }
+
+    /// Whether the stage's process start did not answer the last probe.
+    pub(super) fn is_silent(&self, stage: &StagePlan) -> bool {
+        self.by_id.get(&stage.worker).is_some_and(|member| {
+            member.record.incarnation == stage.incarnation && member.probe.is_silent()
+        })
+    }
+
+    // ---- losses and refusals
+
+    /// Its stage was given up. The text of an alarm if it happens too often.
+    pub(super) fn evicted(&mut self, now: Tick, stage: &StagePlan, why: &str) -> Option<String> {
+        self.last_change = now;
+        if let Some(member) = self.by_id.get_mut(&stage.worker)
+            && member.record.incarnation == stage.incarnation
+        {
+            member.suspect = Some(why.to_owned());
+            member.probe.at(now + PROBE_INTERVAL);
+        }
+        self.flaps.lost(now, &stage.worker, why)
+    }
+
+    /// It could not take its stage.
+    pub(super) fn refused(&mut self, now: Tick, id: &str, why: &str) {
+        self.last_change = now;
+        self.flaps.refused(now, id, why);
+    }
+
+    /// Why a worker is kept out of plans for now.
+    pub(super) fn kept_out(&self, now: Tick, id: &str) -> Option<&str> {
+        self.flaps.kept_out(now, id)
+    }
+
+    /// Whether somebody is kept out because it could not take its stage.
+    pub(super) fn somebody_refused(&self, now: Tick) -> bool {
+        self.by_id.keys().any(|id| self.flaps.has_refused(now, id))
+    }
+
+    /// Whether the stage's process start may be given something to do.
+    pub(super) fn is_usable(&self, now: Tick, stage: &StagePlan) -> bool {
+        self.by_id.get(&stage.worker).is_some_and(|member| {
+            member.record.incarnation == stage.incarnation && self.is_free(now, member)
+        })
+    }
+
+    /// Whether a worker may be planned with.
+    fn is_free(&self, now: Tick, member: &Member) -> bool {
+        member.has_lease
+            && !member.is_draining()
+            && member.suspect.is_none()
+            && self.kept_out(now, &member.record.id).is_none()
+    }
+}

@@ -1,0 +1,491 @@
+//! When a plan is made, what the planner is asked, and what becomes of its answer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proto::ids::{Epoch, NumericsClass, PipelineId, PipelineRef};
+use proto::plan::{PLAN_FORMAT, PipelinePlan, Plan, StagePlan};
+use proto::status::{WaitCause, Waiting};
+
+use super::fleet::Candidate;
+use super::pipelines::Pipeline;
+use super::types::{Action, Ticket};
+use super::{Cluster, backoff, waits};
+use crate::planner::{self, Deployment, Incumbent, PlanError, Problem, Stage};
+use crate::tick::Tick;
+
+/// A planner that does not answer for so long is asked again: its thread is gone.
+const DEPLOY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A speed counts as another one when it changed by so many per cent ...
+const DRIFT_PERCENT: u64 = 25;
+/// ... for so long.
+const DRIFT_TIME: Duration = Duration::from_secs(60);
+
+/// A fleet that never comes to rest is planned for after so many times the hold-down.
+const HOLD_DOWN_LIMIT: u32 = 6;
+
+/// Why a plan is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// Nothing serves and nothing is on its way to.
+    NothingServes,
+    /// A pipeline was lost.
+    Lost,
+    /// A worker of a pipeline is draining.
+    Draining,
+    /// A person asked.
+    Requested,
+    /// The fleet is another than the plan was made for.
+    Changed,
+}
+
+impl Cause {
+    /// Whether it stays until a plan has worked.
+    pub(super) fn is_loss(self) -> bool {
+        matches!(self, Self::NothingServes | Self::Lost)
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Planning {
+    asked: Option<Asked>,
+    /// What is being written or carried out was made for this.
+    pub(super) cause: Option<Cause>,
+    /// Plans that came to nothing in a row, and when the next may be made.
+    failures: u32,
+    not_before: Tick,
+    /// A pipeline was lost and no plan without it was made yet.
+    pub(super) lost: bool,
+    pub(super) requested: bool,
+    /// The registry has no plan, and something serves.
+    pub(super) is_missing: bool,
+    /// The fleet that the last decision was made for.
+    decided: Option<Basis>,
+    /// Since when a change of the fleet waits for the hold-down, and one of a speed for its time.
+    change_since: Option<Tick>,
+    drift_since: Option<Tick>,
+    /// Why no plan was possible, by the last decision.
+    infeasible: Option<Waiting>,
+    /// Why the plan is as it is.
+    pub(super) reason: String,
+    /// Why who is in no pipeline, by the last plan.
+    pub(super) left_out: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    ticket: Ticket,
+    since: Tick,
+    cause: Cause,
+    basis: Basis,
+    incumbents: Vec<PipelineId>,
+    /// Pipelines that the answer does not touch.
+    fixed: BTreeSet<PipelineRef>,
+}
+
+/// What a plan is made of.
+#[derive(Clone, Debug)]
+struct Basis {
+    class: NumericsClass,
+    candidates: Vec<Candidate>,
+}
+
+impl Basis {
+    /// The same workers with the same memory, whatever their speeds.
+    fn is_same_fleet(&self, other: &Self) -> bool {
+        let same = |a: &Candidate, b: &Candidate| {
+            a.spec.id == b.spec.id
+                && a.incarnation == b.incarnation
+                && a.spec.memory_bytes == b.spec.memory_bytes
+                && (&a.spec.machine, &a.spec.rack) == (&b.spec.machine, &b.spec.rack)
+        };
+        self.class == other.class
+            && self.candidates.len() == other.candidates.len()
+            && self.candidates.iter().zip(&other.candidates).all(|(a, b)| same(a, b))
+    }
+
+    /// Of the same fleet: somebody's speed changed by [`DRIFT_PERCENT`].
+    fn has_drifted(&self, now: &Self) -> bool {
+        self.candidates.iter().zip(&now.candidates).any(|(before, now)| {
+            let (slow, fast) =
+                (before.layer_ns().max(now.layer_ns()), before.layer_ns().min(now.layer_ns()));
+            u128::from(slow) * 100 > u128::from(fast) * u128::from(100 + DRIFT_PERCENT)
+        })
+    }
+}
+
+impl Planning {
+    /// A plan came to nothing.
+    pub(super) fn failed(&mut self, now: Tick) {
+        self.not_before = now + backoff(self.failures);
+        self.failures = self.failures.saturating_add(1);
+        self.decided = None;
+    }
+
+    /// A pipeline was lost. One that was young counts as a plan that came to nothing, so that plans
+    /// which do not last are made more and more seldom.
+    pub(super) fn pipeline_lost(&mut self, now: Tick, is_young: bool) {
+        match is_young {
+            true => self.failed(now),
+            false => self.not_before = now,
+        }
+        self.decided = None;
+    }
+
+    /// A worker came: what was not possible may be.
+    pub(super) fn worker_came(&mut self) {
+        self.infeasible = None;
+    }
+
+    /// What serves has done so for a while.
+    pub(super) fn is_stable(&mut self) {
+        self.failures = 0;
+    }
+
+    /// The answer to the open question is not wanted any more.
+    pub(super) fn forget_question(&mut self) {
+        self.asked = None;
+    }
+
+    /// Whether a plan is wanted or being made.
+    pub(super) fn is_open(&self) -> bool {
+        self.lost || self.requested || self.asked.is_some()
+    }
+
+    pub(super) fn is_asking(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// A plan is written: what asked for it is done with.
+    pub(super) fn carried_out(&mut self) {
+        (self.lost, self.requested, self.is_missing) = (false, false, false);
+        self.infeasible = None;
+    }
+}
+
+impl Cluster {
+    /// Asks the planner if there is a cause to.
+    pub(super) fn plan(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        if self.planning.asked.as_ref().is_some_and(|asked| now.since(asked.since) > DEPLOY_TIMEOUT)
+        {
+            self.planning.asked = None;
+            self.planning.failed(now);
+        }
+        if self.planning.asked.is_some()
+            || self.ledger.ready().is_none()
+            || !self.listed
+            || !self.terms_agree()
+        {
+            return;
+        }
+        let (class, candidates) =
+            self.fleet.candidates(now, self.options.model, self.options.kv_type);
+        let basis = Basis { class, candidates };
+        let Some(cause) = self.cause(now, &basis) else { return };
+        if now < self.planning.not_before {
+            return;
+        }
+        self.ask_planner(now, cause, basis, actions);
+    }
+
+    fn cause(&mut self, now: Tick, basis: &Basis) -> Option<Cause> {
+        let is_quiet = self.switches.is_empty();
+        let planning = &self.planning;
+        if planning.requested && is_quiet {
+            return Some(Cause::Requested);
+        }
+        let is_same = planning.decided.as_ref().is_some_and(|decided| decided.is_same_fleet(basis));
+        if is_quiet && self.pipelines.is_empty() {
+            let is_due = !is_same && self.has_settled(now, basis);
+            return is_due.then_some(Cause::NothingServes);
+        }
+        if planning.lost && !is_same {
+            return Some(Cause::Lost);
+        }
+        let changes = |id| self.switches.iter().any(|switch| switch.old.contains(id));
+        let mut staying = self.pipelines.iter().filter(|(id, _)| !changes(id));
+        if !is_same && staying.any(|(_, pipeline)| self.is_leaving(pipeline)) {
+            return Some(Cause::Draining);
+        }
+        if !is_quiet {
+            return None;
+        }
+        self.has_changed(now, basis, is_same).then_some(Cause::Changed)
+    }
+
+    /// While nothing serves workers that come together are planned together.
+    fn has_settled(&self, now: Tick, basis: &Basis) -> bool {
+        let known = |id: &String| basis.candidates.iter().any(|member| member.spec.id == *id);
+        let mut planned = self
+            .ledger
+            .plan()
+            .into_iter()
+            .flat_map(|plan| &plan.pipelines)
+            .flat_map(|pipeline| &pipeline.stages)
+            .map(|stage| &stage.worker)
+            .peekable();
+        self.options.stages.is_some()
+            || now >= self.fleet.last_arrival() + self.options.settle
+            || (planned.peek().is_some() && planned.all(known))
+    }
+
+    /// Whether the fleet is another than what was decided for, and has been at rest.
+    fn has_changed(&mut self, now: Tick, basis: &Basis, is_same: bool) -> bool {
+        let planning = &mut self.planning;
+        let drifts = is_same && planning.decided.as_ref().is_some_and(|d| d.has_drifted(basis));
+        let drift_since = match drifts {
+            true => Some(*planning.drift_since.get_or_insert(now)),
+            false => {
+                planning.drift_since = None;
+                None
+            }
+        };
+        let has_drifted = drift_since.is_some_and(|since| now.since(since) >= DRIFT_TIME);
+        if is_same && !has_drifted && !planning.is_missing {
+            planning.change_since = None;
+            return false;
+        }
+        let since = *planning.change_since.get_or_insert(now);
+        let hold_down = self.options.hold_down;
+        now.since(self.fleet.last_change()) >= hold_down
+            || now.since(since) >= hold_down * HOLD_DOWN_LIMIT
+    }
+
+    /// Whether a worker of it is draining.
+    pub(super) fn is_leaving(&self, pipeline: &Pipeline) -> bool {
+        let mut stages = pipeline.placed.plan.stages.iter();
+        stages.any(|stage| self.fleet.is_draining(&stage.worker))
+    }
+
+    fn ask_planner(&mut self, now: Tick, cause: Cause, basis: Basis, actions: &mut Vec<Action>) {
+        let may = |id: &str| basis.candidates.iter().any(|member| member.spec.id == id);
+        // What serves with a worker that nothing new is given to now stays as it is.
+        let stays = |pipeline: &&Pipeline| {
+            let mut stages = pipeline.placed.plan.stages.iter();
+            !self.is_leaving(pipeline) && !stages.all(|stage| may(&stage.worker))
+        };
+        let changing: BTreeSet<_> =
+            self.switches.iter().flat_map(|switch| switch.old.iter().copied()).collect();
+        let (fixed, open): (Vec<_>, Vec<_>) = self
+            .pipelines
+            .values()
+            .filter(|pipeline| !changing.contains(&pipeline.placed.plan.id))
+            .partition(|pipeline| stays(pipeline));
+        let mut taken: BTreeSet<&str> =
+            fixed.iter().flat_map(|p| workers_of(&p.placed.plan)).collect();
+        let mut fixed: BTreeSet<PipelineRef> = fixed.iter().map(|pipeline| pipeline.at()).collect();
+        // So does what is changing already.
+        for switch in &self.switches {
+            let old = switch.old.iter().filter_map(|id| self.pipelines.get(id));
+            taken.extend(old.flat_map(|pipeline| workers_of(&pipeline.placed.plan)));
+            taken.extend(switch.new.iter().flat_map(|new| workers_of(&new.placed.plan)));
+            fixed.extend(switch.new.iter().map(|new| new.placed.at()));
+        }
+        let mut incumbents: Vec<&PipelinePlan> =
+            open.iter().map(|pipeline| &pipeline.placed.plan).collect();
+        if cause.is_loss() {
+            // What was lost may come back on the workers that it was on.
+            let planned = self.ledger.plan().into_iter().flat_map(|plan| &plan.pipelines);
+            incumbents.extend(planned.filter(|planned| {
+                planned.model == self.options.model
+                    && !self.pipelines.contains_key(&planned.id)
+                    && !fixed.iter().any(|at| at.id == planned.id)
+                    && workers_of(planned).all(|worker| !taken.contains(worker))
+            }));
+        }
+        let pipelines = self.options.pipelines.map(|count| count.max(1));
+        let still_wanted = pipelines.map(|count| count.saturating_sub(fixed.len() as u32));
+        if still_wanted == Some(0) {
+            self.planning.decided = Some(basis);
+            self.planning.carried_out();
+            return;
+        }
+        let options = planner::Options {
+            stages: self.options.stages,
+            pipelines: still_wanted,
+            min_kv_blocks: self.options.min_kv_blocks,
+            max_kv_blocks: self.options.max_kv_blocks,
+            context_tokens: self.options.context_tokens,
+            objective: self.options.objective,
+            incumbent: incumbents.iter().map(|plan| incumbent(plan)).collect(),
+        };
+        let workers = basis.candidates.iter().filter(|member| !taken.contains(&*member.spec.id));
+        let problem = Problem {
+            model: self.options.costs,
+            workers: workers.map(|member| member.spec.clone()).collect(),
+            options,
+        };
+        let incumbents = incumbents.iter().map(|plan| plan.id).collect();
+        let ticket = self.ledger.ticket();
+        actions.push(Action::Deploy { ticket, problem: Box::new(problem) });
+        self.planning.asked = Some(Asked { ticket, since: now, cause, basis, incumbents, fixed });
+    }
+
+    /// The planner answered.
+    pub(super) fn deployed(
+        &mut self,
+        now: Tick,
+        ticket: Ticket,
+        result: Result<Deployment, PlanError>,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(asked) = self.planning.asked.take_if(|asked| asked.ticket == ticket) else {
+            return;
+        };
+        self.planning.change_since = None;
+        self.planning.drift_since = None;
+        let deployment = match result {
+            Ok(deployment) => deployment,
+            Err(error) => return self.cannot_plan(now, asked, &error),
+        };
+        let Some(composed) = self.compose(now, &asked, &deployment) else {
+            // The world moved on while the planner worked.
+            return self.planning.failed(now);
+        };
+        let keeps = |pipeline: &Pipeline| composed.iter().any(|plan| plan.at() == pipeline.at());
+        let is_new = composed.iter().any(|plan| plan.epoch == Epoch(0));
+        let changes = is_new || !self.pipelines.values().all(keeps);
+        let gains = deployment.tokens_per_s
+            > deployment.incumbent_tokens_per_s
+                * (1.0 + f64::from(self.options.min_gain_percent) / 100.0);
+        let is_wanted = changes && (asked.cause != Cause::Changed || gains);
+        self.planning.left_out = deployment
+            .left_out
+            .iter()
+            .map(|left_out| (left_out.worker.clone(), left_out.reason.clone()))
+            .collect();
+        self.planning.decided = Some(asked.basis);
+        if !is_wanted && !self.planning.is_missing {
+            return self.planning.carried_out();
+        }
+        let pipelines = if is_wanted { composed } else { self.served() };
+        let Some((term, _)) = self.ledger.ready() else {
+            return self.planning.failed(now);
+        };
+        self.planning.reason.clone_from(&deployment.reason);
+        self.planning.cause = Some(asked.cause);
+        let plan = Plan { format: PLAN_FORMAT, term, pipelines, reason: deployment.reason };
+        self.ledger.write(now, plan, actions);
+    }
+
+    fn cannot_plan(&mut self, now: Tick, asked: Asked, error: &PlanError) {
+        let cause = match error {
+            // Whoever was refused is left out, and that is why the rest do not suffice.
+            _ if self.fleet.somebody_refused(now) => WaitCause::Refused,
+            PlanError::DoesNotFit { .. } | PlanError::TooManyPipelines { .. } => WaitCause::Memory,
+            _ => WaitCause::Workers,
+        };
+        let detail = self.fleet.explain(now, &self.options, &error.to_string());
+        // What serves goes on, and people are told why it is not changed.
+        self.planning.carried_out();
+        self.planning.decided = Some(asked.basis);
+        self.planning.infeasible = Some(Waiting { cause, detail });
+    }
+
+    /// The pipelines as they serve now.
+    fn served(&self) -> Vec<PipelinePlan> {
+        self.pipelines.values().map(|pipeline| pipeline.placed.plan.clone()).collect()
+    }
+
+    /// The pipelines of a deployment and those that it does not touch. One that is to stay as it is
+    /// keeps id and epoch; `None` if somebody is not usable any more.
+    fn compose(
+        &self,
+        now: Tick,
+        asked: &Asked,
+        deployment: &Deployment,
+    ) -> Option<Vec<PipelinePlan>> {
+        let mut plans: Vec<PipelinePlan> = Vec::new();
+        for at in &asked.fixed {
+            let serving = self.pipelines.get(&at.id).map(|pipeline| &pipeline.placed.plan);
+            let starting = self.switches.iter().find_map(|switch| switch.find(*at));
+            let plan = serving.filter(|plan| plan.at() == *at);
+            plans.push(plan.or_else(|| starting.map(|new| &new.placed.plan))?.clone());
+        }
+        // What came to serve while the planner worked is not in the answer.
+        let known = |pipeline: &Pipeline| {
+            let id = pipeline.placed.plan.id;
+            asked.fixed.contains(&pipeline.at())
+                || asked.incumbents.contains(&id)
+                || self.switches.iter().any(|switch| switch.old.contains(&id))
+        };
+        if !self.pipelines.values().all(known) {
+            return None;
+        }
+        let mut fresh = Vec::new();
+        for assignment in &deployment.pipelines {
+            let stages: Option<Vec<StagePlan>> =
+                assignment.stages.iter().map(|stage| self.fleet.place(stage)).collect();
+            let stages = stages?;
+            if !stages.iter().all(|stage| self.fleet.is_usable(now, stage)) {
+                return None;
+            }
+            let kept = self.pipelines.values().map(|pipeline| &pipeline.placed.plan).find(|plan| {
+                plan.stages == stages
+                    && plan.kv_blocks == assignment.kv_blocks
+                    && plan.class == asked.basis.class
+            });
+            match kept {
+                Some(plan) => plans.push(plan.clone()),
+                None => fresh.push((assignment, stages)),
+            }
+        }
+        let ids = self.pipelines.keys().copied().chain(plans.iter().map(|plan| plan.id));
+        let mut next = ids.fold(self.ledger.highest_pipeline(), PipelineId::max).0;
+        for (assignment, stages) in fresh {
+            let class = asked.basis.class;
+            let continued = assignment.continues.and_then(|index| asked.incumbents.get(index));
+            let continued = continued.copied().filter(|id| {
+                let serving = self.pipelines.get(id).map(|pipeline| pipeline.placed.plan.class);
+                let is_taken = plans.iter().any(|plan| plan.id == *id);
+                // What was begun in another class cannot go on in this one.
+                !is_taken && serving.is_none_or(|serving| serving == class)
+            });
+            let id = continued.unwrap_or_else(|| {
+                next += 1;
+                PipelineId(next)
+            });
+            plans.push(PipelinePlan {
+                id,
+                epoch: Epoch(0),
+                model: self.options.model,
+                kv_type: self.options.kv_type,
+                class,
+                stages,
+                kv_blocks: assignment.kv_blocks,
+                predicted_tokens_per_s: assignment.predicted_tokens_per_s,
+            });
+        }
+        plans.sort_by_key(|plan| plan.id);
+        Some(plans)
+    }
+
+    /// Why no plan is possible with who is here now.
+    pub(super) fn infeasible(&self) -> Option<&Waiting> {
+        self.planning.infeasible.as_ref()
+    }
+
+    /// Why nothing is planned at this moment though something should serve.
+    pub(super) fn why_not_planned(&self) -> Waiting {
+        if self.planning.asked.is_none()
+            && self.now >= self.planning.not_before
+            && self.now < self.fleet.last_arrival() + self.options.settle
+        {
+            return waits(WaitCause::Starting, "waiting for workers to come");
+        }
+        self.last_failure
+            .clone()
+            .unwrap_or_else(|| waits(WaitCause::Starting, "a plan is being made"))
+    }
+}
+
+fn workers_of(plan: &PipelinePlan) -> impl Iterator<Item = &str> {
+    plan.stages.iter().map(|stage| stage.worker.as_str())
+}
+
+fn incumbent(plan: &PipelinePlan) -> Incumbent {
+    let stage =
+        |stage: &StagePlan| Stage { worker: stage.worker.clone(), layers: stage.layers.clone() };
+    Incumbent { stages: plan.stages.iter().map(stage).collect(), kv_blocks: plan.kv_blocks }
+}

@@ -1,0 +1,190 @@
+//! Planned changes: drains, short memory, workers that move, and a takeover.
+
+use super::*;
+
+#[test]
+fn a_drained_worker_is_replaced_beside_what_serves() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.tell(Event::WorkerPut(record(3, 1)));
+    script.pass(20_000);
+    script.take();
+    let before = script.at(1);
+    script.tell(Event::WorkerPut(draining(1)));
+    let actions = script.take();
+    let pause = actions.iter().position(|a| *a == Action::Pause { at: before }).expect("a pause");
+    let serve = actions.iter().position(|a| matches!(a, Action::Serve { .. })).expect("it serves");
+    let retire = actions.iter().position(|a| {
+        matches!(a, Action::Retire { at, target, .. } if *at == before && target.worker == "w1")
+    });
+    assert!(pause < serve && serve < retire.expect("it may go"), "{actions:?}");
+    assert!(!actions.iter().any(|a| matches!(a, Action::Fail { .. } | Action::Leave { .. })));
+    assert_eq!(script.served(), [(1, vec!["w0", "w3"])]);
+    script.tell(Event::WorkerGone { worker: "w1".to_owned() });
+    script.pass(30_000);
+    assert_eq!(script.served(), [(1, vec!["w0", "w3"])]);
+    assert!(!script.take().iter().any(is_alarm));
+}
+
+#[test]
+fn a_drained_replica_leaves_its_sequences_to_the_others() {
+    let mut script = Script::new(None, workers(2));
+    script.take();
+    let (leaving, staying) = (script.at(1), script.at(2));
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true });
+    let actions = script.take();
+    assert!(actions.contains(&Action::Leave { at: leaving }), "{actions:?}");
+    assert!(!actions.contains(&Action::Pause { at: staying }));
+    assert_eq!(script.served(), [(2, vec!["w1"])]);
+    assert_eq!(script.states(), ["w0 draining", "w1 active"]);
+    assert_eq!(script.held["w0"], [], "it was retired");
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: false });
+    script.pass(11_000);
+    assert_eq!(script.served().len(), 2, "and used again");
+}
+
+#[test]
+fn a_drain_that_leaves_too_few_changes_nothing_and_says_so() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    script.take();
+    let serving = script.at(1);
+    script.tell(Event::WorkerPut(draining(1)));
+    script.pass(30_000);
+    assert_eq!(script.take(), []);
+    assert_eq!(script.at(1), serving);
+    assert_eq!(script.cluster.availability(), Availability::Serving);
+    assert!(script.reason().contains("it stays as it is: 2 stages were asked for, only 1 worker"));
+    assert!(script.cluster.view().workers[1].detail.contains("it still has a stage: 2 stages"));
+    // A spare comes: at once, not after the hold-down.
+    script.tell(Event::WorkerPut(record(3, 1)));
+    assert_eq!(script.served(), [(1, vec!["w0", "w3"])]);
+}
+
+#[test]
+fn short_memory_stops_only_the_pipeline_in_the_way() {
+    let mut script = Script::new(Some(2), workers(4));
+    script.pass(20_000);
+    script.take();
+    script.small.insert("w0".to_owned());
+    let (first, second) = (script.at(1), script.at(2));
+    // w1 goes, w4 takes its place, and w0 has no memory for the new epoch beside the old one.
+    script.tell(Event::WorkerPut(record(4, 1)));
+    script.tell(Event::WorkerPut(draining(1)));
+    let actions = script.take();
+    let find = |wanted: &dyn Fn(&Action) -> bool| actions.iter().position(wanted).expect("missing");
+    let pause = find(&|a| *a == Action::Pause { at: first });
+    let retire = find(
+        &|a| matches!(a, Action::Retire { at, target, .. } if *at == first && target.worker == "w0"),
+    );
+    let serve = find(&|a| matches!(a, Action::Serve { .. }));
+    assert!(pause < retire && retire < serve, "{actions:?}");
+    assert_eq!(script.served()[0], (1, vec!["w0", "w4"]));
+    assert_eq!(script.at(2), second);
+    assert!(!actions.contains(&Action::Pause { at: second }));
+}
+
+#[test]
+fn while_memory_is_made_the_reason_says_so() {
+    let mut cluster = Script::new(Some(1), workers(1)).cluster;
+    let now = Tick::from_millis(60_000);
+    let serving = cluster.pipelines[&PipelineId(1)].at();
+    let mut actions = cluster.handle(now, Event::PlanNow);
+    let Some(Action::Deploy { ticket, problem }) = actions.pop() else { panic!("{actions:?}") };
+    let mut deployment = place(&problem).unwrap();
+    deployment.pipelines[0].kv_blocks = 32;
+    let mut actions = cluster.handle(now, Event::Deployed { ticket, result: Ok(deployment) });
+    let Some(Action::WritePlan { ticket, .. }) = actions.pop() else { panic!("{actions:?}") };
+    let actions = cluster.handle(now, Event::PlanWritten { ticket, revision: 500 });
+    assert!(matches!(&actions[..], [Action::Prepare(_)]), "{actions:?}");
+    let (new, detail) = (at(1, 500), "2 GiB are missing".to_owned());
+    let failed = Event::PrepareFailed { at: new, stage: 0, failure: Failure::Memory, detail };
+    assert_eq!(cluster.handle(now, failed), [Action::Pause { at: serving }]);
+    assert_eq!(cluster.availability(), Availability::Serving, "for a moment still");
+    let actions = cluster.handle(now, Event::Paused { at: serving });
+    assert!(matches!(&actions[..], [Action::Retire { at, .. }] if *at == serving), "{actions:?}");
+    let Availability::Soon(Waiting { detail, .. }) = cluster.availability() else { panic!() };
+    let note = "worker w0 has no memory for its old and its new stage, so pipeline 1 stops";
+    assert!(detail.contains(note) && detail.contains("2 GiB are missing"), "{detail}");
+    let (worker, incarnation) = ("w0".to_owned(), Incarnation([1; 16]));
+    let retired = Event::Retired { worker, incarnation, at: serving };
+    let actions = cluster.handle(now, retired);
+    let described = actions.iter().any(|a| matches!(a, Action::Probe { .. }));
+    let mut again: Vec<_> = actions.iter().filter(|a| matches!(a, Action::Prepare(_))).collect();
+    let described = described.then(|| Event::Described {
+        worker: "w0".to_owned(),
+        incarnation,
+        held: Vec::new(),
+    });
+    let more = described.map(|event| cluster.handle(now, event)).unwrap_or_default();
+    again.extend(more.iter().filter(|a| matches!(a, Action::Prepare(_))));
+    assert_eq!(again.len(), 1, "prepared again");
+}
+
+#[test]
+fn a_worker_moves_from_one_pipeline_to_another() {
+    let mut script = Script::new(Some(2), workers(4));
+    script.pass(20_000);
+    script.take();
+    assert_eq!(script.served(), [(1, vec!["w0", "w1"]), (2, vec!["w2", "w3"])]);
+    let (first, second) = (script.at(1), script.at(2));
+    // One goes, and who was with it takes the first place of a pipeline with one of the other.
+    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true });
+    let actions = script.take();
+    assert_eq!(script.served(), [(1, vec!["w0", "w2"])], "{actions:?}");
+    let position = |wanted: &Action| actions.iter().position(|a| a == wanted).expect("missing");
+    let serve = actions.iter().position(|a| matches!(a, Action::Serve { .. })).unwrap();
+    assert!(position(&Action::Pause { at: first }) < serve);
+    assert!(position(&Action::Pause { at: second }) < serve, "it loses a worker");
+    assert!(position(&Action::Leave { at: second }) < serve);
+    assert_eq!((&script.held["w1"], &script.held["w3"]), (&vec![], &vec![]), "they may go");
+}
+
+#[test]
+fn a_takeover_shares_equal_stages_and_retires_orphans_of_another_shape() {
+    // An earlier coordinator's plan: a pipeline of two, one of whose workers is gone, and a third
+    // worker that holds what no plan names.
+    let mut earlier = Script::new(Some(2), workers(2));
+    earlier.pass(1000);
+    let Found::Plan { revision, mut plan } = earlier.found.clone() else { panic!() };
+    plan.term = Term(3);
+    let found = Found::Plan { revision: 50, plan };
+    let takes_over = |stages: u32, workers: Vec<WorkerRecord>| {
+        let mut script = Script {
+            cluster: Cluster::new(options(Some(stages))),
+            now: Tick::ZERO,
+            revision: 100,
+            heard: Vec::new(),
+            plans: Vec::new(),
+            found: found.clone(),
+            small: BTreeSet::new(),
+            held: BTreeMap::new(),
+            prepares: 0,
+        };
+        script.held.insert("w0".to_owned(), vec![at(1, 50)]);
+        script.held.insert("w1".to_owned(), vec![at(1, 50)]);
+        script.held.insert("w7".to_owned(), vec![at(9, 40)]);
+        script.tell(Event::Reset(workers));
+        script.tell(Event::TermGained(Term(70)));
+        script
+    };
+    assert_eq!(revision, 101);
+    // The same shape: prepared beside, under a new epoch, and nothing is retired before.
+    let mut script = takes_over(2, workers(2));
+    let actions = script.take();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Retire { .. })), "{actions:?}");
+    assert_eq!(script.served(), [(1, vec!["w0", "w1"])]);
+    assert_eq!(script.at(1).epoch, Epoch(101));
+    // Another shape: what is held is left before anything is prepared there.
+    let mut script = takes_over(1, vec![record(0, 1), record(7, 1)]);
+    let actions = script.take();
+    let retire = |worker: &str| {
+        actions
+            .iter()
+            .position(|a| matches!(a, Action::Retire { target, .. } if target.worker == worker))
+    };
+    let serve = actions.iter().position(|a| matches!(a, Action::Serve { .. })).unwrap();
+    assert!(retire("w0").expect("of another shape") < serve, "{actions:?}");
+    assert!(retire("w7").expect("of no plan") < serve, "{actions:?}");
+    assert_eq!(script.served().len(), 2);
+    assert!(script.held.values().all(|held| held.len() == 1), "{:?}", script.held);
+}
