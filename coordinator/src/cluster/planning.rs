@@ -356,6 +356,10 @@ impl Cluster {
             .map(|left_out| (left_out.worker.clone(), left_out.reason.clone()))
             .collect();
         self.planning.decided = Some(asked.basis);
+        if !changes {
+            // What serves is what would be planned now.
+            self.planning.reason.clone_from(&deployment.reason);
+        }
         if !is_wanted && !self.planning.is_missing {
             return self.planning.carried_out();
         }

@@ -223,6 +223,20 @@ fn workers_become_replicas_and_a_late_one_joins_while_nothing_else_is_touched() 
 }
 
 #[test]
+fn a_lost_replica_leaves_the_others_as_they_are_and_the_reason_up_to_date() {
+    let mut script = Script::new(None, workers(2));
+    script.pass(20_000);
+    script.take();
+    assert_eq!(script.reason(), "2 of 2 workers");
+    let staying = script.at(2);
+    script.kill(script.at(1), 0);
+    let ended = script.take();
+    assert!(ended.iter().any(|action| matches!(action, Action::Fail { .. })), "{ended:?}");
+    assert_eq!((script.served(), script.at(2)), (vec![(2, vec!["w1"])], staying));
+    assert_eq!((script.reason().as_str(), script.plans.len()), ("1 of 1 workers", 1));
+}
+
+#[test]
 fn with_pinned_stages_and_one_pipeline_a_late_worker_stands_by() {
     let pinned = Options { pipelines: Some(1), ..options(Some(3)) };
     let mut script = Script::with(pinned, workers(3), Found::Nothing);
