@@ -222,8 +222,8 @@ impl Lane {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.path.open();
         self.probe();
+        self.send_steps();
         loop {
-            self.send_steps();
             tokio::select! {
                 permit = events.reserve(), if !self.unheard.is_empty() => {
                     let Ok(permit) = permit else { break };
@@ -239,6 +239,7 @@ impl Lane {
                 () = std::future::ready(()), if self.more_gone => self.cancel_gone(),
                 _ = ticks.tick() => self.on_tick(),
             }
+            self.send_steps();
             // One thing at a time: a burst of results must not keep the thread from other lanes.
             tokio::task::yield_now().await;
         }
