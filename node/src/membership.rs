@@ -16,13 +16,14 @@ mod etcd;
 mod memory;
 
 pub use etcd::{Etcd, EtcdOptions};
-pub use memory::Memory;
+pub use memory::{Memory, MemoryBackup};
 
 /// Life of a lease that is not renewed, in seconds. etcd's own floor is 2 s; below 5 s a slow
 /// disk of one etcd member looks like dead workers.
 pub const LEASE_TTL_S: u64 = 5;
 
-/// Number of a change of the whole store: larger is later, for all keys together.
+/// Number of a change of the whole store: larger is later, for all keys together. A store that lost its
+/// data or was restored from a backup counts on from where it is then: numbers of before it say nothing.
 pub type Revision = u64;
 
 /// One key as it was at some revision.
@@ -63,7 +64,8 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Forget what you knew of this prefix: this is all there is. Always the first event, and
-    /// told again when changes may have been missed.
+    /// told again when changes may have been missed. If its revision is lower than one that was
+    /// told before, the store lost its data or was set back.
     Reset(Snapshot),
     /// A key was made or written.
     Put(Entry),
@@ -262,7 +264,7 @@ impl fmt::Debug for Registration {
 pub struct Leadership {
     /// The create revision of the leader's key.
     pub term: Revision,
-    /// Fires when the store said that the term is over. While the store is away it does not
+    /// Fires when the store said that the term is over, or went back. While the store is away it does not
     /// fire: nobody can lead anew then, and everything placed goes on.
     pub lost: CancellationToken,
     held: Box<dyn Held>,

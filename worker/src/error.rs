@@ -190,7 +190,9 @@ impl From<ServiceError> for Status {
             ) => Code::Unavailable,
             ServiceError::Epoch(_)
             | ServiceError::Witness(
-                WitnessError::NotTheLeader { .. } | WitnessError::Epoch { .. },
+                WitnessError::NotTheLeader { .. }
+                | WitnessError::Cluster { .. }
+                | WitnessError::Epoch { .. },
             )
             | ServiceError::NotThisWorker { .. }
             | ServiceError::NoResults { .. }

@@ -29,7 +29,7 @@ use crate::leaving::{Leaving, REGISTRY_TIMEOUT};
 use crate::measure::measure_steps;
 use crate::record::{Published, encode};
 use crate::service::{Identity, Service, offered_bytes};
-use crate::witness::{LeaderKey, Witness};
+use crate::witness::{RegistryKeys, Witness};
 use crate::{grpc, known_answer, machine, standby, telemetry, weights};
 
 /// How long the registry may take before that is said.
@@ -108,7 +108,11 @@ pub async fn run(
         known_answer,
         stores,
     };
-    let witness = Witness::new(LeaderKey { membership: membership.clone(), key: keys.leader() });
+    let witness = Witness::new(RegistryKeys {
+        membership: membership.clone(),
+        leader: keys.leader(),
+        cluster_id: keys.cluster_id(),
+    });
     let service = Arc::new(Service::new(identity, witness, failures, closing.clone()));
     let (health, serving) = grpc::serve(listener, service.clone())?;
     grpc::set_serving(&health, true).await;

@@ -30,9 +30,9 @@ use crate::error::ServiceError;
 use crate::executor::Executor;
 use crate::link;
 use crate::reserve::{Charge, Reserve, Shortage};
-use crate::session::epochs::{ControlCall, Epochs, PrepareAction, State, StepRefusal};
+use crate::session::epochs::{EpochError, Epochs, PrepareAction, Sighting, State, StepRefusal};
 use crate::stage::{ResultReader, Stage};
-use crate::witness::{Claim, Witness};
+use crate::witness::{Claim, Witness, WitnessError};
 
 /// Room in a step's message for everything that is not activations.
 const STEP_OVERHEAD_BYTES: usize = 16 << 20;
@@ -192,13 +192,15 @@ impl Service {
         request: Prepare,
         key: Option<CoordinatorKey>,
     ) -> Result<Prepared, ServiceError> {
-        let claim = Claim { term: request.term, epoch: request.epoch, key };
-        self.confirm(request.dst_incarnation, Some(&request.cluster_id), claim).await?;
+        let cluster = Some(request.cluster_id.as_str());
+        let claim = Claim { term: request.term, epoch: request.epoch, key, cluster };
+        let sighting = self.confirm(request.dst_incarnation, Some(&request), claim).await?;
         let mut building = self.preparing.lock().await;
         let shape = self.check_request(&request)?;
-        let same = {
+        let (same, history) = {
             let mut held = self.held();
-            if held.epochs.prepare(&request)? == PrepareAction::Nothing {
+            let action = held.change(|epochs| epochs.prepare(&request, sighting))?;
+            if action == PrepareAction::Nothing {
                 let running = held.running.iter().find(|r| r.serves(request.epoch));
                 // Of the coordinator that asks now, should another have asked before.
                 running.iter().for_each(|running| running.stage.belongs_to(key));
@@ -209,7 +211,7 @@ impl Service {
             let same = same.map(|running| running.holding.clone());
             // What was prepared and is now superseded makes room; what is active stays.
             held.forget_what_is_over();
-            same
+            (same, held.epochs.history())
         };
         let holding = match same {
             Some(holding) => {
@@ -221,7 +223,7 @@ impl Service {
         let prepared = self.prepared(&holding);
         let running = self.start(request.clone(), key, holding);
         let mut held = self.held();
-        held.epochs.install(request)?;
+        held.epochs.install(request, history)?;
         held.running.push(running);
         Ok(prepared)
     }
@@ -230,12 +232,18 @@ impl Service {
     async fn confirm(
         &self,
         incarnation: Incarnation,
-        cluster: Option<&str>,
-        claim: Claim,
-    ) -> Result<(), ServiceError> {
-        let call = ControlCall { incarnation, term: claim.term, cluster };
-        self.held().epochs.check_claim(&call)?;
-        Ok(self.witness.confirm(claim).await?)
+        prepare: Option<&Prepare>,
+        claim: Claim<'_>,
+    ) -> Result<Sighting, ServiceError> {
+        let afresh = self.held().epochs.doubts(incarnation, claim.term, prepare)?;
+        let confirmed = self.witness.confirm(claim, afresh).await;
+        let seen = self.held().epochs.term();
+        match confirmed {
+            Err(WitnessError::NotTheLeader { found, .. }) if found < seen => {
+                Err(EpochError::OldTerm { seen, found }.into())
+            }
+            confirmed => Ok(confirmed?),
+        }
     }
 
     /// What can be said against a request without looking at what is held.
@@ -477,9 +485,10 @@ impl Service {
         incarnation: Incarnation,
         key: Option<CoordinatorKey>,
     ) -> Result<(), ServiceError> {
-        self.confirm(incarnation, None, Claim { term, epoch, key }).await?;
+        let claim = Claim { term, epoch, key, cluster: None };
+        let sighting = self.confirm(incarnation, None, claim).await?;
         let mut held = self.held();
-        held.epochs.activate(pipeline, epoch, term, incarnation)?;
+        held.change(|epochs| epochs.activate(pipeline, epoch, term, incarnation, sighting))?;
         held.forget_what_is_over();
         tracing::info!(%pipeline, %epoch, %term, "epoch is active");
         Ok(())
@@ -497,9 +506,13 @@ impl Service {
         incarnation: Incarnation,
         key: Option<CoordinatorKey>,
     ) -> Result<(), ServiceError> {
-        self.confirm(incarnation, None, Claim { term, epoch, key }).await?;
+        // What is held may be of before the registry was lost, and beyond its revision now; that it ends
+        // locks nobody out.
+        let claimed = if self.held().epochs.holds(epoch) { Epoch::default() } else { epoch };
+        let claim = Claim { term, epoch: claimed, key, cluster: None };
+        let sighting = self.confirm(incarnation, None, claim).await?;
         let mut held = self.held();
-        held.epochs.retire(epoch, term, incarnation)?;
+        held.change(|epochs| epochs.retire(epoch, term, incarnation, sighting))?;
         held.forget_what_is_over();
         if let Ok(mut building) = self.preparing.try_lock() {
             Self::forget_unclaimed(&mut building);
@@ -599,6 +612,22 @@ impl Held {
             }
         };
         self.epochs.all_held().map(stage).collect()
+    }
+
+    /// Changes the epochs. What was held in an earlier history of the registry ends with it, whatever
+    /// comes of the change.
+    fn change<T>(
+        &mut self,
+        change: impl FnOnce(&mut Epochs) -> Result<T, EpochError>,
+    ) -> Result<T, EpochError> {
+        let (before, seen) = (self.epochs.history(), self.epochs.term());
+        let outcome = change(&mut self.epochs);
+        if self.epochs.history() != before {
+            self.forget_what_is_over();
+            let term = self.epochs.term();
+            tracing::warn!(%term, %seen, "the registry began anew: nothing of before counts");
+        }
+        outcome
     }
 
     fn forget_what_is_over(&mut self) {

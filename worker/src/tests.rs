@@ -2,6 +2,7 @@
 
 mod control;
 pub(crate) mod harness;
+mod history;
 mod lifecycle;
 mod pipeline;
 mod refusals;

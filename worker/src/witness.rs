@@ -1,6 +1,6 @@
 //! What the registry says of the coordinator that calls: whether it leads at the term it claims,
-//! with the key it shows, and whether the epoch it names can exist. A stranger who only reads what
-//! `Describe` tells can move nothing.
+//! with the key it shows, whether the cluster it names is the registry's, and whether the epoch it
+//! names can exist. A stranger who only reads what `Describe` tells can move nothing.
 //!
 //! The registry is read when a call claims what the last reading does not show: once a term and
 //! once a plan. While the registry is away, what was confirmed before goes on.
@@ -14,6 +14,8 @@ use node::membership::{Entry, Membership, MembershipError};
 use proto::ids::{Epoch, KeyDigest, Term};
 use proto::key::{CoordinatorKey, LeaderRecord};
 use tokio::time::Instant;
+
+use crate::session::epochs::Sighting;
 
 /// How long a call waits to be confirmed, its turn included: less than a coordinator waits for its
 /// answer (5 s), so that it hears why.
@@ -32,6 +34,9 @@ pub(crate) enum WitnessError {
     /// The call comes from somebody else than the leader.
     #[error("the call does not show the key of the coordinator of term {term}")]
     Key { term: Term },
+    /// The registry has another cluster id, or none.
+    #[error("cluster {found:?} is not that of the registry ({})", named(cluster.as_deref()))]
+    Cluster { found: String, cluster: Option<String> },
     /// Epochs are revisions of the registry.
     #[error("epoch {found} is beyond the registry's revision {revision}")]
     Epoch { found: Epoch, revision: u64 },
@@ -47,21 +52,29 @@ fn shown(leader: Option<Term>) -> String {
     leader.map_or_else(|| "there is none".into(), |term| format!("term {term}"))
 }
 
+fn named(cluster: Option<&str>) -> String {
+    cluster.map_or_else(|| "there is none".into(), |cluster| format!("{cluster:?}"))
+}
+
 /// What a control call claims.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Claim {
+pub(crate) struct Claim<'a> {
     pub(crate) term: Term,
     pub(crate) epoch: Epoch,
     /// As shown with the call.
     pub(crate) key: Option<CoordinatorKey>,
+    /// Named by a `Prepare` only.
+    pub(crate) cluster: Option<&'a str>,
 }
 
 /// What the registry said at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reading {
     /// Of the whole registry.
     pub(crate) revision: u64,
     pub(crate) leader: Option<Leader>,
+    /// The cluster's id.
+    pub(crate) cluster: Option<String>,
 }
 
 /// Who leads.
@@ -78,18 +91,28 @@ pub(crate) trait Source: Send + Sync {
     fn read(&self) -> BoxFuture<'_, Result<Reading, MembershipError>>;
 }
 
-/// The leader's key in a registry.
-pub(crate) struct LeaderKey {
+/// The two keys in a registry.
+pub(crate) struct RegistryKeys {
     pub(crate) membership: Arc<dyn Membership>,
-    pub(crate) key: String,
+    pub(crate) leader: String,
+    pub(crate) cluster_id: String,
 }
 
-impl Source for LeaderKey {
+impl Source for RegistryKeys {
     fn read(&self) -> BoxFuture<'_, Result<Reading, MembershipError>> {
         Box::pin(async {
-            let snapshot = self.membership.list(&self.key).await?;
-            let entry = snapshot.entries.iter().find(|entry| entry.key == self.key);
-            Ok(Reading { revision: snapshot.revision, leader: entry.map(leader) })
+            // Not at one revision: who shows the leader's key speaks for the leader, and the id was the
+            // registry's after the call had begun. That is all that is asked.
+            let cluster_ids = self.membership.list(&self.cluster_id);
+            let leaders = self.membership.list(&self.leader);
+            let (cluster_ids, leaders) = futures::try_join!(cluster_ids, leaders)?;
+            let cluster = cluster_ids.entries.iter().find(|entry| entry.key == self.cluster_id);
+            let leads = leaders.entries.iter().find(|entry| entry.key == self.leader);
+            Ok(Reading {
+                revision: leaders.revision,
+                leader: leads.map(leader),
+                cluster: cluster.map(|entry| String::from_utf8_lossy(&entry.value).into_owned()),
+            })
         })
     }
 }
@@ -103,11 +126,24 @@ fn leader(entry: &Entry) -> Leader {
 /// See the head of this file.
 pub(crate) struct Witness {
     source: Box<dyn Source>,
-    last: Mutex<Reading>,
+    last: Mutex<Numbered>,
     /// One reading is made at a time, and serves all who waited for it.
     turn: tokio::sync::Mutex<Turn>,
     /// Readings that have begun.
     begun: AtomicU64,
+}
+
+/// A reading and its number, counted from 1; 0 is none.
+#[derive(Clone, Debug, Default)]
+struct Numbered {
+    number: u64,
+    reading: Reading,
+}
+
+impl Numbered {
+    fn sighting(&self) -> Sighting {
+        Sighting { number: self.number, revision: self.reading.revision }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -134,7 +170,8 @@ impl Witness {
         }
     }
 
-    /// Returns if the claim is true: as far as the last reading tells, else by a new one.
+    /// Returns if the claim is true: as far as the last reading tells, else by a new one; by a new one
+    /// in any case if `afresh`. Says which reading it was.
     ///
     /// # Errors
     ///
@@ -143,27 +180,34 @@ impl Witness {
     /// # Cancel safety
     ///
     /// Dropping the future changes nothing but when the next reading may begin.
-    pub(crate) async fn confirm(&self, claim: Claim) -> Result<(), WitnessError> {
-        let last = *self.last();
+    pub(crate) async fn confirm(
+        &self,
+        claim: Claim<'_>,
+        afresh: bool,
+    ) -> Result<Sighting, WitnessError> {
         // Another key of the same term is read again as well: in a registry that lost its data a new leader
         // may be given a number that an earlier one had.
-        if judge(last, claim).is_ok() {
-            return Ok(());
+        if !afresh {
+            let last = self.last();
+            if judge(&last.reading, claim).is_ok() {
+                return Ok(last.sighting());
+            }
         }
         let begun = self.begun.load(Ordering::SeqCst);
         let read = tokio::time::timeout(CONFIRM_TIMEOUT, self.read_after(begun));
-        let reading = read
+        let numbered = read
             .await
             .map_err(|_| WitnessError::TimedOut { term: claim.term })?
             .map_err(|source| WitnessError::Registry { term: claim.term, source })?;
-        judge(reading, claim)
+        judge(&numbered.reading, claim)?;
+        Ok(numbered.sighting())
     }
 
     /// A reading that began after the first `begun` ones.
-    async fn read_after(&self, begun: u64) -> Result<Reading, MembershipError> {
+    async fn read_after(&self, begun: u64) -> Result<Numbered, MembershipError> {
         let mut turn = self.turn.lock().await;
         if turn.answered > begun {
-            return Ok(*self.last());
+            return Ok(self.last().clone());
         }
         if let Some(last) = turn.last_begun {
             tokio::time::sleep_until(last + READING_GAP).await;
@@ -172,17 +216,18 @@ impl Witness {
         let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
         let reading = self.source.read().await?;
         turn.answered = number;
-        *self.last() = reading;
-        Ok(reading)
+        let numbered = Numbered { number, reading };
+        self.last().clone_from(&numbered);
+        Ok(numbered)
     }
 
-    fn last(&self) -> MutexGuard<'_, Reading> {
+    fn last(&self) -> MutexGuard<'_, Numbered> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn judge(reading: Reading, claim: Claim) -> Result<(), WitnessError> {
-    let Claim { term, epoch, key } = claim;
+fn judge(reading: &Reading, claim: Claim<'_>) -> Result<(), WitnessError> {
+    let Claim { term, epoch, key, cluster } = claim;
     let leads = reading.leader.filter(|leader| leader.term == term);
     let Some(Leader { key_digest, .. }) = leads else {
         let leader = reading.leader.map(|leader| leader.term);
@@ -191,6 +236,12 @@ fn judge(reading: Reading, claim: Claim) -> Result<(), WitnessError> {
     // Digests are public: it does not matter how long it takes to tell two of them apart.
     if key_digest.is_some_and(|digest| key.map(|key| key.digest()) != Some(digest)) {
         return Err(WitnessError::Key { term });
+    }
+    if let Some(found) = cluster
+        && reading.cluster.as_deref() != Some(found)
+    {
+        let (found, cluster) = (found.to_owned(), reading.cluster.clone());
+        return Err(WitnessError::Cluster { found, cluster });
     }
     if epoch.0 > reading.revision {
         return Err(WitnessError::Epoch { found: epoch, revision: reading.revision });

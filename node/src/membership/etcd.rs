@@ -77,26 +77,28 @@ impl Etcd {
         value: &Bytes,
         patience: Option<Duration>,
     ) -> Result<Acquired, MembershipError> {
+        let mut backoff = Backoff::new();
         loop {
             let lease = self.link.grant(operation, key).await?;
             tokio::select! {
                 // The wait was longer than the connection held: once more with a new lease.
                 () = keeper::keep_alive(&self.link, lease) => {}
-                taken = self.take(operation, key, value, lease, patience) => {
-                    return match taken {
-                        Ok(create_revision) => Ok(Acquired { lease, create_revision }),
-                        Err(error) => {
-                            // Should it fail, the lease ends by itself.
-                            let _ = self.link.revoke(lease, key).await;
-                            Err(error)
-                        }
-                    };
-                }
+                taken = self.take(operation, key, value, lease, patience) => match taken {
+                    Ok(Some(create_revision)) => return Ok(Acquired { lease, create_revision }),
+                    // The lease ended before anybody said so: likewise.
+                    Ok(None) => backoff.wait().await,
+                    Err(error) => {
+                        // Should it fail, the lease ends by itself.
+                        let _ = self.link.revoke(lease, key).await;
+                        return Err(error);
+                    }
+                },
             }
         }
     }
 
-    /// Puts `key` under `lease` as soon as it is free. Returns its create revision.
+    /// Puts `key` under `lease` as soon as it is free. Returns its create revision; `None` if there is
+    /// no such lease any more.
     async fn take(
         &self,
         operation: &'static str,
@@ -104,7 +106,7 @@ impl Etcd {
         value: &Bytes,
         lease: i64,
         patience: Option<Duration>,
-    ) -> Result<Revision, MembershipError> {
+    ) -> Result<Option<Revision>, MembershipError> {
         let give_up = patience.map(|patience| tokio::time::Instant::now() + patience);
         loop {
             let put = PutOptions::new().with_lease(lease);
@@ -112,14 +114,18 @@ impl Etcd {
                 .when([Compare::create_revision(key, CompareOp::Equal, 0)])
                 .and_then([TxnOp::put(key, value.as_ref(), Some(put))])
                 .or_else([TxnOp::get(key, None)]);
-            let answer = self.link.txn(operation, key, claim).await?;
+            let answer = match self.link.txn_counted(claim).await {
+                Ok((answer, _)) => answer,
+                Err(error) if error.is_not_found() => return Ok(None),
+                Err(error) => return Err(error.into_membership(operation, key)),
+            };
             if answer.succeeded() {
-                return Ok(revision_of(answer.header()));
+                return Ok(Some(revision_of(answer.header())));
             }
             match first_kv(&answer.op_responses()) {
                 // An attempt before this one took effect although its answer was lost.
                 Some(holder) if holder.lease() == lease => {
-                    return Ok(revision(holder.create_revision()));
+                    return Ok(Some(revision(holder.create_revision())));
                 }
                 // Gone in between.
                 None => continue,

@@ -20,7 +20,7 @@ use super::{
 
 mod state;
 
-use state::{ClientId, LeaseId, State};
+use state::{ClientId, LeaseId, Seen, State};
 
 /// How long `register` waits for a key that somebody else holds: a lease, and a second for
 /// whoever must notice that it ended.
@@ -38,7 +38,13 @@ struct Store {
     state: Mutex<State>,
     /// Tells waiters that something changed; they look for themselves at what.
     changed: watch::Sender<()>,
+    /// Ends the leases that a backup brought back.
+    expiry: Mutex<JoinSet<()>>,
 }
+
+/// Everything that a store held at one moment, see [`Memory::back_up`].
+#[derive(Clone, Debug, Default)]
+pub struct MemoryBackup(state::Backup);
 
 #[derive(Debug)]
 struct Client {
@@ -57,7 +63,11 @@ impl Default for Memory {
 impl Memory {
     /// An empty store and a first connection to it.
     pub fn new() -> Self {
-        let store = Store { state: Mutex::default(), changed: watch::Sender::new(()) };
+        let store = Store {
+            state: Mutex::default(),
+            changed: watch::Sender::new(()),
+            expiry: Mutex::default(),
+        };
         Self::connect(Arc::new(store))
     }
 
@@ -97,6 +107,29 @@ impl Memory {
     /// Fault: forgets the past. A watch that is behind gets [`Event::Reset`].
     pub fn compact(&self) {
         self.store.change(State::compact);
+    }
+
+    /// What the store holds now.
+    pub fn back_up(&self) -> MemoryBackup {
+        MemoryBackup(lock(&self.store.state).back_up())
+    }
+
+    /// Fault: sets the store back to a backup, or with the default one to nothing: its revision falls,
+    /// watches get [`Event::Reset`], leaders lose their term, and registrations are made anew. Keys
+    /// that were leased then are there for [`LEASE_TTL_S`] more.
+    pub fn restore(&self, backup: MemoryBackup) {
+        let (stale, setbacks, restored) = self.store.change(|state| {
+            let stale = state.restore(backup.0);
+            (stale, state.setbacks(), state.snapshot("").revision)
+        });
+        let store = Arc::downgrade(&self.store);
+        lock(&self.store.expiry).spawn(async move {
+            tokio::time::sleep(Duration::from_secs(LEASE_TTL_S)).await;
+            let Some(store) = store.upgrade() else { return };
+            for key in stale {
+                store.change(|state| state.expire_restored(setbacks, restored, &key));
+            }
+        });
     }
 
     /// Fault: ends the lease of `key`, although its owner is alive. Returns whether there was one.
@@ -262,8 +295,8 @@ struct Cursor {
     changed: watch::Receiver<()>,
     connected: watch::Receiver<bool>,
     prefix: String,
-    /// The last revision told; `None` before the first event.
-    seen: Option<Revision>,
+    /// How far it was told; `None` before the first event.
+    seen: Option<Seen>,
 }
 
 impl Cursor {

@@ -53,4 +53,6 @@ on_both! {
     only_the_leader_writes_and_only_what_it_knows,
     all_get_what_the_first_created,
     a_restart_of_the_store_loses_nothing,
+    a_store_that_was_emptied_is_filled_and_led_again,
+    a_store_that_was_set_back_has_the_newest_values_again,
 }

@@ -1,10 +1,11 @@
 //! A real etcd on ports of its own, with its data in a temporary directory.
 
-use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
+use std::{fs, io};
 
 use etcd_client::Client;
 use tempfile::TempDir;
@@ -16,6 +17,7 @@ const READY_POLLS: u32 = 400;
 pub(crate) struct Server {
     child: Child,
     data: TempDir,
+    backup: Option<TempDir>,
     client: SocketAddr,
     peer: SocketAddr,
 }
@@ -25,15 +27,39 @@ impl Server {
         let (client, peer) = free_addresses();
         let data = tempfile::tempdir().unwrap();
         let child = spawn(&data, client, peer);
-        let mut server = Self { child, data, client, peer };
+        let mut server = Self { child, data, backup: None, client, peer };
         assert!(server.is_ready().await, "etcd starts");
         server
     }
 
     /// Kills it and starts it again on the same data and ports.
     pub(crate) async fn restart(&mut self) {
+        self.kill();
+        self.start_again().await;
+    }
+
+    /// Keeps a copy of the data as of now, with a restart.
+    pub(crate) async fn back_up(&mut self) {
+        self.kill();
+        let backup = tempfile::tempdir().unwrap();
+        copy(self.data.path(), backup.path());
+        self.backup = Some(backup);
+        self.start_again().await;
+    }
+
+    /// Starts it again on the copy, or on an empty disk if there is none.
+    pub(crate) async fn set_back(&mut self) {
+        self.kill();
+        self.data = self.backup.take().unwrap_or_else(|| tempfile::tempdir().unwrap());
+        self.start_again().await;
+    }
+
+    fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    async fn start_again(&mut self) {
         self.child = spawn(&self.data, self.client, self.peer);
         assert!(self.is_ready().await, "etcd starts again on its own data");
     }
@@ -81,6 +107,19 @@ fn free_addresses() -> (SocketAddr, SocketAddr) {
     let bind = || TcpListener::bind((Ipv4Addr::new(127, high, low, count + 2), 0)).unwrap();
     let (client, peer) = (bind(), bind());
     (client.local_addr().unwrap(), peer.local_addr().unwrap())
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir(&to).unwrap();
+            copy(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), &to).unwrap();
+        }
+    }
 }
 
 fn spawn(data: &TempDir, client: SocketAddr, peer: SocketAddr) -> Child {

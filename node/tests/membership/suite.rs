@@ -13,6 +13,10 @@ use crate::world::World;
 /// Anything that takes longer never comes. Generous, for tests share slow machines.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Within which everything is there again in a store that lost its data: a cluster has 15 s for that
+/// and for what comes after.
+const AGAIN: Duration = Duration::from_secs(10);
+
 const WORKERS: &str = "/t/workers/";
 const A: &str = "/t/workers/a";
 const LEADER: &str = "/t/leader";
@@ -409,6 +413,87 @@ pub(crate) async fn a_restart_of_the_store_loses_nothing(mut world: impl World) 
     registration.leave().await.unwrap();
     assert_eq!(deleted(&mut watch).await, A);
     leadership.resign().await.unwrap();
+}
+
+pub(crate) async fn a_store_that_was_emptied_is_filled_and_led_again(mut world: impl World) {
+    let (near, far) = (world.near(), world.far());
+    let stop = CancellationToken::new();
+    // Numbers of the new store must not be taken for later ones of this one.
+    for i in 0..20 {
+        far.get_or_create(&format!("/t/junk/{i}"), "x".into()).await.unwrap();
+    }
+    let first = far.campaign(LEADER, "far".into(), &stop).await.unwrap();
+    let registration = near.register(A, "one".into()).await.unwrap();
+    let mut watch = far.watch(WORKERS);
+    let before = reset(&mut watch).await;
+    let mut standby = Box::pin(near.campaign(LEADER, "near".into(), &stop));
+    assert!(timeout(Duration::from_millis(300), &mut standby).await.is_err());
+
+    world.set_back().await;
+    let now = timeout(AGAIN, first.lost.cancelled());
+    now.await.expect("the leader hears that its term is gone");
+    assert_eq!(registered_again(&mut watch, before.revision, "one").await, A);
+    let second = timeout(AGAIN, standby).await.expect("somebody leads again").unwrap();
+    assert!(second.term < first.term, "{} is of before", first.term);
+    let write =
+        async |term| near.write_if_leader(LEADER, term, PLAN, None, "plan".into()).await.unwrap();
+    assert_eq!(write(first.term).await, WriteOutcome::Conflict);
+    assert!(matches!(write(second.term).await, WriteOutcome::Written(_)));
+
+    registration.update("two".into()).await.unwrap();
+    while put(&mut watch).await.value != "two" {}
+    registration.leave().await.unwrap();
+    second.resign().await.unwrap();
+}
+
+pub(crate) async fn a_store_that_was_set_back_has_the_newest_values_again(mut world: impl World) {
+    let (near, far) = (world.near(), world.far());
+    let stop = CancellationToken::new();
+    let first = far.campaign(LEADER, "far".into(), &stop).await.unwrap();
+    let registration = near.register(A, "one".into()).await.unwrap();
+    world.back_up().await;
+    registration.update("two".into()).await.unwrap();
+    for i in 0..20 {
+        far.get_or_create(&format!("/t/junk/{i}"), "x".into()).await.unwrap();
+    }
+    let mut watch = far.watch(WORKERS);
+    let before = reset(&mut watch).await;
+    assert_eq!(before.entries[0].value, "two");
+
+    // The leases of both are alive in it, and so is the leader's key of that term.
+    world.set_back().await;
+    let now = timeout(AGAIN, first.lost.cancelled());
+    now.await.expect("the leader hears that the store went back");
+    assert_eq!(registered_again(&mut watch, before.revision, "two").await, A);
+    let second = timeout(AGAIN, far.campaign(LEADER, "far".into(), &stop)).await;
+    let second = second.expect("it leads again").unwrap();
+    let write = near.write_if_leader(LEADER, second.term, PLAN, None, "plan".into()).await;
+    assert!(matches!(write.unwrap(), WriteOutcome::Written(_)));
+    registration.leave().await.unwrap();
+    second.resign().await.unwrap();
+}
+
+/// Follows a watch over a setback until a key has `value`; which key.
+async fn registered_again(watch: &mut Watch, before: Revision, value: &str) -> String {
+    let followed = async {
+        let mut went_back = false;
+        loop {
+            let found = match watch.next().await {
+                Event::Reset(now) => {
+                    went_back |= now.revision < before;
+                    now.entries
+                }
+                Event::Put(entry) => vec![entry],
+                Event::Delete { .. } => Vec::new(),
+            };
+            if let Some(found) = found.into_iter().find(|entry| entry.value == value)
+                && went_back
+            {
+                return found.key;
+            }
+        }
+    };
+    timeout(AGAIN, followed).await.expect("it is registered again")
 }
 
 async fn next(watch: &mut Watch) -> Event {

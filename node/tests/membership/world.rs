@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use node::config::EtcdEndpoints;
-use node::membership::{Etcd, EtcdOptions, Membership, Memory};
+use node::membership::{Etcd, EtcdOptions, Membership, Memory, MemoryBackup};
 
 use crate::proxy::{Mode, Proxy};
 use crate::server::Server;
@@ -26,18 +26,23 @@ pub(crate) trait World: Send + Sync {
     async fn end_lease(&self, key: &str);
     /// Stops the store without warning and starts it again.
     async fn restart(&mut self);
+    /// Keeps what the store holds now.
+    async fn back_up(&mut self);
+    /// Sets the store back to what was kept; to nothing if nothing was.
+    async fn set_back(&mut self);
 }
 
 /// [`Memory`] and its own faults.
 pub(crate) struct InMemory {
     near: Memory,
     far: Memory,
+    backup: MemoryBackup,
 }
 
 impl InMemory {
     pub(crate) fn new() -> Self {
         let near = Memory::new();
-        Self { far: near.another(), near }
+        Self { far: near.another(), near, backup: MemoryBackup::default() }
     }
 }
 
@@ -79,6 +84,14 @@ impl World for InMemory {
         for client in [&self.near, &self.far] {
             client.reconnect();
         }
+    }
+
+    async fn back_up(&mut self) {
+        self.backup = self.near.back_up();
+    }
+
+    async fn set_back(&mut self) {
+        self.near.restore(self.backup.clone());
     }
 }
 
@@ -145,5 +158,13 @@ impl World for InEtcd {
 
     async fn restart(&mut self) {
         self.server.restart().await;
+    }
+
+    async fn back_up(&mut self) {
+        self.server.back_up().await;
+    }
+
+    async fn set_back(&mut self) {
+        self.server.set_back().await;
     }
 }

@@ -1,5 +1,10 @@
 //! PURE. Which epochs a worker serves, and under which coordinator: at most one active stage, and
 //! beside it one that is prepared to take over.
+//!
+//! Terms and epochs are revisions of the registry and can be compared within one history of it. A
+//! registry that was lost or restored from a backup begins another: its cluster id is new, or a
+//! reading of it shows what a later one never can (a leader of a lower term, a lower revision).
+//! Then what was seen before says nothing any more, and what was held is let go.
 
 use proto::held::HeldState;
 use proto::ids::{Epoch, Incarnation, PipelineId, Term};
@@ -14,9 +19,12 @@ pub(crate) enum EpochError {
     /// It was meant for an earlier start of this worker.
     #[error("meant for incarnation {found}, this is {own}")]
     OtherIncarnation { own: Incarnation, found: Incarnation },
-    /// Epochs of another cluster cannot be compared with ours.
-    #[error("this worker serves cluster {own:?}, not {found:?}; restart it to move it")]
+    /// The registry was read later for another cluster.
+    #[error("this worker serves cluster {own:?} by now, not {found:?}")]
     OtherCluster { own: String, found: String },
+    /// The registry was lost or went back while the stage was built.
+    #[error("the registry began anew while the stage of epoch {epoch} was built")]
+    OtherHistory { epoch: Epoch },
     /// A newer epoch took its place.
     #[error("epoch {found} is over, this worker is at epoch {own}")]
     OldEpoch { own: Epoch, found: Epoch },
@@ -40,13 +48,13 @@ pub(crate) struct StepRefusal {
     pub(crate) detail: String,
 }
 
-/// Who a control call is for, and whose it claims to be.
-#[derive(Debug)]
-pub(crate) struct ControlCall<'a> {
-    pub(crate) incarnation: Incarnation,
-    pub(crate) term: Term,
-    /// Named by a `Prepare` only.
-    pub(crate) cluster: Option<&'a str>,
+/// The reading of the registry by which a control call was believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sighting {
+    /// Readings are numbered in the order in which they were made; none is older than the one before.
+    pub(crate) number: u64,
+    /// The registry's revision.
+    pub(crate) revision: u64,
 }
 
 /// What a `Prepare` asks for.
@@ -86,8 +94,12 @@ pub(crate) struct Epochs {
     /// The highest of any control call, each confirmed by the registry before it comes here. Steps do not raise it: their term is not under the
     /// checksum, and one flipped bit must not lock out every coordinator to come.
     term: Term,
-    /// Of the first `Prepare`.
+    /// The registry's, as the last `Prepare` named it.
     cluster: Option<String>,
+    /// Number of the last reading by which a call was believed.
+    sighted: u64,
+    /// How often all this began anew.
+    history: u64,
     /// This epoch and all older ones are over.
     over: Epoch,
     prepared: Option<Prepare>,
@@ -101,6 +113,8 @@ impl Epochs {
             incarnation,
             term: Term::default(),
             cluster: None,
+            sighted: 0,
+            history: 0,
             over: Epoch::default(),
             prepared: None,
             active: None,
@@ -141,23 +155,65 @@ impl Epochs {
         self.draining = true;
     }
 
-    /// What can be said against a control call without asking who sent it.
-    pub(crate) fn check_claim(&self, call: &ControlCall<'_>) -> Result<(), EpochError> {
-        self.check_incarnation(call.incarnation)?;
-        let other_cluster = call.cluster.is_some_and(|found| self.is_elsewhere(found));
-        if call.term < self.term && !other_cluster {
-            return Err(EpochError::OldTerm { seen: self.term, found: call.term });
-        }
-        Ok(())
+    /// Whether a call that names this term, and perhaps asks for this stage, can be true in another
+    /// history of the registry only: then it takes a reading that was made for it.
+    ///
+    /// # Errors
+    ///
+    /// If it is not for this process, whoever sent it.
+    pub(crate) fn doubts(
+        &self,
+        incarnation: Incarnation,
+        term: Term,
+        prepare: Option<&Prepare>,
+    ) -> Result<bool, EpochError> {
+        self.check_incarnation(incarnation)?;
+        let doubtful = prepare.is_some_and(|request| {
+            self.is_elsewhere(&request.cluster_id) || self.judge_prepare(request).is_err()
+        });
+        Ok(term < self.term || doubtful)
+    }
+
+    /// Which history of the registry this is, counted from 0.
+    pub(crate) fn history(&self) -> u64 {
+        self.history
     }
 
     fn is_elsewhere(&self, cluster: &str) -> bool {
         self.cluster.as_deref().is_some_and(|own| own != cluster)
     }
 
+    /// Begins anew if the registry did. Returns whether.
+    fn follow_registry(&mut self, cluster: Option<&str>, term: Term, sighting: Sighting) -> bool {
+        if sighting.number < self.sighted {
+            // The registry said something else later. This reading tells nothing new.
+            return false;
+        }
+        self.sighted = sighting.number;
+        let is_elsewhere = cluster.is_some_and(|cluster| self.is_elsewhere(cluster));
+        let went_back = term < self.term || sighting.revision < self.newest().0;
+        if !is_elsewhere && !went_back {
+            return false;
+        }
+        self.term = Term::default();
+        self.over = Epoch::default();
+        self.active = None;
+        self.prepared = None;
+        self.history += 1;
+        true
+    }
+
     /// Judges a `Prepare` before anything is built.
-    pub(crate) fn prepare(&mut self, request: &Prepare) -> Result<PrepareAction, EpochError> {
+    pub(crate) fn prepare(
+        &mut self,
+        request: &Prepare,
+        sighting: Sighting,
+    ) -> Result<PrepareAction, EpochError> {
         self.check_incarnation(request.dst_incarnation)?;
+        let began_anew = self.follow_registry(Some(&request.cluster_id), request.term, sighting);
+        if began_anew || self.cluster.is_none() {
+            self.cluster = Some(request.cluster_id.clone());
+        }
         self.check_cluster(&request.cluster_id)?;
         self.check_sender(request.term, request.dst_incarnation)?;
         let action = self.judge_prepare(request)?;
@@ -168,24 +224,21 @@ impl Epochs {
         Ok(action)
     }
 
-    /// A worker without a stage may be taken over by another cluster, as after a new registry;
-    /// the numbers of the old one mean nothing then.
-    fn check_cluster(&mut self, found: &str) -> Result<(), EpochError> {
+    fn check_cluster(&self, found: &str) -> Result<(), EpochError> {
         match &self.cluster {
-            Some(own) if own == found => return Ok(()),
-            Some(own) if self.held().is_some() => {
-                return Err(EpochError::OtherCluster { own: own.clone(), found: found.into() });
+            Some(own) if own != found => {
+                Err(EpochError::OtherCluster { own: own.clone(), found: found.into() })
             }
-            _ => {}
+            _ => Ok(()),
         }
-        self.cluster = Some(found.into());
-        self.term = Term::default();
-        self.over = Epoch::default();
-        Ok(())
     }
 
-    /// Judges it again after the engine was built, which takes a while, and takes it in.
-    pub(crate) fn install(&mut self, request: Prepare) -> Result<(), EpochError> {
+    /// Judges it again after the engine was built, which takes a while, and takes it in. `history` is
+    /// the one in which it was asked for.
+    pub(crate) fn install(&mut self, request: Prepare, history: u64) -> Result<(), EpochError> {
+        if history != self.history {
+            return Err(EpochError::OtherHistory { epoch: request.epoch });
+        }
         self.check_sender(request.term, request.dst_incarnation)?;
         if self.judge_prepare(&request)? == PrepareAction::Build {
             self.prepared = Some(request);
@@ -220,7 +273,10 @@ impl Epochs {
         epoch: Epoch,
         term: Term,
         incarnation: Incarnation,
+        sighting: Sighting,
     ) -> Result<(), EpochError> {
+        self.check_incarnation(incarnation)?;
+        self.follow_registry(None, term, sighting);
         self.check_sender(term, incarnation)?;
         if self.active.as_ref().is_some_and(|a| a.epoch == epoch && a.pipeline == pipeline) {
             return Ok(());
@@ -245,8 +301,15 @@ impl Epochs {
         epoch: Epoch,
         term: Term,
         incarnation: Incarnation,
+        sighting: Sighting,
     ) -> Result<(), EpochError> {
+        self.check_incarnation(incarnation)?;
+        let began_anew = self.follow_registry(None, term, sighting);
         self.check_sender(term, incarnation)?;
+        if began_anew {
+            // Nothing is held, and an epoch of before is no number of this history.
+            return Ok(());
+        }
         self.over = self.over.max(epoch);
         self.active.take_if(|held| held.epoch <= epoch);
         self.prepared.take_if(|held| held.epoch <= epoch);
@@ -333,3 +396,6 @@ impl Epochs {
             .fold(self.over, Epoch::max)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -57,19 +57,38 @@ pub(super) struct Registry(Arc<Mutex<Reading>>);
 impl Registry {
     fn new() -> Self {
         let leader = Leader { term: Term(1), key_digest: Some(KEY.digest()) };
-        Self(Arc::new(Mutex::new(Reading { revision: REVISION, leader: Some(leader) })))
+        let cluster = Some("test".to_owned());
+        Self(Arc::new(Mutex::new(Reading { revision: REVISION, leader: Some(leader), cluster })))
     }
 
-    /// Lets the coordinator of this harness lead at `term`.
+    /// Says what the registry says from now on.
+    fn set(&self, change: impl FnOnce(&mut Reading)) {
+        change(&mut self.0.lock().unwrap());
+    }
+
+    /// Lets the coordinator of this harness lead at `term`, unless one of a later term does.
     pub(super) fn elect(&self, term: Term) {
         let leader = Leader { term, key_digest: Some(KEY.digest()) };
-        self.0.lock().unwrap().leader = Some(leader);
+        self.set(|reading| {
+            if reading.leader.is_none_or(|now| now.term < term) {
+                reading.leader = Some(leader);
+            }
+        });
+    }
+
+    /// The registry is lost or set back: what it says from now on, led by this harness at `term`.
+    pub(super) fn begin_anew(&self, cluster: &str, term: Term, revision: u64) {
+        let leader = Leader { term, key_digest: Some(KEY.digest()) };
+        self.set(|reading| {
+            let cluster = Some(cluster.to_owned());
+            *reading = Reading { revision, leader: Some(leader), cluster };
+        });
     }
 }
 
 impl Source for Registry {
     fn read(&self) -> BoxFuture<'_, Result<Reading, MembershipError>> {
-        let reading = *self.0.lock().unwrap();
+        let reading = self.0.lock().unwrap().clone();
         Box::pin(async move { Ok(reading) })
     }
 }

@@ -70,6 +70,7 @@ impl Process {
         let record = serde_json::to_vec(&record).unwrap().into();
         let (bound, address) = oneshot::channel();
         let stop = CancellationToken::new();
+        membership.get_or_create(&keys.cluster_id(), "test".into()).await.unwrap();
         let leadership = membership.campaign(&keys.leader(), record, &stop).await.unwrap();
         let mut ended = JoinSet::new();
         let workers = Arc::new(registry.clone());

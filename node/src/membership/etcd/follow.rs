@@ -1,19 +1,22 @@
-//! A watch that goes on: over cut connections, compaction, silent streams and slow readers.
+//! A watch that goes on: over cut connections, compaction, silent streams, slow readers, and a store
+//! that lost its data or was set back.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{EventType, WatchOptions, WatchResponse};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::link::{Backoff, CallError, Link};
+use super::link::{Backoff, CallError, Link, Progress, Refusals};
 use super::{entry, revision, signed};
 use crate::membership::{Event, Revision, Snapshot};
 
-/// How often the watch is held against what etcd really has: a stream may be dead and not know.
-const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the watch is held against what etcd really has: a stream may be dead and not know, and
+/// one that waits for a revision which a store that went back has not reached waits in silence. Few
+/// processes watch for long, and a list of a cluster is some kilobytes.
+const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 
 /// What the reader was told.
 struct Told {
@@ -36,12 +39,18 @@ enum End {
 /// Tells `events` what happens under `prefix`, until nobody reads.
 pub(super) async fn follow(link: Arc<Link>, prefix: String, events: mpsc::Sender<Event>) {
     let mut told: Option<Told> = None;
+    let mut is_reopened = false;
+    let mut progress = link.progress();
+    let mut refusals = Refusals::default();
     let mut backoff = Backoff::new();
     loop {
         let now = match &mut told {
             Some(told) => told,
-            None => match reset(&link, &prefix, &events).await {
-                Ok(Some(fresh)) => told.insert(fresh),
+            None => match reset(&link, &prefix, &events, &mut progress, &mut refusals).await {
+                Ok(Some(fresh)) => {
+                    is_reopened = false;
+                    told.insert(fresh)
+                }
                 Ok(None) => return,
                 Err(()) => {
                     backoff.wait().await;
@@ -50,7 +59,8 @@ pub(super) async fn follow(link: Arc<Link>, prefix: String, events: mpsc::Sender
             },
         };
         let before = now.revision;
-        let end = stream(&link, &prefix, &events, now).await;
+        let end = stream(&link, &prefix, &events, now, &mut progress, is_reopened).await;
+        is_reopened = true;
         if now.revision > before {
             backoff = Backoff::new();
         }
@@ -67,15 +77,20 @@ async fn reset(
     link: &Link,
     prefix: &str,
     events: &mpsc::Sender<Event>,
+    progress: &mut watch::Receiver<Progress>,
+    refusals: &mut Refusals,
 ) -> Result<Option<Told>, ()> {
     // First a place in the queue, so that what is told then is not old already.
     let Ok(place) = events.reserve().await else { return Ok(None) };
+    // Should the store go back after this, all is told once more.
+    progress.mark_unchanged();
     let snapshot = link.list(prefix).await.map_err(|error| {
         // Silence was told by the link; a refusal is for a person to see.
         if !error.is_transient() {
-            tracing::error!(error = %crate::Chain(&error), "a watch cannot read its prefix");
+            refusals.tell(&error, "a watch cannot read its prefix");
         }
     })?;
+    refusals.end();
     let told = Told {
         revision: snapshot.revision,
         keys: snapshot.entries.iter().map(|e| (e.key.clone(), e.mod_revision)).collect(),
@@ -84,8 +99,16 @@ async fn reset(
     Ok(Some(told))
 }
 
-/// Tells changes after `told.revision` as long as one stream lives.
-async fn stream(link: &Link, prefix: &str, events: &mpsc::Sender<Event>, told: &mut Told) -> End {
+/// Tells changes after `told.revision` as long as one stream lives. Whoever answers one that was
+/// `reopened` may have lost everything: that is looked at first.
+async fn stream(
+    link: &Link,
+    prefix: &str,
+    events: &mpsc::Sender<Event>,
+    told: &mut Told,
+    progress: &mut watch::Receiver<Progress>,
+    reopened: bool,
+) -> End {
     let options = WatchOptions::new().with_prefix().with_start_revision(signed(told.revision + 1));
     let opened =
         link.attempt(|mut client| async move { client.watch(prefix, Some(options)).await }).await;
@@ -101,7 +124,9 @@ async fn stream(link: &Link, prefix: &str, events: &mpsc::Sender<Event>, told: &
 
     let mut check = interval(CHECK_INTERVAL);
     check.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    check.reset();
+    if !reopened {
+        check.reset();
+    }
     let mut was_behind = false;
     loop {
         tokio::select! {
@@ -122,6 +147,8 @@ async fn stream(link: &Link, prefix: &str, events: &mpsc::Sender<Event>, told: &
             },
             _ = check.tick() => match link.list(prefix).await {
                 Err(_) => return End::Cut,
+                // Told as an error where it was found.
+                Ok(snapshot) if snapshot.revision < told.revision => return End::Gap,
                 Ok(snapshot) if !told.is_behind(&snapshot) => was_behind = false,
                 // A change may just be on its way; one that is for so long is lost.
                 Ok(_) if !was_behind => was_behind = true,
@@ -130,6 +157,8 @@ async fn stream(link: &Link, prefix: &str, events: &mpsc::Sender<Event>, told: &
                     return End::Gap;
                 }
             },
+            // The sender is the link's.
+            _ = progress.changed() => return End::Gap,
             () = events.closed() => return End::Closed,
         }
     }
@@ -211,7 +240,7 @@ mod tests {
             (snapshot(5, &[("a", 3), ("b", 5)]), false),
             // Something changed elsewhere.
             (snapshot(9, &[("a", 3), ("b", 5)]), false),
-            // The list is older than what was told last.
+            // The list is older than what was told last: see to that before.
             (snapshot(4, &[("a", 3)]), false),
             (snapshot(9, &[("a", 9), ("b", 5)]), true),
             (snapshot(9, &[("a", 3), ("b", 5), ("c", 8)]), true),

@@ -3,7 +3,8 @@
 //! ```text
 //! update ──desired──▶ keeper ──put──▶ etcd        release, drop ──▶ keeper ──revoke──▶ etcd
 //!    ▲                  │ renews each second
-//!    └────written───────┘ lease gone: registrations begin again, leaders are told
+//!    └────written───────┘ lease gone, or the store went back: registrations begin again, leaders
+//!                         are told
 //! ```
 
 use std::sync::Arc;
@@ -16,16 +17,16 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::link::{Backoff, CALL_TIMEOUT, CallError, Link};
+use super::link::{Backoff, CALL_TIMEOUT, CallError, Link, Refusals};
 use super::{Etcd, TAKEN_WAIT};
-use crate::Chain;
 use crate::membership::{Held, MembershipError};
 
 /// How often a lease is renewed: four times may fail before it ends.
 const RENEW_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often a key is looked at that should be there: someone may have deleted it by hand.
-const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// How often a key is looked at that should be there: someone may have deleted it by hand, or restored a
+/// backup in which its lease lives. It costs etcd one read for each process.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A value with its number; a keeper writes the latest and says which it wrote.
 type Numbered = (u64, Bytes);
@@ -154,7 +155,10 @@ impl Task {
             let link = &self.etcd.link;
             let leave = || link.revoke(self.lease, &self.key);
             if let Role::Lead(lost) = &self.role {
-                tracing::warn!(key = self.key, "the term is over: the leader's key is gone");
+                tracing::warn!(
+                    key = self.key,
+                    "the term is over: the leader's key is gone, or was set back"
+                );
                 lost.cancel();
                 return leave().await;
             }
@@ -173,18 +177,23 @@ impl Task {
         }
     }
 
-    /// Renews the lease and writes new values; ends when the key is ours no longer.
+    /// Renews the lease and writes new values; ends when the key is ours no longer. In a store that
+    /// went back it is not, whatever is there: it may hold an older value.
     async fn keep(&mut self) {
         let link = self.etcd.link.clone();
+        let mut progress = link.progress();
         tokio::select! {
             () = Box::pin(keep_alive(&link, self.lease)) => {}
             () = Box::pin(self.publish(&link)) => {}
+            // The sender is the link's.
+            _ = progress.changed() => {}
         }
     }
 
     /// Writes every new value. Ends when the key is not under our lease.
     async fn publish(&mut self, link: &Link) {
         let mut backoff = Backoff::new();
+        let mut refusals = Refusals::default();
         loop {
             let (number, value) = self.desired.borrow_and_update().clone();
             let ops = if number == *self.written.borrow() {
@@ -198,6 +207,7 @@ impl Task {
             match link.txn("update", &self.key, txn).await {
                 Ok(answer) if answer.succeeded() => {
                     backoff = Backoff::new();
+                    refusals.end();
                     self.written.send_replace(number);
                     // Elapsed or changed (the sender lives as long as the keeper): look again.
                     let _ = timeout(CHECK_INTERVAL, self.desired.changed()).await;
@@ -205,7 +215,7 @@ impl Task {
                 Ok(_) => return,
                 Err(error) => {
                     if !error.is_transient() {
-                        tracing::error!(error = %Chain(&error), "a registration cannot be written");
+                        refusals.tell(&error, "a registration cannot be written");
                     }
                     backoff.wait().await;
                 }
@@ -216,15 +226,17 @@ impl Task {
     /// Takes the key again, however long that takes. Returns the lease and the number written.
     async fn register_again(&mut self) -> (i64, u64) {
         let mut backoff = Backoff::new();
+        let mut refusals = Refusals::default();
         loop {
             let (number, value) = self.desired.borrow_and_update().clone();
             let acquire = self.etcd.acquire("register", &self.key, &value, Some(TAKEN_WAIT));
             match Box::pin(acquire).await {
-                Ok(acquired) => return (acquired.lease, number),
-                Err(error) if error.is_transient() => {}
-                Err(error) => {
-                    tracing::error!(error = %Chain(&error), "failed to register again");
+                Ok(acquired) => {
+                    refusals.end();
+                    return (acquired.lease, number);
                 }
+                Err(error) if error.is_transient() => {}
+                Err(error) => refusals.tell(&error, "failed to register again"),
             }
             backoff.wait().await;
         }
@@ -234,12 +246,14 @@ impl Task {
 /// Renews `lease`; ends when etcd says that there is no such lease.
 pub(super) async fn keep_alive(link: &Link, lease: i64) {
     let mut backoff = Backoff::new();
+    let mut refusals = Refusals::default();
     loop {
         let opened =
             link.attempt(|mut client| async move { client.lease_keep_alive(lease).await }).await;
         match opened {
             Ok((keeper, stream)) => {
                 backoff = Backoff::new();
+                refusals.end();
                 if renew(link, keeper, stream).await.is_gone() {
                     return;
                 }
@@ -256,7 +270,7 @@ pub(super) async fn keep_alive(link: &Link, lease: i64) {
             Err(CallError::NoAnswer(_)) => {}
             Err(refused) => {
                 let error = refused.into_membership("renew", "a lease");
-                tracing::error!(error = %Chain(&error), "a lease cannot be renewed");
+                refusals.tell(&error, "a lease cannot be renewed");
             }
         }
         backoff.wait().await;

@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Error, Txn, TxnResponse};
 use rand::RngExt;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
 use tonic::Code;
 
 use super::{EtcdOptions, LEASE_TTL_S, by_prefix, entry, revision_of};
 use crate::config::EtcdEndpoints;
-use crate::membership::{MembershipError, Snapshot};
+use crate::membership::{MembershipError, Revision, Snapshot};
 
 /// Time for one attempt. etcd answers in milliseconds; an election takes about a second.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -43,6 +44,8 @@ pub(super) struct Link {
     current: Mutex<Current>,
     /// So that going away and coming back are told once each.
     away: AtomicBool,
+    /// How far the store is, as far as it was heard.
+    progress: watch::Sender<Progress>,
     /// Tasks that hold leases. They end by themselves once their owner lets go.
     pub(super) keepers: TaskTracker,
 }
@@ -55,6 +58,57 @@ struct Current {
     suspect: bool,
 }
 
+/// How far the store is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// How often the store went back: its data was lost, or restored from a backup.
+    pub(super) setbacks: u64,
+    /// The highest revision of any answer since.
+    revision: Revision,
+}
+
+impl Progress {
+    /// Takes in the revision of an answer to a question that was asked when all was as `asked`. A
+    /// store that goes on never answers with a lower one than it did before it was asked. Returns
+    /// whether it went back.
+    fn take_in(&mut self, asked: Self, answered: Revision) -> bool {
+        // Somebody else's question showed it meanwhile: nobody knows to which store this one went.
+        if asked.setbacks != self.setbacks || answered == 0 {
+            return false;
+        }
+        if answered < asked.revision {
+            *self = Self { setbacks: self.setbacks + 1, revision: answered };
+            return true;
+        }
+        self.revision = self.revision.max(answered);
+        false
+    }
+}
+
+/// Says a refusal once, not at every try.
+#[derive(Default)]
+pub(super) struct Refusals {
+    told: Option<String>,
+}
+
+impl Refusals {
+    /// Something was refused.
+    pub(super) fn tell(&mut self, error: &MembershipError, message: &'static str) {
+        let words = crate::Chain(error).to_string();
+        if self.told.as_ref() != Some(&words) {
+            tracing::error!(error = words, "{message}");
+            self.told = Some(words);
+        }
+    }
+
+    /// It went well.
+    pub(super) fn end(&mut self) {
+        if let Some(error) = self.told.take() {
+            tracing::info!(error, "etcd does not refuse any more");
+        }
+    }
+}
+
 /// Why a call had no result.
 pub(super) enum CallError {
     /// No answer in time, with the last thing that went wrong. It may have taken effect.
@@ -64,6 +118,11 @@ pub(super) enum CallError {
 }
 
 impl CallError {
+    /// Whether something that was named is not there: a lease, for the key in question may be.
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused(Error::GRpcStatus(status)) if status.code() == Code::NotFound)
+    }
+
     pub(super) fn into_membership(self, operation: &'static str, key: &str) -> MembershipError {
         let key = key.to_owned();
         match self {
@@ -112,6 +171,7 @@ impl Link {
                         options: connect,
                         current: Mutex::new(Current { client, generation: 0, suspect: false }),
                         away: AtomicBool::new(false),
+                        progress: watch::Sender::default(),
                         keepers: TaskTracker::new(),
                     });
                 }
@@ -242,19 +302,47 @@ impl Link {
 
     /// The same, and after how many attempts.
     pub(super) async fn txn_counted(&self, txn: Txn) -> Result<(TxnResponse, u32), CallError> {
-        self.call(|mut client| {
-            let txn = txn.clone();
-            async move { client.txn(txn).await }
-        })
-        .await
+        let asked = *self.progress.borrow();
+        let answered = self
+            .call(|mut client| {
+                let txn = txn.clone();
+                async move { client.txn(txn).await }
+            })
+            .await?;
+        self.note_revision(asked, revision_of(answered.0.header()));
+        Ok(answered)
+    }
+
+    /// Notes how far the store was when it answered what was asked at `asked`. Only for answers that
+    /// etcd gives after agreeing on them: others may be of a member that lags behind.
+    fn note_revision(&self, asked: Progress, answered: Revision) {
+        self.progress.send_if_modified(|progress| {
+            let went_back = progress.take_in(asked, answered);
+            if went_back {
+                let seen = asked.revision;
+                tracing::error!(
+                    seen,
+                    found = answered,
+                    "the registry went back: its data was lost or restored from a backup"
+                );
+            }
+            went_back
+        });
+    }
+
+    /// Changes when the store went back.
+    pub(super) fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
     }
 
     /// Every key under `prefix`. etcd's reads are linearizable unless told otherwise.
     pub(super) async fn list(&self, prefix: &str) -> Result<Snapshot, MembershipError> {
+        let asked = *self.progress.borrow();
         let (answer, _) = self
             .call(|mut client| async move { client.get(prefix, Some(by_prefix())).await })
             .await
             .map_err(|error| error.into_membership("list", prefix))?;
+        self.note_revision(asked, revision_of(answer.header()));
         Ok(Snapshot {
             revision: revision_of(answer.header()),
             entries: answer.kvs().iter().filter_map(entry).collect(),
@@ -357,5 +445,31 @@ impl Backoff {
         let share = rand::rng().random_range(0.5..=1.0);
         tokio::time::sleep(self.next.mul_f64(share)).await;
         self.next = (self.next * 2).min(BACKOFF_LAST);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_goes_back_when_it_answers_with_less_than_before_it_was_asked() {
+        let mut progress = Progress::default();
+        let start = progress;
+        assert!(!progress.take_in(start, 7));
+        // Asked before that was heard, by another task: the answers crossed.
+        assert!(!progress.take_in(start, 5));
+        let asked = progress;
+        assert!(!progress.take_in(asked, 7), "nothing was written");
+        assert!(!progress.take_in(asked, 0), "an answer without a header tells nothing");
+        assert!(progress.take_in(asked, 6));
+        assert_eq!(progress, Progress { setbacks: 1, revision: 6 });
+        // Two that were asked before, answered by the old store and by the new one: told once.
+        assert!(!progress.take_in(asked, 9));
+        assert!(!progress.take_in(asked, 6));
+        assert_eq!(progress, Progress { setbacks: 1, revision: 6 });
+        let asked = progress;
+        assert!(!progress.take_in(asked, 8));
+        assert_eq!(progress, Progress { setbacks: 1, revision: 8 });
     }
 }

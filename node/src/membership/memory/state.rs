@@ -1,6 +1,6 @@
 //! The map itself: keys, leases, revisions and a bounded past. No clock, no tasks.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
@@ -31,8 +31,22 @@ pub(super) struct State {
     history: VecDeque<(Revision, Event)>,
     /// Changes up to this revision may be missing from `history`.
     compacted: Revision,
+    /// How often the store was set back.
+    setbacks: u64,
     next_id: u64,
 }
+
+/// The store as it was once.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Backup {
+    revision: Revision,
+    entries: BTreeMap<String, Entry>,
+    /// Which of them were under a lease.
+    leased: BTreeSet<String>,
+}
+
+/// How far a watch has read: the number of setbacks that it knows of, and a revision.
+pub(super) type Seen = (u64, Revision);
 
 #[derive(Debug)]
 struct Client {
@@ -110,6 +124,43 @@ impl State {
         self.client(id).lost_answer.take()
     }
 
+    pub(super) fn back_up(&self) -> Backup {
+        let held = self.leases.values().filter(|lease| lease.present);
+        let leased = held.map(|lease| lease.key.clone()).collect();
+        Backup { revision: self.revision, entries: self.entries.clone(), leased }
+    }
+
+    /// Sets everything back. Who held a key holds it no more: owners that are connected register
+    /// again where the key is free, leaders are told. Returns the keys that are there under leases
+    /// of before, which end in their time.
+    pub(super) fn restore(&mut self, backup: Backup) -> BTreeSet<String> {
+        let Backup { revision, entries, leased } = backup;
+        (self.revision, self.entries) = (revision, entries);
+        self.history.clear();
+        self.compacted = revision;
+        self.setbacks += 1;
+        self.wakes += 1;
+        for lease in self.leases.values_mut() {
+            lease.present = false;
+        }
+        self.settle();
+        leased
+    }
+
+    /// Deletes a key whose lease nobody has renewed since a restoration, `setbacks` of which there
+    /// were then. One that was made since is another's.
+    pub(super) fn expire_restored(&mut self, setbacks: u64, restored: Revision, key: &str) {
+        let old = self.entries.get(key).is_some_and(|entry| entry.create_revision <= restored);
+        if self.setbacks == setbacks && old {
+            self.delete(key);
+            self.settle();
+        }
+    }
+
+    pub(super) fn setbacks(&self) -> u64 {
+        self.setbacks
+    }
+
     /// Forgets every change but the last.
     pub(super) fn compact(&mut self) {
         self.history.retain(|(revision, _)| *revision == self.revision);
@@ -122,15 +173,16 @@ impl State {
     }
 
     /// The first event under `prefix` after `seen`, which moves on; `None` if there is none yet.
-    pub(super) fn after(&self, prefix: &str, seen: &mut Option<Revision>) -> Option<Event> {
-        let Some(last) = seen.filter(|last| *last >= self.compacted) else {
-            *seen = Some(self.revision);
+    pub(super) fn after(&self, prefix: &str, seen: &mut Option<Seen>) -> Option<Event> {
+        let current = |seen: &Seen| seen.0 == self.setbacks && seen.1 >= self.compacted;
+        let Some((_, last)) = seen.filter(current) else {
+            *seen = Some((self.setbacks, self.revision));
             return Some(Event::Reset(self.snapshot(prefix)));
         };
         let start = self.history.partition_point(|(revision, _)| *revision <= last);
         let mut later = self.history.range(start..);
         let found = later.find(|(_, event)| event_key(event).starts_with(prefix));
-        *seen = Some(found.map_or(self.revision, |(revision, _)| *revision));
+        *seen = Some((self.setbacks, found.map_or(self.revision, |(revision, _)| *revision)));
         found.map(|(_, event)| event.clone())
     }
 
