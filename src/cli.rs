@@ -10,6 +10,7 @@ use crate::commands::{
     import::ImportCommand,
     logits::LogitsCommand,
     model::ModelCommand,
+    plan::PlanCommand,
     serve::{CoordinatorCommand, WorkerCommand},
     up::UpCommand,
 };
@@ -77,6 +78,10 @@ pub(crate) enum Command {
     Chat(ChatCommand),
     /// Show a cluster: who is in, which layers are where, how fast it is
     Status(StatusCommand),
+    /// Show who runs which layers, or who would on other machines
+    ///
+    /// Of the cluster at --endpoint or at TERCET_ENDPOINT, or for the machines in a file with --nodes.
+    Plan(PlanCommand),
     /// Turn a checkpoint into a store
     Import(ImportCommand),
     /// List, show, check and make stores

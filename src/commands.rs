@@ -7,6 +7,7 @@ pub(crate) mod eval;
 pub(crate) mod import;
 pub(crate) mod logits;
 pub(crate) mod model;
+pub(crate) mod plan;
 pub(crate) mod serve;
 pub(crate) mod up;
 
@@ -68,6 +69,7 @@ async fn run_client(command: Command, interruption: &Interruption) -> Result<(),
         Command::Generate(command) => ask::generate(command).await,
         Command::Chat(command) => ask::chat(command, interruption).await,
         Command::Status(command) => ask::status(command).await,
+        Command::Plan(command) => plan::run(command).await,
         Command::Import(command) => import::run(&command),
         Command::Model(command) => model::run(command),
         Command::Eval(command) => eval::run(&command),

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use proto::status::{ClusterStatus, PipelineStatus, QueueStatus, WorkerStatus};
+use proto::status::{ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, WorkerStatus};
 
 use crate::command::TextWriter;
 use crate::{Client, CommandError};
@@ -46,6 +46,36 @@ pub async fn run(client: &Client, args: &StatusArgs) -> Result<(), CommandError>
         let Some(seconds) = args.watch else { return Ok(()) };
         tokio::time::sleep(Duration::from_secs(seconds.into())).await;
     }
+}
+
+/// Prints the plan in force: what `tercet plan` shows of a running cluster.
+///
+/// # Errors
+///
+/// If the coordinator does not say, or the answer cannot be written.
+pub async fn run_plan(client: &Client, json: bool) -> Result<(), CommandError> {
+    let status = client.status().await?;
+    let mut writer = TextWriter::stdout();
+    if json {
+        return writer.json(&status.plan);
+    }
+    writer.text(&plan_table(&status.plan))
+}
+
+/// The plan in force for people: its pipelines and its reason.
+pub fn plan_table(plan: &PlanStatus) -> String {
+    let mut text: String =
+        plan.pipelines.iter().map(|pipeline| pipeline_table(pipeline) + "\n").collect();
+    if plan.pipelines.is_empty() {
+        text.push_str("no pipelines\n\n");
+    }
+    let sum: f64 = plan.pipelines.iter().map(|pipeline| pipeline.predicted_tokens_per_s).sum();
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "predicted {sum:.1} tokens/s in all");
+    if !plan.reason.is_empty() {
+        let _ = writeln!(text, "plan: {}", plan.reason);
+    }
+    text
 }
 
 /// The cluster for people.
@@ -149,7 +179,10 @@ fn pipeline_table(pipeline: &PipelineStatus) -> String {
 }
 
 /// Rows under a head, every column as wide as its widest cell.
-fn columns<const N: usize>(head: [String; N], rows: impl Iterator<Item = [String; N]>) -> String {
+pub fn columns<const N: usize>(
+    head: [String; N],
+    rows: impl Iterator<Item = [String; N]>,
+) -> String {
     let table: Vec<[String; N]> = std::iter::once(head).chain(rows).collect();
     let mut widths = [0; N];
     for row in &table {

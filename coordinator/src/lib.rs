@@ -251,31 +251,39 @@ fn scheduler_limits(config: &Config, model: &request::ServedModel) -> scheduler:
     }
 }
 
-fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) -> cluster::Options {
+/// What the planner must know of the model in a store.
+pub fn model_costs(store: &model::Store, kv_type: proto::plan::KvType) -> planner::ModelCosts {
     let model = store.config();
     let kv_values = 2 * u64::from(model.kv_heads) * u64::from(model.head_dim);
-    let block_bytes = u64::from(BLOCK_TOKENS) * kv_values * u64::from(config.kv_type.value_bytes());
+    planner::ModelCosts {
+        layers: model.layers,
+        layer_bytes: store.layer_bytes(),
+        embedding_bytes: store.embedding_bytes(),
+        head_bytes: store.head_bytes() + store.screen_bytes(),
+        tied_head: model.tied_head,
+        kv_block_layer_bytes: u64::from(BLOCK_TOKENS)
+            * kv_values
+            * u64::from(kv_type.value_bytes()),
+    }
+}
+
+/// KV blocks that a pipeline must have room for, of a model with so long a context, if none may have
+/// more than `most`.
+pub fn least_kv_blocks(context: u32, most: u32) -> u32 {
+    context.min(CONVERSATION_TOKENS).div_ceil(BLOCK_TOKENS).min(most)
+}
+
+fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) -> cluster::Options {
     cluster::Options {
         cluster_id,
         model: proto::ids::ModelId(*store.id().as_bytes()),
-        costs: planner::ModelCosts {
-            layers: model.layers,
-            layer_bytes: store.layer_bytes(),
-            embedding_bytes: store.embedding_bytes(),
-            head_bytes: store.head_bytes() + store.screen_bytes(),
-            tied_head: model.tied_head,
-            kv_block_layer_bytes: block_bytes,
-        },
+        costs: model_costs(store, config.kv_type),
         kv_type: config.kv_type,
         stages: config.stages,
         pipelines: config.pipelines,
-        min_kv_blocks: model
-            .context
-            .min(CONVERSATION_TOKENS)
-            .div_ceil(BLOCK_TOKENS)
-            .min(config.limits.kv_blocks),
+        min_kv_blocks: least_kv_blocks(store.config().context, config.limits.kv_blocks),
         max_kv_blocks: config.limits.kv_blocks,
-        context_tokens: model.context.min(CONVERSATION_TOKENS),
+        context_tokens: store.config().context.min(CONVERSATION_TOKENS),
         objective: planner::Objective::default(),
         max_step_tokens: config.limits.step_tokens,
         settle: config.settle.get(),

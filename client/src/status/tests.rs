@@ -1,6 +1,6 @@
 //! The table for people.
 
-use proto::status::{ModelStatus, PlanStatus, RateStatus, StageStatus};
+use proto::status::{ModelStatus, RateStatus, StageStatus};
 
 use super::*;
 
@@ -117,4 +117,17 @@ fn what_is_waited_for_is_said_once() {
     let text = table(&ClusterStatus { plan, waiting, ..ClusterStatus::default() });
     assert!(text.contains(&format!("waiting  {detail}\n")), "{text}");
     assert_eq!(text.matches(&detail).count(), 1, "{text}");
+}
+
+#[test]
+fn the_plan_in_force_is_its_pipelines_their_sum_and_the_reason() {
+    let mut plan = sample().plan;
+    plan.pipelines.push(PipelineStatus { id: 2, ..plan.pipelines[0].clone() });
+    let text = plan_table(&plan);
+    assert!(text.contains("pipeline 1, epoch 9: active, predicted 100 tokens/s"), "{text}");
+    assert!(text.contains("pipeline 2, epoch 9"), "{text}");
+    let end = "predicted 199.2 tokens/s in all\nplan: one worker holds it all\n";
+    assert!(text.ends_with(end), "{text}");
+    let none = plan_table(&PlanStatus { reason: "no worker came".into(), ..PlanStatus::default() });
+    assert!(none.contains("no pipelines") && none.contains("no worker came"), "{none}");
 }

@@ -61,32 +61,48 @@ impl<'a> Grouping<'a> {
         found
     }
 
-    /// The least time in ns of a single sequence's step that any pipeline of `workers` takes.
-    pub(super) fn least_single_ns(&self, workers: &[usize]) -> Option<u64> {
-        let of = |members: &[usize]| {
-            let mut group = Group::new(self.costs, members, u64::MAX);
-            self.is_wanted(members.len()).then(|| group.least_single_ns()).flatten()
+    /// The least time in ns of a single sequence's step that any pipeline of `workers` takes, and who
+    /// is in that.
+    pub(super) fn quickest(&self, workers: &[usize]) -> Option<(u64, Members)> {
+        let of = |members: Members| {
+            let mut group = Group::new(self.costs, &members, u64::MAX);
+            let least = self.is_wanted(members.len()).then(|| group.least_single_ns()).flatten();
+            least.map(|least| (least, members))
         };
         if workers.len() <= EXACT_WORKERS {
-            return (1..1_usize << workers.len())
-                .filter_map(|set| of(&members(workers, set)))
-                .min();
+            return (1..1_usize << workers.len()).filter_map(|set| of(members(workers, set))).min();
         }
-        // The quickest first, alone or with as many of those after them as hold the model.
-        let single = |w: usize| self.costs.workers[w].layer_ns(1);
-        let mut orders = self.orders(workers);
-        orders.push(workers.to_vec());
-        for order in orders.iter_mut().rev().take(1) {
-            order.sort_by_key(|&w| (single(w), w));
+        // The quickest first, by what a layer takes: those that hold the model, beginning with any of
+        // them, and a few more.
+        let mut order = workers.to_vec();
+        order.sort_by_key(|&w| (self.costs.workers[w].layer_ns(1), w));
+        let orders = std::iter::once(order).chain(self.orders(workers));
+        let from = |order: Vec<usize>| {
+            let least_from = |from: usize| {
+                let order = &order[from..];
+                let lengths = (self.fewest(order)..=order.len())
+                    .filter_map(|count| of(sorted(&order[..count])));
+                lengths.take(1 + usize::from(from == 0) * MORE_WORKERS).min()
+            };
+            (0..order.len()).filter_map(least_from).min()
+        };
+        orders.filter_map(from).min()
+    }
+
+    /// How many of the first of `order` have memory for all layers at least; more than there are, if
+    /// all of them have not.
+    fn fewest(&self, order: &[usize]) -> usize {
+        if let Some(stages) = self.wanted.stages {
+            return stages as usize;
         }
-        let least_from = |order: &[usize]| {
-            let lengths = (1..=order.len()).filter_map(|count| of(&sorted(&order[..count])));
-            lengths.take(MORE_WORKERS).min()
-        };
-        let from = |order: &Vec<usize>| {
-            (0..order.len()).filter_map(|from| least_from(&order[from..])).min()
-        };
-        orders.iter().filter_map(from).min()
+        let costs = self.costs;
+        let needed = costs.model.layer_bytes.saturating_mul(costs.layers());
+        let mut memory = 0_u64;
+        let enough = order.iter().position(|&w| {
+            memory = memory.saturating_add(costs.workers[w].spec.memory_bytes);
+            memory >= needed
+        });
+        enough.map_or(order.len(), |place| place) + 1
     }
 
     /// What a group gives; `None` if it can be no pipeline.
@@ -133,7 +149,14 @@ impl<'a> Grouping<'a> {
                 best = Some((worth, found));
             }
         }
-        let (_, mut groups) = best?;
+        // Among neighbours there may be nobody who is quick enough.
+        let (_, mut groups) = match best {
+            Some(best) => best,
+            None if self.wanted.pipelines.is_none_or(|wanted| wanted == 1) => {
+                (0.0, vec![self.quickest(workers)?.1])
+            }
+            None => return None,
+        };
         self.improve(workers, &mut groups);
         groups.sort();
         Some(groups)
@@ -236,15 +259,9 @@ impl<'a> Grouping<'a> {
             let stages = stages as usize;
             return if stages <= order.len() { vec![stages] } else { Vec::new() };
         }
-        let costs = self.costs;
-        let mut memory = 0_u64;
-        let needed = costs.model.layer_bytes.saturating_mul(costs.layers());
-        let enough = order.iter().position(|&w| {
-            memory = memory.saturating_add(costs.workers[w].spec.memory_bytes);
-            memory >= needed
-        });
-        let Some(fewest) = enough.map(|place| place + 1) else { return Vec::new() };
-        let most = order.len().min(usize::try_from(costs.layers()).unwrap_or(usize::MAX));
+        let fewest = self.fewest(order);
+        let layers = usize::try_from(self.costs.layers()).unwrap_or(usize::MAX);
+        let most = order.len().min(layers);
         let feasible = (fewest..=most).find(|&count| self.group(&order[..count]).is_some());
         let Some(fewest) = feasible else { return Vec::new() };
         let mut lengths: Vec<_> = (fewest..=most.min(fewest + MORE_WORKERS)).collect();

@@ -13,6 +13,12 @@ pub(super) const KEEP_PERCENT: u64 = 5;
 /// Pipelines whose time for a single sequence is within so many per cent of the least are as quick.
 const QUICK_PERCENT: u64 = 1;
 
+/// Where more pipelines are wanted than are as quick, the bound grows by so many per cent,
+const QUICK_MORE_PERCENT: u64 = 10;
+
+/// so many times, to seven times the least; then any pipeline will do.
+const QUICK_TRIES: u32 = 20;
+
 /// In pipelines of more stages a new worker goes to the end, not where the fewest layers move.
 const INSERT_STAGES: usize = 16;
 
@@ -62,8 +68,8 @@ impl<'a> Search<'a> {
         let costs = self.costs;
         if self.problem.options.objective == Objective::Latency {
             let grouping = Grouping::new(costs, self.wanted, u64::MAX);
-            let least = grouping.least_single_ns(&all).ok_or_else(|| self.why_none())?;
-            self.single_limit_ns = grown(least, QUICK_PERCENT);
+            let (least, _) = grouping.quickest(&all).ok_or_else(|| self.why_none())?;
+            self.single_limit_ns = self.single_limit_ns(least, &all);
         }
         let mut grouping = Grouping::new(costs, self.wanted, self.single_limit_ns);
         let best = grouping.best(&all).ok_or_else(|| self.why_none())?;
@@ -73,6 +79,24 @@ impl<'a> Search<'a> {
             .keeping(&mut grouping, enough)
             .unwrap_or_else(|| best.into_iter().map(|planned| self.moved(planned)).collect());
         Ok(self.deployment(planned))
+    }
+
+    /// The bound on the time of a single sequence's step: a little more than the least, or so much
+    /// more that there are as many pipelines as are wanted.
+    fn single_limit_ns(&self, least: u64, all: &[usize]) -> u64 {
+        let mut limit_ns = grown(least, QUICK_PERCENT);
+        if self.wanted.pipelines.is_none_or(|wanted| wanted == 1) {
+            return limit_ns;
+        }
+        let is_enough =
+            |limit_ns: u64| Grouping::new(self.costs, self.wanted, limit_ns).best(all).is_some();
+        for _ in 0..QUICK_TRIES {
+            if is_enough(limit_ns) {
+                return limit_ns;
+            }
+            limit_ns = grown(limit_ns, QUICK_MORE_PERCENT);
+        }
+        u64::MAX
     }
 
     fn settle_all(&self, groups: &[Members]) -> Option<Vec<Planned>> {
@@ -236,7 +260,8 @@ impl<'a> Search<'a> {
         let mut members = slots.clone();
         members.sort_unstable();
         members.dedup();
-        if members.len() != slots.len() {
+        let is_wanted = self.wanted.stages.is_none_or(|stages| stages as usize == members.len());
+        if !is_wanted || members.len() != slots.len() {
             return None;
         }
         let best = self.settle(&members)?;
@@ -493,7 +518,7 @@ impl<'a> Search<'a> {
         }
         if costs.token_limit_ns < u64::MAX {
             let free = Costs::new(self.problem, u64::MAX);
-            if let Some(least) = Grouping::new(&free, any, u64::MAX).least_single_ns(&all) {
+            if let Some((least, _)) = Grouping::new(&free, any, u64::MAX).quickest(&all) {
                 return PlanError::TooSlow {
                     limit_ms: costs.token_limit_ns / 1_000_000,
                     least_ms: least.div_ceil(1_000_000),

@@ -21,6 +21,9 @@ const HOP_PER_MILLE: f64 = 1.0;
 /// the roomiest one is too long: so many workers have layers enough to choose from.
 const ENDS_WORKERS: usize = 8;
 
+/// Eighths of the most rows that a coarse search looks at: fewer may leave room for a better cut.
+const COARSE_ROWS: [u32; 5] = [8, 7, 6, 4, 2];
+
 /// Which steps go round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Steps {
@@ -266,25 +269,28 @@ impl<'a> Group<'a> {
         (sum - loss >= layers).then_some((first, last))
     }
 
-    /// Layers for every member between these ends, the quickest filled first, and a step's way round
-    /// in ns; `None` if they do not hold all layers.
-    fn fill(&self, first: usize, last: usize) -> Option<(Vec<u64>, u64)> {
-        let most = |member: usize| match (member == first, member == last) {
-            (true, _) if self.lots.len() > 1 => self.lots[member].most[1],
-            (_, true) => self.lots[member].most[2],
-            _ => self.lots[member].most[0],
-        };
+    /// Most layers of a member between these ends, by what [`Self::measure`] found.
+    fn most(&self, member: usize, first: usize, last: usize) -> u64 {
+        let lot = &self.lots[member];
+        match (member == first, member == last) {
+            (true, _) if self.lots.len() > 1 => lot.most[1],
+            (_, true) => lot.most[2],
+            _ => lot.most[0],
+        }
+    }
+
+    /// The least time of a step's way through all stages between these ends, in ns: the quickest are
+    /// filled first. `each` hears the layers of every member. `None` if not every layer has a place.
+    fn fill(&self, first: usize, last: usize, mut each: impl FnMut(usize, u64)) -> Option<u64> {
         let mut left = self.costs.layers().checked_sub(self.lots.len() as u64)?;
-        let mut layers = vec![1; self.lots.len()];
         let mut loop_ns = self.lots[first].head_first_ns + self.lots[last].head_last_ns;
         for &member in &self.quick {
-            let more = most(member).checked_sub(1)?.min(left);
-            layers[member] += more;
+            let more = self.most(member, first, last).checked_sub(1)?.min(left);
             left -= more;
-            loop_ns =
-                loop_ns.saturating_add(self.lots[member].layer_ns.saturating_mul(layers[member]));
+            each(member, 1 + more);
+            loop_ns = loop_ns.saturating_add(self.lots[member].layer_ns.saturating_mul(1 + more));
         }
-        (left == 0).then_some((layers, loop_ns))
+        (left == 0).then_some(loop_ns)
     }
 
     /// Whether a cut is among those whose time for one sequence is allowed.
@@ -312,19 +318,21 @@ impl<'a> Group<'a> {
 
     /// Whether these ends obey the bound with what [`Self::measure`] found, and the layers then.
     fn with_ends(&self, token_ns: u64, first: usize, last: usize) -> Option<Shape> {
-        let (layers, loop_ns) = self.fill(first, last)?;
+        let loop_ns = self.fill(first, last, |_, _| {})?;
         let path = || self.costs.path(self.members, self.members[first], self.members[last]);
         if loop_ns.saturating_add(self.hops_ns) > token_ns
             || loop_ns.saturating_add(self.costs.hops_ns(&path())) > token_ns
         {
             return None;
         }
+        let mut layers = vec![0; self.lots.len()];
+        self.fill(first, last, |member, share| layers[member] = share)?;
         let shape = Shape { first, last, layers };
         self.is_quick_enough(&shape).then_some(shape)
     }
 
     /// Whether a bound on the time per token is feasible for the steps that were made ready.
-    fn is_feasible(&mut self, steps: Steps, token_ns: u64) -> bool {
+    fn is_feasible(&mut self, steps: Steps, token_ns: u64, care: Care) -> bool {
         let stage_ns = token_ns / u64::from(steps.in_flight);
         if !self.measure(stage_ns) {
             return false;
@@ -333,14 +341,34 @@ impl<'a> Group<'a> {
         // No loop is longer than so many of the slowest stages and the hops.
         let all_ns = stage_ns.saturating_mul(u64::from(self.stages()));
         let far_ns = HOP_OTHER_RACK_NS * u64::from(self.stages() + 1);
-        let is_short = all_ns.saturating_add(far_ns) <= token_ns;
-        if (is_short && self.single_limit_ns == u64::MAX)
-            || self.with_ends(token_ns, first, last).is_some()
-        {
+        let is_free = self.single_limit_ns == u64::MAX;
+        if is_free && all_ns.saturating_add(far_ns) <= token_ns {
             return true;
         }
-        self.lots.len() <= ENDS_WORKERS
-            && self.pairs().any(|(first, last)| self.with_ends(token_ns, first, last).is_some())
+        if care == Care::Coarse && is_free {
+            let loop_ns = self.fill(first, last, |_, _| {});
+            return loop_ns.is_some_and(|ns| ns.saturating_add(self.hops_ns) <= token_ns);
+        }
+        if self.with_ends(token_ns, first, last).is_some() {
+            return true;
+        }
+        let is_searched = self.lots.len() <= ENDS_WORKERS || !is_free;
+        is_searched
+            && self
+                .ends(first, last)
+                .into_iter()
+                .any(|(first, last)| self.with_ends(token_ns, first, last).is_some())
+    }
+
+    /// Ends to choose from: all pairs, or with many members those with one of the roomiest.
+    fn ends(&self, first: usize, last: usize) -> Vec<(usize, usize)> {
+        match self.lots.len() {
+            ..=ENDS_WORKERS => self.pairs().collect(),
+            count => (0..count)
+                .flat_map(|member| [(first, member), (member, last)])
+                .filter(|(first, last)| first != last)
+                .collect(),
+        }
     }
 
     fn pairs(&self) -> impl Iterator<Item = (usize, usize)> {
@@ -368,7 +396,7 @@ impl<'a> Group<'a> {
             self.hops_ns.saturating_add(HOP_OTHER_RACK_NS * u64::from(self.stages())),
         );
         let mut enough = ample.min(below_ns.saturating_sub(1)).min(self.costs.token_limit_ns);
-        if !self.is_feasible(steps, enough) {
+        if !self.is_feasible(steps, enough, care) {
             return None;
         }
         // Everybody computes all the time: nobody is faster than that.
@@ -378,7 +406,7 @@ impl<'a> Group<'a> {
         let step = |enough: u64| if care == Care::Exact { 1 } else { (enough >> 10).max(1) };
         while enough - too_small > step(enough) {
             let middle = too_small + (enough - too_small) / 2;
-            match self.is_feasible(steps, middle) {
+            match self.is_feasible(steps, middle, care) {
                 true => enough = middle,
                 false => too_small = middle,
             }
@@ -386,9 +414,26 @@ impl<'a> Group<'a> {
         Some(enough)
     }
 
-    /// The least time of a single sequence's step, in ns.
+    /// The least time of a single sequence's step, in ns: the quickest members hold what their memory
+    /// allows. `None` if memory is short.
     pub(super) fn least_single_ns(&mut self) -> Option<u64> {
-        self.least_token_ns(Steps { rows: 1, in_flight: 1 }, u64::MAX, Care::Exact)
+        let steps = Steps { rows: 1, in_flight: 1 };
+        self.prepare(steps, self.costs.needed_blocks(1));
+        if !self.measure(u64::MAX) {
+            return None;
+        }
+        let (first, last) = self.roomiest_ends()?;
+        let mut least = None;
+        for (first, last) in self.ends(first, last) {
+            let Some(loop_ns) = self.fill(first, last, |_, _| {}) else { continue };
+            if least.is_some_and(|least| loop_ns.saturating_add(self.hops_ns) >= least) {
+                continue;
+            }
+            let path = self.costs.path(self.members, self.members[first], self.members[last]);
+            let single_ns = loop_ns.saturating_add(self.costs.hops_ns(&path));
+            least = Some(least.map_or(single_ns, |least: u64| least.min(single_ns)));
+        }
+        least
     }
 
     /// The steps with the most tokens per second, all members taking part; `None` if memory is short
@@ -419,54 +464,49 @@ impl<'a> Group<'a> {
     fn candidates(&mut self, all_rows: u32, care: Care) -> Vec<Steps> {
         let stages = self.stages();
         let sequences = self.costs.sequences(self.costs.max_kv_blocks);
-        let most_rows = all_rows.min((sequences / stages).max(1));
-        // The most rows that memory and the bound on time allow.
-        let (mut fits, mut too_many) = (0, most_rows + 1);
-        while too_many - fits > 1 {
-            let rows = fits + (too_many - fits) / 2;
-            let steps = Steps { rows, in_flight: stages };
-            let blocks = self.costs.needed_blocks(steps.sequences());
-            self.prepare(steps, blocks);
-            match self.is_feasible(steps, self.costs.token_limit_ns) {
-                true => fits = rows,
-                false => too_many = rows,
-            }
-        }
-        let rows: Vec<u32> = match care {
-            Care::Exact => (1..=fits).rev().collect(),
-            // Eighths of what fits.
-            Care::Coarse => {
-                let mut rows: Vec<_> =
-                    [8, 7, 6, 5, 4, 3, 2, 1].iter().map(|part| (fits * part).div_ceil(8)).collect();
-                rows.dedup();
-                rows.retain(|&rows| rows > 0);
-                rows
-            }
-        };
         let limit = in_flight_limit(stages);
-        let more = match care {
-            Care::Exact => stages..=limit,
-            Care::Coarse => stages..=(stages + 1).min(limit),
+        let numbers: Vec<u32> = match care {
+            Care::Exact if self.lots.len() <= ENDS_WORKERS => {
+                (stages..=limit).chain((1..stages).rev()).collect()
+            }
+            // Fewer steps than stages where memory is so short that these leave room for a better
+            // cut.
+            Care::Exact => vec![stages, stages + 1, limit, stages.div_ceil(2), 1],
+            Care::Coarse => vec![stages, stages + 1, 1],
         };
-        let mut all: Vec<_> = rows
-            .iter()
-            .flat_map(|&rows| more.clone().map(move |in_flight| Steps { rows, in_flight }))
-            .collect();
-        // Where memory is short, fewer sequences may leave room for a better cut: fewer steps than
-        // stages.
-        let few: Vec<u32> = match care {
-            Care::Exact if self.lots.len() <= ENDS_WORKERS => (1..stages).rev().collect(),
-            _ => (1..stages).rev().filter(|few| stages / few * few == stages).collect(),
-        };
-        for in_flight in few {
-            let most = all_rows.min(sequences / in_flight);
+        let mut all = Vec::new();
+        for in_flight in numbers {
+            let most =
+                self.most_rows(in_flight, all_rows.min((sequences / in_flight).max(1)), care);
             let rows: Vec<u32> = match care {
                 Care::Exact => (1..=most).rev().collect(),
-                Care::Coarse => vec![most.min(fits.max(1) * stages / in_flight).max(1)],
+                Care::Coarse => {
+                    let mut rows = COARSE_ROWS.map(|part| (most * part).div_ceil(8)).to_vec();
+                    rows.dedup();
+                    rows.retain(|&rows| rows > 0);
+                    rows
+                }
             };
             all.extend(rows.into_iter().map(|rows| Steps { rows, in_flight }));
         }
         all
+    }
+
+    /// The most rows that memory and the bounds on time allow, for so many steps.
+    fn most_rows(&mut self, in_flight: u32, most_rows: u32, care: Care) -> u32 {
+        let (mut fits, mut too_many) = (0, most_rows + 1);
+        while too_many - fits > 1 {
+            // The most, if there is no want of memory.
+            let rows =
+                if fits == 0 && too_many > most_rows { most_rows } else { (fits + too_many) / 2 };
+            let steps = Steps { rows, in_flight };
+            self.prepare(steps, self.costs.needed_blocks(steps.sequences()));
+            match self.is_feasible(steps, self.costs.token_limit_ns, care) {
+                true => fits = rows,
+                false => too_many = rows,
+            }
+        }
+        fits
     }
 
     /// How the members share the layers for an offer: the ends between which the way is shortest,
@@ -478,8 +518,10 @@ impl<'a> Group<'a> {
         let needed = self.costs.needed_blocks(steps.sequences());
         self.prepare(steps, needed);
         self.measure(token_ns / u64::from(steps.in_flight));
-        let (first, last) = self
-            .pairs()
+        let (first, last) = self.roomiest_ends()?;
+        let ends = self.ends(first, last);
+        let (first, last) = ends
+            .into_iter()
             .filter(|&(first, last)| self.with_ends(token_ns, first, last).is_some())
             .min_by_key(|&(first, last)| {
                 let (first, last) = (self.members[first], self.members[last]);

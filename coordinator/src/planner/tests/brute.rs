@@ -20,7 +20,7 @@ fn at(spec: &WorkerSpec, rows: u32) -> (u64, u64) {
 fn hops_ns(cut: &[(&WorkerSpec, u32)]) -> u64 {
     let hop = |pair: &[(&WorkerSpec, u32)]| match (pair[0].0, pair[1].0) {
         (a, b) if a.rack != b.rack => 400_000,
-        (a, b) if a.machine != b.machine => 200_000,
+        (a, b) if a.machine != b.machine || a.machine.is_empty() => 200_000,
         _ => 100_000,
     };
     cut.windows(2).map(hop).sum::<u64>() + 400_000
