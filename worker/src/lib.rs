@@ -26,6 +26,7 @@ mod leaving;
 mod link;
 mod machine;
 pub mod measure;
+mod pace;
 mod record;
 mod reserve;
 mod run;

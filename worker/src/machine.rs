@@ -10,6 +10,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::cpu::CpuLimits;
+use crate::pace::{Drift, WINDOW};
 use crate::record::Published;
 use crate::service::Service;
 
@@ -57,6 +58,40 @@ pub(crate) async fn follow(
         record.memory_bytes = memory_bytes;
         // Until they are measured: threads share the work evenly.
         scale(&mut record.models, before as f64 / now as f64);
+        service.pace().publish(record.models.clone());
+    });
+    if let Err(error) = told.await {
+        tracing::info!(error = %Chain(&*error), "the registry does not know it yet");
+    }
+}
+
+/// Ends when `stop` fires. Until then what is published is kept as fast as steps really are.
+///
+/// # Errors
+///
+/// None.
+pub(crate) async fn watch_pace(
+    service: Arc<Service>,
+    published: Arc<Published>,
+    stop: CancellationToken,
+) -> Result<(), TaskError> {
+    let mut drift = Drift::default();
+    let mut ticks = interval(WINDOW);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(factor) = drift.observe(service.pace().take()) {
+            adjust(factor, &service, &published).await;
+        }
+    }
+    Ok(())
+}
+
+/// Multiplies all published times by `factor`.
+pub(crate) async fn adjust(factor: f64, service: &Service, published: &Published) {
+    tracing::info!(factor, "steps take longer or shorter than published: the times are changed");
+    let told = published.change(|record| {
+        scale(&mut record.models, factor);
+        service.pace().publish(record.models.clone());
     });
     if let Err(error) = told.await {
         tracing::info!(error = %Chain(&*error), "the registry does not know it yet");

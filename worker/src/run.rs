@@ -174,9 +174,12 @@ pub async fn run(
     let (watched, registry) = (service.clone(), membership.clone());
     tasks.spawn("standby", |stop| standby::tell(watched, registry, keys.clone(), stop));
     let grace = config.shutdown_grace;
+    service.pace().publish(record.models.clone());
     let published = Arc::new(Published::new(record, registration));
     let (watched, told) = (service.clone(), published.clone());
     tasks.spawn("cpus", |stop| machine::watch_cpus(config.threads, watched, told, stop));
+    let (watched, told) = (service.clone(), published.clone());
+    tasks.spawn("pace", |stop| machine::watch_pace(watched, told, stop));
     let leaving =
         Leaving { id: id.clone(), published, membership, keys, service, health, condition };
     tasks.spawn("drain", |stop| leaving.leave_after(stop, grace));

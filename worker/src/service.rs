@@ -2,7 +2,7 @@
 //! each step to the stage that it is for. Decisions are those of [`Epochs`].
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +29,7 @@ use crate::engine::{
 use crate::error::ServiceError;
 use crate::executor::Executor;
 use crate::link;
+use crate::pace::Pace;
 use crate::reserve::{Charge, Reserve, Shortage};
 use crate::session::epochs::{EpochError, Epochs, PrepareAction, Sighting, State, StepRefusal};
 use crate::stage::{ResultReader, Stage};
@@ -145,7 +146,7 @@ pub(crate) struct Service {
     preparing: tokio::sync::Mutex<Option<Build>>,
     reserve: Arc<Reserve>,
     failures: mpsc::Sender<EngineFailure>,
-    executed: Arc<AtomicU64>,
+    pace: Arc<Pace>,
     /// Of engines that are built from now on.
     threads: AtomicUsize,
     /// Every stream ends when it fires.
@@ -169,13 +170,18 @@ impl Service {
             held: Mutex::new(Held { epochs, running: Vec::new() }),
             preparing: tokio::sync::Mutex::default(),
             failures,
-            executed: Arc::default(),
+            pace: Arc::default(),
             closing,
         }
     }
 
     pub(crate) fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// How long its steps take.
+    pub(crate) fn pace(&self) -> &Pace {
+        &self.pace
     }
 
     pub(crate) fn closing(&self) -> &CancellationToken {
@@ -451,7 +457,7 @@ impl Service {
             key,
             holding.hidden,
             holding.engine.clone(),
-            self.executed.clone(),
+            self.pace.clone(),
             self.closing.child_token(),
         );
         let mut tasks = JoinSet::new();
@@ -528,7 +534,7 @@ impl Service {
             term: held.epochs.term(),
             held: held.epochs.held().cloned(),
             stages: held.stages(),
-            steps: self.executed.load(Ordering::Relaxed),
+            steps: self.pace.steps(),
         }
     }
 

@@ -8,7 +8,6 @@
 //!      └──────────── refusals of this and later stages, lost links ◀────────────┘
 //! ```
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Span, field};
 
 use crate::bridge::{EngineHandle, Job, Outcome, SubmitError};
+use crate::pace::{Pace, Share};
 use crate::session::draws::Draws;
 use crate::session::ledger::{Arrival, Ledger, OutOfOrder};
 use crate::telemetry::StageMetrics;
@@ -89,19 +89,19 @@ pub(crate) struct Stage {
     draws: Mutex<Draws>,
     retired: CancellationToken,
     last_arrival: Mutex<Instant>,
-    executed: Arc<AtomicU64>,
+    pace: Arc<Pace>,
     metrics: StageMetrics,
 }
 
 impl Stage {
     /// A stage and the task that finishes its steps; the stage ends when `retired` fires.
-    /// `executed` counts the steps of the whole worker.
+    /// `pace` is of the whole worker.
     pub(crate) fn new(
         prepare: Prepare,
         key: Option<CoordinatorKey>,
         hidden: usize,
         engine: EngineHandle,
-        executed: Arc<AtomicU64>,
+        pace: Arc<Pace>,
         retired: CancellationToken,
     ) -> (Arc<Self>, impl Future<Output = ()> + Send) {
         let in_flight = prepare.max_in_flight as usize;
@@ -120,7 +120,7 @@ impl Stage {
             upstream: Mutex::default(),
             retired,
             last_arrival: Mutex::new(Instant::now()),
-            executed,
+            pace,
         });
         let finisher = finish_all(stage.clone(), finished);
         (stage, finisher)
@@ -128,6 +128,14 @@ impl Stage {
 
     pub(crate) fn prepare(&self) -> &Prepare {
         &self.prepare
+    }
+
+    /// What of a step is computed here.
+    fn share(&self) -> Share {
+        let Prepare { model, stage, ref stages, .. } = self.prepare;
+        let layers = &stages[stage as usize].layers;
+        let layers = layers.end.saturating_sub(layers.start);
+        Share { model, layers, is_last: self.is_last() }
     }
 
     pub(crate) fn metrics(&self) -> &StageMetrics {
@@ -439,7 +447,7 @@ impl Stage {
             span.record("compute_us", compute.as_micros() as u64);
             span.record("wait_us", wait.as_micros() as u64);
         }
-        self.executed.fetch_add(1, Ordering::Relaxed);
+        self.pace.note(self.share(), &step.rows, compute);
         self.metrics.step(compute, wait, &step.rows, executed.filled_blocks);
         step.stage_times.push(proto::step::StageTime { stage: self.prepare.stage, compute, wait });
         let number = step.header.step;

@@ -27,7 +27,7 @@ use super::harness::{
     KEY, LONG, Steps, Worker, connect, model_id, prepare, row, soon, step, store_dir,
 };
 use crate::config::cpu::CpuLimits;
-use crate::machine::follow;
+use crate::machine::{adjust, follow};
 use crate::record::{Published, encode};
 use crate::{Config, RunError};
 
@@ -240,8 +240,8 @@ async fn threads_follow_the_limits_of_the_machine() {
     follow(limits, Some(3), &worker.service, &published).await;
     let Event::Put(entry) = soon(watch.next()).await else { panic!("it is told") };
     let told: WorkerRecord = serde_json::from_slice(&entry.value).unwrap();
-    let step = told.models[0].steps[0];
-    assert_eq!((told.threads, step.layer_ns, step.head_ns), (3, 300, 100));
+    let time = told.models[0].steps[0];
+    assert_eq!((told.threads, time.layer_ns, time.head_ns), (3, 300, 100));
     assert_eq!(worker.service.threads(), 3);
     worker.serve_alone(1).await;
 
@@ -252,6 +252,25 @@ async fn threads_follow_the_limits_of_the_machine() {
     let told: WorkerRecord = serde_json::from_slice(&entry.value).unwrap();
     assert_eq!((told.threads, told.models[0].steps[0].layer_ns), (1, 900));
     assert!(told.memory_bytes > 0);
+
+    adjust(2.0, &worker.service, &published).await;
+    let Event::Put(entry) = soon(watch.next()).await else { panic!("it is told") };
+    let told: WorkerRecord = serde_json::from_slice(&entry.value).unwrap();
+    assert_eq!(told.models[0].steps[0].layer_ns, 1800);
+    // Steps are compared with what is published now: one row through four layers, without the head.
+    let prepare = worker.serve_alone(2).await;
+    let mut steps = worker.steps().await;
+    steps.give(&step(&prepare, 1, vec![row(0, 0, 1, Output::None)])).await;
+    let spent = async {
+        loop {
+            let spent = worker.service.pace().take();
+            if spent.measured_ns > 0 {
+                break spent;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    assert_eq!(soon(spent).await.predicted_ns, 4 * 1800);
     assert!(watch.next().now_or_never().is_none(), "what did not change is not written");
 }
 

@@ -1,0 +1,233 @@
+//! How long steps really take, beside what the registry says of this worker: what is published is kept
+//! true. What is decided is pure: it counts windows and looks at no clock.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use proto::ids::ModelId;
+use proto::plan::WorkerModel;
+use proto::step::{Output, Row, RowStatus};
+
+/// How long one window is: many steps of a busy stage.
+pub(crate) const WINDOW: Duration = Duration::from_secs(5);
+
+/// Windows in a row that must depart from what is published: a minute.
+const WINDOWS: u32 = 12;
+
+/// By which share of the published times measured ones must depart.
+const DEPARTURE: f64 = 0.25;
+
+/// Time of some steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spent {
+    /// In the engine.
+    pub(crate) measured_ns: u64,
+    /// By the published times.
+    pub(crate) predicted_ns: u64,
+}
+
+impl Spent {
+    fn add(&mut self, other: Self) {
+        self.measured_ns = self.measured_ns.saturating_add(other.measured_ns);
+        self.predicted_ns = self.predicted_ns.saturating_add(other.predicted_ns);
+    }
+
+    /// How many times as long as published; `None` if nothing was computed.
+    fn ratio(self) -> Option<f64> {
+        let Self { measured_ns, predicted_ns } = self;
+        (measured_ns > 0 && predicted_ns > 0).then(|| measured_ns as f64 / predicted_ns as f64)
+    }
+}
+
+/// What a stage computes in each step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Share {
+    pub(crate) model: ModelId,
+    pub(crate) layers: u32,
+    /// Whether head and sampler are here.
+    pub(crate) is_last: bool,
+}
+
+/// The steps of a worker's stages, counted and timed.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    steps: AtomicU64,
+    times: Mutex<Times>,
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    published: Vec<WorkerModel>,
+    spent: Spent,
+}
+
+impl Pace {
+    /// These times are in the registry from now on; what was measured beside others is forgotten.
+    pub(crate) fn publish(&self, models: Vec<WorkerModel>) {
+        *self.times() = Times { published: models, spent: Spent::default() };
+    }
+
+    /// A step was computed.
+    pub(crate) fn note(&self, share: Share, rows: &[Row], compute: Duration) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+        let mut times = self.times();
+        let model = times.published.iter().find(|model| model.id == share.model);
+        if let Some(predicted_ns) = model.and_then(|model| predicted_ns(model, share, rows)) {
+            let measured_ns = u64::try_from(compute.as_nanos()).unwrap_or(u64::MAX);
+            times.spent.add(Spent { measured_ns, predicted_ns });
+        }
+    }
+
+    /// Steps since the process started.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
+    /// What was spent since it was asked last.
+    pub(crate) fn take(&self) -> Spent {
+        std::mem::take(&mut self.times().spent)
+    }
+
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The time that a step should take; `None` if it is none that the published times speak of: they are
+/// of steps through the layers, with greedy sampling.
+fn predicted_ns(model: &WorkerModel, share: Share, rows: &[Row]) -> Option<u64> {
+    let (mut tokens, mut draws) = (0_u32, 0_u32);
+    for row in rows.iter().filter(|row| row.status == RowStatus::Ok) {
+        match row.output {
+            Output::None | Output::State => {}
+            Output::Sample(_) => draws += 1,
+            Output::Score(_) | Output::Logits | Output::Draw(_) | Output::Drawn(_) => return None,
+        }
+        tokens = tokens.saturating_add(u32::try_from(row.tokens.len()).unwrap_or(u32::MAX));
+    }
+    if tokens == 0 {
+        return None;
+    }
+    let layers_ns = model.layer_ns(tokens)?.saturating_mul(u64::from(share.layers));
+    let head_ns = if share.is_last && draws > 0 { model.head_ns(draws)? } else { 0 };
+    Some(layers_ns.saturating_add(head_ns))
+}
+
+/// PURE. Decides when what is published is not true any more.
+#[derive(Debug, Default)]
+pub(crate) struct Drift {
+    /// So many windows in a row departed to the same side.
+    windows: u32,
+    is_slower: bool,
+    spent: Spent,
+}
+
+impl Drift {
+    /// After each [`WINDOW`]: by which factor all published times are to be multiplied, if they are.
+    /// A window in which nothing was computed says nothing. At most once a minute, for it takes a minute
+    /// to find out.
+    pub(crate) fn observe(&mut self, window: Spent) -> Option<f64> {
+        let ratio = window.ratio()?;
+        let is_slower = ratio > 1.0;
+        if (ratio - 1.0).abs() <= DEPARTURE {
+            *self = Self::default();
+            return None;
+        }
+        if is_slower != self.is_slower {
+            *self = Self { is_slower, ..Self::default() };
+        }
+        self.windows += 1;
+        self.spent.add(window);
+        if self.windows < WINDOWS {
+            return None;
+        }
+        let factor = self.spent.ratio();
+        *self = Self::default();
+        factor
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ids::{Generation, PrefixHash, SequenceId};
+    use proto::plan::StepTime;
+
+    use super::*;
+
+    const NOTHING: [f64; 0] = [];
+
+    fn window(measured_ns: u64) -> Spent {
+        Spent { measured_ns, predicted_ns: 1000 }
+    }
+
+    fn observe(drift: &mut Drift, windows: u32, measured_ns: u64) -> Vec<f64> {
+        (0..windows).filter_map(|_| drift.observe(window(measured_ns))).collect()
+    }
+
+    #[test]
+    fn what_departs_for_a_minute_is_published_once() {
+        let mut drift = Drift::default();
+        assert_eq!(observe(&mut drift, 100, 1250), NOTHING, "a quarter is not more than a quarter");
+        assert_eq!(observe(&mut drift, WINDOWS - 1, 2000), NOTHING);
+        assert_eq!(observe(&mut drift, 1, 2000), [2.0]);
+        assert_eq!(observe(&mut drift, WINDOWS - 1, 2000), NOTHING, "not again within a minute");
+        assert_eq!(observe(&mut drift, 1, 1000), NOTHING, "what is true again begins anew");
+        assert_eq!(observe(&mut drift, WINDOWS, 500), [0.5]);
+    }
+
+    #[test]
+    fn a_moment_is_no_minute_and_silence_says_nothing() {
+        let mut drift = Drift::default();
+        for _ in 0..WINDOWS {
+            assert_eq!(observe(&mut drift, WINDOWS / 2, 3000), NOTHING);
+            assert_eq!(observe(&mut drift, WINDOWS / 2, 300), NOTHING, "to the other side");
+        }
+        let mut drift = Drift::default();
+        assert_eq!(observe(&mut drift, WINDOWS - 1, 3000), NOTHING);
+        assert_eq!(drift.observe(Spent::default()), None);
+        assert_eq!(observe(&mut drift, 1, 3000), [3.0]);
+    }
+
+    #[test]
+    fn steps_are_compared_with_what_is_published() {
+        let model = ModelId([1; 32]);
+        let steps = vec![
+            StepTime { rows: 1, layer_ns: 100, head_ns: 1000 },
+            StepTime { rows: 4, layer_ns: 160, head_ns: 1600 },
+        ];
+        let pace = Pace::default();
+        pace.publish(vec![WorkerModel { id: model, steps }]);
+        let row = |tokens: usize, output: Output| Row {
+            sequence: SequenceId(1),
+            generation: Generation(1),
+            position: 0,
+            tokens: vec![0; tokens],
+            prefix_hash_before: PrefixHash::EMPTY,
+            prefix_hash_after: PrefixHash::EMPTY,
+            blocks: Vec::new(),
+            output,
+            status: RowStatus::Ok,
+            detail: String::new(),
+            traceparent: String::new(),
+        };
+        let took = Duration::from_nanos(500);
+        let note = |is_last, rows: &[Row]| {
+            pace.note(Share { model, layers: 10, is_last }, rows, took);
+            pace.take().predicted_ns
+        };
+        let sample = || row(1, Output::Sample(Box::default()));
+        assert_eq!(note(false, &[sample()]), 1000, "the head is elsewhere");
+        assert_eq!(note(true, &[sample()]), 2000);
+        assert_eq!(note(true, &[row(4, Output::None)]), 1600, "nothing is drawn");
+        assert_eq!(note(true, &[row(3, Output::None), sample()]), 2600);
+        assert_eq!(note(true, &[row(1, Output::Logits)]), 0, "nobody knows");
+        let failed = Row { status: RowStatus::Stale, ..sample() };
+        assert_eq!(note(true, &[failed]), 0);
+        let other = Share { model: ModelId([2; 32]), layers: 1, is_last: false };
+        pace.note(other, &[sample()], took);
+        assert_eq!((pace.take(), pace.steps()), (Spent::default(), 7));
+        pace.note(Share { model, layers: 10, is_last: false }, &[sample()], took);
+        assert_eq!(pace.take(), Spent { measured_ns: 500, predicted_ns: 1000 });
+    }
+}
