@@ -94,9 +94,9 @@ impl Cluster {
     /// A cluster of which nothing is known yet.
     pub fn new(options: Options) -> Self {
         Self {
+            fleet: Fleet::new(options.allow_stub_compute),
             options,
             now: Tick::ZERO,
-            fleet: Fleet::default(),
             listed: false,
             ledger: Ledger::new(),
             observed: Observed::default(),

@@ -73,6 +73,8 @@ pub struct Config {
     pub hold_down: Duration,
     /// What serves is improved only for a gain of so many per cent, as predicted.
     pub min_gain_percent: u32,
+    /// Plans with workers that compute nothing, for tests of many workers.
+    pub allow_stub_compute: bool,
     /// Where the defaults of sampling come from.
     pub sampling_defaults: SamplingSource,
     /// Defaults of sampling that go over the model's.
@@ -165,6 +167,7 @@ impl Default for Config {
             hold_down: Duration::from_secs(10),
             // Measured speeds are hardly better.
             min_gain_percent: 5,
+            allow_stub_compute: false,
             sampling_defaults: SamplingSource::Model,
             sampling: SamplingDefaults::default(),
             limits: LimitsConfig::default(),

@@ -289,5 +289,6 @@ fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) ->
         settle: config.settle.get(),
         hold_down: config.hold_down.get(),
         min_gain_percent: config.min_gain_percent,
+        allow_stub_compute: config.allow_stub_compute,
     }
 }

@@ -29,7 +29,7 @@ pub use step_time::StepTime;
 pub const LEADER_FORMAT: u32 = 1;
 
 /// Format of the [`WorkerRecord`]s that this version writes.
-pub const WORKER_FORMAT: u32 = 1;
+pub const WORKER_FORMAT: u32 = 2;
 
 /// Format of the [`Plan`]s that this version writes.
 pub const PLAN_FORMAT: u32 = 1;
@@ -112,6 +112,8 @@ pub struct WorkerRecord {
     pub models: Vec<WorkerModel>,
     /// It finishes what it has and takes nothing new.
     pub draining: bool,
+    /// It computes nothing: its answers are hashes, for tests of many workers.
+    pub stub: bool,
 }
 
 impl WorkerRecord {

@@ -85,6 +85,9 @@ pub(crate) struct CoordinatorCommand {
     /// `tercet model show`) or none (temperature 1) [default: model]
     #[arg(long, value_name = "FROM")]
     sampling_defaults: Option<SamplingSource>,
+    /// Plan with workers that compute nothing (`tercet worker --stub-compute`), to test many of them
+    #[arg(long)]
+    allow_stub_compute: bool,
 }
 
 /// Starts a worker: computes the layers that a coordinator gives it.
@@ -126,6 +129,9 @@ pub(crate) struct WorkerCommand {
     /// Where /metrics and /health are served [default: nowhere]
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
+    /// Wait and hash in place of arithmetic, to test many workers: layer_us=N,row_us=N,head_us=N
+    #[arg(long, value_name = "PROFILE")]
+    stub_compute: Option<String>,
 }
 
 impl CommonArgs {
@@ -164,6 +170,8 @@ impl CoordinatorCommand {
         flags.set("coordinator.pipelines", self.pipelines.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
         flags.set("coordinator.advertise", self.advertise.clone());
+        let allow_stub_compute = self.allow_stub_compute.then_some(true);
+        flags.set("coordinator.allow_stub_compute", allow_stub_compute);
         flags.set("coordinator.sampling_defaults", text(self.sampling_defaults.as_ref()));
         flags
     }
@@ -189,6 +197,7 @@ impl WorkerCommand {
         flags.set("worker.lock_memory", lock_memory.then_some(true));
         flags.set("worker.pin_threads", pin_threads.then_some(true));
         flags.set("worker.http", self.http.clone());
+        flags.set("worker.stub_compute", self.stub_compute.clone());
         flags
     }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::cpu::CpuLimits;
 use crate::engine::{Placement, Shortcuts, WeightMemory};
+use crate::stub::StubProfile;
 
 mod cgroup;
 pub(crate) mod cpu;
@@ -72,6 +73,9 @@ pub struct Config {
     /// Where `/metrics` and `/health` are served; by default nowhere.
     #[serde(deserialize_with = "deserialize_optional_listen")]
     pub http: Option<SocketAddr>,
+    /// Waits and hashes in place of arithmetic, for tests of many workers; absent: it computes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stub_compute: Option<StubProfile>,
     /// How long the coordinator may take to move elsewhere what the worker holds, after the process was
     /// asked to stop.
     #[serde(with = "as_time")]
@@ -97,6 +101,7 @@ impl Default for Config {
             lock_memory: false,
             pin_threads: false,
             http: None,
+            stub_compute: None,
             shutdown_grace: DEFAULT_SHUTDOWN_GRACE,
             insecure: false,
         }

@@ -22,6 +22,13 @@ pub(crate) struct Executed {
     pub(crate) filled_blocks: usize,
 }
 
+/// What rows may name where there are so many blocks, for a model of this context and vocabulary.
+pub(crate) fn row_limits(kv_blocks: u32, context: u32, vocab: u32) -> RowLimits {
+    let logits_bytes = limits::MESSAGE_BYTES - RESULT_OVERHEAD_BYTES;
+    let token_bytes = size_of::<f32>() * vocab.max(1) as usize;
+    RowLimits { kv_blocks, context, vocab, logits_tokens: (logits_bytes / token_bytes) as u32 }
+}
+
 /// An engine and what its blocks hold.
 pub(crate) struct Executor {
     engine: Engine,
@@ -33,13 +40,7 @@ pub(crate) struct Executor {
 impl Executor {
     /// `context` is the model's longest sequence in tokens.
     pub(crate) fn new(engine: Engine, context: u32) -> Self {
-        let logits_bytes = limits::MESSAGE_BYTES - RESULT_OVERHEAD_BYTES;
-        let limits = RowLimits {
-            kv_blocks: engine.config().kv_blocks,
-            context,
-            vocab: engine.vocab() as u32,
-            logits_tokens: (logits_bytes / (size_of::<f32>() * engine.vocab())) as u32,
-        };
+        let limits = row_limits(engine.config().kv_blocks, context, engine.vocab() as u32);
         Self { engine, sessions: Sessions::new(limits), input: Vec::new() }
     }
 

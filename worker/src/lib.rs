@@ -34,6 +34,7 @@ mod service;
 mod session;
 mod stage;
 mod standby;
+mod stub;
 mod telemetry;
 #[cfg(test)]
 mod tests;
@@ -44,3 +45,4 @@ mod witness;
 pub use config::{Config, ConfigError};
 pub use error::RunError;
 pub use run::run;
+pub use stub::{StubProfile, StubProfileError};

@@ -33,6 +33,7 @@ use crate::pace::Pace;
 use crate::reserve::{Charge, Reserve, Shortage};
 use crate::session::epochs::{EpochError, Epochs, PrepareAction, Sighting, State, StepRefusal};
 use crate::stage::{ResultReader, Stage};
+use crate::stub::{self, StubExecutor, StubProfile};
 use crate::witness::{Claim, Witness, WitnessError};
 
 /// Room in a step's message for everything that is not activations.
@@ -50,6 +51,8 @@ pub(crate) struct Identity {
     pub(crate) memory_bytes: u64,
     pub(crate) known_answer: KnownAnswer,
     pub(crate) stores: Vec<Arc<Store>>,
+    /// Nothing is computed, and neither weights nor keys and values are held.
+    pub(crate) stub: Option<StubProfile>,
 }
 
 /// Bytes for weights and KV of `memory_bytes`: the rest is for what engines write beside those,
@@ -372,6 +375,9 @@ impl Service {
         shape: &HoldingShape,
         config: &EngineConfig,
     ) -> Result<u64, ServiceError> {
+        if self.identity.stub.is_some() {
+            return Ok(stub::kept_bytes(shape.kv_blocks));
+        }
         let store = self.store(shape.model)?;
         let has_head = shape.draws || shape.layers.end == store.config().layers;
         let weights = stage_weight_bytes(store, &shape.layers, has_head)
@@ -416,7 +422,27 @@ impl Service {
         let store = self.store(shape.model)?.clone();
         let failures = self.failures.clone();
         let (of, charge) = (shape.clone(), Arc::new(charge));
+        let profile = self.identity.stub;
         let build = move || {
+            if let Some(profile) = profile {
+                let model = store.config();
+                let hidden = model.hidden as usize;
+                let layers = shape.layers.clone();
+                let executor = StubExecutor::new(profile, model, layers, shape.kv_blocks);
+                let engine = EngineHandle::start_charged(executor, Some(charge.clone()), failures)
+                    .map_err(ServiceError::Thread)?;
+                let weights = Vec::new();
+                let (weight_bytes, kv_bytes) = (0, 0);
+                return Ok(Holding {
+                    shape,
+                    engine,
+                    hidden,
+                    weights,
+                    weight_bytes,
+                    kv_bytes,
+                    charge,
+                });
+            }
             let model = match shape.draws {
                 true => StageModel::open_to_draw(&store, shape.layers.clone())?,
                 false => StageModel::open(&store, shape.layers.clone())?,

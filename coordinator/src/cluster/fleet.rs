@@ -32,6 +32,8 @@ pub(super) struct Fleet {
     frozen_until: Option<Tick>,
     last_arrival: Tick,
     last_change: Tick,
+    /// Workers that compute nothing are planned with.
+    allows_stubs: bool,
 }
 
 /// A worker that is in the registry, or was and has a stage still.
@@ -55,6 +57,11 @@ impl Member {
 }
 
 impl Fleet {
+    /// Of which nobody is known yet.
+    pub(super) fn new(allows_stubs: bool) -> Self {
+        Self { allows_stubs, ..Self::default() }
+    }
+
     /// A record came. Whether it is of a process start that was not known.
     pub(super) fn put(&mut self, now: Tick, record: WorkerRecord) -> bool {
         self.vanished.remove(&record.id);

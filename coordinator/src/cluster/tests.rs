@@ -470,6 +470,23 @@ fn those_who_leave_have_no_vote_on_the_class() {
 }
 
 #[test]
+fn who_computes_nothing_is_planned_with_only_where_that_is_allowed() {
+    let all = || {
+        let mut all = workers(2);
+        all.iter_mut().for_each(|record| record.stub = true);
+        all
+    };
+    let script = Script::new(None, all());
+    assert_eq!(script.states(), ["w0 unfit", "w1 unfit"]);
+    let detail = &script.cluster.view().workers[0].detail;
+    assert!(detail.contains("it computes nothing"), "{detail}");
+    let allowed = Options { allow_stub_compute: true, ..options(Some(2)) };
+    let mut script = Script::with(allowed, all(), Found::Nothing);
+    script.pass(1000);
+    assert_eq!(script.states(), ["w0 active", "w1 active"]);
+}
+
+#[test]
 fn who_did_not_say_how_fast_it_is_has_no_place_in_a_plan() {
     let mut all = workers(3);
     all[1].models[0].steps.clear();

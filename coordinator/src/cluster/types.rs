@@ -42,6 +42,8 @@ pub struct Options {
     pub hold_down: Duration,
     /// What serves is improved only if the new plan is predicted to be faster by so many per cent.
     pub min_gain_percent: u32,
+    /// Workers that compute nothing are planned with, for tests of many workers.
+    pub allow_stub_compute: bool,
 }
 
 /// The number of a question to the registry or the planner; its answer names it.

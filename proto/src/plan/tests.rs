@@ -66,6 +66,7 @@ fn worker(format: u32) -> WorkerRecord {
             draining: true,
             ..old
         },
+        2 => WorkerRecord { format: 2, stub: true, ..worker(1) },
         _ => panic!("say here what the worker of format {format} is"),
     }
 }
@@ -215,7 +216,7 @@ fn step_time() -> impl Strategy<Value = StepTime> {
 fn any_worker() -> impl Strategy<Value = WorkerRecord> {
     let model = (any::<[u8; 32]>(), vec(step_time(), 0..4))
         .prop_map(|(id, steps)| WorkerModel { id: ModelId(id), steps });
-    let numbers = any::<(u32, u32, u64, u32, bool)>();
+    let numbers = any::<(u32, u32, u64, u32, bool, bool)>();
     let ids = any::<([u8; 16], [u8; 32])>();
     (vec(any::<String>(), 6), numbers, ids, vec(model, 0..3)).prop_map(
         |(texts, numbers, ids, models)| WorkerRecord {
@@ -233,6 +234,7 @@ fn any_worker() -> impl Strategy<Value = WorkerRecord> {
             known_answer: KnownAnswer(ids.1),
             models,
             draining: numbers.4,
+            stub: numbers.5,
         },
     )
 }

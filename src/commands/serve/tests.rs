@@ -45,7 +45,8 @@ fn every_flag_of_a_coordinator_reaches_its_setting() {
 fn every_flag_of_a_worker_reaches_its_setting() {
     let found = settings(
         "worker --etcd http://a:1 --cluster c --id w --listen 127.0.0.1:3 --advertise h:3 \
-         --rack r7 --threads 2 --store d --memory 2GiB --isa scalar --http 127.0.0.1:4 --insecure",
+         --rack r7 --threads 2 --store d --memory 2GiB --isa scalar --http 127.0.0.1:4 --insecure \
+         --stub-compute layer_us=50,head_us=7",
     );
     assert_eq!(found.cluster.as_str(), "c");
     let want = worker::Config {
@@ -58,6 +59,7 @@ fn every_flag_of_a_worker_reaches_its_setting() {
         memory_bytes: 2 << 30,
         isa: Some("scalar".into()),
         http: Some("127.0.0.1:4".parse().unwrap()),
+        stub_compute: Some(worker::StubProfile { layer_us: 50, row_us: 0, head_us: 7 }),
         insecure: true,
         ..worker::Config::default()
     };

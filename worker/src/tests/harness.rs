@@ -163,6 +163,7 @@ impl Worker {
             memory_bytes,
             known_answer: KnownAnswer([7; 32]),
             stores: vec![Arc::new(store)],
+            stub: None,
         };
         let (failures, failed) = mpsc::channel(1);
         let registry = Registry::new();

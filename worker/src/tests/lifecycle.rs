@@ -29,7 +29,7 @@ use super::harness::{
 use crate::config::cpu::CpuLimits;
 use crate::machine::{adjust, follow};
 use crate::record::{Published, encode};
-use crate::{Config, RunError};
+use crate::{Config, RunError, StubProfile, known_answer};
 
 type Ended = JoinSet<Result<(), RunError>>;
 
@@ -281,6 +281,26 @@ async fn a_rack_is_told() {
     assert_eq!(process.record().await.rack, "r7");
     process.stop.cancel();
     process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stub_says_so_and_serves_without_weights() {
+    let profile = StubProfile { layer_us: 3, row_us: 1, head_us: 5 };
+    let mut process = Process::start(Config { stub_compute: Some(profile), ..config() }).await;
+    let record = process.record().await;
+    assert!(record.stub);
+    assert_eq!(record.models[0].layer_ns(16), Some(19_000));
+    let real = known_answer::prove(kernels::Backend::detect()).unwrap();
+    assert_ne!(record.known_answer, real, "it shares no pipeline with one that computes");
+    let (mut client, prepare) = hold_a_stage(&process, &record).await;
+    let described = soon(client.describe(proto::pb::DescribeRequest {})).await.unwrap();
+    assert_eq!(described.into_inner().held[0].bytes, 16 << 10, "16 blocks of hashes");
+    let mut steps = Steps::open(&mut client).await;
+    steps.give(&step(&prepare, 1, vec![row(0, 0, 5, Output::None)])).await;
+    drop(steps);
+    process.leadership.resign().await.unwrap();
+    process.stop.cancel();
+    soon(process.ended.join_next()).await.unwrap().unwrap().unwrap();
 }
 
 /// The answer to `GET path`, headers and all.

@@ -46,7 +46,7 @@ impl Fleet {
         };
         let candidate = |member: &Member| {
             let record = &member.record;
-            let served = serves(record, model)?;
+            let served = self.serves(record, model)?;
             let mut steps = served.steps.clone();
             steps.sort_unstable_by_key(|step| step.rows);
             let spec = WorkerSpec {
@@ -74,7 +74,7 @@ impl Fleet {
         let (mut slowest, mut slowest_prompt) = (0, 0);
         for (index, stage) in stages.iter().enumerate() {
             let times = self.by_id.get(&stage.worker).and_then(|member| {
-                let served = serves(&member.record, model)?;
+                let served = self.serves(&member.record, model)?;
                 let at = |rows| Some((served.layer_ns(rows)?, served.head_ns(rows)?));
                 Some((at(1)?, at(STEP_ROWS)?))
             });
@@ -101,6 +101,17 @@ impl Fleet {
         cost
     }
 
+    /// What a worker says of the model, if it can be planned with.
+    fn serves<'a>(&self, record: &'a WorkerRecord, model: ModelId) -> Option<&'a WorkerModel> {
+        let mut models = record.models.iter();
+        let served = models.find(|served| served.id == model && served.layer_ns(1).is_some());
+        served.filter(|_| !self.is_refused_stub(record))
+    }
+
+    fn is_refused_stub(&self, record: &WorkerRecord) -> bool {
+        record.stub && !self.allows_stubs
+    }
+
     /// The kernels that most workers with the model share; of equal numbers the newest revision.
     /// Those that leave or are believed dead have no vote: they will compute nothing more.
     fn majority(&self, model: ModelId) -> Option<Kernels> {
@@ -109,7 +120,7 @@ impl Fleet {
         };
         let mut counts: BTreeMap<Kernels, usize> = BTreeMap::new();
         for member in self.by_id.values().filter(votes) {
-            if serves(&member.record, model).is_some() {
+            if self.serves(&member.record, model).is_some() {
                 *counts.entry(kernels(&member.record)).or_default() += 1;
             }
         }
@@ -121,7 +132,12 @@ impl Fleet {
 
     /// Why a worker can never be part of this model's pipelines as it is.
     pub(in super::super) fn unfit(&self, record: &WorkerRecord, model: ModelId) -> Option<String> {
-        if serves(record, model).is_none() {
+        if self.is_refused_stub(record) {
+            let why = "it computes nothing (--stub-compute), and this coordinator was not started with \
+                       --allow-stub-compute";
+            return Some(why.to_owned());
+        }
+        if self.serves(record, model).is_none() {
             let has_it = record.models.iter().any(|served| served.id == model);
             let why = match has_it {
                 true => "it has not said how fast it computes the model",
@@ -181,8 +197,4 @@ impl Fleet {
 
 fn kernels(record: &WorkerRecord) -> Kernels {
     (record.kernel_revision, record.known_answer)
-}
-
-fn serves(record: &WorkerRecord, model: ModelId) -> Option<&WorkerModel> {
-    record.models.iter().find(|served| served.id == model && served.layer_ns(1).is_some())
 }

@@ -38,6 +38,7 @@ fn config(lame_duck: Duration, grace: Duration) -> DriverConfig {
             settle: Duration::ZERO,
             hold_down: Duration::ZERO,
             min_gain_percent: 5,
+            allow_stub_compute: false,
         },
         limits: Limits::default(),
         advertise: "c:1".to_owned(),
