@@ -18,6 +18,7 @@ mod admission;
 mod checks;
 mod clients;
 mod control;
+mod history;
 mod lane;
 mod lanes;
 mod registry;
@@ -42,6 +43,7 @@ pub(crate) use checks::Check;
 pub(crate) use clients::MAX_TOKENS_BEHIND;
 pub(crate) use clients::{Admitted, Counted, End, Tokens};
 pub(crate) use control::Driver;
+pub(crate) use history::new_cluster_id;
 
 /// Requests and questions that may wait for the driver; then their senders wait.
 const COMMANDS: usize = 1024;

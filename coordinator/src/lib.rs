@@ -91,7 +91,7 @@ pub async fn run(
     };
     let admin = admin_listener.as_ref().map(|listener| local("admin", listener)).transpose()?;
     let (grpc, http) = (local("gRPC", &grpc_listener)?, local("HTTP", &http_listener)?);
-    let made_up = Bytes::from(service::hex(&rand::random::<[u8; CLUSTER_ID_BYTES]>()));
+    let made_up = Bytes::from(driver::new_cluster_id());
     let cluster_id = membership.get_or_create(&keys.cluster_id(), made_up).await?.value;
     let cluster_id = String::from_utf8_lossy(&cluster_id).into_owned();
     metrics::describe();
@@ -177,9 +177,6 @@ pub async fn run(
 /// Clients of gRPC keep a connection for as long as they live, and connect again unseen when it is
 /// closed in order: 15 minutes without a call is long.
 const GRPC_TIMEOUTS: Timeouts = Timeouts { idle: Duration::from_secs(900), ..Timeouts::USUAL };
-
-/// Random bytes of a cluster's id.
-const CLUSTER_ID_BYTES: usize = 16;
 
 /// After the last answer, for connections to close.
 const CLOSING_TIME: Duration = Duration::from_secs(3);
@@ -276,6 +273,7 @@ pub fn least_kv_blocks(context: u32, most: u32) -> u32 {
 fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) -> cluster::Options {
     cluster::Options {
         cluster_id,
+        last_pipeline: proto::ids::PipelineId(0),
         model: proto::ids::ModelId(*store.id().as_bytes()),
         costs: model_costs(store, config.kv_type),
         kv_type: config.kv_type,

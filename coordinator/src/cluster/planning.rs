@@ -436,6 +436,7 @@ impl Cluster {
             }
         }
         let ids = self.pipelines.keys().copied().chain(plans.iter().map(|plan| plan.id));
+        let ids = ids.chain([self.options.last_pipeline]);
         let mut next = ids.fold(self.ledger.highest_pipeline(), PipelineId::max).0;
         for (assignment, stages) in fresh {
             let class = asked.basis.class;
@@ -443,8 +444,9 @@ impl Cluster {
             let continued = continued.copied().filter(|id| {
                 let serving = self.pipelines.get(id).map(|pipeline| pipeline.placed.plan.class);
                 let is_taken = plans.iter().any(|plan| plan.id == *id);
+                let is_usable = !is_taken && *id > self.options.last_pipeline;
                 // What was begun in another class cannot go on in this one.
-                !is_taken && serving.is_none_or(|serving| serving == class)
+                is_usable && serving.is_none_or(|serving| serving == class)
             });
             let id = continued.unwrap_or_else(|| {
                 next += 1;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::ids::{Incarnation, ModelId, NumericsClass, PipelineRef, Term};
+use proto::ids::{Incarnation, ModelId, NumericsClass, PipelineId, PipelineRef, Term};
 use proto::plan::{KvType, PipelinePlan, Plan, StagePlan, WorkerRecord};
 use proto::status::{PlanStatus, Waiting, WorkerStatus};
 use proto::step::Prepare;
@@ -15,6 +15,9 @@ use crate::scheduler::PipelineShape;
 pub struct Options {
     /// Scopes every epoch.
     pub cluster_id: String,
+    /// Pipelines have higher ids than this: those were given before the registry began anew, and an
+    /// epoch of before may come again.
+    pub last_pipeline: PipelineId,
     /// What is served.
     pub model: ModelId,
     /// What its parts cost.

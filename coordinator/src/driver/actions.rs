@@ -2,7 +2,6 @@
 
 use super::control::{Driver, Outcome};
 use super::lane::Served;
-use super::registry;
 use crate::cluster::{self, Action, Availability, Failure, Held, PROBE_TIMEOUT};
 use crate::planner;
 use crate::workers::{self, CallError};
@@ -34,6 +33,7 @@ impl Driver {
                 });
             }
             Action::Prepare(request) => {
+                self.history.names(request.pipeline);
                 self.calls.spawn(async move {
                     let at = PipelineRef { id: request.pipeline, epoch: request.epoch };
                     let stage = request.stage;
@@ -109,15 +109,8 @@ impl Driver {
             Action::Fail { at, reason } => self.fail_pipeline(at, &reason),
             Action::Reconnect { at, stage } => self.lanes.reconnect(at, stage),
             Action::Resign { detail } => {
-                tracing::error!(detail, "gives the leadership up");
-                if let Some(leadership) = self.leadership.take() {
-                    self.calls.spawn(async move {
-                        registry::resign(leadership.resign()).await;
-                        Outcome::Nothing
-                    });
-                    self.campaign_later();
-                    self.stand_by();
-                }
+                tracing::error!(detail, "the registry is not what it was");
+                self.end_history(detail);
             }
             Action::Alarm { text } => tracing::error!(text, "alarm"),
         }

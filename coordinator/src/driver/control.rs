@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use node::membership::{Leadership, Membership, MembershipError};
+use node::membership::{Leadership, Membership, MembershipError, Watch};
 use proto::ids::{Incarnation, PipelineId, SequenceId, Term};
 use proto::key::CoordinatorKey;
 use proto::keys::Keys;
@@ -16,6 +16,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::admission::Parking;
 use super::clients::{Clients, GONE_AT_ONCE, Then, Totals};
+use super::history::History;
 use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneSays, ToWorkers};
 use super::lanes::{Lanes, Left};
 use super::registry;
@@ -30,7 +31,7 @@ use crate::scheduler::{Emission, EmissionEvent, SequenceError};
 use crate::tick::Tick;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// How often time passes: bounds how late a gone client or a deadline is seen.
 const TICK: Duration = Duration::from_millis(50);
@@ -52,10 +53,10 @@ pub(super) enum Outcome {
     Event(cluster::Event),
     /// The campaign ended.
     Campaigned(Result<Leadership, MembershipError>),
+    /// The cluster's id was read or written, by the leader of this term.
+    ClusterId { term: Term, id: Result<String, String> },
     /// Who leads was looked up, as far as the registry answered.
     Leader { found: Result<Option<String>, String>, again: bool },
-    /// Nobody is told.
-    Nothing,
 }
 
 /// The control task.
@@ -76,6 +77,9 @@ pub(crate) struct Driver {
     pub(super) parking: Parking,
     pub(super) lanes: Lanes,
     lane_events: mpsc::Receiver<LaneEvent>,
+    pub(super) workers: Watch,
+    pub(super) cluster_ids: Watch,
+    pub(super) history: History,
     pub(super) leadership: Option<Leadership>,
     /// Who leads in place of this coordinator, as far as it knows.
     pub(super) leader: Option<String>,
@@ -127,6 +131,8 @@ impl Driver {
             let lane = Lane::new(lane_config.clone(), served, Box::new(ToWorkers(key)), ends);
             tasks.spawn_on(lane.run(), &runtime);
         }));
+        let workers = membership.watch(&keys.workers());
+        let cluster_ids = membership.watch(&keys.cluster_id());
         let driver = Self {
             cluster: Cluster::new(config.cluster.clone()),
             router: Router::new(config.limits),
@@ -141,6 +147,9 @@ impl Driver {
             parking: Parking::default(),
             lanes,
             lane_events,
+            workers,
+            cluster_ids,
+            history: History::default(),
             leadership: None,
             leader: None,
             looks_for_leader: false,
@@ -171,7 +180,6 @@ impl Driver {
     }
 
     async fn work(mut self, answered: DropGuard) {
-        let mut workers = self.membership.watch(&self.keys.workers());
         let mut ticks = tokio::time::interval(TICK);
         // A late tick is a tick: nothing is owed for those that were missed.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -182,7 +190,8 @@ impl Driver {
             tokio::select! {
                 () = stop.cancelled(), if self.stopped_at.is_none() => self.begin_to_stop(),
                 Some(command) = self.commands.recv() => self.obey(command),
-                event = workers.next() => self.on_registry(event),
+                event = self.workers.next() => self.on_registry(event),
+                event = self.cluster_ids.next() => self.on_cluster_id(&event),
                 Some(event) = self.lane_events.recv() => self.on_lane(event),
                 end = self.lanes.joined() => on_end(end),
                 Some(outcome) = self.calls.join_next() => self.on_outcome(outcome),
@@ -442,8 +451,7 @@ impl Driver {
                 let term = Term(leadership.term);
                 tracing::info!(%term, "leads");
                 self.leadership = Some(leadership);
-                self.router.begin_term(term);
-                self.tell_cluster(cluster::Event::TermGained(term));
+                self.on_leadership(term);
             }
             Ok(Outcome::Campaigned(Err(error))) if self.stop.is_cancelled() => {
                 tracing::debug!(error = %node::Chain(&error), "campaign ended with the process");
@@ -452,8 +460,8 @@ impl Driver {
                 tracing::error!(error = %node::Chain(&error), "failed to campaign, trying again");
                 self.campaign_later();
             }
+            Ok(Outcome::ClusterId { term, id }) => self.on_settled(term, id),
             Ok(Outcome::Leader { found, again }) => self.on_leader(found, again),
-            Ok(Outcome::Nothing) => {}
             // Nothing is known of what it did, and the cluster would wait for its answer for ever.
             Err(error) => on_end(Err(error)),
         }

@@ -10,6 +10,7 @@ use proto::keys::Keys;
 use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord};
 
 use super::control::{Driver, Outcome};
+use super::history::Watched;
 use crate::cluster::{self, Found, Ticket};
 
 /// Between campaigns that the registry refused.
@@ -47,6 +48,7 @@ impl Driver {
             }
         };
         let stop = self.stop.clone();
+        self.history.campaigns();
         self.calls.spawn(async move {
             tokio::time::sleep(pause).await;
             Outcome::Campaigned(membership.campaign(&key, value, &stop).await)
@@ -55,6 +57,7 @@ impl Driver {
 
     /// Tells the cluster what changed among the workers.
     pub(super) fn on_registry(&mut self, event: RegistryEvent) {
+        self.hear_registry(Watched::Workers, &event);
         let event = match event {
             RegistryEvent::Reset(snapshot) => {
                 let record = |entry| record(&self.keys, entry);
@@ -79,11 +82,13 @@ impl Driver {
     /// Reads what is planned.
     pub(super) fn read_plan(&mut self, ticket: Ticket) {
         let (membership, key) = (self.membership.clone(), self.keys.plan());
+        let term = self.leadership.as_ref().map(|leadership| Term(leadership.term));
         self.calls.spawn(async move {
             Outcome::Event(match membership.list(&key).await {
                 Ok(snapshot) => {
                     let entry = snapshot.entries.iter().find(|entry| entry.key == key);
                     let found = entry.map_or(Found::Nothing, plan);
+                    let found = not_of_a_later_term(found, term);
                     cluster::Event::PlanRead { ticket, found }
                 }
                 Err(error) => {
@@ -178,6 +183,23 @@ fn plan(entry: &Entry) -> Found {
             );
             Found::Unreadable { revision, detail }
         }
+    }
+}
+
+/// A plan of a later term than this coordinator's is of another history of the registry, or of a
+/// coordinator that leads by now: in the first case it is to be replaced, in the other it cannot be.
+fn not_of_a_later_term(found: Found, term: Option<Term>) -> Found {
+    match (found, term) {
+        (Found::Plan { revision, plan }, Some(term)) if plan.term > term => {
+            let detail = format!("it is of term {}, this coordinator leads at {term}", plan.term);
+            tracing::warn!(
+                revision,
+                error = detail,
+                "not a plan of this registry, and to be replaced"
+            );
+            Found::Unreadable { revision, detail }
+        }
+        (found, _) => found,
     }
 }
 

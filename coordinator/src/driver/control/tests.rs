@@ -1,7 +1,7 @@
 //! The control task against a registry in memory, without workers.
 
 use bytes::Bytes;
-use node::membership::{Entry, Memory, Registration, Revision, Snapshot, Watch, WriteOutcome};
+use node::membership::{Entry, Memory, Registration, Revision, Snapshot, WriteOutcome};
 use proto::ids::ModelId;
 use proto::plan::KvType;
 use tokio::sync::oneshot;
@@ -13,11 +13,12 @@ use crate::request::RequestError;
 use crate::router::Wish;
 use crate::scheduler::{Limits, Request, Sequence};
 
-fn config(lame_duck: Duration, grace: Duration) -> DriverConfig {
+pub(in crate::driver) fn config(lame_duck: Duration, grace: Duration) -> DriverConfig {
     DriverConfig {
         cluster_name: "c".to_owned(),
         cluster: cluster::Options {
             cluster_id: "1".to_owned(),
+            last_pipeline: PipelineId(0),
             model: ModelId([1; 32]),
             costs: ModelCosts {
                 layers: 2,

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use proto::ids::{Incarnation, KnownAnswer, ModelId, NumericsClass};
+use proto::ids::{Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId};
 use proto::plan::{KvType, StepTime, WorkerModel, WorkerRecord};
 
 use super::super::super::Options;
@@ -17,6 +17,7 @@ pub(in crate::cluster) const ANSWER: KnownAnswer = KnownAnswer([5; 32]);
 pub(in crate::cluster) fn options(stages: Option<u32>) -> Options {
     Options {
         cluster_id: "c".to_owned(),
+        last_pipeline: PipelineId(0),
         model: MODEL,
         costs: ModelCosts {
             layers: 12,
