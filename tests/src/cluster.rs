@@ -1,6 +1,6 @@
 //! A cluster of real processes: one coordinator, workers, and etcd between them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ pub struct Cluster {
     coordinator: Process,
     etcd: Etcd,
     store: PathBuf,
+    stages: usize,
     grpc: String,
     http: String,
     environment: Vec<(String, String)>,
@@ -54,16 +55,10 @@ impl Cluster {
         let environment: Vec<(String, String)> =
             environment.iter().map(|&(key, value)| (key.into(), value.into())).collect();
         let etcd = Etcd::start();
-        let model = store.to_str().expect("test paths are text");
-        let arguments = format!(
-            "coordinator --etcd {} --cluster {NAME} --model {model} --grpc {ANY_PORT} \
-             --http {ANY_PORT} --stages {stages}",
-            etcd.url()
-        );
-        let mut coordinator = launch("coordinator", &arguments, &environment);
-        let (grpc, http) = listening(&mut coordinator);
+        let Coordinator { process: coordinator, grpc, http } =
+            launch_coordinator("coordinator", &etcd, &store, stages, &environment);
         let mut cluster =
-            Self { workers: Vec::new(), coordinator, etcd, store, grpc, http, environment };
+            Self { workers: Vec::new(), coordinator, etcd, store, stages, grpc, http, environment };
         for index in 0..workers {
             let worker = cluster.start_worker(&format!("worker-{index}"));
             cluster.workers.push(worker);
@@ -85,6 +80,26 @@ impl Cluster {
             self.etcd.url(),
         );
         launch(id, &arguments, &self.environment)
+    }
+
+    /// Starts one more coordinator of this cluster; the caller keeps it.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be started.
+    pub fn start_coordinator(&self, name: &str) -> Coordinator {
+        launch_coordinator(name, &self.etcd, &self.store, self.stages, &self.environment)
+    }
+
+    /// Puts another coordinator in the place of this cluster's, which ends if it has not.
+    pub fn replace_coordinator(&mut self, new: Coordinator) {
+        let Coordinator { process, grpc, http } = new;
+        (self.coordinator, self.grpc, self.http) = (process, grpc, http);
+    }
+
+    /// Puts another worker in the place of worker `index`, which ends if it has not.
+    pub fn replace_worker(&mut self, index: usize, new: Process) {
+        self.workers[index] = new;
     }
 
     /// Worker `index`, as it was started.
@@ -164,6 +179,34 @@ pub fn json_of(output: &Output) -> Value {
     assert!(output.status.success(), "{}: {stderr}", output.status);
     let found = serde_json::from_slice(&output.stdout);
     found.unwrap_or_else(|error| panic!("{error} in {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// A coordinator's process and where it is reached.
+pub struct Coordinator {
+    /// The process.
+    pub process: Process,
+    /// Address of its gRPC API.
+    pub grpc: String,
+    /// Address of its HTTP API.
+    pub http: String,
+}
+
+fn launch_coordinator(
+    name: &str,
+    etcd: &Etcd,
+    store: &Path,
+    stages: usize,
+    environment: &[(String, String)],
+) -> Coordinator {
+    let model = store.to_str().expect("test paths are text");
+    let arguments = format!(
+        "coordinator --etcd {} --cluster {NAME} --model {model} --grpc {ANY_PORT} \
+         --http {ANY_PORT} --stages {stages}",
+        etcd.url()
+    );
+    let mut process = launch(name, &arguments, environment);
+    let (grpc, http) = listening(&mut process);
+    Coordinator { process, grpc, http }
 }
 
 /// Test paths hold no spaces.

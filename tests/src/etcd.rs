@@ -1,8 +1,10 @@
 //! A real etcd of one member, for one test.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
+use std::{fs, io};
 
 use tempfile::TempDir;
 
@@ -15,6 +17,7 @@ pub struct Etcd {
     client: SocketAddr,
     peer: SocketAddr,
     data: TempDir,
+    backup: Option<TempDir>,
 }
 
 impl Etcd {
@@ -29,7 +32,8 @@ impl Etcd {
         let (client, peer) = ((address, client).into(), (address, peer).into());
         let data = TempDir::new().expect("a temporary folder can be made");
         let process = launch(client, peer, &data);
-        let etcd = Self { process, url: format!("http://{client}"), client, peer, data };
+        let etcd =
+            Self { process, url: format!("http://{client}"), client, peer, data, backup: None };
         etcd.wait_until_healthy();
         etcd
     }
@@ -50,12 +54,89 @@ impl Etcd {
         self.wait_until_healthy();
     }
 
+    /// Keeps a copy of all it holds; it is restarted for that.
+    ///
+    /// # Panics
+    ///
+    /// If its data cannot be copied, or it does not answer afterwards.
+    pub fn back_up(&mut self) {
+        self.kill();
+        let backup = TempDir::new().expect("a temporary folder can be made");
+        copy(self.data.path(), backup.path()).expect("data of etcd can be copied");
+        self.backup = Some(backup);
+        self.restart();
+    }
+
+    /// Kills it and starts it again on what [`Self::back_up`] kept, or on an empty disk if nothing was
+    /// kept since the last time.
+    ///
+    /// # Panics
+    ///
+    /// If it does not answer afterwards.
+    pub fn set_back(&mut self) {
+        self.kill();
+        let empty = || TempDir::new().expect("a temporary folder can be made");
+        self.data = self.backup.take().unwrap_or_else(empty);
+        self.restart();
+    }
+
+    /// Writes keys that nobody asks for, so that its revision is `count` higher.
+    ///
+    /// # Panics
+    ///
+    /// If it refuses.
+    pub fn write_junk(&self, count: usize) {
+        self.with_client(async |mut client| {
+            for index in 0..count {
+                client.put(format!("/junk/{index}"), "x", None).await?;
+            }
+            Ok(())
+        });
+    }
+
+    /// Deletes every key that begins with `prefix`, as a person does by hand.
+    ///
+    /// # Panics
+    ///
+    /// If it refuses.
+    pub fn delete_all(&self, prefix: &str) {
+        self.with_client(async |mut client| {
+            let all = etcd_client::DeleteOptions::new().with_prefix();
+            client.delete(prefix, Some(all)).await.map(drop)
+        });
+    }
+
+    fn with_client(
+        &self,
+        work: impl AsyncFnOnce(etcd_client::Client) -> Result<(), etcd_client::Error>,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let done = runtime
+            .expect("a runtime can be made")
+            .block_on(async { work(etcd_client::Client::connect([&self.url], None).await?).await });
+        done.expect("etcd does what it is asked");
+    }
+
     fn wait_until_healthy(&self) {
         wait_for("etcd to answer", Duration::from_secs(20), || {
             let answer = crate::http::get(&self.client.to_string(), "/health").ok()?;
             answer.body.contains("true").then_some(())
         });
     }
+}
+
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            fs::create_dir(&to)?;
+            copy(&entry.path(), &to)?;
+        } else {
+            fs::copy(entry.path(), &to)?;
+        }
+    }
+    Ok(())
 }
 
 fn launch(client: SocketAddr, peer: SocketAddr, data: &TempDir) -> Process {
