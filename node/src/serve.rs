@@ -107,7 +107,8 @@ pub struct Timeouts {
     pub head: Duration,
     /// Without an open request, after the last.
     pub idle: Duration,
-    /// Without reading any of what is written to it: its socket's buffers are full.
+    /// Without reading any of what is written to it: its socket's buffers are full. So long it may also
+    /// keep all its answers waiting in all, until it has taken 16 KiB.
     pub write: Duration,
     /// From the accept, without a whole request, before it makes room for another connection. So
     /// whoever sends at once is served, however many come and stay silent.

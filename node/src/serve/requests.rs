@@ -88,7 +88,7 @@ where
                     .or_insert(keep_alive);
             }
             // Until the first part is asked for: with a shut window it never is.
-            call.handed_over(true);
+            call.handed_over(0);
             Ok(response.map(|body| Body::new(Answer { body, call })))
         })
     }
@@ -138,16 +138,19 @@ impl HttpBody for Answer {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.call.handed_over(false);
+        self.call.taken();
         let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
-        let is_last = match &frame {
-            Some(Ok(frame)) => frame.is_trailers() || self.body.is_end_stream(),
-            Some(Err(_)) | None => true,
+        let (bytes, is_last) = match &frame {
+            Some(Ok(frame)) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                (bytes, frame.is_trailers() || self.body.is_end_stream())
+            }
+            Some(Err(_)) | None => (0, true),
         };
         match is_last {
             // Not only when hyper lets go of it: its client may have it all by then.
-            true => self.call.end(),
-            false => self.call.handed_over(true),
+            true => self.call.end_with(bytes),
+            false => self.call.handed_over(bytes),
         }
         Poll::Ready(frame)
     }

@@ -48,9 +48,11 @@ struct State {
     open: u32,
     /// Those of them that have arrived: whole, or with their first whole message.
     arrived: u32,
-    /// Parts of answers that HTTP/2 holds because the client's window is shut, and since when: by the
-    /// number of their request.
-    held: BTreeMap<u64, Instant>,
+    /// Parts of answers that were handed over and of which hyper does not want the next yet, for the
+    /// client's window is shut or the buffers are full: their bytes, by the number of their request.
+    held: BTreeMap<u64, usize>,
+    /// How slowly the client takes them.
+    pace: Pace,
     /// Numbers requests.
     calls: u64,
     /// When it was accepted, or when its last request began or ended.
@@ -61,6 +63,48 @@ struct State {
     head_since: Option<Instant>,
     /// Why it was told to end, and what it was doing then.
     cut: Option<(Cut, Option<Rank>)>,
+}
+
+/// Bytes that a client takes at least while it keeps all its answers waiting for [`Timeouts::write`] in all:
+/// half a KiB a second, slower than any link in use. One that takes them in drops, or one small answer
+/// after another, is cut as one that takes nothing.
+const PACE_BYTES: usize = 16 << 10;
+
+/// What a client has taken, and how long it kept the server waiting for that.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Since when everything that is open waits for the client.
+    waiting: Option<Instant>,
+    /// How long it did before that.
+    waited: Duration,
+    taken_bytes: usize,
+}
+
+impl Pace {
+    /// Bytes were taken; enough of them, and the count begins anew.
+    fn taken(&mut self, bytes: usize, now: Instant) {
+        self.taken_bytes = self.taken_bytes.saturating_add(bytes);
+        if self.taken_bytes >= PACE_BYTES {
+            *self = Self { waiting: self.waiting.map(|_| now), ..Self::default() };
+        }
+    }
+
+    /// Whether everything waits for the client from now on.
+    fn waits(&mut self, all: bool, now: Instant) {
+        match (self.waiting, all) {
+            (None, true) => self.waiting = Some(now),
+            (Some(since), false) => {
+                self.waited += now.saturating_duration_since(since);
+                self.waiting = None;
+            }
+            _ => {}
+        }
+    }
+
+    /// When it has kept the server waiting for `limit` in all, if it goes on so.
+    fn until(&self, limit: Duration) -> Option<Instant> {
+        Some(self.waiting? + limit.saturating_sub(self.waited))
+    }
 }
 
 /// How long after its last request ended, or its client last took bytes of the answer, a connection
@@ -97,6 +141,7 @@ impl Activity {
             open: 0,
             arrived: 0,
             held: BTreeMap::new(),
+            pace: Pace::default(),
             calls: 0,
             since: now,
             written: None,
@@ -137,9 +182,7 @@ impl Activity {
         let state = self.state();
         if state.open > 0 {
             // One answer that is not read is its client's affair while it reads another.
-            let all_held = state.held.len() == state.open as usize;
-            let last = state.held.values().max().filter(|_| all_held)?;
-            return Some((*last + timeouts.write, Cut::Unread));
+            return state.pace.until(timeouts.write).map(|at| (at, Cut::Unread));
         }
         if !state.proven {
             return Some((state.since + timeouts.first_request, Cut::Silent));
@@ -151,6 +194,12 @@ impl Activity {
 }
 
 impl State {
+    /// A request began or ended, or a part of an answer waits or was taken.
+    fn pace_changed(&mut self, now: Instant) {
+        let all_wait = self.open > 0 && self.held.len() == self.open as usize;
+        self.pace.waits(all_wait, now);
+    }
+
     /// When its last request ended, or the client last took some of the answer.
     fn quiet_since(&self) -> Instant {
         // What is written long after is no answer: pings and the like.
@@ -199,20 +248,33 @@ impl Call {
         state.calls += 1;
         state.since = Instant::now();
         state.head_since = None;
+        state.pace_changed(Instant::now());
         let number = state.calls;
         Arc::new(Self { activity: Arc::clone(activity), number, progress: Mutex::default() })
     }
 
-    /// A part of the answer was handed over, or the next is asked for: then that part is on its way.
-    pub(super) fn handed_over(&self, part: bool) {
+    /// A part of the answer was handed over, of so many bytes.
+    pub(super) fn handed_over(&self, bytes: usize) {
+        self.wait(Some(bytes));
+    }
+
+    /// The next part is asked for: the one before is on its way.
+    pub(super) fn taken(&self) {
+        self.wait(None);
+    }
+
+    fn wait(&self, part: Option<usize>) {
         if self.progress().ended {
             return;
         }
+        let now = Instant::now();
         let mut state = self.activity.state();
-        match part {
-            true => drop(state.held.insert(self.number, Instant::now())),
-            false => drop(state.held.remove(&self.number)),
-        }
+        let before = match part {
+            Some(bytes) => state.held.insert(self.number, bytes),
+            None => state.held.remove(&self.number),
+        };
+        state.pace.taken(before.unwrap_or(0), now);
+        state.pace_changed(now);
     }
 
     /// The request is here: from now on its connection makes no room for others.
@@ -228,8 +290,14 @@ impl Call {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The last part of its answer was handed over, or nobody wants it any more.
-    pub(super) fn end(&self) {
+    /// The last part of its answer was handed over, of so many bytes.
+    pub(super) fn end_with(&self, bytes: usize) {
+        self.handed_over(bytes);
+        self.end();
+    }
+
+    /// Nothing of it is wanted any more.
+    fn end(&self) {
         let mut progress = self.progress();
         if std::mem::replace(&mut progress.ended, true) {
             return;
@@ -238,8 +306,10 @@ impl Call {
         let mut state = self.activity.state();
         state.open -= 1;
         state.arrived -= u32::from(arrived);
-        state.held.remove(&self.number);
-        state.since = Instant::now();
+        let (now, part) = (Instant::now(), state.held.remove(&self.number));
+        state.pace.taken(part.unwrap_or(0), now);
+        state.pace_changed(now);
+        state.since = now;
         let is_idle = state.open == 0;
         drop(state);
         if is_idle {
@@ -576,6 +646,39 @@ mod tests {
         enter(&table);
         drop(again);
         assert_eq!(table.open(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_small_answers_one_by_one_is_cut_unless_it_is_quick() {
+        let timeouts = Timeouts { grace: MOMENT, ..Timeouts::USUAL };
+        // How long it keeps each answer waiting; of how many it hears.
+        let heard = async |wait: Duration| {
+            let table = Table::new("test", 1, MOMENT);
+            let place = enter(&table);
+            for answer in 0..2000 {
+                // As hyper asks for it: head, nothing yet, all of it.
+                let call = Call::begin(&place.activity);
+                call.arrived();
+                call.handed_over(0);
+                tokio::time::advance(wait).await;
+                let due = place.activity.deadline(&timeouts);
+                if due.is_some_and(|(at, _)| at <= Instant::now()) {
+                    assert_eq!(due.map(|(_, why)| why), Some(Cut::Unread));
+                    return answer;
+                }
+                call.taken();
+                assert_eq!(place.activity.deadline(&timeouts), None, "it is being computed");
+                // Which may take long.
+                tokio::time::advance(Duration::from_secs(100)).await;
+                call.end_with(200);
+            }
+            2000
+        };
+        let seconds = Duration::from_secs;
+        assert_eq!(heard(seconds(31)).await, 0);
+        assert_eq!(heard(seconds(10)).await, 2, "30 s for 400 bytes");
+        assert_eq!(heard(seconds(1)).await, 29);
+        assert_eq!(heard(Duration::from_millis(50)).await, 2000, "4 kB/s");
     }
 
     #[tokio::test(start_paused = true)]

@@ -33,8 +33,13 @@ fn router() -> Router {
         let first = futures::stream::iter([Ok::<_, Infallible>(Bytes::from_static(b"x"))]);
         Body::from_stream(futures::StreamExt::chain(first, futures::stream::pending()))
     };
+    let drops = || async {
+        let drop = || Some((Ok::<_, Infallible>(Bytes::from_static(b"x")), ()));
+        Body::from_stream(futures::stream::unfold((), move |()| async move { drop() }))
+    };
     Router::new()
         .route("/", get(async || "hello"))
+        .route("/drops", get(drops))
         .route("/endless", get(endless))
         .route("/flood", get(async || Body::from(vec![b'x'; 64 << 20])))
         .route("/body", post(async |body: Bytes| body.len().to_string()))
@@ -326,6 +331,40 @@ async fn a_client_that_opens_no_window_for_its_answer_is_cut() {
     }
     let more = async { while waiting.read(&mut heard).await.unwrap() > 0 {} };
     assert!(tokio::time::timeout(Duration::from_millis(200), more).await.is_err(), "it was cut");
+}
+
+#[tokio::test]
+async fn a_client_that_takes_its_answer_in_drops_is_cut() {
+    let mut options = patient(4);
+    options.timeouts.write = Duration::from_millis(250);
+    let server = Running::start(options).await;
+    // SETTINGS with an initial window of 0, then GET /drops of x, and room for a byte again and again.
+    let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0";
+    let get = b"\0\0\x0d\x01\x05\0\0\0\x01\x82\x04\x06/drops\x86\x41\x01x";
+    let hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let stream = server.send(&[&hello[..], settings, get].concat()).await;
+    let (mut reads, mut writes) = stream.into_split();
+    let room = b"\0\0\x04\x08\0\0\0\0\x01\0\0\0\x01";
+    let dripping = async {
+        while writes.write_all(room).await.is_ok() {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let mut heard = Vec::new();
+    let reading = async {
+        // An error is the end as well.
+        let _ = reads.read_to_end(&mut heard).await;
+    };
+    let both = async {
+        tokio::select! {
+            () = dripping => {}
+            () = reading => {}
+        }
+    };
+    tokio::time::timeout(PATIENCE, both).await.expect("the server closes");
+    let drop = b"\0\0\x01\0\0\0\0\0\x01x";
+    let drops = heard.windows(drop.len()).filter(|found| found == drop).count();
+    assert!(drops > 2, "it took {drops}, each in time");
 }
 
 #[tokio::test]
