@@ -52,6 +52,21 @@ impl Cluster {
         stages: usize,
         environment: &[(&str, &str)],
     ) -> Self {
+        let stores = vec![store.clone(); workers];
+        Self::start_on(store, &stores, stages, environment)
+    }
+
+    /// The same, with a worker on each of `stores`, all of the model that `store` is.
+    ///
+    /// # Panics
+    ///
+    /// If it does not serve within a minute.
+    pub fn start_on(
+        store: PathBuf,
+        stores: &[PathBuf],
+        stages: usize,
+        environment: &[(&str, &str)],
+    ) -> Self {
         let environment: Vec<(String, String)> =
             environment.iter().map(|&(key, value)| (key.into(), value.into())).collect();
         let etcd = Etcd::start();
@@ -59,8 +74,8 @@ impl Cluster {
             launch_coordinator("coordinator", &etcd, &store, stages, &environment);
         let mut cluster =
             Self { workers: Vec::new(), coordinator, etcd, store, stages, grpc, http, environment };
-        for index in 0..workers {
-            let worker = cluster.start_worker(&format!("worker-{index}"));
+        for (index, store) in stores.iter().enumerate() {
+            let worker = cluster.start_worker_on(&format!("worker-{index}"), store);
             cluster.workers.push(worker);
         }
         cluster.wait_until_ready();
@@ -73,7 +88,16 @@ impl Cluster {
     ///
     /// If it cannot be started.
     pub fn start_worker(&self, id: &str) -> Process {
-        let store = self.store.to_str().expect("test paths are text");
+        self.start_worker_on(id, &self.store)
+    }
+
+    /// The same, on a store of its own.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be started.
+    pub fn start_worker_on(&self, id: &str, store: &Path) -> Process {
+        let store = store.to_str().expect("test paths are text");
         let arguments = format!(
             "worker --etcd {} --cluster {NAME} --id {id} --listen {ANY_PORT} --threads 1 \
              --store {store}",
