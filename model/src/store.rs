@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -289,19 +290,52 @@ impl Store {
     /// # Errors
     ///
     /// [`StoreError`] with the first file that is wrong.
-    pub fn verify_files(&self, mut progress: impl FnMut(&Progress<'_>)) -> Result<(), StoreError> {
+    pub fn verify_files(&self, progress: impl FnMut(&Progress<'_>)) -> Result<(), StoreError> {
         if !self.manifest.has_digest() {
             return self.verify(progress);
         }
-        let total = self.manifest.files.iter().map(|file| file.bytes).sum();
+        self.verify_some(&self.manifest.files.iter().collect::<Vec<_>>(), progress)?;
+        self.tokenizer_json().map(drop)
+    }
+
+    /// [`Self::verify_files`] of what a stage of these layers computes with, and of norm, head and screen
+    /// if it has the head. The manifest's own digest stands for the rest, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] with the first file that is wrong.
+    pub fn verify_stage(
+        &self,
+        layers: &Range<u32>,
+        has_head: bool,
+        progress: impl FnMut(&Progress<'_>),
+    ) -> Result<(), StoreError> {
+        let (is_first, is_tied) = (layers.start == 0, self.config().tied_head);
+        let layers: Vec<String> = layers.clone().map(layer_file).collect();
+        let is_wanted = |name: &str| match name {
+            EMBEDDING_FILE => is_first || (has_head && is_tied),
+            HEAD_FILE | NORM_FILE | SCREEN_FILE => has_head,
+            layer => layers.iter().any(|wanted| wanted == layer),
+        };
+        let files = self.manifest.files.iter().filter(|file| is_wanted(&file.name));
+        self.verify_some(&files.collect::<Vec<_>>(), progress)
+    }
+
+    /// Compares those of `files` that were not, or were changed since.
+    fn verify_some(
+        &self,
+        files: &[&FileEntry],
+        mut progress: impl FnMut(&Progress<'_>),
+    ) -> Result<(), StoreError> {
+        let total = files.iter().map(|file| file.bytes).sum();
         let mut done = 0;
-        for file in &self.manifest.files {
+        for file in files {
             self.open_file(file, &mut |bytes| {
                 done += bytes;
                 progress(&Progress { what: &file.name, done, total });
             })?;
         }
-        self.tokenizer_json().map(drop)
+        Ok(())
     }
 
     /// Reads everything: hashes of files, codes of every matrix, floats, and the model's id.

@@ -39,6 +39,7 @@ mod telemetry;
 #[cfg(test)]
 mod tests;
 mod topology;
+mod verify;
 mod weights;
 mod witness;
 

@@ -34,6 +34,12 @@ const TIME: Duration = Duration::from_millis(600);
 /// Times that each kind is repeated at least, however slow it is.
 const ROUNDS: usize = 2;
 
+/// The layers that are timed, with the head: the model's last.
+pub(crate) fn measured_layers(store: &Store) -> Range<u32> {
+    let end = store.config().layers;
+    end - LAYERS.min(end)..end
+}
+
 /// Times steps through the model's last layers, with and without the head, on an engine like that of
 /// `config` but with a KV cache and steps of its own size. Blocks the caller for about a second; a
 /// machine for which that is too little leaves the largest of [`ROWS`] out.
@@ -42,9 +48,8 @@ const ROUNDS: usize = 2;
 ///
 /// [`EngineError`] if the layer cannot be opened or there is no memory for it.
 pub fn measure_steps(store: &Store, config: &EngineConfig) -> Result<Vec<StepTime>, EngineError> {
-    let layers = LAYERS.min(store.config().layers);
-    let end = store.config().layers;
-    let model = StageModel::open(store, end - layers..end)?;
+    let model = StageModel::open(store, measured_layers(store))?;
+    let layers = model.layer_count();
     let context = CONTEXT_TOKENS.min(store.config().context);
     let blocks_each = context.div_ceil(BLOCK_TOKENS);
     let most_rows = ROWS.into_iter().max().unwrap_or(1);

@@ -3,10 +3,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kernels::{Backend, KERNEL_REVISION, Refusal};
-use model::{Progress, Store};
+use model::Store;
 use node::Chain;
 use node::hosts::Hosts;
 use node::membership::Membership;
@@ -26,17 +26,15 @@ use crate::config::cpu::CpuLimits;
 use crate::engine::EngineConfig;
 use crate::error::RunError;
 use crate::leaving::{Leaving, REGISTRY_TIMEOUT};
-use crate::measure::measure_steps;
+use crate::measure::{measure_steps, measured_layers};
 use crate::record::{Published, encode};
 use crate::service::{Identity, Service, offered_bytes};
 use crate::witness::{RegistryKeys, Witness};
-use crate::{grpc, known_answer, machine, standby, stub, telemetry, weights};
+use crate::{grpc, known_answer, machine, standby, stub, telemetry, verify, weights};
 
 /// How long the registry may take before that is said.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
 
-/// How often a start that verifies a large model says how far it is.
-const VERIFY_REPORT: Duration = Duration::from_secs(3);
 
 /// Characters of a machine's name that are told: Linux has names of up to 64 bytes.
 const MACHINE_NAME_CHARS: usize = 64;
@@ -205,8 +203,8 @@ fn machine_name() -> String {
     name.trim().chars().filter(|c| !c.is_control()).take(MACHINE_NAME_CHARS).collect()
 }
 
-/// Proves the kernels, opens and verifies the stores, and times a layer. Reads all weights, and computes
-/// for about a second.
+/// Proves the kernels, opens the stores, and times some layers and the head of each, which are verified
+/// before. Computes for about a second.
 fn check_machine(config: &Config) -> Result<Checked, RunError> {
     let backend = config.backend()?;
     let limits = CpuLimits::read();
@@ -263,7 +261,12 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         let steps = match config.stub_compute {
             Some(profile) => profile.steps(),
             None => {
-                verify(&store)?;
+                match store.manifest().has_digest() {
+                    // Of the rest each stage is verified when it is prepared: of a model that no
+                    // single machine holds, a worker reads what it serves.
+                    true => verify::stage(&store, &measured_layers(&store), true)?,
+                    false => verify::all(&store)?,
+                }
                 measure_steps(&store, &engine).map_err(RunError::Measure)?
             }
         };
@@ -272,23 +275,6 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         stores.push(Arc::new(store));
     }
     Ok(Checked { engine, known_answer, stores, models })
-}
-
-/// Compares everything in a store with its manifest, and says how it goes on and how long it took.
-fn verify(store: &Store) -> Result<(), RunError> {
-    let path = store.dir().display();
-    let begin = Instant::now();
-    let (mut read, mut said) = (0, begin);
-    store.verify_files(|report| {
-        read = report.done;
-        if said.elapsed() >= VERIFY_REPORT {
-            said = Instant::now();
-            let Progress { what, done, total } = report;
-            tracing::info!(%path, file = what, done, total, "verifying");
-        }
-    })?;
-    tracing::info!(%path, bytes = read, took = ?begin.elapsed(), "verified");
-    Ok(())
 }
 
 fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {

@@ -28,13 +28,13 @@ use crate::engine::{
 };
 use crate::error::ServiceError;
 use crate::executor::Executor;
-use crate::link;
 use crate::pace::Pace;
 use crate::reserve::{Charge, Reserve, Shortage};
 use crate::session::epochs::{EpochError, Epochs, PrepareAction, Sighting, State, StepRefusal};
 use crate::stage::{ResultReader, Stage};
 use crate::stub::{self, StubExecutor, StubProfile};
 use crate::witness::{Claim, Witness, WitnessError};
+use crate::{link, verify};
 
 /// Room in a step's message for everything that is not activations.
 const STEP_OVERHEAD_BYTES: usize = 16 << 20;
@@ -443,6 +443,8 @@ impl Service {
                     charge,
                 });
             }
+            let has_head = shape.draws || shape.layers.end == store.config().layers;
+            verify::stage(&store, &shape.layers, has_head).map_err(EngineError::Store)?;
             let model = match shape.draws {
                 true => StageModel::open_to_draw(&store, shape.layers.clone())?,
                 false => StageModel::open(&store, shape.layers.clone())?,

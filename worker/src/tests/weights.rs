@@ -154,21 +154,69 @@ async fn a_store_that_is_replaced_by_renaming_serves_on_with_what_it_had() {
     serving.worker.kill().await;
 }
 
-#[tokio::test]
-async fn a_worker_does_not_start_on_a_store_with_a_wrong_bit() {
-    let (dir, _) = own_store();
-    let file =
-        File::options().read(true).write(true).open(dir.path().join("layer-0001.safetensors"));
-    let file = file.unwrap();
+fn turn_a_bit(path: &Path) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, 4000).unwrap();
     file.write_all_at(&[byte[0] ^ 4], 4000).unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_does_not_start_on_a_store_with_a_wrong_bit() {
+    let (dir, _) = own_store();
+    turn_a_bit(&dir.path().join("layer-0001.safetensors"));
     let config = Config { store: dir.path().to_owned(), ..config() };
     let (keys, registry) = (proto::keys::Keys::new("test"), node::membership::Memory::new());
     let stop = tokio_util::sync::CancellationToken::new();
     let run = crate::run(config, keys, std::sync::Arc::new(registry), None, stop);
     let error = soon(run).await.unwrap_err();
     assert!(matches!(error, RunError::Store(_)), "{error}");
+    let text = node::Chain(&error).to_string();
+    assert!(text.contains("layer-0001.safetensors has hash"), "{text}");
+}
+
+/// A store of random weights of its own.
+fn synthetic(shape: &str) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let shape: SynthShape = shape.parse().unwrap();
+    synth(&shape, 7, &path, &mut |_| {}).unwrap();
+    (dir, path)
+}
+
+fn first_layers(
+    process: &Process,
+    record: &proto::plan::WorkerRecord,
+    end: u32,
+    epoch: u64,
+) -> Prepare {
+    let own = proto::plan::StagePlan {
+        worker: record.id.clone(),
+        incarnation: record.incarnation,
+        address: record.address.clone(),
+        layers: 0..end,
+    };
+    // Not a worker that is there: nothing is sent.
+    let next = proto::plan::StagePlan { worker: "next".into(), layers: end..6, ..own.clone() };
+    let term = proto::ids::Term(process.leadership.term);
+    Prepare { term, model: record.models[0].id, ..prepare(&[own, next], 0, epoch) }
+}
+
+#[tokio::test]
+async fn a_wrong_bit_in_a_layer_that_a_start_does_not_read_ends_the_worker_that_is_to_serve_it() {
+    // More layers than a start measures.
+    let (_dir, store) = synthetic("6x64x128x4x2x256");
+    turn_a_bit(&store.join("layer-0001.safetensors"));
+    let mut process = Process::start(Config { store, ..config() }).await;
+    let record = process.record().await;
+    let mut client = super::harness::connect(&record.address).await;
+    // What it reads for this stage is whole.
+    let request = proto::convert::encode_prepare(&first_layers(&process, &record, 1, 1));
+    soon(client.prepare(KEY.attach(request))).await.unwrap();
+    let request = proto::convert::encode_prepare(&first_layers(&process, &record, 2, 2));
+    let refusal = soon(client.prepare(KEY.attach(request))).await.unwrap_err();
+    assert!(refusal.message().contains("layer-0001.safetensors has hash"), "{refusal}");
+    let error = process.end().await.unwrap_err();
     let text = node::Chain(&error).to_string();
     assert!(text.contains("layer-0001.safetensors has hash"), "{text}");
 }
@@ -261,10 +309,7 @@ async fn give_up_while_it_builds(worker: &Worker, prepare: &Prepare) {
 #[tokio::test]
 async fn a_preparation_that_is_given_up_is_taken_up_again() {
     // Large enough that it is not built in a moment.
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("store");
-    let shape: SynthShape = "4x512x1024x4x2x256".parse().unwrap();
-    synth(&shape, 7, &path, &mut |_| {}).unwrap();
+    let (_dir, path) = synthetic("4x512x1024x4x2x256");
     let store = model::Store::open(&path).unwrap();
     let model = proto::ids::ModelId(store.id().0);
     let (mut worker, _failed) = Worker::start_on("w", "127.0.0.1:0", 1 << 30, store).await;
