@@ -4,8 +4,9 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use kernels::KERNEL_REVISION;
 use model::{Store, WeightFile};
 use node::Chain;
@@ -38,6 +39,10 @@ use crate::{link, verify};
 
 /// Room in a step's message for everything that is not activations.
 const STEP_OVERHEAD_BYTES: usize = 16 << 20;
+
+/// How long an engine that is built waits for whoever asked for it: several times what a coordinator lets
+/// pass between two tries.
+const UNCLAIMED_FOR: Duration = Duration::from_secs(180);
 
 /// Who this worker is; none of it changes while the process lives.
 #[derive(Debug)]
@@ -105,6 +110,9 @@ pub(crate) struct Holding {
 #[derive(Debug)]
 struct Build {
     shape: HoldingShape,
+    /// Of the call that asked for it last, and when.
+    epoch: Epoch,
+    asked: Instant,
     done: JoinHandle<Result<Holding, ServiceError>>,
 }
 
@@ -227,7 +235,7 @@ impl Service {
                 Self::forget_unclaimed(&mut building);
                 holding
             }
-            None => Arc::new(self.built(&mut building, shape).await?),
+            None => Arc::new(self.built(&mut building, shape, request.epoch).await?),
         };
         let prepared = self.prepared(&holding);
         let running = self.start(request.clone(), key, holding);
@@ -304,6 +312,7 @@ impl Service {
         &self,
         building: &mut Option<Build>,
         shape: HoldingShape,
+        epoch: Epoch,
     ) -> Result<Holding, ServiceError> {
         if let Some(other) = building.as_mut().filter(|build| build.shape != shape) {
             // It cannot be stopped, and two at a time would need the memory of both.
@@ -327,9 +336,10 @@ impl Service {
                 // Counted and built with as many threads, also should that change meanwhile.
                 let config = self.engine_config(&shape);
                 let charge = self.charge(&shape, &config).await?;
-                building.insert(self.begin_build(shape, config, charge)?)
+                building.insert(self.begin_build(shape, config, epoch, charge)?)
             }
         };
+        (build.epoch, build.asked) = (epoch, Instant::now());
         let built = (&mut build.done).await;
         *building = None;
         built.map_err(ServiceError::Build)?.map_err(|error| self.judge_failure(error))
@@ -353,6 +363,24 @@ impl Service {
     /// Lets go of an engine that was built and that nobody came back for.
     fn forget_unclaimed(building: &mut Option<Build>) {
         drop(building.take_if(|build| build.done.is_finished()));
+    }
+
+    /// Lets go of an engine that was built and whose epoch is over, or that nobody asked for in a long time.
+    pub(crate) fn forget_unwanted(&self) {
+        // Whoever prepares at the moment decides itself.
+        let Ok(mut building) = self.preparing.try_lock() else { return };
+        let over = self.held().epochs.over();
+        let is_unwanted =
+            |build: &Build| build.epoch <= over || build.asked.elapsed() >= UNCLAIMED_FOR;
+        let Some(build) = building.take_if(|build| build.done.is_finished() && is_unwanted(build))
+        else {
+            return;
+        };
+        if let Some(Ok(Err(error))) = build.done.now_or_never() {
+            // Nobody was there to hear it; damaged weights end this worker all the same.
+            let error = self.judge_failure(error);
+            tracing::info!(error = %Chain(&error), "an engine that nobody waited for was not built");
+        }
     }
 
     /// Memory for an engine of this shape, beside what is held.
@@ -417,6 +445,7 @@ impl Service {
         &self,
         shape: HoldingShape,
         config: EngineConfig,
+        epoch: Epoch,
         charge: Charge,
     ) -> Result<Build, ServiceError> {
         let store = self.store(shape.model)?.clone();
@@ -458,7 +487,8 @@ impl Service {
                 .map_err(ServiceError::Thread)?;
             Ok(Holding { shape, engine, hidden, weights, weight_bytes, kv_bytes, charge })
         };
-        Ok(Build { shape: of, done: tokio::task::spawn_blocking(build) })
+        let asked = Instant::now();
+        Ok(Build { shape: of, epoch, asked, done: tokio::task::spawn_blocking(build) })
     }
 
     /// What is held, each once.

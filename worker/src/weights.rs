@@ -2,7 +2,7 @@
 //! to their files, each second, and by and by whether every byte still is what it was.
 //!
 //! Steps look for themselves before their results leave ([`crate::engine::Engine::forward_verified`]).
-//! This is for a worker that has none, and for bytes that change though nobody writes to their file: of
+//! This is for a worker that has none (engines that nobody came back for go as well), and for bytes that change though nobody writes to their file: of
 //! a failing disk or failing memory, or of a map that another process writes to.
 
 use std::sync::Arc;
@@ -43,6 +43,7 @@ pub(crate) async fn look_after(
     let mut ticks = interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        service.forget_unwanted();
         let holdings = service.holdings();
         let look = move || {
             // They are held, and counted, as long as this takes.

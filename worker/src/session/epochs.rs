@@ -316,6 +316,11 @@ impl Epochs {
         Ok(())
     }
 
+    /// The newest epoch that has ended by word of a coordinator.
+    pub(crate) fn over(&self) -> Epoch {
+        self.over
+    }
+
     /// Judges who a step is for. Epoch first, then incarnation, then term.
     pub(crate) fn judge(&self, header: &StepHeader) -> Result<(), StepRefusal> {
         let fenced = |detail: String| {

@@ -346,6 +346,26 @@ async fn a_preparation_that_is_given_up_is_taken_up_again() {
 }
 
 #[tokio::test]
+async fn an_engine_that_is_built_after_its_epoch_ended_goes_without_another_call() {
+    let (_dir, path) = synthetic("4x512x1024x4x2x256");
+    let store = model::Store::open(&path).unwrap();
+    let model = proto::ids::ModelId(store.id().0);
+    let (mut worker, _failed) = Worker::start_on("w", "127.0.0.1:0", 1 << 30, store).await;
+    let request = Prepare { model, ..prepare(&[worker.plan(0..4)], 0, 1) };
+    give_up_while_it_builds(&worker, &request).await;
+    // While it is being built, or a moment after: nothing else will be asked of this worker.
+    worker.retire(&request).await.unwrap();
+    let (failures, _) = mpsc::channel(1);
+    let stop = tokio_util::sync::CancellationToken::new();
+    let looking = crate::weights::look_after(worker.service.clone(), failures, stop);
+    tokio::select! {
+        () = soon(worker.service.memory_is_free()) => {}
+        ended = looking => panic!("{ended:?}"),
+    }
+    worker.kill().await;
+}
+
+#[tokio::test]
 async fn memory_of_a_retired_engine_is_counted_until_it_is_free() {
     let mut worker = Worker::start("w").await;
     let first = worker.serve_alone(1).await;
