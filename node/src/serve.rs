@@ -23,6 +23,7 @@ mod table;
 mod tests;
 mod thread;
 
+use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -209,6 +210,10 @@ pub fn describe() {
     metrics::describe_counter!(
         "tercet_connections_refused_total",
         "connections refused because every other was being answered, by server"
+    );
+    metrics::describe_counter!(
+        "tercet_unreadable_requests_total",
+        "HTTP/1 requests refused because their head is no HTTP or too large, by server and cause"
     );
 }
 
@@ -454,6 +459,11 @@ impl Connection {
                 biased;
                 ended = connection.as_mut() => {
                     if let Err(error) = ended {
+                        if let Some(cause) = unreadable(&*error) {
+                            metrics::counter!("tercet_unreadable_requests_total",
+                                "server" => server, "cause" => cause)
+                            .increment(1);
+                        }
                         tracing::debug!(server, error = &*error, "connection ended");
                     }
                     return closing.and_then(|(_, why)| why);
@@ -496,6 +506,17 @@ enum Begun {
     Ended,
     /// It was cut.
     Cut(Cut),
+}
+
+/// Why hyper refused the head of an HTTP/1 request, if that ended the connection: it answers such a
+/// request itself, so nobody behind it hears of it. What HTTP/2 refuses it does not tell us.
+fn unreadable(error: &(dyn Error + Send + Sync + 'static)) -> Option<&'static str> {
+    let error = error.downcast_ref::<hyper::Error>()?;
+    match (error.is_parse_too_large(), error.is_parse()) {
+        (true, _) => Some("head_too_large"),
+        (_, true) => Some("malformed"),
+        _ => None,
+    }
 }
 
 /// How hyper serves one connection, beside `others`.

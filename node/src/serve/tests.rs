@@ -368,6 +368,39 @@ async fn a_client_that_takes_its_answer_in_drops_is_cut() {
 }
 
 #[tokio::test]
+async fn heads_that_cannot_be_read_are_answered_and_counted() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let counted = recorder.handle();
+    let _here = metrics::set_default_local_recorder(&recorder);
+    let server = Running::start(patient(8)).await;
+    let many = [b"GET / HTTP/1.1\r\nx: ".as_slice(), &[b'y'; HTTP1_BUFFER_BYTES]].concat();
+    for (sent, status, cause) in [
+        (b"GET / SPDY/9\r\n\r\n".as_slice(), "400", "malformed"),
+        (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", "400", "malformed"),
+        (&many, "431", "head_too_large"),
+    ] {
+        let line =
+            format!("tercet_unreadable_requests_total{{server=\"test\",cause=\"{cause}\"}} ");
+        let count = || {
+            let text = counted.render();
+            let rest = text.lines().find_map(|found| found.strip_prefix(&line));
+            rest.map_or(0, |count| count.parse::<u32>().unwrap())
+        };
+        let before = count();
+        let heard = hear(server.send(sent).await).await;
+        assert!(heard.starts_with(&format!("HTTP/1.1 {status}")), "{heard:?}");
+        let counting = async {
+            while count() == before {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, counting).await.expect("it is counted");
+    }
+    assert!(server.hear().await.starts_with("HTTP/1.1 200"));
+    assert_eq!(counted.render().matches("tercet_unreadable_requests_total{").count(), 2);
+}
+
+#[tokio::test]
 async fn stopping_waits_for_answers_and_not_for_silent_ones() {
     let mut server = Running::start(patient(8)).await;
     let _silent = server.send(b"").await;
