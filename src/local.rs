@@ -66,6 +66,8 @@ pub struct LocalOptions {
     pub grpc: SocketAddr,
     /// Where the coordinator's HTTP API listens.
     pub http: SocketAddr,
+    /// Where health, readiness and metrics are answered by a thread of their own; absent: nowhere.
+    pub admin: Option<SocketAddr>,
     /// Allows addresses that other machines reach, without TLS.
     pub insecure: bool,
     /// Where the defaults of sampling come from.
@@ -88,6 +90,7 @@ impl LocalOptions {
             placement: Placement::default(),
             grpc: ANY_PORT,
             http: ANY_PORT,
+            admin: None,
             insecure: false,
             sampling_defaults: SamplingSource::default(),
             kv_blocks: None,
@@ -112,6 +115,7 @@ impl LocalOptions {
             stages: self.stages,
             grpc: self.grpc,
             http: self.http,
+            admin: self.admin,
             insecure: self.insecure,
             sampling_defaults: self.sampling_defaults,
             shutdown_grace: node::config::Duration(STOP_GRACE),
@@ -284,6 +288,11 @@ impl LocalCluster {
     /// Where the coordinator's HTTP API listens.
     pub fn http(&self) -> SocketAddr {
         self.bound.http
+    }
+
+    /// Where those who watch are answered, if anywhere.
+    pub fn admin(&self) -> Option<SocketAddr> {
+        self.bound.admin
     }
 
     /// Where a client finds the coordinator.

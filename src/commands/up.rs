@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use clap::Args;
 use client::command::TextWriter;
 use client::generate::Completion;
+use coordinator::SamplingSource;
 use futures::StreamExt;
 use kernels::Backend;
 use node::config::listen_address;
@@ -58,6 +59,9 @@ pub(crate) struct UpCommand {
     #[arg(long, value_name = "ADDR", default_value_t = coordinator::DEFAULT_GRPC,
           value_parser = listen_address)]
     grpc: SocketAddr,
+    /// Where health, readiness and metrics are answered by a thread of their own [default: nowhere]
+    #[arg(long, value_name = "ADDR", value_parser = listen_address)]
+    admin: Option<SocketAddr>,
     /// Allow addresses that other machines reach, without TLS
     #[arg(long)]
     insecure: bool,
@@ -67,6 +71,10 @@ pub(crate) struct UpCommand {
     /// How keys and values are stored: f16 or f32
     #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
     kv_type: KvType,
+    /// How tokens are drawn where a request does not say: model (what its makers recommend, see
+    /// `tercet model show`) or none (temperature 1)
+    #[arg(long, value_name = "FROM", default_value_t = SamplingSource::Model)]
+    sampling_defaults: SamplingSource,
     #[command(flatten)]
     placement: PlacementArgs,
     /// Answer this before serving
@@ -85,6 +93,8 @@ pub(crate) struct UpCommand {
 struct Ready<'a> {
     grpc: SocketAddr,
     http: SocketAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    admin: Option<SocketAddr>,
     model: &'a str,
     store: String,
     isa: &'static str,
@@ -155,7 +165,9 @@ impl UpCommand {
             placement: self.placement.placement(),
             grpc: self.grpc,
             http: self.http,
+            admin: self.admin,
             insecure: self.insecure,
+            sampling_defaults: self.sampling_defaults,
             ..LocalOptions::new(store)
         })
     }
@@ -174,6 +186,7 @@ async fn serve(
         writer.json(&Ready {
             grpc: cluster.grpc(),
             http: cluster.http(),
+            admin: cluster.admin(),
             model: &status.model.name,
             store: options.store.display().to_string(),
             isa: Backend::detect().isa(),
@@ -233,7 +246,11 @@ fn what_there_is(status: &ClusterStatus, options: &LocalOptions, cluster: &Local
         text += &format!("{:<9} stands by\n", worker.id);
     }
     text += &format!("kernels   {}\n", Backend::choose());
-    text + &format!("gRPC      {}\nHTTP      http://{}\n", cluster.grpc(), cluster.http())
+    text += &format!("gRPC      {}\nHTTP      http://{}\n", cluster.grpc(), cluster.http());
+    if let Some(admin) = cluster.admin() {
+        text += &format!("admin     http://{admin}\n");
+    }
+    text
 }
 
 fn threads_of(threads: usize) -> String {
@@ -296,5 +313,15 @@ mod tests {
         let open = options("--http 0.0.0.0:1 --insecure");
         assert!(open.insecure && open.coordinator().insecure);
         open.coordinator().validate().unwrap();
+        assert!(options("--admin 0.0.0.0:1").coordinator().validate().is_err());
+    }
+
+    #[test]
+    fn the_coordinator_is_told_who_watches_and_where_defaults_come_from() {
+        let told = |flags: &str| parse(flags).options("store".as_ref(), 6).unwrap().coordinator();
+        let (usual, other) = (told(""), told("--admin 127.0.0.1:9 --sampling-defaults none"));
+        assert_eq!((usual.admin, usual.sampling_defaults), (None, SamplingSource::Model));
+        assert_eq!(other.admin, Some(([127, 0, 0, 1], 9).into()));
+        assert_eq!(other.sampling_defaults, SamplingSource::None);
     }
 }
