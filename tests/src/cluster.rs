@@ -19,7 +19,7 @@ pub struct Cluster {
     coordinator: Process,
     etcd: Etcd,
     store: PathBuf,
-    stages: usize,
+    flags: String,
     grpc: String,
     http: String,
     environment: Vec<(String, String)>,
@@ -52,8 +52,22 @@ impl Cluster {
         stages: usize,
         environment: &[(&str, &str)],
     ) -> Self {
+        Self::start_flags(store, workers, &format!("--stages {stages}"), environment)
+    }
+
+    /// The same, with these flags of the coordinator in place of a number of stages.
+    ///
+    /// # Panics
+    ///
+    /// If it does not serve within a minute.
+    pub fn start_flags(
+        store: PathBuf,
+        workers: usize,
+        flags: &str,
+        environment: &[(&str, &str)],
+    ) -> Self {
         let stores = vec![store.clone(); workers];
-        Self::start_on(store, &stores, stages, environment)
+        Self::start_on(store, &stores, flags, environment)
     }
 
     /// The same, with a worker on each of `stores`, all of the model that `store` is.
@@ -64,16 +78,17 @@ impl Cluster {
     pub fn start_on(
         store: PathBuf,
         stores: &[PathBuf],
-        stages: usize,
+        flags: &str,
         environment: &[(&str, &str)],
     ) -> Self {
         let environment: Vec<(String, String)> =
             environment.iter().map(|&(key, value)| (key.into(), value.into())).collect();
         let etcd = Etcd::start();
         let Coordinator { process: coordinator, grpc, http } =
-            launch_coordinator("coordinator", &etcd, &store, stages, &environment);
+            launch_coordinator("coordinator", &etcd, &store, flags, &environment);
+        let flags = flags.to_owned();
         let mut cluster =
-            Self { workers: Vec::new(), coordinator, etcd, store, stages, grpc, http, environment };
+            Self { workers: Vec::new(), coordinator, etcd, store, flags, grpc, http, environment };
         for (index, store) in stores.iter().enumerate() {
             let worker = cluster.start_worker_on(&format!("worker-{index}"), store);
             cluster.workers.push(worker);
@@ -112,7 +127,7 @@ impl Cluster {
     ///
     /// If it cannot be started.
     pub fn start_coordinator(&self, name: &str) -> Coordinator {
-        launch_coordinator(name, &self.etcd, &self.store, self.stages, &self.environment)
+        launch_coordinator(name, &self.etcd, &self.store, &self.flags, &self.environment)
     }
 
     /// Puts another coordinator in the place of this cluster's, which ends if it has not.
@@ -129,6 +144,17 @@ impl Cluster {
     /// Worker `index`, as it was started.
     pub fn worker(&mut self, index: usize) -> &mut Process {
         &mut self.workers[index]
+    }
+
+    /// Takes worker `index` out, to end it while others use the cluster. Another must be
+    /// [put](Self::put_worker) in its place.
+    pub fn take_worker(&mut self, index: usize) -> Process {
+        self.workers.remove(index)
+    }
+
+    /// Puts a worker where one was taken out.
+    pub fn put_worker(&mut self, index: usize, worker: Process) {
+        self.workers.insert(index, worker);
     }
 
     /// The coordinator.
@@ -219,13 +245,13 @@ fn launch_coordinator(
     name: &str,
     etcd: &Etcd,
     store: &Path,
-    stages: usize,
+    flags: &str,
     environment: &[(String, String)],
 ) -> Coordinator {
     let model = store.to_str().expect("test paths are text");
     let arguments = format!(
         "coordinator --etcd {} --cluster {NAME} --model {model} --grpc {ANY_PORT} \
-         --http {ANY_PORT} --stages {stages}",
+         --http {ANY_PORT} {flags}",
         etcd.url()
     );
     let mut process = launch(name, &arguments, environment);

@@ -2,10 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a server may be silent.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a stream may be silent: a change of plan on a busy machine, and more.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// An answer with its body read to the end.
 #[derive(Clone, Debug)]
@@ -67,6 +70,73 @@ pub fn request(address: &str, method: &str, path: &str, body: &str) -> io::Resul
     let text = String::from_utf8_lossy(&bytes);
     parse(&text)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("not HTTP: {text:?}")))
+}
+
+/// A streamed completion that came to its end.
+#[derive(Clone, Debug)]
+pub struct Streamed {
+    /// The texts of its parts, joined.
+    pub text: String,
+    /// The longest time between two reads that brought something, the first token included.
+    pub longest_gap: Duration,
+}
+
+/// `POST path` with a JSON body that asks for a stream, read to `[DONE]`.
+///
+/// # Errors
+///
+/// What went otherwise, with what was heard last.
+pub fn stream(address: &str, path: &str, body: &serde_json::Value) -> Result<Streamed, String> {
+    let told = |error: io::Error| error.to_string();
+    let body = body.to_string();
+    let mut socket = TcpStream::connect(address).map_err(told)?;
+    socket.set_read_timeout(Some(STREAM_TIMEOUT)).map_err(told)?;
+    write!(
+        socket,
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .map_err(told)?;
+    let (mut heard, mut last, mut longest_gap) = (Vec::new(), Instant::now(), Duration::ZERO);
+    let mut part = [0; 16 << 10];
+    loop {
+        let count = socket.read(&mut part).map_err(told)?;
+        longest_gap = longest_gap.max(last.elapsed());
+        last = Instant::now();
+        if count == 0 {
+            break;
+        }
+        heard.extend_from_slice(&part[..count]);
+    }
+    let answer = String::from_utf8_lossy(&heard);
+    let tail = || {
+        format!(
+            "...{}",
+            &answer
+                .chars()
+                .rev()
+                .take(300)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect::<String>()
+        )
+    };
+    let answer = parse(&answer).ok_or_else(tail)?;
+    if answer.status != 200 || !answer.body.contains("data: [DONE]") {
+        return Err(format!("{}: {}", answer.status, tail()));
+    }
+    let mut text = String::new();
+    for line in answer.body.lines().filter_map(|line| line.strip_prefix("data: {")) {
+        let event: serde_json::Value =
+            serde_json::from_str(&format!("{{{line}")).map_err(|error| error.to_string())?;
+        if !event["error"].is_null() {
+            return Err(event["error"].to_string());
+        }
+        text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
+    }
+    Ok(Streamed { text, longest_gap })
 }
 
 fn parse(text: &str) -> Option<Answer> {

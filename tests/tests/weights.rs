@@ -91,7 +91,7 @@ impl Hall {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let stores = ["worker-0", "worker-1"].map(|id| copy_of_store(folder.path(), id));
-        let cluster = Cluster::start_on(bundled_store(), &stores, 2, &[]);
+        let cluster = Cluster::start_on(bundled_store(), &stores, "--stages 2", &[]);
         let (expected, error) = Stream::begin(&cluster).to_the_end();
         assert_eq!((expected.len(), error), (TOKENS, None));
         Self { folder, cluster, spares: Vec::new(), expected }

@@ -35,7 +35,6 @@ use crate::{grpc, known_answer, machine, standby, stub, telemetry, verify, weigh
 /// How long the registry may take before that is said.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
 
-
 /// Characters of a machine's name that are told: Linux has names of up to 64 bytes.
 const MACHINE_NAME_CHARS: usize = 64;
 
