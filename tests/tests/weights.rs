@@ -114,19 +114,13 @@ impl Hall {
         }
     }
 
-    /// Damages the shard of the last stage in the middle of an answer. The client hears the right tokens
-    /// and why there are no more, the worker names the file and leaves; with another on a whole store
-    /// the answer is what it was.
+    /// Damages the shard of the last stage in the middle of an answer. The worker names the file and
+    /// leaves; with another on a whole store the answer goes on, and is what it would have been.
     fn check_damage(&mut self, what: &str, damage: impl FnOnce(&Path)) {
         let (id, shard) = self.last_stage();
         let mut answer = Stream::begin(&self.cluster);
         answer.read(BEFORE);
         damage(&shard);
-        let (tokens, error) = answer.to_the_end();
-        assert!(tokens.len() >= BEFORE && tokens.len() < TOKENS, "{what}: {}", tokens.len());
-        assert_eq!(tokens, self.expected[..tokens.len()], "{what}: a wrong token was heard");
-        let error = error.unwrap_or_else(|| panic!("{what}: the answer ended without a word"));
-        assert!(error.contains("worker") && error.lines().count() == 1, "{what}: {error}");
 
         let worker = self.worker(&id);
         assert_eq!(worker.wait(SETTLE).code(), Some(1), "{what}: {}", worker.log());
@@ -138,11 +132,7 @@ impl Hall {
         let spare = format!("spare-{}", self.spares.len());
         let store = copy_of_store(self.folder.path(), &spare);
         self.spares.push((spare.clone(), self.cluster.start_worker_on(&spare, &store)));
-        let again = wait_for("the cluster to serve again", SETTLE, || {
-            let (tokens, error) = Stream::begin(&self.cluster).to_the_end();
-            (error.is_none() && !tokens.is_empty()).then_some(tokens)
-        });
-        assert_eq!(again, self.expected, "{what}");
+        assert_eq!(answer.to_the_end(), (self.expected.clone(), None), "{what}");
     }
 }
 
