@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::cluster::Cluster;
 use tests::model::bundled_store;
-use tests::process::{Process, wait_for};
+use tests::process::Process;
 
 /// How long a worker may take to leave, and the cluster to serve without it: a lease, and a margin.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -72,7 +72,7 @@ impl Stream {
         }
     }
 
-    fn to_the_end(mut self) -> (Vec<Value>, Option<String>) {
+    fn read_all(mut self) -> (Vec<Value>, Option<String>) {
         self.read(usize::MAX);
         (self.tokens, self.error)
     }
@@ -92,7 +92,7 @@ impl Hall {
         let folder = tempfile::tempdir().unwrap();
         let stores = ["worker-0", "worker-1"].map(|id| copy_of_store(folder.path(), id));
         let cluster = Cluster::start_on(bundled_store(), &stores, "--stages 2", &[]);
-        let (expected, error) = Stream::begin(&cluster).to_the_end();
+        let (expected, error) = Stream::begin(&cluster).read_all();
         assert_eq!((expected.len(), error), (TOKENS, None));
         Self { folder, cluster, spares: Vec::new(), expected }
     }
@@ -132,7 +132,7 @@ impl Hall {
         let spare = format!("spare-{}", self.spares.len());
         let store = copy_of_store(self.folder.path(), &spare);
         self.spares.push((spare.clone(), self.cluster.start_worker_on(&spare, &store)));
-        assert_eq!(answer.to_the_end(), (self.expected.clone(), None), "{what}");
+        assert_eq!(answer.read_all(), (self.expected.clone(), None), "{what}");
     }
 }
 
@@ -169,7 +169,7 @@ fn whatever_becomes_of_a_store_that_serves_no_wrong_token_is_heard() {
     flip(&other.join(shard.file_name().unwrap()));
     fs::rename(&store, &aside).unwrap();
     fs::rename(&other, &store).unwrap();
-    assert_eq!(answer.to_the_end(), (hall.expected.clone(), None));
+    assert_eq!(answer.read_all(), (hall.expected.clone(), None));
     fs::remove_dir_all(&store).unwrap();
     fs::rename(&aside, &store).unwrap();
 

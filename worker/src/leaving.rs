@@ -20,6 +20,13 @@ use crate::service::Service;
 /// large model takes to go round its pipeline.
 const QUIET: Duration = Duration::from_secs(3);
 
+/// A coordinator that can move what a draining worker holds has begun to within this ...
+const MOVED_WITHIN: Duration = Duration::from_secs(10);
+
+/// ... and one that cannot, as with a single worker, only probes a pipeline that is idle: what lies between
+/// two probes is longer than this.
+const UNUSED: Duration = Duration::from_secs(2);
+
 /// How often it is looked whether everything was retired.
 const HELD_POLL: Duration = Duration::from_millis(10);
 
@@ -47,6 +54,8 @@ enum Because {
     HoldsNothing,
     /// There is no coordinator to wait for, and nobody sends steps.
     NobodyLeads,
+    /// Nobody moved what it holds, and nothing runs on it.
+    Unused,
     /// Nobody retired what it holds in time.
     GraceIsOver,
     /// The worker fails, and its streams end.
@@ -58,6 +67,7 @@ impl Because {
         match self {
             Self::HoldsNothing => "it holds no stage",
             Self::NobodyLeads => "no coordinator can be seen to lead, and nobody sends steps",
+            Self::Unused => "nobody moved its stages elsewhere, and nothing runs on them",
             Self::GraceIsOver => "nobody retired its stages in time",
             Self::Closing => "it fails",
         }
@@ -104,6 +114,7 @@ impl Leaving {
             biased;
             () = self.holds_nothing() => Because::HoldsNothing,
             () = self.nobody_leads() => Because::NobodyLeads,
+            () = self.is_unused() => Because::Unused,
         }
     }
 
@@ -119,6 +130,14 @@ impl Leaving {
     async fn nobody_leads(&self) {
         while self.is_led().await || self.service.is_busy(QUIET) {
             sleep(LEADER_POLL).await;
+        }
+    }
+
+    /// Waits until the coordinator has had the time to move what is held, and nothing runs on it.
+    async fn is_unused(&self) {
+        sleep(MOVED_WITHIN).await;
+        while self.service.is_busy(UNUSED) {
+            sleep(HELD_POLL).await;
         }
     }
 

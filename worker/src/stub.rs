@@ -293,6 +293,10 @@ impl StubExecutor {
 }
 
 impl Compute for StubExecutor {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an engine has a thread of its own, and this one stands for work that takes as long"
+    )]
     fn compute(&mut self, mut step: Step, expired: bool) -> Result<Executed, EngineError> {
         let is_draw = step.is_draw();
         let values = match is_draw {
