@@ -326,6 +326,10 @@ impl Cluster {
     /// Our plan is in the registry: what it changes begins to change.
     fn plan_written(&mut self, now: Tick, plan: &Plan) {
         let is_loss = self.planning.cause.take().is_some_and(planning::Cause::is_loss);
+        // The reign may be another one than the plan was made in.
+        let Some((reign, revision)) = self.ledger.ready() else {
+            return self.planning.failed(now);
+        };
         let known = |at: PipelineRef| {
             self.pipelines.get(&at.id).is_some_and(|pipeline| pipeline.at() == at)
                 || self.switches.iter().any(|switch| switch.find(at).is_some())
@@ -334,8 +338,16 @@ impl Cluster {
             .pipelines
             .iter()
             .filter(|planned| !known(planned.at()))
-            .map(|planned| Placed { plan: planned.clone(), term: plan.term })
+            .map(|planned| Placed { plan: planned.clone(), term: reign })
             .collect();
+        // It served when this was planned and was lost meanwhile. Its epoch is over.
+        if let Some(lost) = new.iter().find(|placed| Some(placed.plan.epoch.0) != revision) {
+            let detail = format!("pipeline {} was lost while the plan was written", lost.at());
+            self.last_failure = Some(waits(WaitCause::Lost, detail));
+            self.planning.lost = true;
+            self.planning.failed(now);
+            return;
+        }
         let unusable = new.iter().flat_map(|placed| &placed.plan.stages);
         let unusable =
             unusable.filter(|stage| !self.fleet.is_usable(now, stage)).collect::<Vec<_>>();
@@ -384,7 +396,8 @@ impl Cluster {
         }
         let serving = self.pipelines.values().filter(|pipeline| pipeline.serves());
         let mut serving = serving.peekable();
-        if serving.peek().is_some() && serving.all(|p| now.since(p.since) >= STABLE) {
+        let is_stable = |p: &Pipeline| now.since(p.since) >= STABLE && p.is_proven();
+        if serving.peek().is_some() && serving.all(is_stable) {
             self.planning.is_stable();
         }
     }
@@ -401,6 +414,8 @@ impl Cluster {
         actions.push(Action::Fail { at: pipeline.at(), reason: reason.clone() });
         self.last_failure = Some(waits(WaitCause::Lost, reason));
         let is_young = now.since(pipeline.since) < STABLE;
+        // An answer that was made with it says nothing of what is left.
+        self.planning.forget_question();
         match self.switches.iter_mut().find_map(|switch| switch.old.remove(&id).then_some(switch)) {
             // What takes its place is on its way.
             Some(switch) => switch.is_urgent = true,

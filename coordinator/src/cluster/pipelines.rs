@@ -55,6 +55,8 @@ pub(super) struct Pipeline {
     stalled_since: Option<Tick>,
     /// Since when it serves at this epoch.
     pub(super) since: Tick,
+    /// A result has come of it.
+    proven: bool,
     pub(super) lane: Lane,
     /// Workers that are to leave it already, to make room.
     pub(super) released: BTreeSet<String>,
@@ -90,6 +92,7 @@ impl Pipeline {
             placed,
             stalled_since: None,
             since: now,
+            proven: false,
             lane: Lane::Runs,
             released: BTreeSet::new(),
         }
@@ -180,7 +183,13 @@ impl Pipeline {
         }
     }
 
+    /// Whether a result has come of it at this epoch.
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven
+    }
+
     pub(super) fn results_flow(&mut self) {
+        self.proven = true;
         self.stalled_since = None;
         self.stages.iter_mut().for_each(|health| health.reconnects = 0);
     }

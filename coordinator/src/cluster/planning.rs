@@ -62,6 +62,8 @@ pub(super) struct Planning {
     pub(super) is_missing: bool,
     /// The fleet that the last decision was made for.
     decided: Option<Basis>,
+    /// That was while a switch had workers of its own: when it ends there is more to decide.
+    decided_in_part: bool,
     /// Since when a change of the fleet waits for the hold-down, and one of a speed for its time.
     change_since: Option<Tick>,
     drift_since: Option<Tick>,
@@ -116,6 +118,18 @@ impl Basis {
 }
 
 impl Planning {
+    fn decide(&mut self, basis: Basis, in_part: bool) {
+        self.decided = Some(basis);
+        self.decided_in_part = in_part;
+    }
+
+    /// A switch has ended: what was decided without its workers is decided again.
+    pub(super) fn reconsider(&mut self) {
+        if std::mem::take(&mut self.decided_in_part) {
+            self.decided = None;
+        }
+    }
+
     /// A plan came to nothing.
     pub(super) fn failed(&mut self, now: Tick) {
         self.not_before = now + backoff(self.failures);
@@ -297,7 +311,7 @@ impl Cluster {
         let pipelines = self.options.pipelines.map(|count| count.max(1));
         let still_wanted = pipelines.map(|count| count.saturating_sub(fixed.len() as u32));
         if still_wanted == Some(0) {
-            self.planning.decided = Some(basis);
+            self.planning.decide(basis, !self.switches.is_empty());
             self.planning.carried_out();
             return;
         }
@@ -355,7 +369,7 @@ impl Cluster {
             .iter()
             .map(|left_out| (left_out.worker.clone(), left_out.reason.clone()))
             .collect();
-        self.planning.decided = Some(asked.basis);
+        self.planning.decide(asked.basis, !self.switches.is_empty());
         if !changes {
             // What serves is what would be planned now.
             self.planning.reason.clone_from(&deployment.reason);
@@ -383,7 +397,7 @@ impl Cluster {
         let detail = self.fleet.explain(now, &self.options, &error.to_string());
         // What serves goes on, and people are told why it is not changed.
         self.planning.carried_out();
-        self.planning.decided = Some(asked.basis);
+        self.planning.decide(asked.basis, !self.switches.is_empty());
         self.planning.infeasible = Some(Waiting { cause, detail });
     }
 

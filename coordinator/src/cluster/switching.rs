@@ -218,6 +218,7 @@ impl Cluster {
     /// All new stages are active: the new pipelines serve and the old ones are gone.
     fn finish(&mut self, now: Tick, index: usize, actions: &mut Vec<Action>) {
         let switch = self.switches.remove(index);
+        self.planning.reconsider();
         self.ask_concerned(now, &switch);
         for id in &switch.old {
             let Some(pipeline) = self.pipelines.remove(id) else { continue };

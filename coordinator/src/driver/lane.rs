@@ -223,6 +223,7 @@ impl Lane {
         self.path.open();
         self.probe();
         self.send_steps();
+        let mut is_over = false;
         loop {
             tokio::select! {
                 permit = events.reserve(), if !self.unheard.is_empty() => {
@@ -231,13 +232,17 @@ impl Lane {
                         permit.send(event);
                     }
                 }
-                command = self.ends.commands.recv() => match command {
+                command = self.ends.commands.recv(), if !is_over => match command {
                     Some(command) => self.obey(command),
-                    None => break,
+                    None => is_over = true,
                 },
                 Some(event) = self.link_events.recv() => self.on_link(event),
                 () = std::future::ready(()), if self.more_gone => self.cancel_gone(),
                 _ = ticks.tick() => self.on_tick(),
+            }
+            // Whoever waits for an answer of this lane gets it.
+            if is_over && self.unheard.is_empty() {
+                break;
             }
             self.send_steps();
             // One thing at a time: a burst of results must not keep the thread from other lanes.
@@ -367,8 +372,9 @@ impl Lane {
                 }
                 self.say_if_paused(now);
             }
+            // Said once, and nothing goes on before somebody has heard it.
             path::Heard::Broken { stage, detail } => {
-                self.mention(LaneSays::StreamBroken { stage, detail });
+                self.say(LaneSays::StreamBroken { stage, detail });
             }
             path::Heard::Fenced { detail } => self.mention(LaneSays::Fenced { detail }),
         }

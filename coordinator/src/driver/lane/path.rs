@@ -267,7 +267,7 @@ impl Path {
                 let Some(sent) = sent else { return Heard::Nothing };
                 // A later stage has had it twice from the one before it.
                 if std::mem::replace(&mut sent.damaged, true) || stage > 0 {
-                    return Heard::Broken { stage, detail };
+                    return self.refused(stage, detail);
                 }
                 if let Some(link) = &self.steps {
                     link.send(sent.step.clone());
@@ -285,10 +285,19 @@ impl Path {
                 }
                 Heard::Fenced { detail }
             }
-            StepVerdict::NotPrepared | StepVerdict::Invalid => Heard::Broken { stage, detail },
+            StepVerdict::NotPrepared | StepVerdict::Invalid => self.refused(stage, detail),
             // Any number may come from a worker.
             StepVerdict::DownstreamLost => Heard::Broken { stage: stage.saturating_add(1), detail },
         }
+    }
+
+    /// A stage took a step for no good: what leads to it is opened again. The link to the first stage is
+    /// given up for that, so that it is opened and everything sent again in order.
+    fn refused(&mut self, stage: u32, detail: String) -> Heard {
+        if stage == 0 {
+            self.steps = None;
+        }
+        Heard::Broken { stage, detail }
     }
 
     fn last_stage(&self) -> u32 {
