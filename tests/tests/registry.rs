@@ -1,12 +1,12 @@
 //! A registry that comes back empty, older or with its keys deleted: the cluster serves on or again,
 //! without hands, whoever leads afterwards.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use tests::cluster::{Cluster, json_of};
 use tests::model::bundled_store;
-use tests::process;
+use tests::process::{self, wait_for};
 
 const STAGES: usize = 2;
 
@@ -15,9 +15,6 @@ const WORKERS: usize = STAGES + 1;
 
 /// Within which requests are answered again after anything that happens here.
 const AGAIN: Duration = Duration::from_secs(15);
-
-/// Between two requests of somebody who tries until he is answered.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// What happens to the registry.
 #[derive(Clone, Copy, Debug)]
@@ -115,20 +112,12 @@ fn cluster_worker_in_use(cluster: &Cluster) -> usize {
 
 /// Asks until an answer comes, which must be the right one and come in time.
 fn serves(grpc: &str, wanted: &Value, case: &str) {
-    let since = Instant::now();
-    loop {
+    let found = wait_for(case, AGAIN, || {
         let mut request = vec!["generate", "--endpoint", grpc, "--json"];
         request.extend(REQUEST);
-        let output = process::run(&request);
-        if let Some(found) = tokens_of(&output) {
-            assert_eq!(found, *wanted, "{case}");
-            assert!(since.elapsed() < AGAIN, "{case}: answered after {:?}", since.elapsed());
-            return;
-        }
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(since.elapsed() < AGAIN, "{case}: {stderr}");
-        std::thread::sleep(PAUSE);
-    }
+        tokens_of(&process::run(&request))
+    });
+    assert_eq!(found, *wanted, "{case}");
 }
 
 const REQUEST: [&str; 5] = ["--max-tokens", "24", "--temperature", "0", "Once upon a time,"];

@@ -196,7 +196,8 @@ impl World {
                 let lost = pipe.scheduler.lose("a stage died", self.now);
                 for emission in &lost.emissions {
                     let client = self.clients.get_mut(&emission.sequence).unwrap();
-                    assert_eq!(client.deaths, 1, "once is forgiven");
+                    // A switch in between is counted here, though nothing of it was sent again.
+                    assert!(client.deaths >= 1, "once is forgiven");
                 }
                 self.hear(lost.emissions);
                 lost.returned
