@@ -94,11 +94,14 @@ impl Running {
     }
 }
 
+/// Writes what coordinators hear of, and gives them the time to: only what was heard before can be
+/// missed later.
 async fn write_junk(memory: &Memory, count: u32) {
     for index in 0..count {
-        let key = format!("/junk/{}-{index}", memory.list("/").await.unwrap().revision);
-        memory.get_or_create(&key, Bytes::new()).await.unwrap();
+        let id = format!("junk-{}-{index}", memory.list("/").await.unwrap().revision);
+        memory.get_or_create(&Keys::new("c").worker(&id), Bytes::new()).await.unwrap();
     }
+    tokio::time::sleep(Duration::from_secs(1)).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -194,24 +194,36 @@ impl Task {
     async fn publish(&mut self, link: &Link) {
         let mut backoff = Backoff::new();
         let mut refusals = Refusals::default();
+        // What is there is to be written over, though its number was written before.
+        let mut is_older = false;
         loop {
             let (number, value) = self.desired.borrow_and_update().clone();
-            let ops = if number == *self.written.borrow() {
-                Vec::new()
+            let mut conditions =
+                vec![Compare::lease(self.key.as_str(), CompareOp::Equal, self.lease)];
+            let mut ops = Vec::new();
+            let is_written = number == *self.written.borrow() && !is_older;
+            if is_written {
+                conditions.push(Compare::value(
+                    self.key.as_str(),
+                    CompareOp::Equal,
+                    value.as_ref(),
+                ));
             } else {
                 let put = PutOptions::new().with_lease(self.lease);
-                vec![TxnOp::put(self.key.as_str(), value.as_ref(), Some(put))]
-            };
-            let ours = Compare::lease(self.key.as_str(), CompareOp::Equal, self.lease);
-            let txn = Txn::new().when([ours]).and_then(ops);
+                ops.push(TxnOp::put(self.key.as_str(), value.as_ref(), Some(put)));
+            }
+            let txn = Txn::new().when(conditions).and_then(ops);
             match link.txn("update", &self.key, txn).await {
                 Ok(answer) if answer.succeeded() => {
+                    is_older = false;
                     backoff = Backoff::new();
                     refusals.end();
                     self.written.send_replace(number);
                     // Elapsed or changed (the sender lives as long as the keeper): look again.
                     let _ = timeout(CHECK_INTERVAL, self.desired.changed()).await;
                 }
+                // Not under our lease, or with the value that it had in a backup.
+                Ok(_) if is_written => is_older = true,
                 Ok(_) => return,
                 Err(error) => {
                     if !error.is_transient() {
