@@ -5,16 +5,17 @@ use std::ops::Range;
 use std::time::Duration;
 
 mod costs;
+mod group;
 mod grouping;
-mod incumbents;
 mod pipeline;
+mod search;
 #[cfg(test)]
 mod tests;
 mod words;
 
 use costs::Costs;
-use incumbents::Search;
 pub use proto::plan::StepTime;
+use search::Search;
 
 /// What the layers of a model cost, whoever computes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

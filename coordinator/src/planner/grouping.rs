@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use super::costs::Costs;
-use super::incumbents::ideal;
-use super::pipeline::{Care, Group, Offer};
+use super::group::{Care, Group, Offer};
+use super::pipeline::ideal;
 
 /// For so many workers every partition is looked at: 256 sets, 6561 pairs of a set and a part.
 const EXACT_WORKERS: usize = 8;

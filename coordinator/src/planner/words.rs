@@ -1,9 +1,10 @@
 //! Why a deployment is as it is, for people.
 
 use super::costs::Place;
+use super::group::Care;
 use super::grouping::{Grouping, Members};
-use super::incumbents::{KEEP_PERCENT, Origin, Planned, Search};
-use super::pipeline::{Care, stages_ns};
+use super::pipeline::stages_ns;
+use super::search::{KEEP_PERCENT, Origin, Planned, Search};
 use super::{LeftOut, Objective};
 
 impl Search<'_> {
