@@ -159,7 +159,7 @@ fn workers_table(workers: &[WorkerStatus]) -> String {
 }
 
 fn pipeline_table(pipeline: &PipelineStatus) -> String {
-    let PipelineStatus { id, epoch, state, stages, predicted_tokens_per_s } = pipeline;
+    let PipelineStatus { id, epoch, state, stages, predicted_tokens_per_s, .. } = pipeline;
     let mut text = format!(
         "pipeline {id}, epoch {epoch}: {state}, predicted {predicted_tokens_per_s:.0} tokens/s\n"
     );

@@ -139,6 +139,10 @@ pub struct PipelineStatus {
     pub stages: Vec<StageStatus>,
     /// By the cost model, for steps of 16 rows.
     pub predicted_tokens_per_s: f64,
+    /// Steps that came back since the epoch began.
+    pub steps: u64,
+    /// From the sending of each to its result, in all.
+    pub on_way_ms: f64,
 }
 
 /// One stage.
@@ -158,6 +162,8 @@ pub struct StageStatus {
     pub steps: u64,
     /// What computing them took, in all.
     pub busy_ms: f64,
+    /// How long they waited for its engine, in all.
+    pub waited_ms: f64,
 }
 
 /// Requests.
@@ -175,7 +181,7 @@ pub struct QueueStatus {
     pub kv_blocks_used: u32,
 }
 
-/// Tokens, over the last 10 s.
+/// Tokens: rates over the last 10 s, and all of them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RateStatus {
     /// Prefilled.
@@ -186,4 +192,8 @@ pub struct RateStatus {
     pub requests_finished: u64,
     /// Since start.
     pub requests_failed: u64,
+    /// Prefilled since start.
+    pub prompt_tokens: u64,
+    /// Generated since start.
+    pub generated_tokens: u64,
 }

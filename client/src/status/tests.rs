@@ -45,6 +45,7 @@ fn sample() -> ClusterStatus {
                 state: "active".into(),
                 stages: vec![stage],
                 predicted_tokens_per_s: 99.6,
+                ..PipelineStatus::default()
             }],
             reason: "one worker holds it all".into(),
         },
@@ -60,6 +61,7 @@ fn sample() -> ClusterStatus {
             generated_tokens_per_s: 20.04,
             requests_finished: 3,
             requests_failed: 0,
+            ..RateStatus::default()
         },
     }
 }

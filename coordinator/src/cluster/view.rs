@@ -163,5 +163,6 @@ fn status(plan: &PipelinePlan, state: &str) -> PipelineStatus {
         state: state.to_owned(),
         stages: plan.stages.iter().map(stage).collect(),
         predicted_tokens_per_s: plan.predicted_tokens_per_s,
+        ..PipelineStatus::default()
     }
 }

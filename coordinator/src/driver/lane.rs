@@ -31,7 +31,7 @@ use crate::tick::Tick;
 use crate::workers::{LINK_EVENTS, LinkEvent};
 
 use path::Path;
-pub(super) use path::{StageMeans, ToWorkers, Wire};
+pub(super) use path::{StageMeans, ToWorkers, Trips, Wire};
 
 /// How often time passes in a lane: bounds how late a gone client, a deadline or an overdue step is
 /// seen.
@@ -133,6 +133,7 @@ pub(super) struct LaneReport {
     pub(super) at: PipelineRef,
     pub(super) stats: PipelineStats,
     pub(super) stages: Vec<StageMeans>,
+    pub(super) trips: Trips,
     /// When it last computed something, if it has sampled a token in this epoch.
     pub(super) proven: Option<Tick>,
 }
@@ -460,6 +461,7 @@ impl Lane {
             at: self.at,
             stats,
             stages: self.path.stage_times().to_vec(),
+            trips: self.path.trips(),
             proven: self.scheduler.proven(),
         });
     }

@@ -58,10 +58,12 @@ impl Driver {
             let is_it =
                 |p: &&mut proto::status::PipelineStatus| (p.id, p.epoch) == (at.id.0, at.epoch.0);
             let shown = view.plan.pipelines.iter_mut().find(is_it);
-            let stages = shown.map(|shown| shown.stages.iter_mut()).into_iter().flatten();
-            for (stage, means) in stages.zip(&report.stages) {
+            let Some(shown) = shown else { continue };
+            (shown.steps, shown.on_way_ms) = (report.trips.steps, report.trips.on_way_ms);
+            for (stage, means) in shown.stages.iter_mut().zip(&report.stages) {
                 (stage.compute_ms, stage.wait_ms) = (means.compute_ms, means.wait_ms);
                 (stage.steps, stage.busy_ms) = (means.steps, means.busy_ms);
+                stage.waited_ms = means.waited_ms;
             }
         }
         let counted = self.totals.counted();
@@ -82,6 +84,8 @@ impl Driver {
                 generated_tokens_per_s,
                 requests_finished: counted.finished,
                 requests_failed: counted.failed,
+                prompt_tokens: counted.prompt_tokens,
+                generated_tokens: counted.generated_tokens,
             },
             waiting: self.waiting(),
         }

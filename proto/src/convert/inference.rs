@@ -306,6 +306,8 @@ pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
             generated_tokens_per_s: status.rates.generated_tokens_per_s,
             requests_finished: status.rates.requests_finished,
             requests_failed: status.rates.requests_failed,
+            prompt_tokens: status.rates.prompt_tokens,
+            generated_tokens: status.rates.generated_tokens,
         }),
         reason: status.plan.reason.clone(),
         version: status.version.clone(),
@@ -358,9 +360,12 @@ fn encode_pipeline(pipeline: &PipelineStatus) -> pb::PipelineStatus {
                 wait_ms: stage.wait_ms,
                 steps: stage.steps,
                 busy_ms: stage.busy_ms,
+                waited_ms: stage.waited_ms,
             })
             .collect(),
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
+        steps: pipeline.steps,
+        on_way_ms: pipeline.on_way_ms,
     }
 }
 
@@ -413,6 +418,8 @@ pub fn decode_status(status: pb::StatusResponse) -> ClusterStatus {
             generated_tokens_per_s: rates.generated_tokens_per_s,
             requests_finished: rates.requests_finished,
             requests_failed: rates.requests_failed,
+            prompt_tokens: rates.prompt_tokens,
+            generated_tokens: rates.generated_tokens,
         },
         waiting: status.waiting.map(decode_waiting),
     }
@@ -434,8 +441,11 @@ fn decode_pipeline(pipeline: pb::PipelineStatus) -> PipelineStatus {
                 wait_ms: stage.wait_ms,
                 steps: stage.steps,
                 busy_ms: stage.busy_ms,
+                waited_ms: stage.waited_ms,
             })
             .collect(),
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
+        steps: pipeline.steps,
+        on_way_ms: pipeline.on_way_ms,
     }
 }

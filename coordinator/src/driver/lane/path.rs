@@ -66,6 +66,10 @@ pub(super) enum Heard {
     },
 }
 
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
 /// The way of steps and results of one pipeline.
 pub(super) struct Path {
     shape: PipelineShape,
@@ -81,11 +85,14 @@ pub(super) struct Path {
     unanswered: BTreeMap<StepId, Sent>,
     last_sent: StepId,
     stage_times: Vec<StageMeans>,
+    trips: Trips,
     histograms: Vec<(Histogram, Histogram)>,
 }
 
 struct Sent {
     step: SentStep,
+    /// For the first time.
+    at: Instant,
     /// It arrived damaged once.
     damaged: bool,
     /// The first stage had no room; it is sent again at the next tick.
@@ -101,6 +108,15 @@ pub(in crate::driver) struct StageMeans {
     pub(in crate::driver) wait_ms: f64,
     pub(in crate::driver) steps: u64,
     pub(in crate::driver) busy_ms: f64,
+    pub(in crate::driver) waited_ms: f64,
+}
+
+/// Steps of the epoch that came back.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::driver) struct Trips {
+    pub(in crate::driver) steps: u64,
+    /// From the sending of each to its result, in all.
+    pub(in crate::driver) on_way_ms: f64,
 }
 
 impl Path {
@@ -114,6 +130,7 @@ impl Path {
         Self {
             shape,
             stage_times: vec![StageMeans::default(); stages.len()],
+            trips: Trips::default(),
             histograms: numbers.map(crate::metrics::stage_times).collect(),
             stages,
             wire,
@@ -142,6 +159,7 @@ impl Path {
     pub(super) fn switch(&mut self, shape: PipelineShape, stages: Vec<StagePlan>) {
         self.close();
         self.stage_times = vec![StageMeans::default(); stages.len()];
+        self.trips = Trips::default();
         let numbers = 0..stages.len() as u32;
         self.histograms = numbers.map(crate::metrics::stage_times).collect();
         (self.shape, self.stages) = (shape, stages);
@@ -151,6 +169,10 @@ impl Path {
 
     pub(super) fn stage_times(&self) -> &[StageMeans] {
         &self.stage_times
+    }
+
+    pub(super) fn trips(&self) -> Trips {
+        self.trips
     }
 
     /// What is sent again is sent in this reign.
@@ -169,7 +191,8 @@ impl Path {
             link.send(step.clone());
         }
         self.last_sent = number;
-        let sent = Sent { step, damaged: false, again: false, restamped: false };
+        let at = Instant::now();
+        let sent = Sent { step, at, damaged: false, again: false, restamped: false };
         self.unanswered.insert(number, sent);
     }
 
@@ -225,7 +248,9 @@ impl Path {
         if result.epoch != self.shape.epoch {
             return Heard::Nothing;
         }
-        if self.unanswered.remove(&result.step).is_some() {
+        if let Some(sent) = self.unanswered.remove(&result.step) {
+            self.trips.steps += 1;
+            self.trips.on_way_ms += ms(sent.at.elapsed());
             for time in &result.stage_times {
                 self.count(time);
             }
@@ -240,10 +265,10 @@ impl Path {
             wait.record(time.wait);
         }
         if let Some(means) = self.stage_times.get_mut(stage) {
-            let ms = |time: Duration| time.as_secs_f64() * 1000.0;
             means.compute_ms += STAGE_TIME_WEIGHT * (ms(time.compute) - means.compute_ms);
             means.steps += 1;
             means.busy_ms += ms(time.compute);
+            means.waited_ms += ms(time.wait);
             means.wait_ms += STAGE_TIME_WEIGHT * (ms(time.wait) - means.wait_ms);
         }
     }
