@@ -99,7 +99,7 @@ pub(crate) async fn adjust(factor: f64, service: &Service, published: &Published
 }
 
 /// Multiplies all times by `factor`.
-fn scale(models: &mut [WorkerModel], factor: f64) {
+pub(crate) fn scale(models: &mut [WorkerModel], factor: f64) {
     let scaled = |nanos: u64| ((nanos as f64 * factor) as u64).max(1);
     for step in models.iter_mut().flat_map(|model| &mut model.steps) {
         step.layer_ns = scaled(step.layer_ns);

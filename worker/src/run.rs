@@ -269,8 +269,14 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
                 measure_steps(&store, &engine).map_err(RunError::Measure)?
             }
         };
+        let mut model = WorkerModel { id, steps };
+        if config.stub_compute.is_none() {
+            // Steps were timed while they computed; under a quota they stand still besides.
+            machine::scale(std::slice::from_mut(&mut model), limits.stretch(threads));
+        }
+        let steps = &model.steps;
         tracing::info!(model = %id, path = %path.display(), ?steps, "store opened");
-        models.push(WorkerModel { id, steps });
+        models.push(model);
         stores.push(Arc::new(store));
     }
     Ok(Checked { engine, known_answer, stores, models })

@@ -53,6 +53,16 @@ impl CpuLimits {
         [Some(cores), whole, asked].into_iter().flatten().min().unwrap_or(1).max(1)
     }
 
+    /// How many times as long as unhindered `threads` threads take for everything: where the quota is
+    /// less than they are, they stand still for the rest of each of its periods.
+    pub(crate) fn stretch(&self, threads: usize) -> f64 {
+        let wanted = threads as u64 * MILLI;
+        match self.quota {
+            Some(quota) if quota < wanted => wanted as f64 / quota.max(1) as f64,
+            _ => 1.0,
+        }
+    }
+
     /// How many threads compute, and why.
     pub(crate) fn explain(&self, asked: Option<usize>) -> String {
         let asked_for = asked.map(|asked| format!(", {asked} asked for")).unwrap_or_default();
@@ -174,6 +184,14 @@ mod tests {
             Some(9),
             "threads 4: cpuset has 4 cores, no quota, 9 asked for",
         );
+    }
+
+    #[test]
+    fn less_than_a_cpu_takes_longer() {
+        let stretch = |quota, threads| limits(4, Some(4), quota).stretch(threads);
+        assert_eq!([stretch(Some(500), 1), stretch(Some(200), 1)], [2.0, 5.0]);
+        assert_eq!([stretch(Some(1000), 1), stretch(Some(2500), 2), stretch(None, 4)], [1.0; 3]);
+        assert_eq!(stretch(Some(0), 1), 1000.0, "no division by 0");
     }
 
     #[test]
