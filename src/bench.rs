@@ -4,13 +4,15 @@
 //! * `limits` bandwidth and multiply-adds, and the tokens per second that they allow
 //! * `kernel` each product by shape, rows and instruction set
 //! * `engine` prefill, decode and batches of one engine in this process
+//! * `scaling` several workers, against the sum of what each gives alone
 //!
-//! A cluster is measured from outside, by the client (`client::bench`).
+//! A cluster that runs is measured from outside, by the client (`client::bench`).
 
 pub mod engine;
 pub mod kernel;
 pub mod limits;
 pub mod machine;
+pub mod scaling;
 mod spread;
 mod team;
 

@@ -53,6 +53,9 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             let outcome = match command {
                 // Told to stop, it leaves well.
                 Command::Up(command) => Box::pin(up::run(command)).await,
+                Command::Bench(command) if command.starts_processes() => {
+                    Box::pin(bench::run(command)).await
+                }
                 command => {
                     let interruption = interruption()?;
                     Box::pin(run_client(command, &interruption)).await

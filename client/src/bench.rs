@@ -162,7 +162,7 @@ pub async fn measure(
     });
     let stage_threads = stage_threads.collect();
 
-    let mut prompts = Prompts { state: 0, vocab: args.vocab };
+    let mut prompts = Prompts::new(0, args.vocab);
     let total = u64::from(args.repeat) * (2 + args.batch.len() as u64) + 1;
     let mut done = 0;
     let mut next = |what: &str| {
@@ -352,14 +352,20 @@ fn rate(answers: &[Vec<Instant>]) -> f64 {
 }
 
 /// Prompts of random token ids, every one different.
-struct Prompts {
+#[derive(Clone, Debug)]
+pub struct Prompts {
     state: u64,
     vocab: u32,
 }
 
 impl Prompts {
+    /// Token ids below `vocab`; each seed gives prompts of its own.
+    pub fn new(seed: u64, vocab: u32) -> Self {
+        Self { state: seed, vocab }
+    }
+
     /// A greedy request that ends after exactly `generate` tokens.
-    fn request(&mut self, tokens: u32, generate: u32) -> GenerateRequest {
+    pub fn request(&mut self, tokens: u32, generate: u32) -> GenerateRequest {
         GenerateRequest {
             prompt: Prompt::Tokens((0..tokens).map(|_| self.token()).collect()),
             max_tokens: generate,
@@ -447,7 +453,7 @@ mod tests {
 
     #[test]
     fn prompts_differ_and_stay_in_the_vocabulary() {
-        let mut prompts = Prompts { state: 0, vocab: 256 };
+        let mut prompts = Prompts::new(0, 256);
         let mut tokens = || match prompts.request(100, 3).prompt {
             Prompt::Tokens(tokens) => tokens,
             other => panic!("{other:?}"),

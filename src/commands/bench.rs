@@ -2,16 +2,20 @@
 //! come.
 
 mod engine;
+mod guard;
 mod kernel;
 mod limits;
 mod pipeline;
+mod scaling;
 
 use clap::{Args, Subcommand};
 
 use self::engine::EngineCommand;
+use self::guard::GuardCommand;
 use self::kernel::KernelCommand;
 use self::limits::LimitsCommand;
 use self::pipeline::PipelineCommand;
+use self::scaling::ScalingCommand;
 use crate::Failure;
 
 /// Measures: the machine, the kernels, an engine, a cluster.
@@ -31,6 +35,18 @@ enum BenchWhat {
     Engine(EngineCommand),
     /// Prefill, decode and concurrent requests of a running cluster
     Pipeline(PipelineCommand),
+    /// Several workers, as replicas and as stages, against the sum of what each gives alone
+    Scaling(ScalingCommand),
+    /// Not for people: runs a process of `bench scaling`
+    #[command(hide = true)]
+    Guard(GuardCommand),
+}
+
+impl BenchCommand {
+    /// Whether it starts processes: told to stop, it ends them first.
+    pub(crate) fn starts_processes(&self) -> bool {
+        matches!(self.what, BenchWhat::Scaling(_) | BenchWhat::Guard(_))
+    }
 }
 
 /// Runs the command.
@@ -40,5 +56,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<(), Failure> {
         BenchWhat::Kernel(command) => kernel::run(&command),
         BenchWhat::Engine(command) => engine::run(&command),
         BenchWhat::Pipeline(command) => pipeline::run(&command).await,
+        BenchWhat::Scaling(command) => scaling::run(command).await,
+        BenchWhat::Guard(command) => guard::run(command).await,
     }
 }
