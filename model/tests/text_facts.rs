@@ -161,6 +161,22 @@ fn one_of_many_chat_templates_is_taken_or_none() {
     let stored = Variant::new().set(TOKENIZER, "chat_template", list).import();
     assert_eq!(stored.store.manifest().chat_template.as_deref(), Some("c"));
     assert!(stored.notes("chat template: from tokenizer_config.json"));
+    assert!(stored.notes("tokenizer_config.json also has rag: not used"));
+
+    let variant = Variant::new();
+    let folder = variant.path().join("additional_chat_templates");
+    fs::create_dir(&folder).unwrap();
+    for name in ["rag.jinja", "tool_use.jinja", "README.md"] {
+        fs::write(folder.join(name), "x").unwrap();
+    }
+    let stored = variant.import();
+    assert_ne!(stored.store.manifest().chat_template.as_deref(), Some("x"));
+    assert!(stored.notes("additional_chat_templates also has rag, tool_use: not used"));
+    let variant = Variant::new();
+    fs::create_dir(variant.path().join("additional_chat_templates")).unwrap();
+    fs::write(variant.path().join("additional_chat_templates/default.jinja"), "y").unwrap();
+    let stored = variant.import();
+    assert_eq!(stored.store.manifest().chat_template.as_deref(), Some("y"));
 
     let variant = Variant::new();
     fs::write(variant.path().join("chat_template.jinja"), "d").unwrap();

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 use super::checkpoint::{Checkpoint, FLOAT_ACTIVATIONS, LayerTensors};
 use super::matrix::{FloatFormat, Floats, Matrix, Trits};
-use super::text::{self, HuggingFaceText};
+use super::text::{self, HuggingFaceText, NAMED_DEFAULT, NAMED_TEMPLATES};
 use super::{ImportError, ImportOptions, map, name_of};
 use crate::config::ModelConfig;
 use crate::file::{MappedFile, read_limited};
@@ -116,6 +116,8 @@ impl Directory {
             generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
             template_json: read_json(&path("chat_template.json"))?.unwrap_or_default(),
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
+            named_templates: template_names(&path(NAMED_TEMPLATES)),
+            named_default: read_optional(&path(NAMED_DEFAULT), JSON_BYTES_MAX)?,
         };
         if text.tokenizer.is_none() && path(SENTENCE_PIECE_FILE).exists() {
             let note = format!("{SENTENCE_PIECE_FILE} is not read: save it as {TOKENIZER_FILE}");
@@ -207,6 +209,19 @@ fn read(path: &Path, limit_bytes: u64) -> Result<Vec<u8>, ImportError> {
 
 fn read_optional(path: &Path, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImportError> {
     if path.exists() { read(path, limit_bytes).map(Some) } else { Ok(None) }
+}
+
+/// The names of the templates in a folder, sorted; of a folder with very many only the first found.
+fn template_names(folder: &Path) -> Vec<String> {
+    const NAMES_MAX: usize = 256;
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.strip_suffix(".jinja").map(str::to_owned)
+    });
+    let mut names: Vec<String> = names.take(NAMES_MAX).collect();
+    names.sort();
+    names
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, ImportError> {

@@ -45,7 +45,17 @@ pub(super) struct HuggingFaceText {
     pub(super) template: Option<Vec<u8>>,
     /// `chat_template.json`, as processors of several media write it.
     pub(super) template_json: TemplateJson,
+    /// The names of the templates in [`NAMED_TEMPLATES`].
+    pub(super) named_templates: Vec<String>,
+    /// [`NAMED_DEFAULT`].
+    pub(super) named_default: Option<Vec<u8>>,
 }
+
+/// The folder in which transformers keeps templates for other uses than chats.
+pub(super) const NAMED_TEMPLATES: &str = "additional_chat_templates";
+
+/// The one of them that transformers takes for chats.
+pub(super) const NAMED_DEFAULT: &str = "additional_chat_templates/default.jinja";
 
 /// `tokenizer_config.json`.
 #[derive(Debug, Default, Deserialize)]
@@ -98,8 +108,9 @@ pub(super) fn from_hugging_face(
     notes: &mut Vec<String>,
 ) -> Result<ModelText, ImportError> {
     let HuggingFaceText { tokenizer, tokenizer_config, generation_config, .. } = files;
+    template::note_others(NAMED_TEMPLATES, files.named_templates, notes);
     let template = template::gather(
-        files.template,
+        [("chat_template.jinja", files.template), (NAMED_DEFAULT, files.named_default)],
         files.template_json.chat_template,
         tokenizer_config.chat_template,
         notes,

@@ -53,16 +53,36 @@ pub(super) fn float(value: f64, style: Style, precision: usize, alternate: bool)
 }
 
 /// `repr` of a float with at most `precision` digits: what a field without a type asks for.
-pub(super) fn plain(value: f64, precision: Option<usize>) -> String {
-    let Some(precision) = precision else { return write::float(value) };
+/// `alternate` keeps the point and the zeros behind it.
+pub(super) fn plain(value: f64, precision: Option<usize>, alternate: bool) -> String {
+    let Some(precision) = precision else {
+        let written = write::float(value);
+        return match written.split_once('e') {
+            Some((digits, exponent)) if alternate => {
+                format!("{}e{exponent}", with_dot(digits.to_owned()))
+            }
+            _ => written,
+        };
+    };
     // As general, but with a digit after the point, and exponents from one digit earlier on.
     let precision = precision.max(1);
     let written = format!("{value:.0$e}", precision - 1);
-    let exponent: i64 = written.split_once('e').map_or(0, |(_, e)| e.parse().unwrap_or(0));
-    if !value.is_finite() || !(-4..precision as i64 - 1).contains(&exponent) {
+    let exponent_number: i64 = written.split_once('e').map_or(0, |(_, e)| e.parse().unwrap_or(0));
+    if alternate && value.is_finite() {
+        return match written.split_once('e') {
+            Some((digits, exponent)) if !(-4..precision as i64 - 1).contains(&exponent_number) => {
+                format!("{}{}", with_dot(digits.to_owned()), exponent_text(exponent))
+            }
+            _ => {
+                let after = (precision as i64 - 1 - exponent_number).max(0) as usize;
+                with_dot(format!("{value:.after$}"))
+            }
+        };
+    }
+    if !value.is_finite() || !(-4..precision as i64 - 1).contains(&exponent_number) {
         let general = float(value, Style::General, precision, false);
         let is_fixed = !general.contains(['e', 'n', 'i']);
-        if is_fixed && precision as i64 - 1 == exponent {
+        if is_fixed && precision as i64 - 1 == exponent_number {
             let (digits, exponent) = written.split_once('e').unwrap_or((&written, "0"));
             return format!("{}{}", without_zeros(digits.to_owned()), exponent_text(exponent));
         }

@@ -321,9 +321,6 @@ fn number(
             }
             (false, "", String::from(character))
         }
-        (_, None) if field.alternate => {
-            return Err(Failure::new("'#' for a float without a type is not supported"));
-        }
         (_, None | Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | 'n' | '%')) => {
             let value = value.as_float().ok_or_else(&unknown)?;
             let negative = value.is_sign_negative() && !value.is_nan();
@@ -335,7 +332,7 @@ fn number(
                 _ => Style::General,
             };
             let mut digits = match kind {
-                None => digits::plain(size, field.precision),
+                None => digits::plain(size, field.precision, field.alternate),
                 Some('%') => digits::float(size * 100.0, style, precision, field.alternate) + "%",
                 _ => digits::float(size, style, precision, field.alternate),
             };

@@ -1,10 +1,10 @@
 //! Python's ideas of letters, digits and cases.
 
+use unicode_properties::{GeneralCategory, GeneralCategoryGroup, UnicodeGeneralCategory};
+
 /// Letters in both cases or between them that are neither.
 fn is_title(character: char) -> bool {
-    matches!(u32::from(character),
-        0x1c5 | 0x1c8 | 0x1cb | 0x1f2
-        | 0x1f88..=0x1f8f | 0x1f98..=0x1f9f | 0x1fa8..=0x1faf | 0x1fbc | 0x1fcc | 0x1ffc)
+    character.general_category() == GeneralCategory::TitlecaseLetter
 }
 
 fn is_cased(character: char) -> bool {
@@ -43,75 +43,44 @@ pub(super) fn is_titled(text: &str) -> bool {
     any
 }
 
-/// Letters that are no digits: marks and letter-like numbers are none.
+/// `str.isalpha`: letters that are no digits; marks and letter-like numbers are none.
 pub(super) fn is_alpha(character: char) -> bool {
-    if character.is_ascii() {
-        return character.is_ascii_alphabetic();
-    }
-    let code = u32::from(character);
-    let letter_number = matches!(code,
-        0x16ee..=0x16f0 | 0x2160..=0x2182 | 0x2185..=0x2188 | 0x3007 | 0x3021..=0x3029
-        | 0x3038..=0x303a | 0xa6e6..=0xa6ef | 0x10140..=0x10174 | 0x10341 | 0x1034a
-        | 0x103d1..=0x103d5 | 0x12400..=0x1246e);
-    let circled = matches!(code, 0x24b6..=0x24e9 | 0x1f130..=0x1f149 | 0x1f150..=0x1f169
-        | 0x1f170..=0x1f189);
-    character.is_alphabetic() && !letter_number && !circled && !is_mark(code)
+    character.general_category_group() == GeneralCategoryGroup::Letter
 }
 
-/// Marks that Unicode counts as alphabetic and Python not as letters: vowel signs of the larger
-/// scripts.
-fn is_mark(code: u32) -> bool {
-    matches!(code,
-        0x345 | 0x363..=0x36f | 0x5b0..=0x5bd | 0x5bf | 0x5c1 | 0x5c2 | 0x5c4 | 0x5c5 | 0x5c7
-        | 0x610..=0x61a | 0x64b..=0x657 | 0x659..=0x65f | 0x670 | 0x6d6..=0x6dc | 0x6e1..=0x6e4
-        | 0x6e7 | 0x6e8 | 0x6ed | 0x711 | 0x730..=0x73f | 0x7a6..=0x7b0 | 0x816..=0x82c
-        | 0x8d4..=0x903 | 0x93a | 0x93b | 0x93e..=0x94c | 0x94e | 0x94f | 0x955..=0x957
-        | 0x962 | 0x963 | 0x981..=0x983 | 0x9be..=0x9cc | 0x9d7 | 0x9e2 | 0x9e3
-        | 0xa01..=0xa03 | 0xa3e..=0xa4c | 0xa51 | 0xa70 | 0xa71 | 0xa75 | 0xa81..=0xa83
-        | 0xabe..=0xacc | 0xae2 | 0xae3 | 0xafa..=0xafc | 0xb01..=0xb03 | 0xb3e..=0xb4c
-        | 0xb56 | 0xb57 | 0xb62 | 0xb63 | 0xb82 | 0xbbe..=0xbcc | 0xbd7 | 0xc00..=0xc04
-        | 0xc3e..=0xc4c | 0xc55 | 0xc56 | 0xc62 | 0xc63 | 0xc81..=0xc83 | 0xcbe..=0xccc
-        | 0xcd5 | 0xcd6 | 0xce2 | 0xce3 | 0xd00..=0xd03 | 0xd3e..=0xd4c | 0xd57 | 0xd62 | 0xd63
-        | 0xe31 | 0xe34..=0xe3a | 0xe4d | 0xeb1 | 0xeb4..=0xeb9 | 0xebb | 0xebc | 0xecd
-        | 0xf71..=0xf83 | 0xf8d..=0xfbc | 0x102b..=0x1038 | 0x103b..=0x103e | 0x1056..=0x1059
-        | 0x17b6..=0x17c8 | 0x20d0..=0x20f0 | 0x302a..=0x302f | 0x3099 | 0x309a
-        | 0xa823..=0xa827 | 0xfb1e)
-}
-
-/// `str.isdecimal` of a character outside ASCII too: the ten digits of the larger scripts.
+/// `str.isdecimal`.
 pub(super) fn is_decimal(character: char) -> bool {
-    decimal_value(character).is_some()
+    character.general_category() == GeneralCategory::DecimalNumber
 }
 
-/// The value of a decimal digit.
+/// The value of a decimal digit. The digits of a script follow one another from its zero, and the
+/// sets of digits that lie side by side are whole ones.
 pub(super) fn decimal_value(character: char) -> Option<u32> {
-    const ZEROS: [u32; 66] = [
-        0x30, 0x660, 0x6f0, 0x7c0, 0x966, 0x9e6, 0xa66, 0xae6, 0xb66, 0xbe6, 0xc66, 0xce6, 0xd66,
-        0xde6, 0xe50, 0xed0, 0xf20, 0x1040, 0x1090, 0x17e0, 0x1810, 0x1946, 0x19d0, 0x1a80, 0x1a90,
-        0x1b50, 0x1bb0, 0x1c40, 0x1c50, 0xa620, 0xa8d0, 0xa900, 0xa9d0, 0xa9f0, 0xaa50, 0xabf0,
-        0xff10, 0x104a0, 0x10d30, 0x11066, 0x110f0, 0x11136, 0x111d0, 0x112f0, 0x11450, 0x114d0,
-        0x11650, 0x116c0, 0x11730, 0x118e0, 0x11950, 0x11c50, 0x11d50, 0x11da0, 0x16a60, 0x16ac0,
-        0x16b50, 0x1d7ce, 0x1d7d8, 0x1d7e2, 0x1d7ec, 0x1d7f6, 0x1e140, 0x1e2f0, 0x1e950, 0x1fbf0,
-    ];
     let code = u32::from(character);
-    ZEROS.iter().find(|&&zero| (zero..zero + 10).contains(&code)).map(|zero| code - zero)
+    let is_digit = |code| char::from_u32(code).is_some_and(is_decimal);
+    is_digit(code)
+        .then(|| (1..=code).take_while(|back| is_digit(code - back)).count())
+        .map(|before| u32::try_from(before).unwrap_or(0) % 10)
 }
 
-/// `str.isdigit`: decimals and digits in circles, above and below.
+/// `str.isdigit`: decimals, and digits in circles, above, below and of scripts without a zero.
 pub(super) fn is_digit(character: char) -> bool {
     is_decimal(character)
         || matches!(u32::from(character),
-            0xb2 | 0xb3 | 0xb9 | 0x2070 | 0x2074..=0x2079 | 0x2080..=0x2089 | 0x2460..=0x2468
-            | 0x2474..=0x247c | 0x2488..=0x2490 | 0x24ea | 0x24f5..=0x24fd | 0x24ff
-            | 0x2776..=0x277e | 0x2780..=0x2788 | 0x278a..=0x2792)
+            0xb2 | 0xb3 | 0xb9 | 0x1369..=0x1371 | 0x19da | 0x2070 | 0x2074..=0x2079
+            | 0x2080..=0x2089 | 0x2460..=0x2468 | 0x2474..=0x247c | 0x2488..=0x2490 | 0x24ea
+            | 0x24f5..=0x24fd | 0x24ff | 0x2776..=0x277e | 0x2780..=0x2788 | 0x278a..=0x2792
+            | 0x10a40..=0x10a43 | 0x10e60..=0x10e68 | 0x11052..=0x1105a | 0x1f100..=0x1f10a)
 }
 
-/// `str.isnumeric`.
+/// `str.isnumeric`: every number, and the Chinese letters that stand for one.
 pub(super) fn is_numeric(character: char) -> bool {
-    const HAN: &str = "〇一二三四五六七八九十百千万亿億兆零壱壹弐貳贰参參叁四肆五伍六陸陆七漆柒八捌九玖拾佰陌仟阡萬";
-    is_digit(character)
-        || (!character.is_ascii() && character.is_numeric())
-        || HAN.contains(character)
+    const HAN: &str = "㐅㒃㠪㭍一七万三九二五亖亿什仟仨伍佰億兆兩八六十千卄卅卌叁参參叄四壱壹幺廾廿\
+        弌弍弎弐拾捌柒漆玖百肆萬貮貳贰阡陆陌陸零\
+        \u{f96b}\u{f973}\u{f978}\u{f9b2}\u{f9d1}\u{f9d3}\u{f9fd}\u{20001}\u{20064}\u{200e2}\
+        \u{20121}\u{2092a}\u{20983}\u{2098c}\u{2099c}\u{20aea}\u{20afd}\u{20b19}\u{22390}\
+        \u{22998}\u{23b1b}\u{2626d}\u{2f890}";
+    character.general_category_group() == GeneralCategoryGroup::Number || HAN.contains(character)
 }
 
 /// `str.isalnum`.
@@ -234,9 +203,8 @@ pub(super) fn casefold(text: &str) -> String {
 /// `str.isidentifier`.
 pub(super) fn is_identifier(text: &str) -> bool {
     let mut characters = text.chars();
-    let starts = |character: char| character == '_' || character.is_alphabetic();
-    characters.next().is_some_and(starts)
-        && characters.all(|character| starts(character) || is_decimal(character))
+    characters.next().is_some_and(|first| first == '_' || unicode_ident::is_xid_start(first))
+        && characters.all(unicode_ident::is_xid_continue)
 }
 
 /// The lines of a text as `str.splitlines` finds them, with their ends.

@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use unicode_properties::{GeneralCategoryGroup, UnicodeGeneralCategory};
+
 use super::Failure;
 use super::meter::{Meter, Writer};
 use super::value::{Object, Range, Value, View};
@@ -124,19 +126,14 @@ fn quoted(out: &mut Writer, text: &str) -> Result<(), Failure> {
     out.push(quote)
 }
 
-/// Whether `repr` writes a character as it is. Characters that no Unicode version has given a
-/// meaning to count as printable, and so do the stand-ins for the first letters of special tokens:
-/// escaped, they would not be found again.
+/// Whether `repr` writes a character as it is, and `str.isprintable`. The stand-ins for the first
+/// letters of special tokens count as printable: escaped, they would not be found again.
 pub(super) fn is_printable(character: char) -> bool {
-    let code = u32::from(character);
-    let format = matches!(code,
-        0xad | 0x600..=0x605 | 0x61c | 0x6dd | 0x70f | 0x890 | 0x891 | 0x8e2 | 0x180e
-        | 0x200b..=0x200f | 0x202a..=0x202e | 0x2060..=0x2064 | 0x2066..=0x206f | 0xfeff
-        | 0xfff9..=0xfffb | 0x110bd | 0x110cd | 0x13430..=0x13438 | 0x1bca0..=0x1bca3
-        | 0x1d173..=0x1d17a | 0xe0001 | 0xe0020..=0xe007f);
-    let private = matches!(code, 0xe000..=0xf8ff | 0xf0000..) && !STAND_INS.contains(&code);
-    let blank = character != ' ' && character.is_whitespace();
-    !(character.is_control() || format || private || blank)
+    let printable = !matches!(
+        character.general_category_group(),
+        GeneralCategoryGroup::Other | GeneralCategoryGroup::Separator
+    );
+    printable || character == ' ' || STAND_INS.contains(&u32::from(character))
 }
 
 /// A text's characters outside ASCII as Python's escapes.

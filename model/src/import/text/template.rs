@@ -25,27 +25,29 @@ pub(super) struct NamedTemplate {
     template: String,
 }
 
-/// The template of a Hugging Face directory: `chat_template.jinja` goes before
-/// `chat_template.json`, and that before `tokenizer_config.json`, as in transformers.
+/// The template of a Hugging Face directory: `files` (`chat_template.jinja` and the default one of
+/// the folder beside it) go before `chat_template.json`, and that before `tokenizer_config.json`,
+/// as in transformers.
 pub(super) fn gather(
-    jinja: Option<Vec<u8>>,
+    files: [(&'static str, Option<Vec<u8>>); 2],
     json: Option<Template>,
     tokenizer_config: Option<Template>,
     notes: &mut Vec<String>,
 ) -> Result<Option<String>, ImportError> {
-    let jinja = jinja.map(String::from_utf8).transpose().map_err(|_| ImportError::Value {
-        key: "chat_template.jinja".into(),
-        found: "not UTF-8".into(),
-        expected: "text".into(),
-    })?;
-    let places = [
-        ("chat_template.jinja", jinja),
-        ("chat_template.json", json.and_then(|found| take(found, "chat_template.json", notes))),
-        (
-            "tokenizer_config.json",
-            tokenizer_config.and_then(|found| take(found, "tokenizer_config.json", notes)),
-        ),
-    ];
+    let mut places = Vec::new();
+    for (place, bytes) in files {
+        let text = bytes.map(String::from_utf8).transpose().map_err(|_| ImportError::Value {
+            key: place.into(),
+            found: "not UTF-8".into(),
+            expected: "text".into(),
+        })?;
+        places.push((place, text));
+    }
+    for (place, template) in
+        [("chat_template.json", json), ("tokenizer_config.json", tokenizer_config)]
+    {
+        places.push((place, template.and_then(|found| take(found, place, notes))));
+    }
     let mut taken: Option<(&str, String)> = None;
     for (place, found) in places {
         match (&taken, found) {
@@ -74,26 +76,43 @@ fn take(template: Template, place: &str, notes: &mut Vec<String>) -> Option<Stri
     take_named(named, place, notes)
 }
 
-/// The template that is named `default`; a note says if there is none.
+/// The template that is named `default`; a note says if there is none, and which others there are.
 fn take_named(
     named: Vec<(String, String)>,
     place: &str,
     notes: &mut Vec<String>,
 ) -> Option<String> {
-    const NAMES_SHOWN: usize = 8;
-    let names: Vec<String> = named
-        .iter()
-        .take(NAMES_SHOWN)
-        .map(|(name, _)| name.chars().take(32).collect::<String>())
-        .collect();
+    let others = named.iter().map(|(name, _)| name.clone()).filter(|name| name != DEFAULT);
+    let others: Vec<String> = others.collect();
     let found = named.into_iter().find(|(name, _)| name == DEFAULT).map(|(_, text)| text);
-    if found.is_none() && !names.is_empty() {
+    if found.is_some() {
+        note_others(place, others, notes);
+    } else if !others.is_empty() {
         notes.push(format!(
             "chat template: {place} has {}, none named {DEFAULT:?}: none is taken",
-            names.join(", ")
+            shown(&others)
         ));
     }
     found
+}
+
+/// Says that templates with other names than the default one are not used.
+pub(super) fn note_others(place: &str, mut names: Vec<String>, notes: &mut Vec<String>) {
+    names.retain(|name| name != DEFAULT);
+    if !names.is_empty() {
+        notes.push(format!("chat template: {place} also has {}: not used", shown(&names)));
+    }
+}
+
+/// The first few of some names, cut to a length that can be read.
+fn shown(names: &[String]) -> String {
+    const NAMES_SHOWN: usize = 8;
+    let cut = |name: &String| name.chars().take(32).collect::<String>();
+    let mut text = names.iter().take(NAMES_SHOWN).map(cut).collect::<Vec<_>>().join(", ");
+    if names.len() > NAMES_SHOWN {
+        text += &format!(" and {} more", names.len() - NAMES_SHOWN);
+    }
+    text
 }
 
 /// Refuses a template that no model needs.
