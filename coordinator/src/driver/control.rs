@@ -84,6 +84,9 @@ pub(crate) struct Driver {
     /// Who leads in place of this coordinator, as far as it knows.
     pub(super) leader: Option<String>,
     pub(super) looks_for_leader: bool,
+    /// Of campaigns, and of the cluster's id.
+    pub(super) refused_campaigns: registry::Refusals,
+    pub(super) refused_ids: registry::Refusals,
     /// When the registry was last asked something, and what was wrong with its answer.
     pub(super) registry: Option<(Tick, Option<String>)>,
     pub(super) teller: Teller,
@@ -153,6 +156,8 @@ impl Driver {
             leadership: None,
             leader: None,
             looks_for_leader: false,
+            refused_campaigns: registry::Refusals::default(),
+            refused_ids: registry::Refusals::default(),
             registry: None,
             teller: Teller::default(),
             rates: Rates::default(),
@@ -450,6 +455,7 @@ impl Driver {
             Ok(Outcome::Campaigned(Ok(leadership))) => {
                 let term = Term(leadership.term);
                 tracing::info!(%term, "leads");
+                self.refused_campaigns.end();
                 self.leadership = Some(leadership);
                 self.on_leadership(term);
             }
@@ -457,7 +463,10 @@ impl Driver {
                 tracing::debug!(error = %node::Chain(&error), "campaign ended with the process");
             }
             Ok(Outcome::Campaigned(Err(error))) => {
-                tracing::error!(error = %node::Chain(&error), "failed to campaign, trying again");
+                let error = node::Chain(&error).to_string();
+                if let Some(times) = self.refused_campaigns.count(self.now(), &error) {
+                    tracing::error!(error, times, "failed to campaign, trying again");
+                }
                 self.campaign_later();
             }
             Ok(Outcome::ClusterId { term, id }) => self.on_settled(term, id),

@@ -183,9 +183,14 @@ impl Driver {
             return;
         }
         let id = match id {
-            Ok(id) => id,
+            Ok(id) => {
+                self.refused_ids.end();
+                id
+            }
             Err(error) => {
-                tracing::warn!(%term, error, "the cluster's id is not known, trying again");
+                if let Some(times) = self.refused_ids.count(self.now(), &error) {
+                    tracing::warn!(%term, error, times, "the cluster's id is not known, trying again");
+                }
                 return self.settle(SETTLE_PAUSE);
             }
         };

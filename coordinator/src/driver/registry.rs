@@ -12,12 +12,46 @@ use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord};
 use super::control::{Driver, Outcome};
 use super::history::Watched;
 use crate::cluster::{self, Found, Ticket};
+use crate::tick::Tick;
 
 /// Between campaigns that the registry refused.
 const CAMPAIGN_PAUSE: Duration = Duration::from_secs(1);
 
+/// Between two lines of the log about a registry that refuses again and again: somebody looks, or
+/// nobody does.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
+
 /// What the registry is given to hear that this coordinator leads no more; then the lease ends it.
 pub(super) const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What the registry refuses again and again: said once, and then now and then with how often.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    said: Option<(Tick, String)>,
+    /// Since that was said, or since there was none.
+    times: u64,
+}
+
+impl Refusals {
+    /// It refused again. How often it has since this was last said, if it is to be said now.
+    pub(super) fn count(&mut self, now: Tick, error: &str) -> Option<u64> {
+        self.times += 1;
+        let was_said = self
+            .said
+            .as_ref()
+            .is_some_and(|(at, said)| said == error && now.since(*at) < SAY_AGAIN);
+        if was_said {
+            return None;
+        }
+        self.said = Some((now, error.to_owned()));
+        Some(std::mem::take(&mut self.times))
+    }
+
+    /// It refuses no more.
+    pub(super) fn end(&mut self) {
+        *self = Self::default();
+    }
+}
 
 impl Driver {
     /// Asks to lead; the answer may take for ever.
@@ -219,6 +253,20 @@ mod tests {
     fn only_a_record_that_names_its_worker_is_one() {
         let keys = Keys::new("c");
         let key = keys.worker("w1");
+    #[test]
+    fn what_is_refused_again_and_again_is_said_once_a_minute() {
+        let mut refusals = Refusals::default();
+        let said = |refusals: &mut Refusals, seconds: u64, error: &str| {
+            refusals.count(Tick(Duration::from_secs(seconds)), error)
+        };
+        let lines: Vec<_> = (0..200).filter_map(|i| said(&mut refusals, i, "no space")).collect();
+        assert_eq!(lines, [1, 60, 60, 60]);
+        assert_eq!(said(&mut refusals, 200, "not allowed"), Some(20), "another reason is news");
+        assert_eq!(said(&mut refusals, 201, "not allowed"), None);
+        refusals.end();
+        assert_eq!(said(&mut refusals, 202, "not allowed"), Some(1), "it had worked");
+    }
+
         let whole = json!({ "id": "w1", "incarnation": "0".repeat(31) + "1", "address": "host:1" });
         let read = record(&keys, &entry(&key, &whole)).expect("fields may be missing");
         assert_eq!((read.id.as_str(), read.threads), ("w1", 0));
