@@ -22,6 +22,9 @@ pub const CLIENT_MESSAGE_BYTES: usize = 4 << 20;
 /// Stages of one pipeline: no known model has more layers.
 pub const STAGES: usize = 512;
 
+/// The highest id of a pipeline. They are numbered from 1, so that none comes near it.
+pub const PIPELINE_ID: u64 = 1 << 53;
+
 /// Stages that one worker may say it holds: one active and one prepared of many pipelines.
 pub const HELD_STAGES: usize = 64;
 

@@ -178,6 +178,15 @@ pub struct Plan {
 impl Plan {
     /// What makes this nobody's plan, though it reads as one; `None` if it could be carried out.
     pub fn fault(&self) -> Option<&'static str> {
+        let mut ids: Vec<u64> = self.pipelines.iter().map(|pipeline| pipeline.id.0).collect();
+        ids.sort_unstable();
+        if ids.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Some("two pipelines have the same id");
+        }
+        // The next one gets the number after it.
+        if ids.last().is_some_and(|&id| id > limits::PIPELINE_ID) {
+            return Some("the id of a pipeline is higher than any that is given");
+        }
         let mut workers: Vec<&str> = Vec::new();
         for pipeline in &self.pipelines {
             if pipeline.stages.is_empty() || pipeline.stages.len() > limits::STAGES {

@@ -463,7 +463,8 @@ impl Cluster {
                 is_usable && serving.is_none_or(|serving| serving == class)
             });
             let id = continued.unwrap_or_else(|| {
-                next += 1;
+                // Ids of a plan that was read are far below the last: see `Plan::fault`.
+                next = next.saturating_add(1);
                 PipelineId(next)
             });
             plans.push(PipelinePlan {

@@ -201,11 +201,15 @@ fn record(keys: &Keys, entry: &Entry) -> Option<WorkerRecord> {
 /// a new plan takes its place.
 fn plan(entry: &Entry) -> Found {
     let read = serde_json::from_slice(&entry.value).map_err(|error| error.to_string());
+    let revision = entry.mod_revision;
     let whole = read.and_then(|plan: Plan| match plan.fault() {
-        None => Ok(plan),
+        None => match plan.pipelines.iter().find(|pipeline| pipeline.epoch.0 > revision) {
+            None => Ok(plan),
+            // An epoch is the revision of this write or of one before.
+            Some(late) => Err(format!("pipeline {} is of a later revision", late.at())),
+        },
         Some(fault) => Err(fault.to_owned()),
     });
-    let revision = entry.mod_revision;
     match whole {
         Ok(plan) => Found::Plan { revision, plan },
         Err(detail) => {
@@ -250,10 +254,6 @@ mod tests {
     }
 
     #[test]
-    fn only_a_record_that_names_its_worker_is_one() {
-        let keys = Keys::new("c");
-        let key = keys.worker("w1");
-    #[test]
     fn what_is_refused_again_and_again_is_said_once_a_minute() {
         let mut refusals = Refusals::default();
         let said = |refusals: &mut Refusals, seconds: u64, error: &str| {
@@ -267,6 +267,10 @@ mod tests {
         assert_eq!(said(&mut refusals, 202, "not allowed"), Some(1), "it had worked");
     }
 
+    #[test]
+    fn only_a_record_that_names_its_worker_is_one() {
+        let keys = Keys::new("c");
+        let key = keys.worker("w1");
         let whole = json!({ "id": "w1", "incarnation": "0".repeat(31) + "1", "address": "host:1" });
         let read = record(&keys, &entry(&key, &whole)).expect("fields may be missing");
         assert_eq!((read.id.as_str(), read.threads), ("w1", 0));
@@ -317,6 +321,15 @@ mod tests {
         assert!(!read(json!([stage("a", 0, 2), stage("a", 2, 4)])), "twice");
         assert!(!read(json!([stage("a", 0, 2), stage("b", 3, 4)])), "a gap");
         assert!(!read(json!([stage("a", 0, 2), stage("b", 2, 1)])), "backwards");
+        let numbered = |id: u64, epoch: u64| {
+            let stages = json!([stage("a", 0, 2)]);
+            is_plan(json!({ "pipelines": [{ "id": id, "epoch": epoch, "stages": stages }] }))
+        };
+        assert!(numbered(7, 5) && numbered(proto::limits::PIPELINE_ID, 0));
+        assert!(!numbered(7, 6) && !numbered(7, u64::MAX), "of a later revision than its own");
+        assert!(!numbered(u64::MAX, 0), "there is none after it");
+        let twice = ["a", "b"].map(|worker| json!({ "id": 1, "stages": [stage(worker, 0, 2)] }));
+        assert!(!is_plan(json!({ "pipelines": twice })));
         assert!(!is_plan(json!("garbage")));
         assert!(!is_plan(json!({ "pipelines": null })));
     }
