@@ -11,8 +11,17 @@ impl Driver {
     /// Tells the cluster what happened and carries out what it wants done.
     pub(super) fn tell_cluster(&mut self, event: cluster::Event) {
         let now = self.now();
-        for action in self.cluster.handle(now, event) {
+        let actions = self.cluster.handle(now, event);
+        let changes = |action: &Action| {
+            matches!(action, Action::Serve { .. } | Action::Leave { .. } | Action::Fail { .. })
+        };
+        let serves_otherwise = actions.iter().any(changes);
+        for action in actions {
             self.carry_out(action);
+        }
+        // Not in between: one may go and another come in its place.
+        if serves_otherwise {
+            self.measure_readiness();
         }
         self.heed_availability();
     }
@@ -97,13 +106,13 @@ impl Driver {
             }
             Action::Resume { at, term } => {
                 self.lanes.resume(at, term);
-                self.router.hold(at.id, false);
+                // One that waits for its lane gets nobody before that.
+                self.router.hold(at.id, !self.lanes.is_current(at));
             }
             Action::Leave { at } => {
                 if self.lanes.leave(at) {
                     tracing::info!(pipeline = %at, "pipeline leaves");
                     self.router.hold(at.id, true);
-                    self.measure_readiness();
                 }
             }
             Action::Fail { at, reason } => self.fail_pipeline(at, &reason),
@@ -143,7 +152,6 @@ impl Driver {
         self.lanes.serve(served);
         // One that is still giving back what it had gets nobody before that.
         self.router.hold(at.id, !self.lanes.is_current(at));
-        self.measure_readiness();
     }
 
     /// A pipeline is lost: whoever ran on it goes on elsewhere.
@@ -151,7 +159,6 @@ impl Driver {
         if self.lanes.fail(at, reason) {
             tracing::warn!(pipeline = %at, reason, "pipeline failed");
             self.router.hold(at.id, true);
-            self.measure_readiness();
         }
     }
 }

@@ -134,7 +134,8 @@ pub(super) struct LaneReport {
     pub(super) stats: PipelineStats,
     pub(super) stages: Vec<StageMeans>,
     pub(super) trips: Trips,
-    /// When it last computed something, if it has sampled a token in this epoch.
+    /// When it last computed something, if it has sampled a token in this epoch; else when the epochs
+    /// before it did, which it went on from.
     pub(super) proven: Option<Tick>,
 }
 
@@ -174,6 +175,8 @@ pub(super) struct Lane {
     flowing: bool,
     /// It was said that this epoch is proven.
     told_ready: bool,
+    /// When an earlier epoch last computed something.
+    proven_before: Option<Tick>,
     last_probe: Tick,
     /// There are more clients who went away than were looked for at once.
     more_gone: bool,
@@ -204,6 +207,7 @@ impl Lane {
             pausing: None,
             flowing: false,
             told_ready: false,
+            proven_before: None,
             last_probe: Tick::ZERO,
             more_gone: false,
             left: false,
@@ -320,6 +324,7 @@ impl Lane {
     }
 
     fn switch(&mut self, served: Served, now: Tick) {
+        self.proven_before = self.last_proven();
         // They go on where they began, or not at all: another class gives other tokens.
         let returned = if served.class == self.class {
             self.scheduler.switch(served.shape, now)
@@ -462,7 +467,12 @@ impl Lane {
             stats,
             stages: self.path.stage_times().to_vec(),
             trips: self.path.trips(),
-            proven: self.scheduler.proven(),
+            proven: self.last_proven(),
         });
+    }
+
+    /// When this pipeline last computed something, at whatever epoch.
+    fn last_proven(&self) -> Option<Tick> {
+        self.scheduler.proven().or(self.proven_before)
     }
 }

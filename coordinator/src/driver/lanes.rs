@@ -25,6 +25,9 @@ pub(super) struct Lanes {
     tasks: JoinSet<()>,
     lanes: BTreeMap<PipelineId, Handle>,
     events: mpsc::Sender<LaneEvent>,
+    /// When one that left as planned last computed something: those that took its place are to
+    /// prove themselves, and nobody is sent away meanwhile.
+    handed_over: Option<Tick>,
 }
 
 struct Handle {
@@ -36,7 +39,20 @@ struct Handle {
     /// It was told to give everyone back.
     leaving: bool,
     /// Serves once everyone was given back.
-    next: Option<Box<Served>>,
+    next: Option<Next>,
+}
+
+/// A pipeline that waits for its lane.
+struct Next {
+    served: Box<Served>,
+    /// What it is told as soon as it is there.
+    commands: VecDeque<LaneCommand>,
+}
+
+impl Next {
+    fn new(served: Served) -> Self {
+        Self { served: Box::new(served), commands: VecDeque::new() }
+    }
 }
 
 /// What became of a pipeline whose lane has left.
@@ -52,7 +68,8 @@ impl Lanes {
     /// No lane yet. `start` runs the task of each; what they say comes out of the receiver.
     pub(super) fn new(start: Start) -> (Self, mpsc::Receiver<LaneEvent>) {
         let (events, said) = mpsc::channel(LANE_EVENTS);
-        (Self { start, tasks: JoinSet::new(), lanes: BTreeMap::new(), events }, said)
+        let (tasks, lanes, handed_over) = (JoinSet::new(), BTreeMap::new(), None);
+        (Self { start, tasks, lanes, events, handed_over }, said)
     }
 
     /// A pipeline serves: a lane for it, or, if there is one, that goes on with the new epoch and
@@ -60,9 +77,9 @@ impl Lanes {
     pub(super) fn serve(&mut self, served: Served) {
         let at = served.at();
         match self.lanes.get_mut(&at.id) {
-            None => self.open(served),
+            None => self.open(served, VecDeque::new()),
             // What ran has to come back first, so that nobody is lost between the two.
-            Some(lane) if lane.leaving => lane.next = Some(Box::new(served)),
+            Some(lane) if lane.leaving => lane.next = Some(Next::new(served)),
             Some(lane) => {
                 lane.at = at;
                 lane.outbox.push_back(LaneCommand::Switch(Box::new(served)));
@@ -70,7 +87,7 @@ impl Lanes {
         }
     }
 
-    fn open(&mut self, served: Served) {
+    fn open(&mut self, served: Served, outbox: VecDeque<LaneCommand>) {
         let at = served.at();
         let (commands, their_commands) = mpsc::channel(LANE_COMMANDS);
         let (their_report, report) = watch::channel(LaneReport::default());
@@ -80,7 +97,7 @@ impl Lanes {
             report: their_report,
         };
         (self.start)(served, ends, &mut self.tasks);
-        let (outbox, leaving, next) = (VecDeque::new(), false, None);
+        let (leaving, next) = (false, None);
         self.lanes.insert(at.id, Handle { at, commands, outbox, report, leaving, next });
     }
 
@@ -88,8 +105,8 @@ impl Lanes {
     pub(super) fn left(&mut self, pipeline: PipelineId) -> Left {
         match self.lanes.remove(&pipeline).and_then(|lane| lane.next) {
             None => Left::Gone,
-            Some(served) => {
-                self.open(*served);
+            Some(Next { served, commands }) => {
+                self.open(*served, commands);
                 Left::Again
             }
         }
@@ -109,12 +126,18 @@ impl Lanes {
 
     /// A pipeline goes as planned: its sequences come back. Whether it was there.
     pub(super) fn leave(&mut self, at: PipelineRef) -> bool {
+        if self.is_current(at) {
+            self.handed_over = self.proven();
+        }
         self.end(at, LaneCommand::Leave)
     }
 
     /// A pipeline is lost: its sequences come back, or fail if it is not the first time. Whether it
     /// was there.
     pub(super) fn fail(&mut self, at: PipelineRef, reason: &str) -> bool {
+        if self.is_current(at) {
+            self.handed_over = None;
+        }
         self.end(at, LaneCommand::Fail { reason: reason.to_owned() })
     }
 
@@ -205,23 +228,22 @@ impl Lanes {
         reports.collect()
     }
 
-    /// When one of the pipelines that serve last computed something.
+    /// When one of the pipelines that serve last computed something, or one that left its place to
+    /// them. `None` if none serves.
     pub(super) fn proven(&self) -> Option<Tick> {
-        self.lanes
-            .values()
-            .filter(|lane| !lane.leaving)
-            .filter_map(|lane| {
-                let report = lane.report.borrow();
-                report.proven.filter(|_| report.at.id == lane.at.id)
-            })
-            .max()
+        let serving = self.lanes.values().filter(|lane| !lane.leaving);
+        let proven = serving.map(|lane| {
+            let report = lane.report.borrow();
+            report.proven.filter(|_| report.at.id == lane.at.id)
+        });
+        proven.max().and_then(|own| own.max(self.handed_over))
     }
 
     fn end(&mut self, at: PipelineRef, command: LaneCommand) -> bool {
         let is_current = self.is_current(at);
         // What was to serve once the epoch before it had left does not come to that.
         if let Some(lane) = self.lanes.get_mut(&at.id)
-            && lane.next.take_if(|next| next.at() == at).is_some()
+            && lane.next.take_if(|next| next.served.at() == at).is_some()
         {
             return true;
         }
@@ -233,10 +255,11 @@ impl Lanes {
     }
 
     fn tell(&mut self, at: PipelineRef, command: LaneCommand) {
-        if self.is_current(at)
-            && let Some(lane) = self.lanes.get_mut(&at.id)
-        {
-            lane.outbox.push_back(command);
+        let Some(lane) = self.lanes.get_mut(&at.id) else { return };
+        match &mut lane.next {
+            Some(next) if next.served.at() == at => next.commands.push_back(command),
+            _ if lane.at == at && !lane.leaving => lane.outbox.push_back(command),
+            _ => {}
         }
     }
 }

@@ -13,8 +13,8 @@ use crate::tick::Tick;
 /// What passes sooner is part of every start, and nothing to tell.
 const TELL_AFTER: Duration = Duration::from_secs(1);
 
-/// How often a coordinator looks who leads: one small read of the registry.
-const LEADER_INTERVAL: Duration = Duration::from_secs(10);
+/// How often a coordinator looks who leads, and so whether the registry answers: one small read.
+const LEADER_INTERVAL: Duration = Duration::from_secs(2);
 
 /// When to say what: once for every change that lasts.
 #[derive(Debug, Default)]
