@@ -42,7 +42,7 @@ mod workers;
 use fleet::Fleet;
 use ledger::{Answer, Ledger};
 use observed::{Intended, Observed};
-use pipelines::{Pipeline, Placed};
+use pipelines::{GivenUp, Pipeline, Placed};
 use planning::Planning;
 use transition::{Phase, Switch};
 pub use types::{
@@ -79,6 +79,15 @@ pub struct Cluster {
     switches: Vec<Switch>,
     /// Why the last pipeline was lost or did not come to serve.
     last_failure: Option<Waiting>,
+}
+
+/// Why a pipeline is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Loss {
+    /// Another plan mends it: a worker of it is dead, or another coordinator has replaced it.
+    Gone,
+    /// Its workers answer and it does not work: the same plan may be lost in the same way.
+    Broken,
 }
 
 fn backoff(tries: u32) -> Duration {
@@ -177,7 +186,7 @@ impl Cluster {
                 // While it is being replaced it shall be fenced.
                 if self.pipeline(at).is_some_and(|pipeline| pipeline.serves()) {
                     let reason = format!("a worker takes no more steps of it: {detail}");
-                    self.fail_pipeline(now, at.id, reason, actions);
+                    self.fail_pipeline(now, at.id, Loss::Broken, reason, actions);
                     self.ledger.read_again(now);
                 }
             }
@@ -216,7 +225,8 @@ impl Cluster {
         self.take_over_lanes(actions);
         self.make_room(now, actions);
         self.retire(now, actions);
-        if self.advance_switches(now, actions) {
+        let untold = self.untold();
+        if self.advance_switches(now, &untold, actions) {
             self.retire(now, actions);
         }
         self.ledger.advance(now, actions);
@@ -297,7 +307,7 @@ impl Cluster {
         let Self { ledger, options, observed, .. } = self;
         observed.learn(|at, worker| planned_shape(ledger, options, at, worker));
         let Some(plan) = self.ledger.plan() else {
-            self.planning.is_missing = !self.pipelines.is_empty();
+            self.planning.is_missing = !self.pipelines.is_empty() || !self.switches.is_empty();
             return;
         };
         if is_own {
@@ -315,7 +325,7 @@ impl Cluster {
             .collect();
         for id in lost {
             let reason = "another coordinator has changed the plan".to_owned();
-            self.fail_pipeline(now, id, reason, actions);
+            self.fail_pipeline(now, id, Loss::Gone, reason, actions);
         }
         while !self.switches.is_empty() {
             let why = waits(WaitCause::Lost, "another coordinator has changed the plan");
@@ -369,7 +379,10 @@ impl Cluster {
         for switch in &mut switches {
             switch.is_urgent = is_loss;
         }
-        self.planning.carried_out();
+        match switches.is_empty() {
+            true => self.planning.written_as_it_is(),
+            false => self.planning.carried_out(),
+        }
         self.switches.append(&mut switches);
     }
 
@@ -379,26 +392,29 @@ impl Cluster {
         let ids: Vec<_> = self.pipelines.keys().copied().collect();
         for id in ids {
             let Some(pipeline) = self.pipelines.get_mut(&id) else { continue };
-            if let Err(reason) = pipeline.advance(now, actions) {
+            if let Err(GivenUp { reason, stage: broken }) = pipeline.advance(now, actions) {
                 let stalled = pipeline.is_stalled(now);
                 let stages = pipeline.placed.plan.stages.clone();
-                // Silence on the data path and no answer: two signals.
-                for stage in &stages {
-                    if !stalled || !self.fleet.is_silent(stage) {
+                for (index, stage) in (0..).zip(&stages) {
+                    let why = if broken == Some(index) {
+                        // It answers, and nothing comes through to it: others may do better.
+                        reason.as_str()
+                    } else if stalled && self.fleet.is_silent(stage) {
+                        // Silence on the data path and no answer: two signals.
+                        "its steps were overdue and it did not answer"
+                    } else {
                         continue;
-                    }
-                    let why = "its steps were overdue and it did not answer";
+                    };
                     let alarm = self.fleet.evicted(now, stage, why);
                     actions.extend(alarm.map(|text| Action::Alarm { text }));
                 }
-                self.fail_pipeline(now, id, reason, actions);
+                self.fail_pipeline(now, id, Loss::Broken, reason, actions);
             }
         }
         let serving = self.pipelines.values().filter(|pipeline| pipeline.serves());
-        let mut serving = serving.peekable();
-        let is_stable = |p: &Pipeline| now.since(p.since) >= STABLE && p.is_proven();
-        if serving.peek().is_some() && serving.all(is_stable) {
-            self.planning.is_stable();
+        let well = serving.map(|p| p.is_well().then(|| now.since(p.since)));
+        if let Some(span) = well.min().flatten() {
+            self.planning.serves_well(span);
         }
     }
 
@@ -407,6 +423,7 @@ impl Cluster {
         &mut self,
         now: Tick,
         id: PipelineId,
+        loss: Loss,
         reason: String,
         actions: &mut Vec<Action>,
     ) {
@@ -421,7 +438,7 @@ impl Cluster {
             Some(switch) => switch.is_urgent = true,
             None => {
                 self.planning.lost = true;
-                self.planning.pipeline_lost(now, is_young);
+                self.planning.pipeline_lost(now, loss, is_young);
             }
         }
     }
@@ -451,12 +468,26 @@ impl Cluster {
     /// Tells workers to leave what they shall not hold.
     fn retire(&mut self, now: Tick, actions: &mut Vec<Action>) {
         let Some(term) = self.ledger.term() else { return };
-        if !self.terms_agree() || self.ledger.ready().is_none() {
+        if !self.may_retire() {
             return;
         }
         let intended = self.intended();
         let is_open = intended.is_empty() || self.planning.is_open();
         actions.extend(self.observed.reconcile(now, term, &intended, is_open, &self.fleet));
+    }
+
+    /// Workers that are to leave something and cannot be told at this moment: what is planned is not
+    /// known, or being written.
+    fn untold(&self) -> BTreeSet<String> {
+        match self.may_retire() {
+            true => BTreeSet::new(),
+            false => self.observed.to_leave(&self.intended()),
+        }
+    }
+
+    /// Whether workers may be told to leave what they shall not hold.
+    fn may_retire(&self) -> bool {
+        self.terms_agree() && self.ledger.ready().is_some()
     }
 
     /// Which stages each worker shall hold.

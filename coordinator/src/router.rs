@@ -31,6 +31,10 @@ use queue::Waiting;
 /// How many of those who wait are looked at for a pipeline that the first of them can never use.
 const LOOK_AHEAD: usize = 64;
 
+/// An answer of open length is given room for so many tokens at least, where a pipeline has it: nearly
+/// all answers of a conversation end before.
+const ANSWER_TOKENS: u32 = 1024;
+
 /// The queue, and what is promised on every pipeline.
 #[derive(Debug)]
 pub struct Router {
@@ -47,7 +51,8 @@ pub struct Router {
 /// What a sequence is to be submitted with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
-    /// The length of the answer is to be filled in: as many tokens as context and KV hold.
+    /// The length of the answer is to be filled in: as many tokens as the context holds, and every
+    /// pipeline that has room for the prompt and [`ANSWER_TOKENS`].
     pub as_many_as_fit: bool,
     /// The class it must have.
     pub class: Option<NumericsClass>,
@@ -182,7 +187,15 @@ impl Router {
         let limit = self.limits.context_tokens.min(kv_blocks.saturating_mul(BLOCK_TOKENS));
         let prompt_tokens = sequence.prompt_tokens();
         let max_tokens = match wish.as_many_as_fit {
-            true => limit.saturating_sub(prompt_tokens).max(1),
+            // The same wherever it runs, so that the answer does not depend on that.
+            true => {
+                // One that is resumed has a part of it already.
+                let known = sequence.output_tokens().saturating_add(1).max(sequence.min_tokens());
+                let wanted = prompt_tokens.saturating_add(ANSWER_TOKENS.max(known));
+                let held = self.accounts.least_that_holds(class, wanted.div_ceil(BLOCK_TOKENS));
+                let held = held.map_or(limit, |blocks| blocks.saturating_mul(BLOCK_TOKENS));
+                held.min(limit).saturating_sub(prompt_tokens).max(1)
+            }
             false => sequence.max_tokens(),
         };
         if let Some(finish) = sequence.complete_already(max_tokens) {
@@ -197,6 +210,7 @@ impl Router {
         self.last_sequence.0 += 1;
         let id = self.last_sequence;
         sequence.submit(id, max_tokens, class, since);
+        sequence.set_open_length(wish.as_many_as_fit);
         self.wait(sequence);
         Ok(Taken { sequence: id, class, max_tokens })
     }
@@ -260,14 +274,33 @@ impl Router {
     /// if it gives so many.
     pub fn expire(&mut self, now: Tick, at_most: usize) -> Vec<Emission> {
         let mut emissions = Vec::new();
-        while emissions.len() < at_most
-            && let Some(late) = self.waiting.pop_late(now)
-        {
+        for _ in 0..at_most {
+            let Some(mut late) = self.waiting.pop_late(now) else { break };
+            if self.shorten(&mut late, now) {
+                self.wait(late);
+                continue;
+            }
             let error = self.late(&late, now);
             emissions.push(Emission { sequence: late.id(), event: EmissionEvent::Failed(error) });
         }
         self.failed += emissions.len() as u64;
         emissions
+    }
+
+    /// Makes an answer of open length as short as the largest pipeline holds, when those that hold
+    /// more did not come back for as long as it waits. Whether there is room for it then.
+    fn shorten(&self, late: &mut Sequence, now: Tick) -> bool {
+        let is_stranded = self.accounts.room_for(late) == Room::Never;
+        let is_in_time = late.deadline().is_none_or(|deadline| now < deadline);
+        let Some((_, kv_blocks)) = self.accounts.largest(late.class()) else { return false };
+        let holds = self.limits.context_tokens.min(kv_blocks.saturating_mul(BLOCK_TOKENS));
+        let max_tokens = holds.saturating_sub(late.prompt_tokens());
+        let may = late.has_open_length() && is_stranded && is_in_time;
+        if !may || max_tokens <= late.output_tokens() {
+            return false;
+        }
+        late.shorten(max_tokens, now);
+        true
     }
 
     fn late(&self, late: &Sequence, now: Tick) -> SequenceError {

@@ -41,6 +41,11 @@ pub use types::{
     ScheduledStep, SequenceError,
 };
 
+/// Replays of one sequence without a token in between. A row that overtook the one before it, which
+/// was damaged or refused on the way, costs one; a stage that keeps no state at all is a fault that no
+/// replay mends.
+const MAX_REPLAYS: u32 = 8;
+
 /// What runs on one pipeline.
 #[derive(Debug)]
 pub struct PipelineScheduler {
@@ -230,6 +235,9 @@ impl PipelineScheduler {
             );
             return Err(bad_result(step, detail));
         }
+        if row.status == RowStatus::NeedState && self.replay(sent, now) {
+            return Ok(());
+        }
         if row.status != RowStatus::Ok {
             let (status, detail) = (row.status, row.detail);
             return Err(SequenceError::Row { status, position: sent.position, detail });
@@ -264,6 +272,27 @@ impl PipelineScheduler {
             }
             (wants, _) => Err(bad_result(step, format!("{wants:?} was asked for, another came"))),
         }
+    }
+
+    /// A stage does not hold the tokens before a row: one that came earlier is late, or was refused
+    /// and will be sent again. The sequence begins again from its token log, and goes on with the same
+    /// tokens. Whether it does: the first row goes on from nothing.
+    fn replay(&mut self, sent: &SentRow, now: Tick) -> bool {
+        let is_probe = self.probe == Some(sent.sequence);
+        let Some(sequence) = self.sequences.get_mut(&sent.sequence) else { return false };
+        if sent.position == 0 || is_probe || sequence.replays == MAX_REPLAYS {
+            return false;
+        }
+        sequence.replays += 1;
+        let (place, blocks) = (sequence.place.take(), std::mem::take(&mut sequence.blocks));
+        sequence.restart(now);
+        if let Some((stand, ticket)) = place {
+            self.queue(stand).remove(ticket);
+        }
+        // Steps on their way still name them: it gets others, or these once they are free.
+        self.active.blocks.give_back(&blocks);
+        self.enqueue(Stand::Arriving, sent.sequence);
+        true
     }
 
     /// Emits the prompt's scores once they are whole, and then what waited for them.

@@ -33,8 +33,56 @@ const HELD_POLL: Duration = Duration::from_millis(10);
 /// How often the registry is asked whether a coordinator leads, who would retire what is held.
 const LEADER_POLL: Duration = Duration::from_secs(1);
 
+/// How long the registry must say that nobody leads: a coordinator that waits for that leads a round
+/// trip later ...
+const VACANT_FOR: Duration = Duration::from_millis(100);
+
+/// ... and how long it must say nothing: longer than it takes to elect a leader of its own, or to
+/// connect to another member of it.
+const UNKNOWN_FOR: Duration = Duration::from_secs(3);
+
 /// How long a question to the registry may take, and leaving it; the lease ends by itself if the registry is away.
 pub(crate) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What one reading of the leader's key says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seat {
+    /// A coordinator leads.
+    Taken,
+    /// None does.
+    Vacant,
+    /// The registry did not say.
+    Unknown,
+}
+
+/// Since when every reading said that nobody leads, or nothing.
+#[derive(Debug, Default)]
+struct Vacancy(Option<(Seat, Instant)>);
+
+impl Vacancy {
+    /// Takes a reading. Whether those so far prove that there is no coordinator to wait for.
+    fn is_certain(&mut self, seat: Seat, now: Instant) -> bool {
+        let since = match self.0 {
+            Some((last, since)) if last == seat => since,
+            _ => now,
+        };
+        self.0 = Some((seat, since));
+        let lasts = now.saturating_duration_since(since);
+        match seat {
+            Seat::Taken => false,
+            Seat::Vacant => lasts >= VACANT_FOR,
+            Seat::Unknown => lasts >= UNKNOWN_FOR,
+        }
+    }
+
+    /// Until the next reading.
+    fn pause(&self) -> Duration {
+        match self.0 {
+            Some((Seat::Vacant, since)) if since.elapsed() < VACANT_FOR => VACANT_FOR,
+            _ => LEADER_POLL,
+        }
+    }
+}
 
 /// What is needed to leave well.
 pub(crate) struct Leaving {
@@ -128,8 +176,13 @@ impl Leaving {
     /// Waits until nothing is in flight and no coordinator can be seen to lead: it would retire what
     /// is held, and until then what is held may be needed.
     async fn nobody_leads(&self) {
-        while self.is_led().await || self.service.is_busy(QUIET) {
-            sleep(LEADER_POLL).await;
+        let mut vacancy = Vacancy::default();
+        loop {
+            let is_certain = vacancy.is_certain(self.look_for_leader().await, Instant::now());
+            if is_certain && !self.service.is_busy(QUIET) {
+                return;
+            }
+            sleep(vacancy.pause()).await;
         }
     }
 
@@ -141,12 +194,13 @@ impl Leaving {
         }
     }
 
-    async fn is_led(&self) -> bool {
+    async fn look_for_leader(&self) -> Seat {
         let leader = self.keys.leader();
         match timeout(REGISTRY_TIMEOUT, self.membership.list(&leader)).await {
-            Ok(Ok(found)) => found.entries.iter().any(|entry| entry.key == leader),
+            Ok(Ok(found)) if found.entries.iter().any(|entry| entry.key == leader) => Seat::Taken,
+            Ok(Ok(_)) => Seat::Vacant,
             // That etcd is away is said by whoever speaks to it.
-            Ok(Err(_)) | Err(_) => false,
+            Ok(Err(_)) | Err(_) => Seat::Unknown,
         }
     }
 
@@ -166,5 +220,28 @@ impl Leaving {
             }
             Err(_) => tracing::info!("the registry did not answer in time"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_reading_proves_nothing() {
+        let start = Instant::now();
+        let at = |millis: u64| start + Duration::from_millis(millis);
+        let mut vacancy = Vacancy::default();
+        let mut look = |seat, millis| vacancy.is_certain(seat, at(millis));
+        assert!(!look(Seat::Unknown, 0), "it did not answer once");
+        assert!(!look(Seat::Unknown, 2000));
+        assert!(!look(Seat::Taken, 2500));
+        assert!(!look(Seat::Unknown, 3500), "it begins anew");
+        assert!(!look(Seat::Unknown, 6000));
+        assert!(look(Seat::Unknown, 6500), "it is away");
+        assert!(!look(Seat::Vacant, 7000), "between two leaders");
+        assert!(look(Seat::Vacant, 7100));
+        assert!(!look(Seat::Taken, 9000), "one leads after all");
+        assert!(!look(Seat::Vacant, 9050));
     }
 }

@@ -205,7 +205,7 @@ impl Stage {
     }
 
     fn enter(&self, step: Step, now: Instant) -> Result<(StepVerdict, String), SubmitError> {
-        let StepHeader { step: number, acked_step, deadline_remaining, .. } = step.header;
+        let StepHeader { step: number, acked_step, term, deadline_remaining, .. } = step.header;
         let accepted = Ok((StepVerdict::Accepted, String::new()));
         let busy = |detail: String| Ok((StepVerdict::Busy, detail));
         // Held until the step is queued, so that steps are computed in the ledger's order.
@@ -226,7 +226,11 @@ impl Stage {
         {
             return Ok((StepVerdict::Invalid, detail));
         }
-        match outlet.ledger.arrive(number, acked_step) {
+        let arrival = outlet.ledger.arrive(number, acked_step);
+        // A coordinator that leads again sends again what a later stage refused as of its earlier
+        // reign: it goes on in the new one.
+        outlet.ledger.came_in(number, term);
+        match arrival {
             Arrival::Pending | Arrival::Acknowledged => accepted,
             Arrival::Again => {
                 self.queued.notify_one();
@@ -391,8 +395,10 @@ impl Stage {
             return None;
         };
         let (step, deadline) = (step.clone(), *deadline);
+        let latest = outlet.ledger.term(step.header.step);
         drop(outlet);
         let mut step = Arc::unwrap_or_clone(step);
+        step.header.term = step.header.term.max(latest);
         step.header.acked_step = acked_step;
         step.header.deadline_remaining = deadline.saturating_duration_since(Instant::now());
         if let Some(next) = self.next() {

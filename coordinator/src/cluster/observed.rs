@@ -7,7 +7,7 @@
 //! A worker leaves an epoch together with all older ones. So nothing is retired that is newer than
 //! a stage which the worker shall keep; the next `Prepare` takes the place of such a leftover.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -237,6 +237,15 @@ impl Observed {
             let leaves = |retiring: &Retiring| now.since(retiring.since) < RETIRE_TIMEOUT;
             is_asked || seen.retiring.as_ref().is_some_and(leaves)
         })
+    }
+
+    /// Workers that hold something which they shall leave.
+    pub(super) fn to_leave(&self, intended: &Intended) -> BTreeSet<String> {
+        let none = BTreeMap::new();
+        let owes = |(worker, seen): &(&String, &Seen)| {
+            leaves(&seen.held, intended.get(*worker).unwrap_or(&none)).is_some()
+        };
+        self.by_worker.iter().filter(owes).map(|(worker, _)| worker.clone()).collect()
     }
 
     /// Tells workers to leave what nobody intends them to hold. While it `is_open` who will be

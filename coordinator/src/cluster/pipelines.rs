@@ -22,6 +22,15 @@ const RECONNECT_MEMORY: Duration = Duration::from_secs(60);
 /// request may hang.
 const STALL_LIMIT: Duration = Duration::from_secs(15);
 
+/// Why a pipeline is given up while its workers answer.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct GivenUp {
+    /// For the clients.
+    pub(super) reason: String,
+    /// The stage whose streams break, if one is known to be the cause.
+    pub(super) stage: Option<u32>,
+}
+
 /// How long a lane may take to say that it has stopped. It waits at most a second for its steps.
 pub(super) const PAUSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -183,9 +192,10 @@ impl Pipeline {
         }
     }
 
-    /// Whether a result has come of it at this epoch.
-    pub(super) fn is_proven(&self) -> bool {
-        self.proven
+    /// Whether a result has come of it at this epoch, and nothing is wrong with it now.
+    pub(super) fn is_well(&self) -> bool {
+        let is_whole = self.stages.iter().all(|health| health.broken.is_none());
+        self.proven && self.stalled_since.is_none() && is_whole
     }
 
     pub(super) fn results_flow(&mut self) {
@@ -232,7 +242,7 @@ impl Pipeline {
     /// # Errors
     ///
     /// Why the pipeline is given up.
-    pub(super) fn advance(&mut self, now: Tick, actions: &mut Vec<Action>) -> Result<(), String> {
+    pub(super) fn advance(&mut self, now: Tick, actions: &mut Vec<Action>) -> Result<(), GivenUp> {
         if self.lane == Lane::Stopped {
             return Ok(());
         }
@@ -242,11 +252,12 @@ impl Pipeline {
                 continue;
             }
             if health.reconnects == RECONNECT_TRIES {
-                return Err(format!(
+                let reason = format!(
                     "the stream of worker {} broke {RECONNECT_TRIES} times in a row: {}",
                     self.placed.plan.stages[stage as usize].worker,
                     health.broken.as_deref().unwrap_or_default(),
-                ));
+                );
+                return Err(GivenUp { reason, stage: Some(stage) });
             }
             health.reconnects += 1;
             health.reconnect_at = None;
@@ -254,7 +265,8 @@ impl Pipeline {
             actions.push(Action::Reconnect { at, stage });
         }
         if self.is_stalled(now) {
-            return Err(format!("no step has come back for {} s", STALL_LIMIT.as_secs()));
+            let reason = format!("no step has come back for {} s", STALL_LIMIT.as_secs());
+            return Err(GivenUp { reason, stage: None });
         }
         Ok(())
     }

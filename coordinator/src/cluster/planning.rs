@@ -10,7 +10,7 @@ use proto::status::{WaitCause, Waiting};
 use super::fleet::Candidate;
 use super::pipelines::Pipeline;
 use super::types::{Action, Ticket};
-use super::{Cluster, backoff, waits};
+use super::{BACKOFF_FIRST, Cluster, Loss, STABLE, backoff, waits};
 use crate::planner::{self, Deployment, Incumbent, PlanError, Problem, Stage};
 use crate::tick::Tick;
 
@@ -24,6 +24,13 @@ const DRIFT_TIME: Duration = Duration::from_secs(60);
 
 /// A fleet that never comes to rest is planned for after so many times the hold-down.
 const HOLD_DOWN_LIMIT: u32 = 6;
+
+/// The longest wait before something is planned anew that broke again and again while its workers
+/// answer. Nobody knows what mends it, and every plan costs those who run there a replay.
+const BROKEN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long pipelines must serve well, at most, until what broke before is forgotten.
+const STABLE_LIMIT: Duration = Duration::from_secs(640);
 
 /// Why a plan is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +61,8 @@ pub(super) struct Planning {
     pub(super) cause: Option<Cause>,
     /// Plans that came to nothing in a row, and when the next may be made.
     failures: u32,
+    /// Pipelines that broke while their workers answer, since all was well for long enough.
+    breaks: u32,
     not_before: Tick,
     /// A pipeline was lost and no plan without it was made yet.
     pub(super) lost: bool,
@@ -137,12 +146,21 @@ impl Planning {
         self.decided = None;
     }
 
-    /// A pipeline was lost. One that was young counts as a plan that came to nothing, so that plans
-    /// which do not last are made more and more seldom.
-    pub(super) fn pipeline_lost(&mut self, now: Tick, is_young: bool) {
-        match is_young {
-            true => self.failed(now),
-            false => self.not_before = now,
+    /// A pipeline was lost. One that was young, or that broke while its workers answer, counts as a
+    /// plan that came to nothing, so that plans which do not last are made more and more seldom.
+    pub(super) fn pipeline_lost(&mut self, now: Tick, loss: Loss, is_young: bool) {
+        match (loss, is_young) {
+            (Loss::Gone, true) => self.failed(now),
+            (Loss::Gone, false) => self.not_before = now,
+            (Loss::Broken, _) => {
+                // The first time at once: it may have been chance.
+                let wait = match self.breaks {
+                    0 => Duration::ZERO,
+                    before => BACKOFF_FIRST * 2u32.saturating_pow(before.min(16)),
+                };
+                self.not_before = now + wait.min(BROKEN_LIMIT);
+                self.breaks = self.breaks.saturating_add(1);
+            }
         }
         self.decided = None;
     }
@@ -152,9 +170,16 @@ impl Planning {
         self.infeasible = None;
     }
 
-    /// What serves has done so for a while.
-    pub(super) fn is_stable(&mut self) {
-        self.failures = 0;
+    /// Everything that serves is well, and has served for so long.
+    pub(super) fn serves_well(&mut self, span: Duration) {
+        if span >= STABLE {
+            self.failures = 0;
+        }
+        // Twice as long for every break, so that what breaks now and then is not planned anew each
+        // time at once.
+        if span >= (STABLE * 2u32.saturating_pow(self.breaks.min(16))).min(STABLE_LIMIT) {
+            self.breaks = 0;
+        }
     }
 
     /// The answer to the open question is not wanted any more.
@@ -171,10 +196,15 @@ impl Planning {
         self.asked.is_some()
     }
 
-    /// A plan is written: what asked for it is done with.
+    /// A plan is written, or none is wanted: what asked for it is done with.
     pub(super) fn carried_out(&mut self) {
         (self.lost, self.requested, self.is_missing) = (false, false, false);
         self.infeasible = None;
+    }
+
+    /// A plan is written that changes nothing: why nothing was to be changed still holds.
+    pub(super) fn written_as_it_is(&mut self) {
+        (self.lost, self.requested, self.is_missing) = (false, false, false);
     }
 }
 
@@ -312,8 +342,7 @@ impl Cluster {
         let still_wanted = pipelines.map(|count| count.saturating_sub(fixed.len() as u32));
         if still_wanted == Some(0) {
             self.planning.decide(basis, !self.switches.is_empty());
-            self.planning.carried_out();
-            return;
+            return self.leave_as_it_is(now, cause, actions);
         }
         let options = planner::Options {
             stages: self.options.stages,
@@ -351,7 +380,7 @@ impl Cluster {
         self.planning.drift_since = None;
         let deployment = match result {
             Ok(deployment) => deployment,
-            Err(error) => return self.cannot_plan(now, asked, &error),
+            Err(error) => return self.cannot_plan(now, asked, &error, actions),
         };
         let Some(composed) = self.compose(now, &asked, &deployment) else {
             // The world moved on while the planner worked.
@@ -374,20 +403,45 @@ impl Cluster {
             // What serves is what would be planned now.
             self.planning.reason.clone_from(&deployment.reason);
         }
-        if !is_wanted && !self.planning.is_missing {
-            return self.planning.carried_out();
+        if !is_wanted {
+            return self.leave_as_it_is(now, asked.cause, actions);
         }
-        let pipelines = if is_wanted { composed } else { self.served() };
+        self.planning.reason = deployment.reason;
+        self.write(now, asked.cause, composed, actions);
+    }
+
+    /// Nothing is to be changed. If the registry has no plan it is given what serves.
+    fn leave_as_it_is(&mut self, now: Tick, cause: Cause, actions: &mut Vec<Action>) {
+        let served = self.served();
+        if self.planning.is_missing && !served.is_empty() {
+            return self.write(now, cause, served, actions);
+        }
+        self.planning.carried_out();
+    }
+
+    fn write(
+        &mut self,
+        now: Tick,
+        cause: Cause,
+        pipelines: Vec<PipelinePlan>,
+        actions: &mut Vec<Action>,
+    ) {
         let Some((term, _)) = self.ledger.ready() else {
             return self.planning.failed(now);
         };
-        self.planning.reason.clone_from(&deployment.reason);
-        self.planning.cause = Some(asked.cause);
-        let plan = Plan { format: PLAN_FORMAT, term, pipelines, reason: deployment.reason };
+        self.planning.cause = Some(cause);
+        let reason = self.planning.reason.clone();
+        let plan = Plan { format: PLAN_FORMAT, term, pipelines, reason };
         self.ledger.write(now, plan, actions);
     }
 
-    fn cannot_plan(&mut self, now: Tick, asked: Asked, error: &PlanError) {
+    fn cannot_plan(
+        &mut self,
+        now: Tick,
+        asked: Asked,
+        error: &PlanError,
+        actions: &mut Vec<Action>,
+    ) {
         let cause = match error {
             // Whoever was refused is left out, and that is why the rest do not suffice.
             _ if self.fleet.somebody_refused(now) => WaitCause::Refused,
@@ -396,14 +450,21 @@ impl Cluster {
         };
         let detail = self.fleet.explain(now, &self.options, &error.to_string());
         // What serves goes on, and people are told why it is not changed.
-        self.planning.carried_out();
         self.planning.decide(asked.basis, !self.switches.is_empty());
+        self.leave_as_it_is(now, asked.cause, actions);
         self.planning.infeasible = Some(Waiting { cause, detail });
     }
 
-    /// The pipelines as they serve now.
+    /// The pipelines as they serve now, and as they will where they are changing.
     fn served(&self) -> Vec<PipelinePlan> {
-        self.pipelines.values().map(|pipeline| pipeline.placed.plan.clone()).collect()
+        let changes = |id: &PipelineId| self.switches.iter().any(|switch| switch.old.contains(id));
+        let serving = self.pipelines.iter().filter(|(id, _)| !changes(id));
+        let serving = serving.map(|(_, pipeline)| &pipeline.placed);
+        let starting = self.switches.iter().flat_map(|switch| &switch.new);
+        let placed = serving.chain(starting.map(|starting| &starting.placed));
+        let mut plans: Vec<_> = placed.map(|placed| placed.plan.clone()).collect();
+        plans.sort_by_key(|plan| plan.id);
+        plans
     }
 
     /// The pipelines of a deployment and those that it does not touch. One that is to stay as it is

@@ -1,5 +1,7 @@
 //! Carries switches out: asks stages, and says what becomes of old and new pipelines.
 
+use std::collections::BTreeSet;
+
 use proto::ids::{NumericsClass, PipelineRef};
 use proto::status::{WaitCause, Waiting};
 use proto::step::Prepare;
@@ -26,11 +28,16 @@ impl Cluster {
     }
 
     /// Does what is due in all switches. Whether one of them ended.
-    pub(super) fn advance_switches(&mut self, now: Tick, actions: &mut Vec<Action>) -> bool {
+    pub(super) fn advance_switches(
+        &mut self,
+        now: Tick,
+        untold: &BTreeSet<String>,
+        actions: &mut Vec<Action>,
+    ) -> bool {
         let mut has_ended = false;
         let mut index = 0;
         while index < self.switches.len() {
-            match self.switches[index].next(now, &self.pipelines, &self.observed) {
+            match self.switches[index].next(now, &self.pipelines, &self.observed, untold) {
                 Next::Nothing => index += 1,
                 Next::Ask(new, stage) => self.ask(now, index, new, stage, actions),
                 Next::Silent(at, stage) => {
@@ -40,6 +47,14 @@ impl Cluster {
                     let count = self.switches.len();
                     self.start_failed(now, phase, at, stage, (failure, detail), actions);
                     has_ended |= self.switches.len() < count;
+                }
+                Next::Untold(worker) => {
+                    let why = format!(
+                        "worker {worker} has no memory for its new stage beside its old one, and the \
+                         registry did not say in time whether it may leave that"
+                    );
+                    self.abandon(now, index, waits(WaitCause::Registry, why), actions);
+                    has_ended = true;
                 }
                 Next::Pause => {
                     self.switches[index].phase = Phase::Pausing;

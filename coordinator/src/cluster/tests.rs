@@ -12,6 +12,7 @@ use super::transition::START_TRIES;
 use super::*;
 
 mod changes;
+mod losses;
 mod registry;
 
 /// A cluster with the answers that a faultless world would give.

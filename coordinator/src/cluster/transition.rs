@@ -28,6 +28,10 @@ pub(super) const START_TRIES: u32 = 4;
 /// ... and how long one may go without an answer: mapping and first touch of a large KV cache.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// How long a worker without memory for its new stage waits until it can be told to leave its old
+/// one: longer than the registry has for an answer.
+const UNTOLD_LIMIT: Duration = Duration::from_secs(45);
+
 /// Pipelines that change together.
 #[derive(Debug)]
 pub(super) struct Switch {
@@ -81,6 +85,8 @@ pub(super) enum Next {
     Ask(usize, u32),
     /// A worker gave no answer.
     Silent(PipelineRef, u32),
+    /// A worker cannot be told what to leave.
+    Untold(String),
     /// Pause the old lanes.
     Pause,
     /// Stop the old pipelines and activate the new ones.
@@ -134,12 +140,13 @@ impl Switch {
         })
     }
 
-    /// What is due, one thing at a time.
+    /// What is due, one thing at a time. Those in `untold` cannot be told to leave what they shall.
     pub(super) fn next(
         &self,
         now: Tick,
         pipelines: &BTreeMap<PipelineId, Pipeline>,
         observed: &Observed,
+        untold: &BTreeSet<String>,
     ) -> Next {
         for (index, starting) in self.new.iter().enumerate() {
             let at = starting.placed.at();
@@ -150,9 +157,14 @@ impl Switch {
                         return Next::Silent(at, stage);
                     }
                     StartState::Due(from) if now >= from => {
-                        let waits =
-                            self.phase == Phase::Preparing && observed.is_clearing(now, worker);
-                        if !waits {
+                        let prepares = self.phase == Phase::Preparing;
+                        // It has no memory before it leaves what it holds.
+                        let is_untold = prepares && start.tries > 0 && untold.contains(worker);
+                        if is_untold && now.since(from) > UNTOLD_LIMIT {
+                            return Next::Untold(worker.clone());
+                        }
+                        let is_clearing = prepares && observed.is_clearing(now, worker);
+                        if !is_untold && !is_clearing {
                             return Next::Ask(index, stage);
                         }
                     }

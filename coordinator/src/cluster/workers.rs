@@ -11,7 +11,7 @@ use super::ledger::Ledger;
 use super::observed::Shape;
 use super::transition::{self, Phase, Switch};
 use super::types::{Action, Held, Options};
-use super::{Cluster, waits};
+use super::{Cluster, Loss, waits};
 use crate::tick::Tick;
 
 impl Cluster {
@@ -132,7 +132,7 @@ impl Cluster {
             Some((pipeline.placed.plan.id, reason))
         });
         for (id, reason) in using.collect::<Vec<_>>() {
-            self.fail_pipeline(now, id, reason, actions);
+            self.fail_pipeline(now, id, Loss::Gone, reason, actions);
         }
         while let Some(index) = self.switches.iter().position(|switch| switch.starts_at(worker)) {
             let reason = format!("worker {worker} was lost: {why}");

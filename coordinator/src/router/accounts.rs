@@ -91,6 +91,14 @@ impl Accounts {
             .reduce(|most, next| if next.1 > most.1 { next } else { most })
     }
 
+    /// Blocks of the smallest pipeline of a class that has so many.
+    pub(super) fn least_that_holds(&self, class: NumericsClass, blocks: u32) -> Option<u32> {
+        let accounts = self.pipelines.values();
+        let holds =
+            accounts.filter(|account| account.class == class && account.kv_blocks >= blocks);
+        holds.map(|account| account.kv_blocks).min()
+    }
+
     pub(super) fn room_for(&self, sequence: &Sequence) -> Room {
         match self.pipelines.values().any(|account| account.can_hold(sequence)) {
             true => Room::SomeTime,

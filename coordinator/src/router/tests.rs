@@ -77,6 +77,47 @@ fn what_cannot_be_served_is_refused_by_name() {
 }
 
 #[test]
+fn an_answer_of_open_length_fits_every_pipeline_with_room_for_one() {
+    let limits = Limits { wait: Duration::from_secs(9), ..Limits::default() };
+    // 1056, 1600 and 4000 tokens.
+    let mut router = router(limits, &[33, 50, 125]);
+    let wish = Wish { as_many_as_fit: true, class: None };
+    let open = |router: &mut Router, prompt| {
+        let request = Request { max_tokens: 0, ..request(prompt, 1) };
+        router.submit(Box::new(Sequence::new(request).unwrap()), wish, Tick::ZERO).unwrap()
+    };
+    let taken = [10, 100, 1000].map(|prompt| open(&mut router, prompt));
+    assert_eq!(taken.map(|taken| taken.max_tokens), [1046, 1500, 3000]);
+    assert_eq!(placed(&mut router), [(1, 1), (2, 2), (3, 3)], "not all wait for the largest");
+    // One that is resumed needs more than it has.
+    let resumed = Request { forced: vec![1; 1500], ..request(100, 0) };
+    let taken = router.submit(Box::new(Sequence::new(resumed).unwrap()), wish, Tick::ZERO);
+    assert_eq!(taken.unwrap().max_tokens, 3900);
+}
+
+#[test]
+fn an_answer_of_open_length_is_shortened_when_what_held_it_does_not_come_back() {
+    let limits = Limits { wait: Duration::from_secs(9), ..Limits::default() };
+    let mut router = router(limits, &[125]);
+    let wish = Wish { as_many_as_fit: true, class: None };
+    let open = router.submit(sequence(100, 0), wish, Tick::ZERO).unwrap();
+    let asked = take(&mut router, 100, 3900, Tick::ZERO);
+    assert_eq!(open.max_tokens, 3900);
+    router.remove_pipeline(PipelineId(1));
+    router.set_pipeline(PipelineId(2), 10, CLASS);
+    assert_eq!(placed(&mut router), [], "the one that held them may come back");
+    let late = router.expire(Tick::from_millis(9000), 8);
+    let error = SequenceError::NeverFits { needed_blocks: 125, kv_blocks: 10 };
+    let event = EmissionEvent::Failed(error);
+    assert_eq!(late, [Emission { sequence: asked, event }], "it asked for so many");
+    let assigned = router.assign();
+    assert_eq!(
+        (assigned[0].sequence.id(), assigned[0].sequence.max_tokens()),
+        (open.sequence, 220)
+    );
+}
+
+#[test]
 fn names_differ_from_reign_to_reign() {
     let mut router = router(Limits::default(), &[100]);
     router.begin_term(Term(3));

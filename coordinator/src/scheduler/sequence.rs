@@ -35,8 +35,12 @@ pub struct Sequence {
     pub(super) place: Option<(Stand, Ticket)>,
     /// How often its pipeline was lost while it ran.
     pub(super) deaths: u32,
+    /// How often it was replayed since its last token, because a stage had lost what it held of it.
+    pub(super) replays: u32,
     /// Of the prompt; counted once, here, because the prompt does not change.
     prompt_counts: Vec<(u32, u32)>,
+    /// Nobody asked for a length of the answer: it may be shorter where less fits.
+    open_length: bool,
     /// The first forced token that ends the answer, and its index.
     stopped_at: Option<(u32, u32)>,
     /// Of the pipeline that it began on: others would go on with other tokens.
@@ -92,6 +96,8 @@ impl Sequence {
             state: None,
             place: None,
             deaths: 0,
+            replays: 0,
+            open_length: false,
             stopped_at,
             class: None,
             submitted: Tick::ZERO,
@@ -135,6 +141,22 @@ impl Sequence {
         self.waiting_since = since;
     }
 
+    /// Whether nobody asked for a length of the answer.
+    pub(crate) fn set_open_length(&mut self, open_length: bool) {
+        self.open_length = open_length;
+    }
+
+    /// Whether its answer may be made shorter.
+    pub(crate) fn has_open_length(&self) -> bool {
+        self.open_length
+    }
+
+    /// Its answer has so many tokens at most from now on, more than it has already; it waits anew.
+    pub(crate) fn shorten(&mut self, max_tokens: u32, now: Tick) {
+        self.request.max_tokens = max_tokens;
+        self.waiting_since = now;
+    }
+
     pub(super) fn name(&mut self, id: SequenceId) {
         self.id = id;
     }
@@ -157,6 +179,11 @@ impl Sequence {
     /// Length of the answer at most.
     pub fn max_tokens(&self) -> u32 {
         self.request.max_tokens
+    }
+
+    /// Length of the answer at least, unless it ends by its length.
+    pub(crate) fn min_tokens(&self) -> u32 {
+        self.request.min_tokens
     }
 
     /// Whose turn it is.
@@ -308,6 +335,7 @@ impl Sequence {
     /// Adds a sampled token and says its index, and whether the answer ends with it.
     pub(super) fn append(&mut self, token: u32, now: Tick) -> (u32, Option<Finish>) {
         self.first_token.get_or_insert(now);
+        self.replays = 0;
         let index = self.log.append(token);
         (index, finish_at(&self.request, index, token))
     }

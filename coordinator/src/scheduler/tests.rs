@@ -243,6 +243,55 @@ fn a_refused_row_fails_its_request_and_no_other() {
     }
 }
 
+/// The result of a step whose first row found nothing to go on from.
+fn without_state(step: &Step) -> StepResult {
+    let mut result = result(step, 1);
+    (result.rows[0].status, result.rows[0].value) = (RowStatus::NeedState, RowValue::None);
+    result
+}
+
+#[test]
+fn a_chunk_that_overtook_the_one_before_it_is_replayed_and_fails_nobody() {
+    let limits = Limits { step_tokens: 16, ..Limits::default() };
+    let mut scheduler = serving(limits, 1, 4);
+    let id = admit(&mut scheduler, request(40, 60));
+    let steps: Vec<_> = (0..3).map(|_| send(&mut scheduler)).collect();
+    // The first was refused and is sent again; the second came before it.
+    assert_eq!(scheduler.complete(without_state(&steps[1]), Tick::ZERO), []);
+    assert_eq!(scheduler.complete(without_state(&steps[2]), Tick::ZERO), [], "of the life before");
+    assert_eq!(scheduler.next_step(Tick::ZERO), None, "the blocks are named by the first");
+    assert_eq!(scheduler.complete(result(&steps[0], 7), Tick::ZERO), []);
+    let steps: Vec<_> = (0..3).map(|_| send(&mut scheduler)).collect();
+    let rows: Vec<_> = steps.iter().map(|step| &step.rows[0]).collect();
+    assert!(rows.iter().all(|row| (row.sequence, row.generation.0) == (id, 1)));
+    assert_eq!(rows.iter().map(|row| row.position).collect::<Vec<_>>(), [0, 16, 32]);
+    let told: Vec<_> = steps
+        .iter()
+        .flat_map(|step| scheduler.complete(result(step, 7), Tick::ZERO))
+        .map(|emission| emission.event)
+        .collect();
+    assert!(matches!(told[..], [EmissionEvent::Token { index: 0, .. }]), "{told:?}");
+
+    // It is replayed with the token that is known, and has an end if nothing helps.
+    let mut replays = 0;
+    let failed = loop {
+        let step = send(&mut scheduler);
+        let refused = step.rows[0].position > 0;
+        let answer = if refused { without_state(&step) } else { result(&step, 7) };
+        let emissions = scheduler.complete(answer, Tick::ZERO);
+        replays += u32::from(refused);
+        assert!(replays <= MAX_REPLAYS + 1, "without an end");
+        if let Some(emission) = emissions.into_iter().next() {
+            break emission;
+        }
+    };
+    assert_eq!(replays, MAX_REPLAYS + 1);
+    let EmissionEvent::Failed(SequenceError::Row { status, .. }) = failed.event else {
+        panic!("{failed:?}")
+    };
+    assert_eq!((status, scheduler.stats().failed), (RowStatus::NeedState, 1));
+}
+
 #[test]
 fn a_result_that_does_not_match_fails_what_it_names() {
     type Spoil = fn(&mut StepResult);

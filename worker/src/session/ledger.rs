@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proto::ids::StepId;
+use proto::ids::{StepId, Term};
 
 /// What to do with a step that arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,8 @@ pub(crate) struct Ledger<T> {
     /// The highest that ever came.
     last: StepId,
     steps: BTreeMap<StepId, Entry<T>>,
+    /// The latest reign in which each of them came.
+    terms: BTreeMap<StepId, Term>,
     /// Kept outputs that are to be sent, in the order of their numbers.
     outbox: BTreeSet<StepId>,
 }
@@ -63,6 +65,7 @@ impl<T> Ledger<T> {
             acked: StepId::default(),
             last: StepId::default(),
             steps: BTreeMap::new(),
+            terms: BTreeMap::new(),
             outbox: BTreeSet::new(),
         }
     }
@@ -114,9 +117,23 @@ impl<T> Ledger<T> {
         }
     }
 
+    /// A step came, perhaps again, in this reign of its coordinator. Nothing if it is not known.
+    pub(crate) fn came_in(&mut self, step: StepId, term: Term) {
+        if self.steps.contains_key(&step) {
+            let latest = self.terms.entry(step).or_default();
+            *latest = term.max(*latest);
+        }
+    }
+
+    /// The latest reign in which a step came.
+    pub(crate) fn term(&self, step: StepId) -> Term {
+        self.terms.get(&step).copied().unwrap_or_default()
+    }
+
     /// Takes back an arrival that could not be handed on.
     pub(crate) fn withdraw(&mut self, step: StepId) {
         self.steps.remove(&step);
+        self.terms.remove(&step);
     }
 
     /// Keeps what a step gave and queues it. Not if it was acknowledged meanwhile.
@@ -133,6 +150,7 @@ impl<T> Ledger<T> {
             self.acked = acked;
             let after = StepId(acked.0.saturating_add(1));
             self.steps = self.steps.split_off(&after);
+            self.terms = self.terms.split_off(&after);
             self.outbox = self.outbox.split_off(&after);
         }
     }
@@ -225,6 +243,24 @@ mod tests {
         ledger.acknowledge(StepId(3));
         ledger.keep(StepId(3), 30);
         assert_eq!(drain(&mut ledger), [0; 0], "acknowledged before it was computed");
+    }
+
+    #[test]
+    fn a_step_is_of_the_latest_reign_in_which_it_came() {
+        let mut ledger = Ledger::new(2);
+        ledger.came_in(StepId(1), Term(9));
+        assert_eq!(ledger.term(StepId(1)), Term(0), "it is not known");
+        for (term, latest) in [(3, 3), (8, 8), (5, 8)] {
+            ledger.arrive(StepId(1), StepId(0));
+            ledger.came_in(StepId(1), Term(term));
+            assert_eq!(ledger.term(StepId(1)), Term(latest));
+            ledger.keep(StepId(1), 10);
+        }
+        ledger.arrive(StepId(2), StepId(1));
+        ledger.came_in(StepId(2), Term(8));
+        assert_eq!(ledger.terms.len(), 1, "forgotten with its step");
+        ledger.withdraw(StepId(2));
+        assert!(ledger.terms.is_empty());
     }
 
     #[test]

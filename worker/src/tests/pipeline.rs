@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use kernels::Backend;
-use proto::ids::StepId;
+use proto::ids::{Epoch, StepId, Term};
 use proto::plan::KvType;
 use proto::step::{
     Output, Prepare, Row, RowStatus, RowValue, SamplingParameters, StepResult, StepVerdict,
@@ -252,6 +252,22 @@ async fn a_refusal_of_a_later_stage_reaches_the_sender() {
     let reply = pair.steps.reply().await;
     assert_eq!((reply.verdict, reply.stage), (StepVerdict::Fenced, 1));
     assert_eq!(reply.step, StepId(1));
+}
+
+#[tokio::test]
+async fn a_step_that_is_kept_goes_on_in_the_reign_in_which_it_comes_again() {
+    let mut pair = Pair::start().await;
+    // The last stage hears of a new reign, by a call that changes nothing for this epoch.
+    let earlier = Prepare { epoch: Epoch(4), term: Term(8), ..pair.prepares[1].clone() };
+    pair.second.retire(&earlier).await.unwrap();
+    let mut sent = step(&pair.prepares[0], 1, vec![row(0, 0, 5, sample())]);
+    pair.steps.give(&sent).await;
+    let reply = pair.steps.reply().await;
+    assert_eq!((reply.verdict, reply.stage), (StepVerdict::Fenced, 1));
+    sent.header.term = Term(8);
+    pair.steps.give(&sent).await;
+    assert_eq!(pair.results.next().await.step, StepId(1));
+    assert_eq!(pair.first.describe().await.steps, 1, "computed once");
 }
 
 #[tokio::test]

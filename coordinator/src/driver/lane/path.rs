@@ -19,6 +19,11 @@ use crate::workers::{LinkEvent, LinkId, ResultsLink, ResultsWanted, SentStep, St
 /// The most that one step's times move the mean of its stage.
 const STAGE_TIME_WEIGHT: f64 = 0.1;
 
+/// How often each stage may refuse a step as of an earlier reign of this coordinator after that has
+/// ended: what was on its way to it, and what a link that was opened again had sent again. More often
+/// somebody else rules there.
+const FENCES_PER_STAGE: u32 = 2;
+
 /// Opens links. A trait, so that a lane can be tried without workers.
 pub(in crate::driver) trait Wire: Send {
     fn steps(&self, id: LinkId, address: &str, events: &mpsc::Sender<LinkEvent>) -> StepsLink;
@@ -95,10 +100,10 @@ struct Sent {
     at: Instant,
     /// It arrived damaged once.
     damaged: bool,
-    /// The first stage had no room; it is sent again at the next tick.
+    /// A stage refused it for now, or one before it: it is sent again at the next tick, in order.
     again: bool,
-    /// It was sent in an earlier reign, which a stage may have fenced since.
-    restamped: bool,
+    /// It was sent in an earlier reign: so often a stage may refuse it for that and gets it again.
+    fences_left: u32,
 }
 
 /// Moving means over steps, and sums over all of the epoch.
@@ -178,25 +183,28 @@ impl Path {
     /// What is sent again is sent in this reign.
     pub(super) fn set_term(&mut self, term: Term) {
         self.shape.term = term;
+        let fences_left = self.shape.stages.saturating_mul(FENCES_PER_STAGE);
         for sent in self.unanswered.values_mut() {
             Arc::make_mut(&mut sent.step.step).header.term = term;
-            sent.restamped = true;
+            sent.fences_left = fences_left;
         }
     }
 
     pub(super) fn send(&mut self, step: Step, deadline: Instant) {
         let number = step.header.step;
         let step = SentStep { step: Arc::new(step), deadline };
-        if let Some(link) = &self.steps {
+        // Not past one that was refused and is sent again: its rows may go on from that one's.
+        let again = self.unanswered.values().any(|sent| sent.again);
+        if !again && let Some(link) = &self.steps {
             link.send(step.clone());
         }
         self.last_sent = number;
         let at = Instant::now();
-        let sent = Sent { step, at, damaged: false, again: false, restamped: false };
+        let sent = Sent { step, at, damaged: false, again, fences_left: 0 };
         self.unanswered.insert(number, sent);
     }
 
-    /// Sends again what the first stage had no room for.
+    /// Sends again what a stage refused for now, and what waits behind it.
     pub(super) fn retry(&mut self) {
         let Some(link) = &self.steps else { return };
         for sent in self.unanswered.values_mut().filter(|sent| sent.again) {
@@ -303,9 +311,9 @@ impl Path {
                 // Sent in a reign of this coordinator that has ended, and a worker has heard of the
                 // next one.
                 if let Some(sent) = sent
-                    && std::mem::take(&mut sent.restamped)
+                    && let Some(left) = sent.fences_left.checked_sub(1)
                 {
-                    sent.again = true;
+                    (sent.fences_left, sent.again) = (left, true);
                     return Heard::Nothing;
                 }
                 Heard::Fenced { detail }

@@ -12,6 +12,8 @@ use crate::scheduler::testing::{of_history, result};
 use crate::scheduler::{Request, StepCost};
 use crate::workers::{LinkId, ResultsLink, ResultsWanted, SentStep, StepsLink};
 
+mod recovery;
+
 const CLASS: NumericsClass = NumericsClass([4; 32]);
 
 /// The workers' ends of one pipeline's links.
