@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::Args;
 use client::command::TextWriter;
 use coordinator::SamplingSource;
-use node::config::ByteSize;
+use node::config::{self, ByteSize};
 use node::membership::{Etcd, EtcdOptions, Membership};
 use node::signals::Signals;
 use proto::keys::Keys;
@@ -85,6 +85,13 @@ pub(crate) struct CoordinatorCommand {
     /// `tercet model show`) or none (temperature 1) [default: model]
     #[arg(long, value_name = "FROM")]
     sampling_defaults: Option<SamplingSource>,
+    /// Improve what serves only when no worker came, went or failed for so long, such as 30s
+    /// [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    hold_down: Option<config::Duration>,
+    /// Improve what serves only for a gain of so many per cent, as predicted [default: 5]
+    #[arg(long, value_name = "PERCENT")]
+    min_gain_percent: Option<u32>,
     /// Plan with workers that compute nothing (`tercet worker --stub-compute`), to test many of them
     #[arg(long)]
     allow_stub_compute: bool,
@@ -170,6 +177,9 @@ impl CoordinatorCommand {
         flags.set("coordinator.pipelines", self.pipelines.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
         flags.set("coordinator.advertise", self.advertise.clone());
+        flags.set("coordinator.hold_down", text(self.hold_down.as_ref()));
+        let min_gain_percent = self.min_gain_percent.map(i64::from);
+        flags.set("coordinator.min_gain_percent", min_gain_percent);
         let allow_stub_compute = self.allow_stub_compute.then_some(true);
         flags.set("coordinator.allow_stub_compute", allow_stub_compute);
         flags.set("coordinator.sampling_defaults", text(self.sampling_defaults.as_ref()));

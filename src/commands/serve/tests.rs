@@ -24,7 +24,8 @@ fn settings(line: &str) -> Settings {
 fn every_flag_of_a_coordinator_reaches_its_setting() {
     let found = settings(
         "coordinator --etcd http://a:1,http://b:2 --cluster c --model s --grpc 127.0.0.1:1 \
-         --http 127.0.0.1:2 --stages 2 --kv-type f32 --advertise h:1 --insecure",
+         --http 127.0.0.1:2 --stages 2 --kv-type f32 --advertise h:1 --insecure --hold-down 3m \
+         --min-gain-percent 7",
     );
     assert_eq!(found.etcd.endpoints.urls(), ["http://a:1", "http://b:2"]);
     assert_eq!(found.cluster.as_str(), "c");
@@ -36,6 +37,8 @@ fn every_flag_of_a_coordinator_reaches_its_setting() {
         kv_type: KvType::F32,
         advertise: Some("h:1".parse().unwrap()),
         insecure: true,
+        hold_down: node::config::Duration::from_secs(180),
+        min_gain_percent: 7,
         ..coordinator::Config::default()
     };
     assert_eq!(found.coordinator, want);
