@@ -67,6 +67,14 @@ pub(crate) fn describe() {
         "tercet_task_poll_seconds",
         "how long the tasks that everybody waits for computed at once, by task"
     );
+    describe_histogram!(
+        "tercet_step_seconds",
+        "of one step from the coordinator through the pipeline and back"
+    );
+    describe_histogram!(
+        "tercet_step_added_seconds",
+        "of that, neither computing nor waiting for earlier steps to be computed"
+    );
     describe_histogram!("tercet_stage_compute_seconds", "of one step in one stage's engine");
     describe_histogram!("tercet_stage_wait_seconds", "of one step before one stage's engine");
     gauge!("tercet_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
@@ -97,6 +105,11 @@ pub(crate) fn membership(term: u64, epoch: u64, ready: bool) {
     gauge!("tercet_membership_term").set(term as f64);
     gauge!("tercet_membership_epoch").set(epoch as f64);
     gauge!("tercet_ready").set(f64::from(u8::from(ready)));
+}
+
+/// Where rounds of steps are counted: the whole of each, and what is added to computing.
+pub(crate) fn step_times() -> (Histogram, Histogram) {
+    (histogram!("tercet_step_seconds"), histogram!("tercet_step_added_seconds"))
 }
 
 /// Where one stage's parts of steps are counted: computing and waiting.

@@ -15,6 +15,12 @@ const SECONDS_BUCKETS: [f64; 18] = [
     60.0, 150.0, 600.0,
 ];
 
+/// Upper bounds of what is added to computing in a step, in seconds: a millisecond is much there.
+const ADDED_BUCKETS: [f64; 16] = [
+    0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05,
+    0.1, 0.5, 2.5,
+];
+
 /// Upper bounds of histograms of tokens of one request, up to the longest context there is.
 const TOKENS_BUCKETS: [f64; 18] = [
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0,
@@ -59,6 +65,11 @@ pub fn install() -> Result<(), MetricsError> {
     }
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
+        .and_then(|builder| {
+            // A whole name goes before an end of one.
+            let added = Matcher::Full("tercet_step_added_seconds".to_owned());
+            builder.set_buckets_for_metric(added, &ADDED_BUCKETS)
+        })
         .and_then(|builder| {
             builder.set_buckets_for_metric(Matcher::Suffix("_tokens".to_owned()), &TOKENS_BUCKETS)
         })

@@ -185,6 +185,9 @@ pub struct StageTime {
     pub compute: Duration,
     /// Between arriving and entering the engine.
     pub wait: Duration,
+    /// The part of `wait` in which the engine computed steps that came before. The rest is what
+    /// waking up took.
+    pub behind: Duration,
 }
 
 /// Exactly one for every step.

@@ -1,6 +1,7 @@
 //! The harness: real processes, real etcd, real sockets. What the tests in `tests/tests` share.
 
 pub mod attack;
+pub mod chain;
 pub mod cluster;
 pub mod collector;
 pub mod etcd;
@@ -9,3 +10,5 @@ pub mod http;
 pub mod model;
 pub mod process;
 pub mod python;
+pub mod rack;
+pub mod scrape;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use model::ImportOptions;
+use model::{ImportOptions, SynthShape};
 
 /// The root of the repository.
 ///
@@ -67,6 +67,26 @@ pub fn bundled_store() -> PathBuf {
 ///
 /// If it cannot be imported.
 pub fn store_of(source: &Path, name: &str) -> PathBuf {
+    store_made(name, |store| {
+        let imported = model::import(source, store, &ImportOptions::default(), &mut |_| {});
+        imported.err().map(|error| format!("{}: {error:?}", source.display()))
+    })
+}
+
+/// A store of random weights, made once for all tests of a build.
+///
+/// # Panics
+///
+/// If it cannot be made.
+pub fn synthetic_store(shape: &SynthShape, name: &str) -> PathBuf {
+    store_made(name, |store| {
+        let made = model::synth(shape, 1, store, &mut |_| {});
+        made.err().map(|error| format!("{shape:?}: {error:?}"))
+    })
+}
+
+/// `make` says what went wrong.
+fn store_made(name: &str, make: impl FnOnce(&Path) -> Option<String>) -> PathBuf {
     let folder = crate::process::tercet().with_file_name("test-stores");
     std::fs::create_dir_all(&folder).expect("the target folder is writable");
     let built = std::fs::metadata(crate::process::tercet()).and_then(|program| program.modified());
@@ -74,9 +94,9 @@ pub fn store_of(source: &Path, name: &str) -> PathBuf {
     let age = built.expect("the program is there").duration_since(std::time::UNIX_EPOCH);
     let store = folder.join(format!("{name}-{}", age.unwrap_or_default().as_nanos()));
     if !store.exists() {
-        let outcome = model::import(source, &store, &ImportOptions::default(), &mut |_| {});
+        let failure = make(&store);
         // Another test may have been faster: a store is whole or absent.
-        assert!(store.exists(), "{}: {:?}", source.display(), outcome.err());
+        assert!(store.exists(), "{failure:?}");
     }
     store
 }

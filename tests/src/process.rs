@@ -65,6 +65,64 @@ pub fn free_ports(address: Ipv4Addr) -> (u16, u16) {
     (port(&first), port(&second))
 }
 
+/// The kernel tells times of processes in these.
+pub const TICKS_PER_S: u64 = 100;
+
+/// What a process has computed so far, in ticks of [`TICKS_PER_S`].
+///
+/// # Panics
+///
+/// If it is gone.
+pub fn computed_ticks(id: u32) -> u64 {
+    let stat = proc_file(id, "stat");
+    // The second field is a name and may hold anything.
+    let (_, fields) = stat.rsplit_once(')').expect("a name ends");
+    let number = |field: &str| field.parse::<u64>().expect("ticks are a number");
+    fields.split_whitespace().skip(11).take(2).map(number).sum()
+}
+
+/// What all processes of the machine have computed, and what its CPUs could have, in ticks.
+///
+/// # Panics
+///
+/// If the system does not say.
+pub fn busy_ticks() -> (u64, u64) {
+    let stat = std::fs::read_to_string("/proc/stat").expect("Linux has /proc/stat");
+    let line = stat.lines().next().expect("all CPUs together come first");
+    // user, nice, system, idle, waiting for disks, interrupts of two kinds, other machines of the host
+    let fields = line.split_whitespace().skip(1).take(8);
+    let fields: Vec<u64> = fields.map(|field| field.parse().expect("ticks are a number")).collect();
+    let total = fields.iter().sum();
+    let idle: u64 = fields.iter().skip(3).take(2).sum();
+    (total - idle, total)
+}
+
+/// A number of a line of `/proc/ID/status`; of memory in KiB.
+///
+/// # Panics
+///
+/// If the process is gone, or has no such line.
+pub fn status_number(id: u32, field: &str) -> u64 {
+    let status = proc_file(id, "status");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("{field} is a number"))
+}
+
+/// Memory of a process, in MiB: `VmRSS` as it is now, `VmHWM` the most there was.
+///
+/// # Panics
+///
+/// As [`status_number`].
+pub fn memory_mib(id: u32, field: &str) -> u64 {
+    status_number(id, field) / 1024
+}
+
+fn proc_file(id: u32, name: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{id}/{name}"));
+    text.unwrap_or_else(|error| panic!("process {id}: {error}"))
+}
+
 /// Waits until `probe` gives a value.
 ///
 /// # Panics

@@ -13,7 +13,7 @@ use tests::attack::{self, Tally};
 use tests::cluster::Cluster;
 use tests::honest::{self, Measured, quantile};
 use tests::model::bundled_store;
-use tests::process::{free_ports, own_address};
+use tests::process::{TICKS_PER_S, computed_ticks, free_ports, memory_mib, own_address};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
@@ -39,30 +39,9 @@ const PROBE: Duration = Duration::from_millis(100);
 /// Slack of deadlines on a machine that computes meanwhile.
 const SLACK: Duration = Duration::from_secs(5);
 
-const MIB: u64 = 1 << 20;
-
 /// Memory of the coordinator, and what a worker may grow by.
 const COORDINATOR_MIB: u64 = 300;
 const WORKER_GROWTH_MIB: u64 = 200;
-
-/// The kernel tells times of processes in these.
-const TICKS_PER_S: u64 = 100;
-
-/// A line of `/proc/ID/status`, in MiB.
-fn memory_mib(id: u32, field: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
-    let kib = line.trim_start_matches(':').trim().trim_end_matches(" kB");
-    kib.parse::<u64>().unwrap() * 1024 / MIB
-}
-
-/// What a process has computed so far, in hundredths of a second.
-fn computed_ticks(id: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
-    // The second field is a name and may hold anything.
-    let fields = stat.rsplit_once(')').unwrap().1;
-    fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum()
-}
 
 /// Each of `ids` in hundredths of a core, since `before` was asked.
 fn percent(ids: &[u32], before: &[u64], span: Duration) -> Vec<u64> {

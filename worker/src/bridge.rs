@@ -63,6 +63,8 @@ pub(crate) struct Outcome {
     pub(crate) compute: Duration,
     /// Between arriving and entering the engine.
     pub(crate) wait: Duration,
+    /// The part of that in which the engine was at jobs that came before.
+    pub(crate) behind: Duration,
 }
 
 /// Why an engine computes no more. The process stops: its state may be anything.
@@ -127,6 +129,7 @@ impl EngineHandle {
         failures: mpsc::Sender<EngineFailure>,
     ) -> io::Result<Self> {
         let (jobs, mut queue) = mpsc::channel::<Job>(JOBS_MAX);
+        let mut free_since = Instant::now();
         thread::Builder::new().name("engine".into()).spawn(move || {
             // Dropped in the opposite order: first the engine, then what counts its memory.
             let _charge = charge;
@@ -138,14 +141,16 @@ impl EngineHandle {
                 }
                 // The engine is not used again after a panic, so what it left half done is
                 // never seen.
-                let failure = match catch_unwind(AssertUnwindSafe(|| run(&mut engine, job))) {
-                    Ok(Ok((reply, outcome))) => {
-                        drop(reply.blocking_send(outcome));
-                        continue;
-                    }
-                    Ok(Err(refusal)) => EngineFailure::Refused(refusal),
-                    Err(panic) => EngineFailure::new(message_of(&*panic)),
-                };
+                let failure =
+                    match catch_unwind(AssertUnwindSafe(|| run(&mut engine, job, free_since))) {
+                        Ok(Ok((reply, outcome))) => {
+                            free_since = Instant::now();
+                            drop(reply.blocking_send(outcome));
+                            continue;
+                        }
+                        Ok(Err(refusal)) => EngineFailure::Refused(refusal),
+                        Err(panic) => EngineFailure::new(message_of(&*panic)),
+                    };
                 // One failure stops the process; a second one adds nothing.
                 drop(failures.try_send(failure));
                 return;
@@ -169,12 +174,14 @@ impl EngineHandle {
 
 type Computed = Result<(mpsc::Sender<Outcome>, Outcome), EngineError>;
 
-fn run(engine: &mut impl Compute, job: Job) -> Computed {
+/// Computes a job on an engine that has had nothing to do since `free_since`.
+fn run(engine: &mut impl Compute, job: Job, free_since: Instant) -> Computed {
     let Job { step, arrived, deadline, spans, reply } = job;
     let start = Instant::now();
     let executed = engine.compute(step, start >= deadline)?;
     let (compute, wait) = (start.elapsed(), start.saturating_duration_since(arrived));
-    Ok((reply, Outcome { executed, deadline, spans, compute, wait }))
+    let behind = free_since.saturating_duration_since(arrived).min(wait);
+    Ok((reply, Outcome { executed, deadline, spans, compute, wait, behind }))
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {

@@ -404,7 +404,7 @@ impl Service {
         config: &EngineConfig,
     ) -> Result<u64, ServiceError> {
         if self.identity.stub.is_some() {
-            return Ok(stub::kept_bytes(shape.kv_blocks));
+            return Ok(stub::kept_bytes(&shape.layers, shape.kv_blocks));
         }
         let store = self.store(shape.model)?;
         let has_head = shape.draws || shape.layers.end == store.config().layers;

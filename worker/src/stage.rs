@@ -15,7 +15,7 @@ use proto::ids::{KeyDigest, StepId};
 use proto::key::CoordinatorKey;
 use proto::plan::StagePlan;
 use proto::step::{
-    Output as RowOutput, Prepare, Row, RowResult, RowValue, Step, StepHeader, StepReply,
+    Output as RowOutput, Prepare, Row, RowResult, RowValue, StageTime, Step, StepHeader, StepReply,
     StepResult, StepVerdict,
 };
 use tokio::sync::{Notify, mpsc};
@@ -447,7 +447,7 @@ impl Stage {
 
     /// Keeps what a step gave and queues it.
     fn finish(&self, outcome: Outcome) {
-        let Outcome { executed, deadline, spans, compute, wait } = outcome;
+        let Outcome { executed, deadline, spans, compute, wait, behind } = outcome;
         let mut step = executed.step;
         for span in spans {
             span.record("compute_us", compute.as_micros() as u64);
@@ -455,7 +455,7 @@ impl Stage {
         }
         self.pace.note(self.share(), &step.rows, compute);
         self.metrics.step(compute, wait, &step.rows, executed.filled_blocks);
-        step.stage_times.push(proto::step::StageTime { stage: self.prepare.stage, compute, wait });
+        step.stage_times.push(StageTime { stage: self.prepare.stage, compute, wait, behind });
         let number = step.header.step;
         // Before anyone hears of it who could draw from it.
         lock(&self.draws).note(&step);

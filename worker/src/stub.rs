@@ -1,17 +1,24 @@
-//! PURE but for the wait. A stand-in for arithmetic, so that many real processes fit one machine: it
+//! PURE but for the wait and its clock. A stand-in for arithmetic, so that many real processes fit one machine: it
 //! waits as long as a step is said to take, and computes a hash chain.
 //!
-//! What a stage gives for a token is a hash of what the stage before gave for it (of the token itself,
-//! at the first), its position, and what this stage keeps for the token before it; that is kept where
-//! keys and values would be, and read through the row's own list of blocks. So whatever is wrong in a
-//! pipeline's state shows in every later token. The token that is drawn is the hash modulo the
-//! vocabulary. Nothing else is in it: the same tokens give the same answer, for the same cut of layers.
+//! ```text
+//! embedding: h = H(token)
+//! layer l:   h = H(h, l, p, kept_l[p - 1], kept_l[e]),   kept_l[p] = h
+//! draw:      the first four bytes of H(h) modulo the vocabulary
+//! ```
+//!
+//! `H` is BLAKE3, numbers are u32 little endian, `p` is the token's position and `e` an earlier one: the
+//! first four bytes of the `h` that comes in, modulo `p`. At position 0 there is nothing before, and
+//! zeros stand for it. What a layer keeps lies where keys and values would be and is read through the
+//! row's own list of blocks, so whatever is wrong in a pipeline's state shows in later tokens: in all
+//! of them if it is the last position, in some if it is an earlier one. Nothing else is in it: the same
+//! tokens give the same answer, however layers are cut into stages.
 
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use model::ModelConfig;
@@ -35,6 +42,9 @@ const HASH_BYTES: usize = 32;
 
 /// What is before the first token of a sequence.
 const BEGIN: Hash = [0; HASH_BYTES];
+
+/// Of one layer, in its hash: what comes in, layer, position, and two that were kept.
+const LAYER_BYTES: usize = 3 * HASH_BYTES + 2 * size_of::<u32>();
 
 type Hash = [u8; HASH_BYTES];
 
@@ -128,12 +138,13 @@ impl StubProfile {
 
 /// In place of the kernels' known answer: no stub shares a pipeline with a worker that computes.
 pub(crate) fn known_answer() -> KnownAnswer {
-    KnownAnswer(*blake3::hash(b"tercet stub compute 1").as_bytes())
+    KnownAnswer(*blake3::hash(b"tercet stub compute 2").as_bytes())
 }
 
-/// Bytes that a stub keeps for so many blocks.
-pub(crate) fn kept_bytes(kv_blocks: u32) -> u64 {
-    (HASH_BYTES as u64).saturating_mul(u64::from(BLOCK_TOKENS)).saturating_mul(u64::from(kv_blocks))
+/// Bytes that a stub keeps in so many blocks.
+pub(crate) fn kept_bytes(layers: &Range<u32>, kv_blocks: u32) -> u64 {
+    let hashes = u64::from(layers.end.saturating_sub(layers.start)) * u64::from(BLOCK_TOKENS);
+    hashes.saturating_mul(HASH_BYTES as u64).saturating_mul(u64::from(kv_blocks))
 }
 
 /// One stage of a stub.
@@ -144,8 +155,8 @@ pub(crate) struct StubExecutor {
     hidden: usize,
     vocab: u32,
     sessions: Sessions,
-    /// Of each block that was used, what is kept for each of its positions.
-    kept: Vec<Option<Box<[Hash; BLOCK_TOKENS as usize]>>>,
+    /// Of each block that was used, what each layer keeps for each position: `[layer][position]`.
+    kept: Vec<Option<Box<[Hash]>>>,
 }
 
 impl StubExecutor {
@@ -179,22 +190,25 @@ impl StubExecutor {
         self.hidden * size_of::<f32>()
     }
 
-    /// What is kept for a position of a row: that of nobody if a block was never written.
-    fn kept(&self, row: &Row, position: u32) -> Hash {
-        let (block, slot) = (position / BLOCK_TOKENS, position % BLOCK_TOKENS);
-        let block = row
-            .blocks
-            .get(block as usize)
-            .and_then(|&BlockId(id)| self.kept.get(id as usize).and_then(Option::as_ref));
-        block.map_or(BEGIN, |block| block[slot as usize])
+    /// Where a layer's hash of a position lies: in which block, and where in that.
+    fn place(row: &Row, layer: usize, position: u32) -> Option<(usize, usize)> {
+        let BlockId(id) = *row.blocks.get((position / BLOCK_TOKENS) as usize)?;
+        let slot = layer * BLOCK_TOKENS as usize + (position % BLOCK_TOKENS) as usize;
+        Some((id as usize, slot))
     }
 
-    fn keep(&mut self, row: &Row, position: u32, hash: Hash) {
-        let (block, slot) = (position / BLOCK_TOKENS, position % BLOCK_TOKENS);
-        let id = row.blocks.get(block as usize).map(|&BlockId(id)| id as usize);
-        if let Some(block) = id.and_then(|id| self.kept.get_mut(id)) {
-            let block = block.get_or_insert_with(|| Box::new([BEGIN; BLOCK_TOKENS as usize]));
-            block[slot as usize] = hash;
+    /// What a layer of this stage keeps for a position of a row: that of nobody if it was never written.
+    fn kept(&self, row: &Row, layer: usize, position: u32) -> Hash {
+        let place = Self::place(row, layer, position);
+        let found = place.and_then(|(id, slot)| self.kept.get(id)?.as_ref()?.get(slot));
+        found.copied().unwrap_or(BEGIN)
+    }
+
+    fn keep(&mut self, row: &Row, layer: usize, position: u32, hash: Hash) {
+        let hashes = self.layers.len() * BLOCK_TOKENS as usize;
+        let Some((id, slot)) = Self::place(row, layer, position) else { return };
+        if let Some(block) = self.kept.get_mut(id) {
+            block.get_or_insert_with(|| vec![BEGIN; hashes].into())[slot] = hash;
         }
     }
 
@@ -203,34 +217,56 @@ impl StubExecutor {
         let mut hashes = Vec::with_capacity(row.tokens.len());
         for (index, token) in row.tokens.iter().enumerate() {
             let position = row.position + index as u32;
-            let mut hasher = blake3::Hasher::new();
-            match self.is_first() {
-                true => hasher.update(&token.to_le_bytes()),
-                false => hasher.update(&input[index * self.width()..][..self.width()]),
+            let mut hash = match self.is_first() {
+                true => self.cut(blake3::hash(&token.to_le_bytes())),
+                false => self.read(&input[index * self.width()..][..self.width()]),
             };
-            hasher.update(&position.to_le_bytes());
-            let before = match position.checked_sub(1) {
-                Some(before) => self.kept(row, before),
-                None => BEGIN,
-            };
-            let hash = *hasher.update(&before).finalize().as_bytes();
-            self.keep(row, position, hash);
+            for (layer, number) in self.layers.clone().enumerate() {
+                let earlier = first_u32(&hash).checked_rem(position);
+                let [before, earlier] = [position.checked_sub(1), earlier].map(|position| {
+                    position.map_or(BEGIN, |position| self.kept(row, layer, position))
+                });
+                let mut bytes = Vec::with_capacity(LAYER_BYTES);
+                bytes.extend(hash);
+                bytes.extend([number, position].map(u32::to_le_bytes).as_flattened());
+                bytes.extend([before, earlier].as_flattened());
+                hash = self.cut(blake3::hash(&bytes));
+                self.keep(row, layer, position, hash);
+            }
             hashes.push(hash);
         }
         hashes
     }
 
+    /// A hash as long as activations are wide, if they are narrow: the rest would not travel.
+    fn cut(&self, hash: blake3::Hash) -> Hash {
+        let mut hash = *hash.as_bytes();
+        hash.iter_mut().skip(self.hidden).for_each(|byte| *byte = 0);
+        hash
+    }
+
     /// As it travels: as wide as activations are, and a finite number each.
-    fn written(&self, hash: &Hash, to: &mut Vec<u8>) {
+    fn write(&self, hash: &Hash, to: &mut Vec<u8>) {
         let bytes = hash.iter().cycle().take(self.hidden);
         to.extend(bytes.flat_map(|&byte| f32::from(byte).to_le_bytes()));
     }
 
+    /// The hash that was written like this. Of what nobody wrote, another one than any that was.
+    fn read(&self, written: &[u8]) -> Hash {
+        let (words, _) = written.as_chunks();
+        let mut hash = BEGIN;
+        for (byte, &word) in hash.iter_mut().zip(words) {
+            // Saturates: any number may have come.
+            *byte = f32::from_le_bytes(word) as u8;
+        }
+        let mut again = Vec::with_capacity(written.len());
+        self.write(&hash, &mut again);
+        if again == written { hash } else { self.cut(blake3::hash(written)) }
+    }
+
     /// The token drawn from what a row gave for its last token.
-    fn drawn(&self, written: &[u8]) -> RowValue {
-        let hash = blake3::hash(written);
-        let [a, b, c, d, ..] = *hash.as_bytes();
-        let token = u32::from_le_bytes([a, b, c, d]) % self.vocab;
+    fn drawn(&self, hash: &Hash) -> RowValue {
+        let token = first_u32(blake3::hash(hash).as_bytes()) % self.vocab;
         RowValue::Sampled(Sampled { token, logprob: None, top: Vec::new() })
     }
 
@@ -248,12 +284,14 @@ impl StubExecutor {
             let begin = output.len();
             if row.status == RowStatus::Ok {
                 let hashes = self.row(&row, own);
-                hashes.iter().for_each(|hash| self.written(hash, &mut output));
-                let last = &output[output.len() - self.width()..];
-                match (self.is_last(), &row.output) {
-                    (true, Output::Sample(_)) => value = self.drawn(last),
-                    (true, Output::State) => value = RowValue::State(last.to_vec().into()),
-                    (true, Output::Score(_) | Output::Logits) => {
+                hashes.iter().for_each(|hash| self.write(hash, &mut output));
+                match (self.is_last(), &row.output, hashes.last()) {
+                    (true, Output::Sample(_), Some(last)) => value = self.drawn(last),
+                    (true, Output::State, Some(_)) => {
+                        let last = &output[output.len() - self.width()..];
+                        value = RowValue::State(Bytes::copy_from_slice(last));
+                    }
+                    (true, Output::Score(_) | Output::Logits, _) => {
                         let row = &mut step.rows[index];
                         row.status = RowStatus::Invalid;
                         row.detail = "a stub computes no probabilities".into();
@@ -281,7 +319,7 @@ impl StubExecutor {
                 row.status = RowStatus::Expired;
                 row.detail = "the deadline of its step had passed".into();
             } else if row.status == RowStatus::Ok {
-                value = self.drawn(state);
+                value = self.drawn(&self.read(state));
                 if let RowValue::Sampled(sampled) = &value {
                     row.output = Output::Drawn(Box::new(sampled.clone()));
                 }
@@ -298,6 +336,7 @@ impl Compute for StubExecutor {
         reason = "an engine has a thread of its own, and this one stands for work that takes as long"
     )]
     fn compute(&mut self, mut step: Step, expired: bool) -> Result<Executed, EngineError> {
+        let begin = Instant::now();
         let is_draw = step.is_draw();
         let values = match is_draw {
             true => self.draws_of(&mut step, expired),
@@ -306,13 +345,17 @@ impl Compute for StubExecutor {
         let ok = || step.rows.iter().filter(|row| row.status == RowStatus::Ok);
         let tokens: u64 = ok().map(|row| row.tokens.len() as u64).sum();
         let draws = values.iter().any(|value| matches!(value, RowValue::Sampled(_)));
-        thread::sleep(self.profile.wait(
-            self.layers.len() as u32,
-            tokens * u64::from(!is_draw),
-            draws,
-        ));
+        let tokens = tokens * u64::from(!is_draw);
+        let wait = self.profile.wait(self.layers.len() as u32, tokens, draws);
+        // What was hashed took some of it.
+        thread::sleep(wait.saturating_sub(begin.elapsed()));
         Ok(Executed { step, values, filled_blocks: self.sessions.filled_blocks() })
     }
+}
+
+fn first_u32(hash: &Hash) -> u32 {
+    let [a, b, c, d, ..] = *hash;
+    u32::from_le_bytes([a, b, c, d])
 }
 
 #[cfg(test)]

@@ -293,7 +293,12 @@ fn decode_status(status: i32) -> Result<RowStatus, WireError> {
 
 fn encode_time(time: &StageTime) -> pb::StageTime {
     let us = |duration: Duration| duration.as_micros().try_into().unwrap_or(u64::MAX);
-    pb::StageTime { stage: time.stage, compute_us: us(time.compute), wait_us: us(time.wait) }
+    pb::StageTime {
+        stage: time.stage,
+        compute_us: us(time.compute),
+        wait_us: us(time.wait),
+        behind_us: us(time.behind),
+    }
 }
 
 fn decode_times(times: Vec<pb::StageTime>) -> Result<Vec<StageTime>, WireError> {
@@ -303,6 +308,7 @@ fn decode_times(times: Vec<pb::StageTime>) -> Result<Vec<StageTime>, WireError> 
             stage: decode_stage_index(time.stage)?,
             compute: Duration::from_micros(time.compute_us),
             wait: Duration::from_micros(time.wait_us),
+            behind: Duration::from_micros(time.behind_us),
         })
     };
     times.into_iter().map(one).collect()

@@ -86,11 +86,13 @@ fn step() -> impl Strategy<Value = Step> {
         acked_step: StepId(numbers.5),
         deadline_remaining: Duration::from_millis(numbers.6.into()),
     });
-    let times = (0..limits::STAGES as u32, any::<u32>(), any::<u32>()).prop_map(
-        |(stage, compute, wait)| StageTime {
+    let us = |us: u32| Duration::from_micros(us.into());
+    let times = (0..limits::STAGES as u32, any::<(u32, u32, u32)>()).prop_map(
+        move |(stage, (compute, wait, behind))| StageTime {
             stage,
-            compute: Duration::from_micros(compute.into()),
-            wait: Duration::from_micros(wait.into()),
+            compute: us(compute),
+            wait: us(wait),
+            behind: us(behind),
         },
     );
     (header, vec(row(), 0..4), vec(any::<u64>(), 0..4), vec(times, 0..3), vec(any::<f32>(), 0..9))
@@ -378,7 +380,7 @@ fn what_is_missing_is_no_success_and_stages_are_bounded() {
         message.payload_crc32c = stage::result_crc32c(&message);
         decode_result(message)
     };
-    let time = |stage| pb::StageTime { stage, compute_us: 1, wait_us: 1 };
+    let time = |stage| pb::StageTime { stage, compute_us: 1, wait_us: 1, behind_us: 1 };
     let times = |times| pb::ResultSet { stage_times: times, ..Default::default() };
     assert!(of(&times(vec![time(0), time(most)])).is_ok());
     assert!(of(&times(vec![time(most + 1)])).is_err());

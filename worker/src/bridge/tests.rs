@@ -64,6 +64,32 @@ async fn jobs_are_run_in_order_and_the_late_ones_are_marked() {
 }
 
 #[tokio::test]
+async fn what_a_job_waits_for_others_is_told_apart_from_waking_up() {
+    let (failures, _) = mpsc::channel(1);
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    let engine = EngineHandle::start(Machine(move |_: &Step, _| gate.recv().unwrap()), failures);
+    let engine = engine.unwrap();
+    let (reply, mut outcomes) = mpsc::channel(4);
+    engine.submit(job(1, &reply, LONG)).unwrap();
+    // It is submitted later than it arrived: of that nobody was computing.
+    let late = job(2, &reply, LONG);
+    let arrived = late.arrived;
+    go.send(()).unwrap();
+    assert_eq!(outcomes.recv().await.unwrap().behind, Duration::ZERO, "the first waits for nobody");
+    let first_is_done = Instant::now();
+    engine.submit(late).unwrap();
+    let third = job(3, &reply, LONG);
+    go.send(()).unwrap();
+    let second = outcomes.recv().await.unwrap();
+    assert!(second.behind > Duration::ZERO && second.behind <= first_is_done - arrived);
+    assert!(second.behind <= second.wait);
+    // Behind the second one for all of the time that that took.
+    engine.submit(third).unwrap();
+    go.send(()).unwrap();
+    assert!(outcomes.recv().await.unwrap().behind > Duration::ZERO);
+}
+
+#[tokio::test]
 async fn a_panic_is_reported_and_nobody_waits_for_ever() {
     let (failures, mut failed) = mpsc::channel(1);
     let (reply, mut outcomes) = mpsc::channel(4);

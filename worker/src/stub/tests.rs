@@ -1,4 +1,4 @@
-//! The same tokens for every cut into chunks, others for every wrong state, and what a profile says.
+//! The same tokens for every cut into chunks and stages, others for every wrong state, and what a profile says.
 
 use bytes::Bytes;
 use proto::ids::{Epoch, Incarnation, PipelineId, StepId, Term};
@@ -8,6 +8,9 @@ use super::*;
 use crate::tests::harness::{LONG, row, store};
 
 const KV_BLOCKS: u32 = 16;
+
+/// Layers of the model.
+const LAYERS: u32 = 4;
 
 fn stage(layers: Range<u32>) -> StubExecutor {
     StubExecutor::new(StubProfile::default(), store().config(), layers, KV_BLOCKS)
@@ -63,7 +66,7 @@ fn answer(stages: &mut [StubExecutor], ends: &[u32]) -> u32 {
 }
 
 #[test]
-fn chunks_and_neighbours_change_nothing() {
+fn chunks_neighbours_and_stages_change_nothing() {
     let two = || [stage(0..2), stage(2..4)];
     let whole = answer(&mut two(), &[]);
     for ends in [&[7][..], &[32], &[1, 2, 33], &[39]] {
@@ -72,22 +75,31 @@ fn chunks_and_neighbours_change_nothing() {
     let mut stages = two();
     let rows = vec![row(3, 0, 5, sample()), row(1, 0, 40, sample())];
     assert_eq!(pass(&mut stages, rows)[1], Ok(whole));
-    assert_ne!(answer(&mut [stage(0..4)], &[]), whole, "of another cut");
+    let cuts: [&[u32]; 4] = [&[0, 4], &[0, 1, 4], &[0, 3, 4], &[0, 1, 2, 3, 4]];
+    for cut in cuts {
+        let mut stages: Vec<_> = cut.windows(2).map(|ends| stage(ends[0]..ends[1])).collect();
+        assert_eq!(answer(&mut stages, &[33]), whole, "cut at {cut:?}");
+    }
+    let mut wrong = [stage(0..1), stage(1..2), stage(1..2), stage(3..4)];
+    assert_ne!(answer(&mut wrong, &[]), whole, "one layer twice, and another not at all");
 }
 
 #[test]
 fn a_wrong_state_of_any_stage_is_a_wrong_token() {
     let expected = answer(&mut [stage(0..2), stage(2..4)], &[20, 36]);
-    for wrong in 0..2 {
-        for position in [20, 35] {
-            let mut stages = [stage(0..2), stage(2..4)];
-            pass(&mut stages, vec![row(1, 0, 36, Output::None)]);
-            let own = row(1, 0, 36, Output::None);
-            stages[wrong].keep(&own, position, [7; HASH_BYTES]);
-            let drawn = pass(&mut stages, vec![row(1, 36, 4, sample())])[0].unwrap();
-            // Only the token before is read, whose hash holds all those before it.
-            assert_eq!(drawn == expected, position != 35, "stage {wrong}, position {position}");
-        }
+    // Whether a wrong hash of one layer at one position shows in the token after 4 more.
+    let shows = |layer: usize, position| {
+        let mut stages = [stage(0..2), stage(2..4)];
+        let own = row(1, 0, 36, Output::None);
+        pass(&mut stages, vec![own.clone()]);
+        stages[layer / 2].keep(&own, layer % 2, position, [7; HASH_BYTES]);
+        let drawn = pass(&mut stages, vec![row(1, 36, 4, sample())]);
+        drawn[0].unwrap() != expected
+    };
+    for layer in 0..LAYERS as usize {
+        assert!(shows(layer, 35), "the last of layer {layer}");
+        // Of each of the others one in 36 is read for each layer and token.
+        assert!((0..35).any(|position| shows(layer, position)), "an earlier one of layer {layer}");
     }
     // Sessions refuse what they can see, as they do for an engine.
     let mut stages = [stage(0..2), stage(2..4)];

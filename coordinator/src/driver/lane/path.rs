@@ -92,6 +92,8 @@ pub(super) struct Path {
     stage_times: Vec<StageMeans>,
     trips: Trips,
     histograms: Vec<(Histogram, Histogram)>,
+    /// Of whole rounds, and of what is added in them to computing.
+    rounds: (Histogram, Histogram),
 }
 
 struct Sent {
@@ -137,6 +139,7 @@ impl Path {
             stage_times: vec![StageMeans::default(); stages.len()],
             trips: Trips::default(),
             histograms: numbers.map(crate::metrics::stage_times).collect(),
+            rounds: crate::metrics::step_times(),
             stages,
             wire,
             events,
@@ -257,8 +260,11 @@ impl Path {
             return Heard::Nothing;
         }
         if let Some(sent) = self.unanswered.remove(&result.step) {
+            let round = sent.at.elapsed();
             self.trips.steps += 1;
-            self.trips.on_way_ms += ms(sent.at.elapsed());
+            self.trips.on_way_ms += ms(round);
+            self.rounds.0.record(round);
+            self.rounds.1.record(added(round, &result.stage_times));
             for time in &result.stage_times {
                 self.count(time);
             }
@@ -375,5 +381,33 @@ impl Path {
     fn next_link(&mut self) -> LinkId {
         self.last_link += 1;
         LinkId(self.last_link)
+    }
+}
+
+/// What is added to computing in one step's round: carrying, queues, waking up. A step that waits while
+/// a stage computes those before it is not held up by any of that.
+fn added(round: Duration, times: &[StageTime]) -> Duration {
+    let own = |time: &StageTime| time.compute.saturating_add(time.behind);
+    times.iter().fold(round, |left, time| left.saturating_sub(own(time)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_added_is_neither_computing_nor_waiting_for_others_to_be_computed() {
+        let ms = Duration::from_millis;
+        let time = |compute, wait, behind| StageTime {
+            stage: 0,
+            compute: ms(compute),
+            wait: ms(wait),
+            behind: ms(behind),
+        };
+        assert_eq!(added(ms(20), &[]), ms(20));
+        assert_eq!(added(ms(20), &[time(4, 3, 2), time(5, 1, 0)]), ms(9));
+        assert_eq!(added(ms(20), &[time(15, 9, 9)]), ms(0), "clocks of others may be wrong");
+        let forever = StageTime { compute: Duration::MAX, behind: Duration::MAX, ..time(0, 0, 0) };
+        assert_eq!(added(ms(20), &[forever]), ms(0));
     }
 }
