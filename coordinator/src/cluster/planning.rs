@@ -389,9 +389,18 @@ impl Cluster {
         let keeps = |pipeline: &Pipeline| composed.iter().any(|plan| plan.at() == pipeline.at());
         let is_new = composed.iter().any(|plan| plan.epoch == Epoch(0));
         let changes = is_new || !self.pipelines.values().all(keeps);
-        let gains = deployment.tokens_per_s
-            > deployment.incumbent_tokens_per_s
-                * (1.0 + f64::from(self.options.min_gain_percent) / 100.0);
+        // Measured by what is disturbed for it: of many pipelines one more is little, and costs none of
+        // them anything.
+        let served = self
+            .pipelines
+            .values()
+            .filter(|pipeline| asked.incumbents.contains(&pipeline.placed.plan.id));
+        let rate = |pipeline: &Pipeline| pipeline.placed.plan.predicted_tokens_per_s;
+        let moved: f64 = served.clone().filter(|pipeline| !keeps(pipeline)).map(rate).sum();
+        let all: f64 = served.map(rate).sum();
+        let moved = if all > 0.0 { moved / all } else { 1.0 };
+        let least = f64::from(self.options.min_gain_percent) / 100.0 * moved;
+        let gains = deployment.tokens_per_s > deployment.incumbent_tokens_per_s * (1.0 + least);
         let is_wanted = changes && (asked.cause != Cause::Changed || gains);
         self.planning.left_out = deployment
             .left_out

@@ -255,15 +255,35 @@ fn with_pinned_stages_and_one_pipeline_a_late_worker_stands_by() {
 
 #[test]
 fn a_gain_below_the_least_is_not_worth_a_move() {
-    let dear = Options { min_gain_percent: 60, ..options(None) };
-    let mut script = Script::with(dear, workers(2), Found::Nothing);
+    let dear = Options { min_gain_percent: 100, ..options(Some(2)) };
+    let four = [0, 2, 4, 5].map(|id| record(id, 1)).to_vec();
+    let mut script = Script::with(dear, four, Found::Nothing);
     script.pass(1000);
     script.take();
-    script.tell(Event::WorkerPut(record(4, 1)));
+    assert_eq!(script.served(), [(1, vec!["w0", "w2"]), (2, vec!["w4", "w5"])]);
+    // Six are laid out anew, for half as much again; one of the two changes for it.
+    for id in [1, 3] {
+        script.tell(Event::WorkerPut(record(id, 1)));
+    }
     script.pass(100_000);
     assert_eq!((script.take(), script.plans.len()), (vec![], 1));
     script.tell(Event::PlanNow);
-    assert_eq!(script.serves(), [(at(3, 102), vec!["w4".to_owned()])], "asked for");
+    let served = script.served();
+    assert_eq!(served.len(), 3, "asked for: {served:?}");
+    assert_eq!(served[1], (2, vec!["w4", "w5"]), "kept");
+}
+
+#[test]
+fn a_worker_for_which_nobody_moves_joins_however_many_serve() {
+    let mut script = Script::new(None, workers(40));
+    script.pass(20_000);
+    let before: Vec<_> = (1..=40).map(|id| script.at(id)).collect();
+    script.take();
+    // A fortieth of what serves is less than the least gain.
+    script.tell(Event::WorkerPut(record(40, 1)));
+    script.pass(10_000);
+    assert_eq!(script.serves(), [(at(41, 102), vec!["w40".to_owned()])]);
+    assert_eq!((1..=40).map(|id| script.at(id)).collect::<Vec<_>>(), before, "untouched");
 }
 
 #[test]
