@@ -175,10 +175,12 @@ pub enum ImportError {
     #[error("failed to use the GGUF file")]
     Gguf(#[from] GgufError),
     /// A JSON file is bad.
-    #[error("failed to use {}", path.display())]
+    #[error("failed to use {}{}", path.display(), of_key(key))]
     Json {
         /// The file.
         path: PathBuf,
+        /// The key that holds it, with those around it; empty if the file as a whole is meant.
+        key: String,
         /// What is wrong with it.
         source: serde_json::Error,
     },
@@ -382,6 +384,11 @@ fn write(
     let Provenance { format, notes, .. } = checkpoint.provenance();
     let (store, config) = (dest.to_owned(), checkpoint.config.clone());
     Ok(Imported { id, store, config, format, notes })
+}
+
+/// How a message names the key that is meant.
+fn of_key(key: &str) -> String {
+    if key.is_empty() { String::new() } else { format!(": {key}") }
 }
 
 /// Tries the text; a chat template that cannot be used is left out.

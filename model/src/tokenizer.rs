@@ -13,7 +13,7 @@ mod vocabulary;
 
 use std::collections::HashSet;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -74,7 +74,7 @@ impl TokenizerFileError {
 }
 
 /// A token beside the vocabulary proper.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct AddedToken {
     /// Its id, as the file has it.
     pub id: u32,
@@ -274,6 +274,18 @@ impl TokenizerFile {
                 vocab.iter().position(|(word, _)| word == text).map(|id| id as u32)
             }
         })
+    }
+
+    /// The words of the vocabulary proper with their ids.
+    pub fn words(&self) -> Box<dyn Iterator<Item = (&str, u32)> + '_> {
+        match &self.model {
+            TokenizerModel::Bpe(Bpe { vocab, .. }) | TokenizerModel::WordLevel { vocab, .. } => {
+                Box::new(vocab.iter().map(|(word, id)| (&**word, *id)))
+            }
+            TokenizerModel::Unigram { vocab, .. } => {
+                Box::new((0..).zip(vocab).map(|(id, (word, _))| (&**word, id)))
+            }
+        }
     }
 
     /// The text of an added token by its id.

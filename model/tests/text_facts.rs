@@ -280,3 +280,90 @@ fn manifests_of_before_load_and_bad_defaults_do_not() {
     let old = model::Manifest::parse(&serde_json::to_vec(&json).unwrap()).unwrap();
     assert!(old.sampling.is_empty());
 }
+
+#[test]
+fn tokens_that_only_other_files_name_are_added() {
+    let tokens = |stored: &Stored| -> Vec<(u64, String)> {
+        let json = stored.store.tokenizer_json().unwrap().unwrap();
+        let json: Value = serde_json::from_slice(&json).unwrap();
+        let tokens = json["added_tokens"].as_array().unwrap().iter();
+        tokens
+            .map(|t| (t["id"].as_u64().unwrap(), t["content"].as_str().unwrap().to_owned()))
+            .collect()
+    };
+    let whole = Variant::new().import();
+    let all = tokens(&whole);
+    assert_eq!(all.iter().filter(|(_, text)| text == "<|eot_id|>").count(), 1);
+    let (eot, _) = all.iter().find(|(_, text)| text == "<|eot_id|>").unwrap().clone();
+    let lacking = || {
+        Variant::new().edit("tokenizer.json", |json| {
+            let tokens = json["added_tokens"].as_array_mut().unwrap();
+            tokens.retain(|token| token["content"] != "<|eot_id|>");
+        })
+    };
+    let entry = json!({ "content": "<|eot_id|>", "normalized": false, "special": true });
+    let decoder = json!({ eot.to_string(): entry });
+
+    let stored = lacking().set(TOKENIZER, "added_tokens_decoder", decoder.clone()).import();
+    assert_eq!(tokens(&stored), all);
+    assert!(stored.notes("tokenizer.json lacks what tokenizer_config.json names: added"));
+    assert_eq!(stored.store.config().eos_tokens, whole.store.config().eos_tokens);
+    let stored = lacking().set("added_tokens.json", "<|eot_id|>", json!(eot)).import();
+    assert_eq!(tokens(&stored), all);
+    assert!(stored.notes("tokenizer.json lacks what added_tokens.json names: added"));
+
+    // What is said twice alike changes nothing, not even the id of the model.
+    let stored = Variant::new().set(TOKENIZER, "added_tokens_decoder", decoder).import();
+    assert_eq!(stored.store.id(), whole.store.id());
+    assert!(!stored.notes("tokens: tokenizer"));
+    // Other properties are those that transformers takes; other ids are nobody's.
+    let entry = json!({ "content": "<|eot_id|>", "rstrip": true, "special": true });
+    let swallows = Variant::new().set(
+        TOKENIZER,
+        "added_tokens_decoder",
+        json!({ eot.to_string(): entry, "1": {"content": "<|eot_id|>", "special": true},
+                "99999999": {"content": "<|far|>"}, "x": {"content": "<|x|>"} }),
+    );
+    let stored = swallows.import();
+    assert!(stored.notes("tokenizer_config.json has other properties than tokenizer.json"));
+    assert!(stored.notes(&format!("tokenizer_config.json says 1, tokenizer.json {eot}")));
+    assert!(stored.notes("tokenizer_config.json names what is outside the vocabulary: ignored"));
+    assert_eq!(tokens(&stored), all);
+    let taken = json!({ "5": {"content": "<|new|>", "special": true} });
+    let stored = Variant::new().set(TOKENIZER, "added_tokens_decoder", taken).import();
+    assert!(stored.notes("tokenizer_config.json gives the id 5 of another token: ignored"));
+}
+
+#[test]
+fn a_field_of_another_type_is_named() {
+    for (file, key, value, want) in [
+        (CONFIG, "eos_token_id", json!("2"), "config.json: eos_token_id: expected a token id"),
+        (CONFIG, "vocab_size", json!("512"), "config.json: vocab_size: invalid type: string"),
+        (
+            CONFIG,
+            "quantization_config",
+            json!({"quant_method": 3}),
+            "config.json: quantization_config.quant_method: invalid type",
+        ),
+        (GENERATION, "bos_token_id", json!({}), "generation_config.json: bos_token_id: expected"),
+        (TOKENIZER, "bos_token", json!(5), "tokenizer_config.json: bos_token: expected a text"),
+        (
+            TOKENIZER,
+            "chat_template",
+            json!(5),
+            "tokenizer_config.json: chat_template: expected a template's text",
+        ),
+    ] {
+        let refusal = Variant::new().set(file, key, value).refusal();
+        assert!(refusal.contains(want), "{refusal}");
+        assert!(!refusal.contains("untagged"), "{refusal}");
+    }
+}
+
+#[test]
+fn a_whole_file_goes_before_an_index_that_was_left_over() {
+    let index = "model.safetensors.index.json";
+    let left_over = json!({"model.norm.weight": "model-00001-of-00002.safetensors"});
+    let stored = Variant::new().set(index, "weight_map", left_over).import();
+    assert!(stored.notes("model.safetensors.index.json is ignored beside model.safetensors"));
+}

@@ -71,7 +71,7 @@ enum InputError {
 
 /// The forms of a file of tokens. The last is that of the bundled model's reference file.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected an array of token ids, or an object with `token_ids`")]
 enum TokensFile {
     Ids(Vec<u32>),
     Object { token_ids: Vec<u32> },

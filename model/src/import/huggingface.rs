@@ -45,6 +45,8 @@ pub(super) struct Directory {
     files: Vec<(PathBuf, MappedFile)>,
     /// Where the index says each tensor is, if there is an index.
     index: Option<BTreeMap<String, String>>,
+    /// There is an index that does not count.
+    ignores_index: bool,
 }
 
 /// `model.safetensors.index.json`; what else it says does not matter.
@@ -56,11 +58,15 @@ struct Index {
 impl Directory {
     pub(super) fn open(path: &Path) -> Result<Self, ImportError> {
         let config = read(&path.join(CONFIG_FILE), JSON_BYTES_MAX)?;
-        let index: Option<Index> = read_json(&path.join(INDEX_FILE))?;
-        let index = index.map(|index| index.weight_map);
         let is_there = |name: &str| path.join(name).exists();
+        // A single file goes before an index, which may be left over, as in transformers.
+        let is_single = is_there(SINGLE_FILE);
+        let ignores_index = is_single && is_there(INDEX_FILE);
+        let index: Option<Index> =
+            if is_single { None } else { read_json(&path.join(INDEX_FILE))? };
+        let index = index.map(|index| index.weight_map);
         if index.is_none()
-            && !is_there(SINGLE_FILE)
+            && !is_single
             && let Some(pickled) = PICKLED_FILES.into_iter().find(|name| is_there(name))
         {
             return Err(ImportError::Unsupported(format!(
@@ -88,7 +94,7 @@ impl Directory {
             file.advise_sequential();
             files.push((path, file));
         }
-        Ok(Self { path: path.to_owned(), config, files, index })
+        Ok(Self { path: path.to_owned(), config, files, index, ignores_index })
     }
 
     /// Finds and checks everything that an import needs.
@@ -102,7 +108,11 @@ impl Directory {
         for (path, file) in &self.files {
             tensors.add(path, file.bytes())?;
         }
-        for (tensor, file) in self.index.iter().flatten() {
+        if self.ignores_index {
+            config.notes.push(format!("weights: {INDEX_FILE} is ignored beside {SINGLE_FILE}"));
+        }
+        let weights = self.index.iter().flatten().filter(|(tensor, _)| !is_buffer(tensor));
+        for (tensor, file) in weights {
             let found = tensors.files.get(tensor).and_then(|path| path.file_name());
             if found.is_none_or(|found| found != file.as_str()) {
                 return Err(ImportError::MissingTensor { tensor: format!("{tensor} in {file}") });
@@ -118,6 +128,7 @@ impl Directory {
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
             named_templates: template_names(&path(NAMED_TEMPLATES)),
             named_default: read_optional(&path(NAMED_DEFAULT), JSON_BYTES_MAX)?,
+            added_tokens: read_json(&path("added_tokens.json"))?.unwrap_or_default(),
         };
         if text.tokenizer.is_none() && path(SENTENCE_PIECE_FILE).exists() {
             let note = format!("{SENTENCE_PIECE_FILE} is not read: save it as {TOKENIZER_FILE}");
@@ -240,6 +251,10 @@ const BUFFERS: [&str; 7] = [
     "position_ids",
 ];
 
+fn is_buffer(name: &str) -> bool {
+    BUFFERS.iter().any(|end| name.ends_with(end))
+}
+
 /// The tensors of all files. Those that were asked for are taken out; what is left is unknown.
 #[derive(Default)]
 struct Tensors<'a> {
@@ -264,9 +279,8 @@ impl<'a> Tensors<'a> {
     /// Drops the buffers of older models, which follow from the config and no reader loads, and
     /// tensors without elements.
     fn pass_over(&mut self, notes: &mut Vec<String>) {
-        let is_buffer = |name: &str, tensor: &Tensor| {
-            BUFFERS.iter().any(|end| name.ends_with(end)) || tensor.shape.contains(&0)
-        };
+        let is_buffer =
+            |name: &str, tensor: &Tensor| self::is_buffer(name) || tensor.shape.contains(&0);
         let all = self.left.len();
         let first = self.left.iter().find(|(name, (tensor, _))| is_buffer(name, tensor));
         let Some(first) = first.map(|(name, _)| name.clone()) else { return };

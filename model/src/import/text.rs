@@ -1,9 +1,12 @@
 //! Tokenizer, special tokens, chat template and defaults of sampling of a checkpoint. A fact that
 //! several files can state is gathered here from all of them: `docs/models.md` has the table.
 
+mod added;
 mod sampling;
 mod special;
 mod template;
+
+use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -49,6 +52,8 @@ pub(super) struct HuggingFaceText {
     pub(super) named_templates: Vec<String>,
     /// [`NAMED_DEFAULT`].
     pub(super) named_default: Option<Vec<u8>>,
+    /// `added_tokens.json`: ids by text.
+    pub(super) added_tokens: BTreeMap<String, u32>,
 }
 
 /// The folder in which transformers keeps templates for other uses than chats.
@@ -66,6 +71,8 @@ pub(super) struct TokenizerConfig {
     chat_template: Option<Template>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
+    #[serde(default)]
+    added_tokens_decoder: added::Decoder,
 }
 
 /// `special_tokens_map.json`.
@@ -120,6 +127,22 @@ pub(super) fn from_hugging_face(
     let bos_texts = [texts(tokenizer_config.bos_token), texts(files.special_tokens_map.bos_token)];
     let eos_texts = [texts(tokenizer_config.eos_token), texts(files.special_tokens_map.eos_token)];
     let text_files = ["tokenizer_config.json", "special_tokens_map.json"];
+    let elsewhere = added::Elsewhere {
+        decoder: tokenizer_config.added_tokens_decoder,
+        listed: files.added_tokens,
+        special: bos_texts.iter().chain(&eos_texts).flatten().map(String::as_str).collect(),
+    };
+    let (tokenizer, file) = match (tokenizer, file) {
+        (Some(json), Some(file)) => match added::merged(&file, elsewhere, config.vocab, notes) {
+            Some(tokens) => {
+                let json = added::rewritten(&json, &tokens)?;
+                let file = parse_tokenizer(&json, config)?;
+                (Some(json), Some(file))
+            }
+            None => (Some(json), Some(file)),
+        },
+        other => other,
+    };
 
     // What puts the token in front of text is believed first, then what only names it.
     let mut bos = Claims::new("BOS", config.vocab);

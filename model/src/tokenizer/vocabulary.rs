@@ -54,7 +54,7 @@ pub(super) struct Merges;
 
 /// Two forms are in use: `["a", "b"]`, and `"a b"` before 2024.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a merge: two texts, or one with a blank between them")]
 enum Merge {
     Pair((String, String)),
     Text(String),

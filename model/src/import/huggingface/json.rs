@@ -19,7 +19,16 @@ const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 /// [`ImportError::Json`], or [`ImportError::Value`] where there is a number that JSON does not have.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T, ImportError> {
     let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
-    serde_json::from_slice(bytes).map_err(|source| {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let parsed = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let key = error.path().to_string();
+        (if key == "." { String::new() } else { key }, error.into_inner())
+    });
+    let parsed = parsed.and_then(|value| match json.end() {
+        Ok(()) => Ok(value),
+        Err(error) => Err((String::new(), error)),
+    });
+    parsed.map_err(|(key, source)| {
         let line = bytes.split(|byte| *byte == b'\n').nth(source.line().saturating_sub(1));
         // The column is that of a byte at or near the beginning of what could not be read.
         let from = source.column().saturating_sub(2);
@@ -32,7 +41,7 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T,
                 found: name.into(),
                 expected: "a number that JSON has".into(),
             },
-            None => ImportError::Json { path: path.to_owned(), source },
+            None => ImportError::Json { path: path.to_owned(), key, source },
         }
     })
 }

@@ -7,7 +7,7 @@ use crate::tokenizer::TokenizerFile;
 
 /// An id, a list of ids, or none: absent, null, or -1 as some programs write it.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a token id, a list of them, or null")]
 pub(in super::super) enum TokenIds {
     #[default]
     None,
@@ -43,7 +43,7 @@ impl TokenIds {
 
 /// A token by its text.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or an object with `content`")]
 pub(in super::super) enum SpecialToken {
     Text(String),
     Object { content: String },

@@ -12,7 +12,7 @@ const DEFAULT: &str = "default";
 
 /// A template, or several with names.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a template's text, or several with names")]
 pub(super) enum Template {
     One(String),
     List(Vec<NamedTemplate>),
