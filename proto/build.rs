@@ -1,7 +1,8 @@
 //! Compiles the schema with protox: no `protoc` is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/tercet/v1/stage.proto", "proto/tercet/v1/inference.proto"];
+    let files =
+        ["stage", "inference", "operator"].map(|name| format!("proto/tercet/v1/{name}.proto"));
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);

@@ -10,6 +10,7 @@ use crate::commands::{
     import::ImportCommand,
     logits::LogitsCommand,
     model::ModelCommand,
+    operate::{DrainCommand, RollCommand},
     plan::PlanCommand,
     serve::{CoordinatorCommand, WorkerCommand},
     up::UpCommand,
@@ -78,10 +79,14 @@ pub(crate) enum Command {
     Chat(ChatCommand),
     /// Show a cluster: who is in, which layers are where, how fast it is
     Status(StatusCommand),
-    /// Show who runs which layers, or who would on other machines
+    /// Show who runs which layers, or who would on other machines; or plan now
     ///
     /// Of the cluster at --endpoint or at TERCET_ENDPOINT, or for the machines in a file with --nodes.
     Plan(PlanCommand),
+    /// Move a worker's stages elsewhere, and have it end
+    Drain(DrainCommand),
+    /// Replace every worker by a new process, one after the other
+    Roll(RollCommand),
     /// Turn a checkpoint into a store
     Import(ImportCommand),
     /// List, show, check and make stores

@@ -7,6 +7,7 @@ pub(crate) mod eval;
 pub(crate) mod import;
 pub(crate) mod logits;
 pub(crate) mod model;
+pub(crate) mod operate;
 pub(crate) mod plan;
 pub(crate) mod serve;
 pub(crate) mod up;
@@ -73,6 +74,8 @@ async fn run_client(command: Command, interruption: &Interruption) -> Result<(),
         Command::Chat(command) => ask::chat(command, interruption).await,
         Command::Status(command) => ask::status(command).await,
         Command::Plan(command) => plan::run(command).await,
+        Command::Drain(command) => operate::drain(command).await,
+        Command::Roll(command) => operate::roll(command).await,
         Command::Import(command) => import::run(&command),
         Command::Model(command) => model::run(command),
         Command::Eval(command) => eval::run(&command),

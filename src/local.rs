@@ -253,10 +253,24 @@ impl LocalCluster {
             let registry: Arc<dyn Membership> = Arc::new(registry.another());
             parts.spawn(async move {
                 let id = config.id.as_ref().map(ToString::to_string).unwrap_or_default();
-                let ran = Box::pin(worker::run(config, keys, registry, None, stop)).await;
-                match ran {
-                    Ok(()) => Ok(id),
-                    Err(source) => Err(LocalError::Worker { id, source: Box::new(source) }),
+                loop {
+                    let run = worker::run(
+                        config.clone(),
+                        keys.clone(),
+                        Arc::clone(&registry),
+                        None,
+                        stop.clone(),
+                    );
+                    match Box::pin(run).await {
+                        // An operator had it drained: here nobody else starts it again.
+                        Ok(()) if !stop.is_cancelled() => {
+                            tracing::info!(worker = id, "starts again");
+                        }
+                        Ok(()) => return Ok(id),
+                        Err(source) => {
+                            return Err(LocalError::Worker { id, source: Box::new(source) });
+                        }
+                    }
                 }
             });
         }

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Read, Write};
 
 use serde::Serialize;
 
-use crate::ClientError;
+use crate::{ClientError, OperatorError};
 
 /// The longest prompt read from standard input: what fits into one request.
 pub(crate) const PROMPT_BYTES: u64 = proto::limits::CLIENT_MESSAGE_BYTES as u64;
@@ -16,6 +16,9 @@ pub enum CommandError {
     /// The coordinator, or the way to it.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// What an operator wanted is not done.
+    #[error(transparent)]
+    Operator(#[from] OperatorError),
     /// Standard output.
     #[error("failed to write to standard output")]
     Output(#[source] io::Error),

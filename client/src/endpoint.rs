@@ -1,7 +1,7 @@
 //! Where a coordinator is reached.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use node::config::{AddressError, HostPort};
@@ -41,6 +41,15 @@ impl Endpoint {
     /// The port.
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+
+    /// Another server of the process that is reached here, which says that it is at `address`: one that
+    /// listens on all addresses is reached at this host.
+    pub fn beside(&self, address: &HostPort) -> Self {
+        match address.host().parse().is_ok_and(|ip: IpAddr| ip.is_unspecified()) {
+            true => Self { address: self.address.with_port(address.port()) },
+            false => Self { address: address.clone() },
+        }
     }
 }
 
@@ -109,9 +118,72 @@ impl EndpointArgs {
     }
 }
 
+/// Where a command finds the coordinator that takes its orders.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct OperatorArgs {
+    /// Which coordinator.
+    #[command(flatten)]
+    pub endpoint: EndpointArgs,
+    /// Admin address of the leading coordinator, as host:port [default: what the coordinator at
+    /// --endpoint says]
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<String>,
+}
+
+/// Where orders are taken, or who says where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Orders {
+    /// Here.
+    At(Endpoint),
+    /// This coordinator says where.
+    AsSaidBy(Endpoint),
+}
+
+impl OperatorArgs {
+    /// Where to go, given what the environment says.
+    ///
+    /// # Errors
+    ///
+    /// As [`EndpointArgs::resolve`], and if `--admin` holds no address.
+    pub fn resolve(&self, variable: Option<&str>) -> Result<Orders, EndpointError> {
+        let Some(admin) = &self.admin else {
+            return self.endpoint.resolve(variable).map(Orders::AsSaidBy);
+        };
+        let address = HostPort::read(admin.trim(), None, "host:port, such as 127.0.0.1:7421")
+            .map_err(|source| EndpointError { key: "--admin", source })?;
+        Ok(Orders::At(Endpoint { address }))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn orders_go_to_the_admin_address_or_to_where_the_endpoint_says() {
+        let args = |endpoint: Option<&str>, admin: Option<&str>| OperatorArgs {
+            endpoint: EndpointArgs { endpoint: endpoint.map(str::to_owned) },
+            admin: admin.map(str::to_owned),
+        };
+        let at = |text: &str| text.parse::<Endpoint>().unwrap();
+        let resolve = |endpoint, admin| args(endpoint, admin).resolve(Some("v:1"));
+        assert_eq!(resolve(None, Some("a:9")), Ok(Orders::At(at("a:9"))));
+        assert_eq!(resolve(Some("b:2"), Some("a:9")), Ok(Orders::At(at("a:9"))));
+        assert_eq!(resolve(Some("b:2"), None), Ok(Orders::AsSaidBy(at("b:2"))));
+        assert_eq!(resolve(None, None), Ok(Orders::AsSaidBy(at("v:1"))));
+        assert_eq!(resolve(None, Some("a")).unwrap_err().key, "--admin", "there is no usual port");
+
+        let rack: Endpoint = "rack1:7420".parse().unwrap();
+        for (said, reached) in [
+            ("rack2:9", "rack2:9"),
+            ("127.0.0.1:9", "127.0.0.1:9"),
+            ("0.0.0.0:9", "rack1:9"),
+            ("[::]:9", "rack1:9"),
+        ] {
+            let said = HostPort::read(said, None, EXPECTED).unwrap();
+            assert_eq!(rack.beside(&said).to_string(), reached, "{said}");
+        }
+    }
 
     #[test]
     fn endpoints_are_read_as_people_write_them() {

@@ -80,6 +80,25 @@ pub enum ClientError {
         /// In the coordinator's words.
         message: String,
     },
+    /// The coordinator did not take an order.
+    #[error("{message} (coordinator at {endpoint})")]
+    Order {
+        /// Who was asked.
+        endpoint: Endpoint,
+        /// What kind of error.
+        refusal: Refusal,
+        /// In the coordinator's words.
+        message: String,
+    },
+    /// Whoever is there takes no orders.
+    #[error(
+        "{endpoint} is not where a coordinator takes orders: name the address that it was given as \
+         --admin"
+    )]
+    NoOrders {
+        /// Who was asked.
+        endpoint: Endpoint,
+    },
     /// The answer began and did not end.
     #[error("the answer broke off after {tokens} tokens (coordinator at {endpoint}): {message}")]
     BrokeOff {
@@ -150,10 +169,10 @@ impl ClientError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::BrokeOff { .. } => true,
-            Self::Refused { refusal, .. } => {
+            Self::Refused { refusal, .. } | Self::Order { refusal, .. } => {
                 matches!(refusal, Refusal::Full | Refusal::Unavailable | Refusal::Late)
             }
-            Self::Stranger { .. } | Self::Wire { .. } => false,
+            Self::Stranger { .. } | Self::NoOrders { .. } | Self::Wire { .. } => false,
         }
     }
 }
@@ -165,41 +184,11 @@ impl Client {
     ///
     /// [`ClientError::Unreachable`] if nobody listens there.
     pub async fn connect(endpoint: &Endpoint) -> Result<Self, ClientError> {
-        let unreachable = |error: tonic::transport::Error| ClientError::Unreachable {
-            endpoint: endpoint.clone(),
-            why: innermost(&error),
-        };
-        let connected = Channel::from_shared(endpoint.uri())
-            .map_err(|_| ClientError::Refused {
-                endpoint: endpoint.clone(),
-                refusal: Refusal::Invalid,
-                message: "its host is not a valid name or address".into(),
-            })?
-            .user_agent(concat!("tercet/", env!("CARGO_PKG_VERSION")))
-            .map_err(unreachable)?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .connect()
-            .await;
-        let channel = match connected {
-            Ok(channel) => channel,
-            // Nobody is there, or somebody who does not even greet.
-            Err(error) => {
-                return Err(match Stranger::at(endpoint).await {
-                    Some(stranger) => {
-                        ClientError::Stranger { endpoint: endpoint.clone(), stranger }
-                    }
-                    None => unreachable(error),
-                });
-            }
-        };
-        let worker_channel = channel.clone();
-        let inference = InferenceClient::new(channel)
+        let channel = open(endpoint).await?;
+        let inference = InferenceClient::new(channel.clone())
             .max_decoding_message_size(CLIENT_MESSAGE_BYTES)
             .max_encoding_message_size(CLIENT_MESSAGE_BYTES);
-        Ok(Self { endpoint: endpoint.clone(), inference, channel: worker_channel })
+        Ok(Self { endpoint: endpoint.clone(), inference, channel })
     }
 
     /// Whom this client asks.
@@ -283,9 +272,43 @@ impl Client {
     }
 }
 
+/// A connection to the server at `endpoint`.
+///
+/// # Errors
+///
+/// [`ClientError::Unreachable`] if nobody listens there, or who does in place of a coordinator.
+pub(crate) async fn open(endpoint: &Endpoint) -> Result<Channel, ClientError> {
+    let unreachable = |error: tonic::transport::Error| ClientError::Unreachable {
+        endpoint: endpoint.clone(),
+        why: innermost(&error),
+    };
+    let connected = Channel::from_shared(endpoint.uri())
+        .map_err(|_| ClientError::Refused {
+            endpoint: endpoint.clone(),
+            refusal: Refusal::Invalid,
+            message: "its host is not a valid name or address".into(),
+        })?
+        .user_agent(concat!("tercet/", env!("CARGO_PKG_VERSION")))
+        .map_err(unreachable)?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .connect()
+        .await;
+    match connected {
+        Ok(channel) => Ok(channel),
+        // Nobody is there, or somebody who does not even greet.
+        Err(error) => Err(match Stranger::at(endpoint).await {
+            Some(stranger) => ClientError::Stranger { endpoint: endpoint.clone(), stranger },
+            None => unreachable(error),
+        }),
+    }
+}
+
 /// Whether no coordinator says so: it was made here of what the connection did, or is of a kind that
 /// coordinators do not send.
-fn is_strange(status: &Status) -> bool {
+pub(crate) fn is_strange(status: &Status) -> bool {
     status.source().is_some()
         || matches!(status.code(), Code::Unknown | Code::Internal | Code::Unimplemented)
 }
@@ -338,7 +361,7 @@ fn innermost(error: &(dyn Error + 'static)) -> String {
 
 /// What a status says, or at least its code. One that was made here of an error of the connection
 /// says that, and not which part of a library noticed it.
-fn said(status: &Status) -> String {
+pub(crate) fn said(status: &Status) -> String {
     if let Some(source) = status.source() {
         return format!("the connection broke: {}", innermost(source));
     }

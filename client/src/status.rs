@@ -52,14 +52,13 @@ pub async fn run(client: &Client, args: &StatusArgs) -> Result<(), CommandError>
 ///
 /// # Errors
 ///
-/// If the coordinator does not say, or the answer cannot be written.
-pub async fn run_plan(client: &Client, json: bool) -> Result<(), CommandError> {
-    let status = client.status().await?;
+/// If it cannot be written.
+pub fn show_plan(plan: &PlanStatus, json: bool) -> Result<(), CommandError> {
     let mut writer = TextWriter::stdout();
     if json {
-        return writer.json(&status.plan);
+        return writer.json(plan);
     }
-    writer.text(&plan_table(&status.plan))
+    writer.text(&plan_table(plan))
 }
 
 /// The plan in force for people: its pipelines and its reason.

@@ -214,7 +214,10 @@ impl Cluster {
                     self.drain_starting(now, &worker, actions);
                 }
             }
-            Event::PlanNow => self.planning.requested = true,
+            Event::Dismissed { worker, incarnation, fault } => {
+                self.fleet.dismissed(&worker, incarnation, fault);
+            }
+            Event::PlanNow { any_gain } => self.planning.request(any_gain),
         }
     }
 
@@ -231,6 +234,7 @@ impl Cluster {
         }
         self.ledger.advance(now, actions);
         self.plan(now, actions);
+        self.dismiss(now, actions);
         let mut wanted: BTreeSet<String> = self
             .pipelines
             .values()
@@ -272,6 +276,8 @@ impl Cluster {
     /// soon as somebody else takes them over.
     fn end_reign(&mut self, now: Tick, actions: &mut Vec<Action>) {
         self.planning.forget_question();
+        self.planning.forget_request();
+        self.fleet.forget_orders();
         let mut index = 0;
         while index < self.switches.len() {
             match self.switches[index].phase {
@@ -488,6 +494,17 @@ impl Cluster {
     /// Whether workers may be told to leave what they shall not hold.
     fn may_retire(&self) -> bool {
         self.terms_agree() && self.ledger.ready().is_some()
+    }
+
+    /// Tells those to end who were drained by order and have no stage any more.
+    fn dismiss(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let Some((term, _)) = self.ledger.ready() else { return };
+        let Self { fleet, pipelines, switches, .. } = self;
+        let targets = fleet.dismissals(now, |id| {
+            pipelines.values().any(|pipeline| pipeline.uses(id))
+                || switches.iter().any(|switch| switch.starts_at(id))
+        });
+        actions.extend(targets.into_iter().map(|target| Action::Dismiss { term, target }));
     }
 
     /// Which stages each worker shall hold.

@@ -73,6 +73,9 @@ pub struct Config {
     pub hold_down: Duration,
     /// What serves is improved only for a gain of so many per cent, as predicted.
     pub min_gain_percent: u32,
+    /// A speed counts as another one when it has changed by a quarter for so long, and in a quarter of
+    /// that when it has changed fourfold.
+    pub drift_time: Duration,
     /// Plans with workers that compute nothing, for tests of many workers.
     pub allow_stub_compute: bool,
     /// Where the defaults of sampling come from.
@@ -167,6 +170,8 @@ impl Default for Config {
             hold_down: Duration::from_secs(10),
             // Measured speeds are hardly better.
             min_gain_percent: 5,
+            // Longer than a neighbour's burst of work.
+            drift_time: Duration::from_secs(60),
             allow_stub_compute: false,
             sampling_defaults: SamplingSource::Model,
             sampling: SamplingDefaults::default(),

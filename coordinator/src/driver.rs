@@ -21,6 +21,7 @@ mod control;
 mod history;
 mod lane;
 mod lanes;
+mod orders;
 mod registry;
 mod status;
 mod timed;
@@ -29,11 +30,13 @@ mod waiting;
 use std::time::Duration;
 
 use proto::ids::SequenceId;
+use proto::operator::{Drain, Drained, Planned};
 use proto::status::ClusterStatus;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::cluster;
+use crate::planner::Problem;
 use crate::request::RequestError;
 use crate::router::Wish;
 use crate::scheduler::{Limits, Sequence};
@@ -44,6 +47,7 @@ pub(crate) use clients::MAX_TOKENS_BEHIND;
 pub(crate) use clients::{Admitted, Counted, End, Tokens};
 pub(crate) use control::Driver;
 pub(crate) use history::new_cluster_id;
+pub(crate) use orders::OrderError;
 
 /// Requests and questions that may wait for the driver; then their senders wait.
 const COMMANDS: usize = 1024;
@@ -58,6 +62,12 @@ pub(crate) enum Command {
     Status { reply: oneshot::Sender<ClusterStatus> },
     /// Tell what readiness is made of.
     Checks { reply: oneshot::Sender<Vec<Check>> },
+    /// An operator's order about a worker.
+    Drain { order: Drain, reply: oneshot::Sender<Result<Drained, OrderError>> },
+    /// An operator wants a plan.
+    Plan { cluster_id: String, least_gain: bool, reply: orders::PlanReply },
+    /// Tell what the planner would be asked.
+    Question { cluster_id: String, reply: oneshot::Sender<Result<Problem, OrderError>> },
 }
 
 /// A request on its way to the router.
@@ -115,6 +125,43 @@ impl DriverHandle {
         checks.await.map_err(|_| stopping())
     }
 
+    /// Takes an operator's order about a worker, and tells how far it is.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not taken.
+    pub(crate) async fn drain(&self, order: Drain) -> Result<Drained, OrderError> {
+        let (reply, drained) = oneshot::channel();
+        self.tell(Command::Drain { order, reply }).await;
+        drained.await.unwrap_or(Err(OrderError::Stopping))
+    }
+
+    /// Plans because an operator wants it; returns once it is decided what changes.
+    ///
+    /// # Errors
+    ///
+    /// Why nothing was decided here.
+    pub(crate) async fn plan(
+        &self,
+        cluster_id: String,
+        least_gain: bool,
+    ) -> Result<Planned, OrderError> {
+        let (reply, planned) = oneshot::channel();
+        self.tell(Command::Plan { cluster_id, least_gain, reply }).await;
+        planned.await.unwrap_or(Err(OrderError::Stopping))
+    }
+
+    /// What the planner would be asked now.
+    ///
+    /// # Errors
+    ///
+    /// Why that is not known here.
+    pub(crate) async fn question(&self, cluster_id: String) -> Result<Problem, OrderError> {
+        let (reply, question) = oneshot::channel();
+        self.tell(Command::Question { cluster_id, reply }).await;
+        question.await.unwrap_or(Err(OrderError::Stopping))
+    }
+
     /// Whether a token has come through a pipeline within the last seconds, and nothing has been told
     /// to stop.
     pub(crate) fn readiness(&self) -> watch::Receiver<bool> {
@@ -143,6 +190,8 @@ pub(crate) struct DriverConfig {
     pub(crate) advertise: String,
     /// Where others reach its HTTP server.
     pub(crate) http: String,
+    /// Where it takes operators' orders, if anywhere.
+    pub(crate) admin: Option<String>,
     /// The token that probes go on from.
     pub(crate) first_token: u32,
     /// How long open answers may go on after the stop.

@@ -1,17 +1,21 @@
-//! The gRPC API: decode, ask the service, encode. No decisions.
+//! The gRPC API for clients, and the one for operators: decode, ask the service, encode. No
+//! decisions.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
+use axum::response::IntoResponse;
 use futures::{Stream, stream};
 use node::serve::{CallLimits, Concurrency, Method, with_limits};
 use node::telemetry::propagation;
 use proto::convert;
 use proto::pb;
 use proto::pb::inference_server::{Inference, InferenceServer};
+use proto::pb::operator_server::{Operator, OperatorServer};
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
@@ -20,6 +24,7 @@ use tracing::Instrument;
 
 use crate::answer::Answer;
 use crate::arrival;
+use crate::driver::OrderError;
 use crate::metrics;
 use crate::request::RequestError;
 use crate::service::{Service, Wanted};
@@ -44,6 +49,16 @@ const UNFINISHED_CALLS: usize = 1024;
 
 /// Bytes of a request for the status: it is empty.
 const SMALL_MESSAGE_BYTES: usize = 4 << 10;
+
+/// Where the methods of operators are.
+pub(crate) const OPERATOR_PATH: &str = "/tercet.v1.Operator/{method}";
+
+/// How long an operator waits for a plan to be decided: as long as a planner may take, and the pause
+/// before it.
+const PLAN_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// Operators' calls that are served at once: a few people, and what they have running.
+const OPERATORS: usize = 16;
 
 /// What requests may be.
 pub(crate) struct Limits {
@@ -150,6 +165,100 @@ impl Inference for InferenceApi {
     ) -> Result<Response<pb::StatusResponse>, Status> {
         let status = self.service.status().await.map_err(|error| status_of(&error))?;
         Ok(Response::new(convert::encode_status(&status)))
+    }
+}
+
+/// The methods of operators, within their limits: for a server where clients are not.
+pub(crate) fn operator_router(service: Arc<Service>) -> Router {
+    let operator = OperatorServer::new(OperatorApi { service })
+        .max_decoding_message_size(SMALL_MESSAGE_BYTES)
+        .max_encoding_message_size(proto::limits::CLIENT_MESSAGE_BYTES);
+    let calls = Concurrency::until_answered(OPERATORS);
+    let method = |path| Method::unary(path, SMALL_MESSAGE_BYTES).with_concurrency(&calls);
+    let methods = [
+        "/tercet.v1.Operator/Status",
+        "/tercet.v1.Operator/Drain",
+        "/tercet.v1.Operator/Plan",
+        "/tercet.v1.Operator/Question",
+    ];
+    let limits = CallLimits {
+        first_message: FIRST_MESSAGE_TIMEOUT,
+        whole_message: FIRST_MESSAGE_TIMEOUT,
+        unfinished_bytes: OPERATORS * SMALL_MESSAGE_BYTES,
+        unfinished_messages: OPERATORS,
+        answer: Some(PLAN_TIMEOUT),
+    };
+    let routes = Routes::new(operator).into_axum_router();
+    let router = with_limits(routes, methods.map(method).into(), limits);
+    router.layer(middleware::from_fn(refuse_pages))
+}
+
+/// Refuses what is not declared to be gRPC. A web page that a person visits may have her browser send
+/// anything to her own machine, but not under this type without asking first, which nobody here answers.
+async fn refuse_pages(request: axum::extract::Request, next: Next) -> axum::response::Response {
+    let declared = request.headers().get(header::CONTENT_TYPE);
+    if declared.is_some_and(|declared| declared.as_bytes().starts_with(b"application/grpc")) {
+        return next.run(request).await;
+    }
+    StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response()
+}
+
+struct OperatorApi {
+    service: Arc<Service>,
+}
+
+#[tonic::async_trait]
+impl Operator for OperatorApi {
+    async fn status(
+        &self,
+        _: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusResponse>, Status> {
+        let status = self.service.status().await.map_err(|error| status_of(&error))?;
+        Ok(Response::new(convert::encode_status(&status)))
+    }
+
+    async fn drain(
+        &self,
+        request: Request<pb::DrainRequest>,
+    ) -> Result<Response<pb::DrainResponse>, Status> {
+        let order = convert::decode_drain(request.into_inner())
+            .map_err(|error| Status::invalid_argument(node::Chain(&error).to_string()))?;
+        let drained = self.service.drain(order).await.map_err(|error| refusal_of(&error))?;
+        Ok(Response::new(convert::encode_drained(&drained)))
+    }
+
+    async fn plan(
+        &self,
+        request: Request<pb::PlanRequest>,
+    ) -> Result<Response<pb::PlanResponse>, Status> {
+        let pb::PlanRequest { cluster_id, least_gain } = request.into_inner();
+        let planned = self.service.plan(cluster_id, least_gain).await;
+        let planned = planned.map_err(|error| refusal_of(&error))?;
+        Ok(Response::new(convert::encode_planned(&planned)))
+    }
+
+    async fn question(
+        &self,
+        request: Request<pb::QuestionRequest>,
+    ) -> Result<Response<pb::QuestionResponse>, Status> {
+        let question = self.service.question(request.into_inner().cluster_id).await;
+        let problem = question.map_err(|error| refusal_of(&error))?;
+        let problem_json =
+            serde_json::to_string(&problem).map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(pb::QuestionResponse { problem_json }))
+    }
+}
+
+/// The map from refused orders to gRPC statuses.
+fn refusal_of(error: &OrderError) -> Status {
+    let message = error.to_string();
+    match error {
+        OrderError::NotLeading { .. }
+        | OrderError::OtherCluster { .. }
+        | OrderError::TooLate { .. } => Status::failed_precondition(message),
+        OrderError::UnknownWorker { .. } => Status::not_found(message),
+        OrderError::Full => Status::resource_exhausted(message),
+        OrderError::Beginning | OrderError::Stopping => Status::unavailable(message),
     }
 }
 

@@ -26,9 +26,10 @@ use axum::extract::{FromRef, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{any_service, get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::grpc;
 use crate::service::{Service, hex};
 use body::Bodies;
 use errors::ApiError;
@@ -96,12 +97,15 @@ pub fn check_body(path: &str, body: &[u8], context: usize) -> Result<(), serde_j
     outcome.map_err(|error| error.body())
 }
 
-/// The routes of those who watch the process, for a server of their own.
+/// The routes of those who watch the process and of those who operate the cluster, for a server of
+/// their own. Who reaches it may order: clients are not to.
 pub(crate) fn admin_router(service: Arc<Service>, hosts: Hosts) -> Router {
+    let operator = grpc::operator_router(Arc::clone(&service));
     watching()
         .fallback(async || ApiError::not_found("there is no such page"))
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
         .with_state(service)
+        .route(grpc::OPERATOR_PATH, any_service(operator))
         .layer(middleware::from_fn_with_state(hosts, host::check))
         .layer(CatchPanicLayer::custom(|_| errors::panicked()))
 }

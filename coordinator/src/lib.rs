@@ -60,7 +60,7 @@ pub struct Bound {
     pub grpc: SocketAddr,
     /// The HTTP API.
     pub http: SocketAddr,
-    /// The server of those who watch, if it was asked for.
+    /// The server of those who watch and operate, if it was asked for.
     pub admin: Option<SocketAddr>,
 }
 
@@ -104,7 +104,8 @@ pub async fn run(
         cluster: cluster_options(&config, &store, cluster_id),
         limits: scheduler_limits(&config, &model),
         advertise: config.advertise.as_ref().map_or_else(|| grpc.to_string(), ToString::to_string),
-        http: advertised_http(&config, http),
+        http: reached_at(&config, http),
+        admin: admin.map(|admin| advertised_admin(&config, admin)),
         first_token: model.bos_token.unwrap_or(0),
         grace: config.shutdown_grace.get(),
         lame_duck: config.lame_duck.get(),
@@ -210,8 +211,13 @@ fn local(service: &'static str, listener: &TcpListener) -> Result<SocketAddr, Ru
     listener.local_addr().map_err(|source| RunError::Bind { service, address, source })
 }
 
-/// Where others reach the HTTP server: by the name that they call the gRPC server.
-fn advertised_http(config: &Config, bound: SocketAddr) -> String {
+/// Where operators reach the admin server: on this machine only if it listens there only.
+fn advertised_admin(config: &Config, bound: SocketAddr) -> String {
+    if bound.ip().is_loopback() { bound.to_string() } else { reached_at(config, bound) }
+}
+
+/// Where others reach another server than the gRPC one: by the name that they call that.
+fn reached_at(config: &Config, bound: SocketAddr) -> String {
     match &config.advertise {
         Some(advertise) => format!("{}:{}", advertise.host(), bound.port()),
         None => bound.to_string(),
@@ -287,6 +293,7 @@ fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) ->
         settle: config.settle.get(),
         hold_down: config.hold_down.get(),
         min_gain_percent: config.min_gain_percent,
+        drift_time: config.drift_time.get(),
         allow_stub_compute: config.allow_stub_compute,
     }
 }

@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 mod costs;
 mod group;
 mod grouping;
@@ -18,7 +20,7 @@ pub use proto::plan::StepTime;
 use search::Search;
 
 /// What the layers of a model cost, whoever computes them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelCosts {
     /// Layers, all of the same cost.
     pub layers: u32,
@@ -44,7 +46,7 @@ impl ModelCosts {
 }
 
 /// A worker as the planner sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerSpec {
     /// Its id: unique, and the order of equal workers in a plan follows it.
     pub id: String,
@@ -60,7 +62,7 @@ pub struct WorkerSpec {
 }
 
 /// What a plan is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Objective {
     /// The most tokens per second of all pipelines together.
     Throughput {
@@ -79,7 +81,7 @@ impl Default for Objective {
 }
 
 /// A pipeline that serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Incumbent {
     /// In the order of layers.
     pub stages: Vec<Stage>,
@@ -88,7 +90,7 @@ pub struct Incumbent {
 }
 
 /// What is asked of a deployment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
     /// Exactly so many stages in every pipeline; `None`: as many as are best.
     pub stages: Option<u32>,
@@ -108,7 +110,7 @@ pub struct Options {
 }
 
 /// Who could serve which model, and how.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// The model.
     pub model: ModelCosts,
@@ -119,7 +121,7 @@ pub struct Problem {
 }
 
 /// The layers of one worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// The worker's id.
     pub worker: String,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::generate::{GenerateRequest, Prompt};
+use proto::operator::{Drain, Drained, Planned};
 use proto::status::ClusterStatus;
 use proto::step::SamplingParameters;
 use tokio::sync::{Semaphore, watch};
@@ -12,8 +13,9 @@ use tracing::Span;
 use crate::answer::{Answer, AnswerParts};
 use crate::arrival;
 use crate::background;
-use crate::driver::{Check, DriverHandle, Submission};
+use crate::driver::{Check, DriverHandle, OrderError, Submission};
 use crate::memory::{Memory, Room, SMALL_BYTES};
+use crate::planner::Problem;
 use crate::request::{self, Checked, RequestError, ServedModel};
 use crate::router::Wish;
 use crate::scheduler::{self, Priority, Sequence};
@@ -271,6 +273,38 @@ impl Service {
     /// [`RequestError::Unavailable`] while the process stops.
     pub(crate) async fn checks(&self) -> Result<Vec<Check>, RequestError> {
         self.driver.checks().await
+    }
+
+    /// Takes an operator's order about a worker, and tells how far it is.
+    ///
+    /// # Errors
+    ///
+    /// [`OrderError`]
+    pub(crate) async fn drain(&self, order: Drain) -> Result<Drained, OrderError> {
+        self.driver.drain(order).await
+    }
+
+    /// Plans because an operator wants it, in a cluster of this id; with `least_gain` only for the
+    /// gain that the settings ask for.
+    ///
+    /// # Errors
+    ///
+    /// [`OrderError`]
+    pub(crate) async fn plan(
+        &self,
+        cluster_id: String,
+        least_gain: bool,
+    ) -> Result<Planned, OrderError> {
+        self.driver.plan(cluster_id, least_gain).await
+    }
+
+    /// What the planner would be asked now, in a cluster of this id.
+    ///
+    /// # Errors
+    ///
+    /// [`OrderError`]
+    pub(crate) async fn question(&self, cluster_id: String) -> Result<Problem, OrderError> {
+        self.driver.question(cluster_id).await
     }
 
     /// Whether a token has come through a pipeline within the last seconds, now and whenever that

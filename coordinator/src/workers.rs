@@ -239,6 +239,24 @@ pub(crate) async fn retire(
     within(SWITCH_PATIENCE, call).await.map(drop)
 }
 
+/// Tells a worker to end, as SIGTERM does.
+///
+/// # Errors
+///
+/// [`CallError`] in the worker's or the network's words.
+pub(crate) async fn dismiss(
+    key: CoordinatorKey,
+    term: Term,
+    target: &Target,
+) -> Result<(), CallError> {
+    let mut client = connect(&target.address).await?;
+    let call = client.dismiss(key.attach(pb::DismissRequest {
+        term: term.0,
+        dst_incarnation: incarnation_bytes(target.incarnation),
+    }));
+    within(SWITCH_PATIENCE, call).await.map(drop)
+}
+
 /// Asks a worker who it is and what it holds, over a connection of its own: whatever is wrong with the others, this
 /// tells whether the process lives.
 ///

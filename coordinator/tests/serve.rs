@@ -18,6 +18,7 @@ use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::pb;
 use proto::pb::inference_client::InferenceClient;
+use proto::pb::operator_client::OperatorClient;
 use proto::pb::stage_server::{Stage, StageServer};
 use proto::plan::{KvType, PLAN_FORMAT, Plan, StepTime, WorkerModel, WorkerRecord};
 use proto::step::{
@@ -50,6 +51,8 @@ struct Toy {
     stall_after: Mutex<u64>,
     /// What happens to the next result on its way, once.
     spoil: Mutex<Option<Spoil>>,
+    /// Workers that were told to end.
+    dismissed: Mutex<Vec<String>>,
 }
 
 type Spoil = fn(ResultSource, StepResult) -> pb::StepResult;
@@ -138,6 +141,15 @@ impl Stage for ToyWorker {
         _: Request<pb::RetireRequest>,
     ) -> Result<Response<pb::RetireResponse>, Status> {
         Ok(Response::new(pb::RetireResponse {}))
+    }
+
+    async fn dismiss(
+        &self,
+        request: Request<pb::DismissRequest>,
+    ) -> Result<Response<pb::DismissResponse>, Status> {
+        assert_eq!(request.into_inner().dst_incarnation, self.incarnation.0[..]);
+        self.toy.dismissed.lock().unwrap().push(self.id.clone());
+        Ok(Response::new(pb::DismissResponse {}))
     }
 
     async fn describe(
@@ -283,6 +295,7 @@ impl Cluster {
             kept: Mutex::default(),
             stall_after: Mutex::new(u64::MAX),
             spoil: Mutex::default(),
+            dismissed: Mutex::default(),
         });
         let mut config = Config {
             cluster: "toy".parse().unwrap(),
@@ -614,6 +627,95 @@ async fn a_stop_is_seen_before_anything_is_refused() {
     assert_eq!(json_of(&ready)["reason"], "the coordinator is stopping");
     let live = http(cluster.bound.http, "GET", "/livez", "").await;
     assert!(live.starts_with("HTTP/1.1 200"), "{live}");
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_order_at_the_admin_address_and_nowhere_else() {
+    let any = "127.0.0.1:0".parse().unwrap();
+    let mut cluster = Cluster::start_configured(2, 1, |config| config.admin = Some(any)).await;
+    cluster.until_ready(true).await;
+    let admin = cluster.bound.admin.unwrap();
+    let drain = |worker: &str, incarnation: &[u8], cancel| pb::DrainRequest {
+        worker: worker.to_owned(),
+        incarnation: Bytes::copy_from_slice(incarnation),
+        cancel,
+        ..Default::default()
+    };
+    // Not where clients are.
+    for (closed, says) in [(cluster.bound.grpc, "unknown method"), (cluster.bound.http, "404")] {
+        let mut stranger = OperatorClient::connect(format!("http://{closed}")).await.unwrap();
+        let refused = stranger.drain(drain("w0", b"", false)).await.unwrap_err();
+        assert!(refused.message().contains(says), "{closed}: {refused:?}");
+        let refused = stranger.plan(pb::PlanRequest::default()).await.unwrap_err();
+        assert!(refused.message().contains(says), "{closed}: {refused:?}");
+    }
+    let path = "/tercet.v1.Operator/Drain";
+    // Nor from a web page, which may send this to the machine of whoever looks at it.
+    // It is a drain of w0 in a frame of gRPC, but for the type.
+    let frame = "\0\0\0\0\u{4}\u{12}\u{2}w0";
+    let answer = http(admin, "POST", path, frame).await;
+    assert!(answer.starts_with("HTTP/1.1 415"), "{answer}");
+
+    let mut operator = OperatorClient::connect(format!("http://{admin}")).await.unwrap();
+    let status = operator.status(pb::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.admin, admin.to_string(), "whoever asks for the status finds it");
+    assert!(http(admin, "GET", "/readyz", "").await.starts_with("HTTP/1.1 200"), "as before");
+    let code = async |operator: &mut OperatorClient<_>, order| {
+        operator.drain(order).await.map(|drained| drained.into_inner()).map_err(|e| e.code())
+    };
+    let refused = operator.drain(drain("w7", b"", false)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert_eq!(refused.message(), "there is no worker \"w7\"; there are w0, w1");
+    let wrong = [
+        (drain(&"w".repeat(1000), b"", false), Code::InvalidArgument),
+        (drain("w0", b"short", false), Code::InvalidArgument),
+        (
+            pb::DrainRequest { cluster_id: "other".into(), ..drain("w0", b"", false) },
+            Code::FailedPrecondition,
+        ),
+    ];
+    for (order, wanted) in wrong {
+        assert_eq!(code(&mut operator, order).await.unwrap_err(), wanted);
+    }
+    let question = operator.question(pb::QuestionRequest::default()).await.unwrap().into_inner();
+    let problem: coordinator::planner::Problem =
+        serde_json::from_str(&question.problem_json).unwrap();
+    let workers: Vec<_> = problem.workers.iter().map(|worker| worker.id.as_str()).collect();
+    assert_eq!((workers, problem.options.incumbent.len()), (vec!["w0", "w1"], 2));
+
+    // A drain, and again: the same.
+    let first = operator.drain(drain("w0", b"", false)).await.unwrap().into_inner();
+    let incarnation = first.incarnation.clone();
+    let waited = async {
+        while cluster.toy.dismissed.lock().unwrap().is_empty() {
+            let again = code(&mut operator, drain("w0", &incarnation, false)).await.unwrap();
+            assert!(matches!(again.state(), pb::DrainState::Moving | pb::DrainState::Ending));
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited).await.expect("nobody told the worker to end");
+    assert_eq!(*cluster.toy.dismissed.lock().unwrap(), ["w0"], "and no other");
+    let late = code(&mut operator, drain("w0", b"", true)).await;
+    assert_eq!(late.unwrap_err(), Code::FailedPrecondition, "it goes");
+    assert_eq!(generate(&cluster, tokens(&[9, 30], 5)).await.unwrap().1, expected(&[9, 30], 5));
+    cluster.workers[0].registration.take().unwrap().leave().await.unwrap();
+    let waited = async {
+        let gone = |drained: &pb::DrainResponse| drained.state() == pb::DrainState::Gone;
+        while !gone(&code(&mut operator, drain("w0", &incarnation, false)).await.unwrap()) {}
+    };
+    tokio::time::timeout(PATIENCE, waited).await.expect("it is gone");
+
+    // The one that is left is best as it is; a newcomer is taken at once.
+    let plan = async |operator: &mut OperatorClient<_>| {
+        operator.plan(pb::PlanRequest::default()).await.unwrap().into_inner()
+    };
+    let same = plan(&mut operator).await;
+    assert!(same.possible && !same.changes && !same.reason.is_empty(), "{same:?}");
+    cluster.start_worker("w0").await;
+    let waited = async { while !plan(&mut operator).await.changes {} };
+    tokio::time::timeout(PATIENCE, waited).await.expect("the newcomer is planned with");
+    let kept = code(&mut operator, drain("w1", b"", true)).await.unwrap();
+    assert_eq!(kept.state(), pb::DrainState::InUse, "taken back what was never ordered");
     cluster.end().await;
 }
 

@@ -5,10 +5,14 @@
 //! model or a pipeline (token ids, block ids, widths) is checked by whoever knows them.
 
 mod inference;
+mod operator;
 mod stage;
 
 pub use inference::{
     decode_event, decode_generate, decode_status, encode_event, encode_generate, encode_status,
+};
+pub use operator::{
+    decode_drain, decode_drained, decode_planned, encode_drain, encode_drained, encode_planned,
 };
 pub use stage::{
     decode_description, decode_prepare, decode_reply, decode_result, decode_step,

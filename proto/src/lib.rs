@@ -13,6 +13,7 @@ pub mod key;
 pub mod keys;
 pub mod limits;
 pub mod names;
+pub mod operator;
 pub mod plan;
 pub mod ports;
 pub mod status;

@@ -30,6 +30,10 @@ pub struct ClusterStatus {
     /// Why nothing is served; absent while it is ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting: Option<Waiting>,
+    /// Where the coordinator that says this takes an operator's orders (`host:port`); absent:
+    /// nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin: Option<String>,
 }
 
 /// Why nothing is served: the one reason that status, `/ready`, logs and commands show.

@@ -38,6 +38,13 @@ fn the_flags_that_scripts_rely_on_exist() {
         "tercet plan --nodes f --model m --kv-type f32 --stages 2 --pipelines 3 --objective throughput \
          --token-time 200ms --context 4096 --what-if add:a=b,remove:c --json",
         "tercet plan --nodes f --objective latency",
+        "tercet plan --endpoint a:1 --what-if add:a=b,remove:c",
+        "tercet plan --admin a:1 --apply --timeout 1m --json",
+        "tercet drain w --endpoint a:1 --timeout 1m --json",
+        "tercet drain w --admin a:2 --no-wait",
+        "tercet drain w --cancel",
+        "tercet roll --endpoint a:1 --timeout 1m --json",
+        "tercet roll w1 w2 --admin a:2",
         "tercet import src store --name n --i2s-layout 64x16 --activation relu2 --scales inverted --no-score",
         "tercet model ls",
         "tercet model show s --json",

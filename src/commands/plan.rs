@@ -1,5 +1,6 @@
 //! `tercet plan`: which pipelines there are, or would be, and what each worker does in them.
 
+mod live;
 mod nodes;
 
 use std::fmt::Write as _;
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use client::command::TextWriter;
-use client::endpoint::EndpointArgs;
+use client::endpoint::{OperatorArgs, Orders};
 use client::status::columns;
 use client::waiting::Notices;
 use coordinator::planner::{
@@ -18,25 +19,37 @@ use proto::BLOCK_TOKENS;
 use proto::plan::KvType;
 use serde::Serialize;
 
-use crate::commands::ModelArgs;
+use crate::commands::{ModelArgs, operate};
 use crate::{Failure, settings};
 use nodes::Change;
 
 /// Tokens of prompt and answer that people use, unless told otherwise: a conversation.
 const CONTEXT_TOKENS: u32 = 2048;
 
-/// Shows who would run which layers, or who does.
+/// Shows who would run which layers, or who does; or has the coordinator plan now.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tercet plan --endpoint rack1:7420
+  tercet plan --endpoint rack1:7420 --what-if add:new=old,remove:slow
+  tercet plan --endpoint rack1:7420 --apply
   tercet plan --nodes rack.toml --model store/
   tercet plan --nodes rack.toml --model synth:2b4t --objective latency
   tercet plan --nodes rack.toml --model store/ --what-if add:new=old,remove:slow --json")]
 pub(crate) struct PlanCommand {
     #[command(flatten)]
-    endpoint: EndpointArgs,
+    operator: OperatorArgs,
+    /// Have the coordinator plan now, without a hold-down and however little it gains, and wait until
+    /// that serves
+    #[arg(long, conflicts_with_all = ["nodes", "what_if"])]
+    apply: bool,
+    /// With --apply: give up waiting after this time; what was begun goes on
+    #[arg(long, value_name = "TIME", requires = "apply", default_value = "5m")]
+    timeout: Duration,
+    /// What the plan would become: add:NAME=NODE (a copy of NODE) or remove:NODE
+    #[arg(long, value_name = "CHANGE", value_delimiter = ',')]
+    what_if: Vec<Change>,
     /// Plan for the machines in this TOML file, without a cluster
-    #[arg(long, value_name = "FILE", conflicts_with = "endpoint")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["endpoint", "admin"])]
     nodes: Option<PathBuf>,
     #[command(flatten)]
     wishes: Wishes,
@@ -72,9 +85,6 @@ struct Wishes {
     #[arg(long, value_name = "TOKENS", requires = "nodes",
           value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// What the plan would become: add:NAME=NODE (a copy of NODE) or remove:NODE
-    #[arg(long, value_name = "CHANGE", requires = "nodes", value_delimiter = ',')]
-    what_if: Vec<Change>,
 }
 
 /// What a plan is made for.
@@ -88,19 +98,24 @@ enum What {
 
 /// Runs `tercet plan`.
 pub(crate) async fn run(command: PlanCommand) -> Result<(), Failure> {
-    let PlanCommand { endpoint, nodes, wishes, json } = command;
+    let PlanCommand { operator, apply, timeout, what_if, nodes, wishes, json } = command;
     let Some(nodes) = nodes else {
         if wishes.model.model.is_some() {
             return Err(Failure::usage("--model needs --nodes: a cluster has its own model"));
         }
-        let variable = settings::endpoint_variable();
-        let endpoint = endpoint.resolve(variable.as_deref()).map_err(Failure::config)?;
-        let client = Notices::stderr().connect(&endpoint).await?;
-        return Ok(client::status::run_plan(&client, json).await?);
+        if apply {
+            let operator = operate::connect(&operator).await?;
+            return Ok(client::operator::run_apply(&operator, timeout.get(), json).await?);
+        }
+        if !what_if.is_empty() {
+            let question = operate::connect(&operator).await?.question().await?;
+            return print(&live_what_if(live::problem(&question)?, &what_if)?, json);
+        }
+        return show(&operator, json).await;
     };
     let objective = wishes.objective()?;
     let workers = nodes::read(&nodes)?;
-    let after = nodes::changed(&workers, &wishes.what_if)?;
+    let after = nodes::changed(&workers, &what_if)?;
     let store = wishes.model.open(json)?;
     let context = store.config().context;
     let limits = coordinator::LimitsConfig::default();
@@ -117,15 +132,34 @@ pub(crate) async fn run(command: PlanCommand) -> Result<(), Failure> {
             incumbent: Vec::new(),
         },
     };
-    let shown = match wishes.what_if.is_empty() {
+    let shown = match what_if.is_empty() {
         true => Shown::from(planner::deploy(&before)?),
-        false => what_if(&before, after)?,
+        false => after_change(&before, after)?,
     };
+    print(&shown, json)
+}
+
+fn print(shown: &Shown, json: bool) -> Result<(), Failure> {
     let mut writer = TextWriter::stdout();
     if json {
-        return Ok(writer.json(&shown)?);
+        return Ok(writer.json(shown)?);
     }
     Ok(writer.text(&shown.text())?)
+}
+
+/// Prints the plan in force.
+async fn show(operator: &OperatorArgs, json: bool) -> Result<(), Failure> {
+    let variable = settings::endpoint_variable();
+    match operator.resolve(variable.as_deref()).map_err(Failure::config)? {
+        Orders::At(_) => {
+            let status = operate::connect(operator).await?.status().await?;
+            Ok(client::status::show_plan(&status.plan, json)?)
+        }
+        Orders::AsSaidBy(endpoint) => {
+            let client = Notices::stderr().connect(&endpoint).await?;
+            Ok(client::status::show_plan(&client.status().await?.plan, json)?)
+        }
+    }
 }
 
 impl Wishes {
@@ -143,7 +177,7 @@ impl Wishes {
 }
 
 /// The plan after a change of the one before.
-fn what_if(before: &Problem, workers: Vec<WorkerSpec>) -> Result<Shown, PlanError> {
+fn after_change(before: &Problem, workers: Vec<WorkerSpec>) -> Result<Shown, PlanError> {
     // Without a plan before the change nothing serves yet.
     let (served, incumbents) = match planner::deploy(before) {
         Ok(found) => (found.tokens_per_s, found.pipelines),
@@ -159,6 +193,15 @@ fn what_if(before: &Problem, workers: Vec<WorkerSpec>) -> Result<Shown, PlanErro
     let options = Options { incumbent, ..before.options.clone() };
     let after = Problem { model: before.model, workers, options };
     let shown = Shown::from(planner::deploy(&after)?);
+    Ok(Shown { before_tokens_per_s: Some(served), ..shown })
+}
+
+/// The plan that a cluster's would become, of the question that its planner would be asked now.
+fn live_what_if(now: Problem, changes: &[Change]) -> Result<Shown, Failure> {
+    let workers = nodes::changed(&now.workers, changes)?;
+    // Without a plan nothing is predicted of what serves either.
+    let served = planner::deploy(&now).map_or(0.0, |found| found.incumbent_tokens_per_s);
+    let shown = Shown::from(planner::deploy(&Problem { workers, ..now })?);
     Ok(Shown { before_tokens_per_s: Some(served), ..shown })
 }
 
@@ -330,7 +373,8 @@ mod tests {
         let before = example();
         let old = planner::deploy(&before).unwrap();
         let changes = ["add:more=large".parse().unwrap()];
-        let shown = what_if(&before, nodes::changed(&before.workers, &changes).unwrap()).unwrap();
+        let shown =
+            after_change(&before, nodes::changed(&before.workers, &changes).unwrap()).unwrap();
         let served = shown.before_tokens_per_s.unwrap();
         assert!((served - old.tokens_per_s).abs() < 1e-6);
         assert!(shown.tokens_per_s > served, "{}", shown.text());

@@ -78,6 +78,40 @@ async fn what_cannot_start_is_said() {
     assert!(matches!(error, LocalError::Worker { .. }), "{error:?}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_was_drained_starts_again_and_the_cluster_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = LocalOptions {
+        workers: 2,
+        stages: Some(1),
+        threads: 1,
+        kv_blocks: Some(8),
+        admin: Some(ANY_PORT),
+        ..LocalOptions::new(synthetic(&dir))
+    };
+    let mut cluster = LocalCluster::start(&options).await.unwrap();
+    let admin = Endpoint::from(cluster.admin().unwrap());
+    let operator = client::Operator::at(&admin, String::new()).await.unwrap();
+    let starts = async || {
+        let workers = operator.status().await.unwrap().workers.into_iter();
+        workers.map(|worker| (worker.id, worker.incarnation)).collect::<BTreeSet<_>>()
+    };
+    let before = starts().await;
+    let args = client::roll::RollArgs {
+        workers: Vec::new(),
+        timeout: node::config::Duration::from_secs(60),
+        json: true,
+    };
+    tokio::select! {
+        rolled = client::roll::run(&operator, &args) => rolled.unwrap(),
+        error = cluster.failed() => panic!("{error}"),
+    }
+    let after = starts().await;
+    assert_eq!((before.len(), after.len()), (2, 2));
+    assert!(before.is_disjoint(&after), "{before:?} {after:?}");
+    cluster.stop().await.unwrap();
+}
+
 /// A copy of `store` whose first layer has another header: one bit of it is flipped.
 fn damaged(dir: &tempfile::TempDir, store: &std::path::Path) -> PathBuf {
     let copy = dir.path().join("damaged");

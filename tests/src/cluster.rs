@@ -112,13 +112,24 @@ impl Cluster {
     ///
     /// If it cannot be started.
     pub fn start_worker_on(&self, id: &str, store: &Path) -> Process {
+        self.start_worker_with(id, store, &[])
+    }
+
+    /// The same, with more variables in its environment.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be started.
+    pub fn start_worker_with(&self, id: &str, store: &Path, more: &[(&str, &str)]) -> Process {
         let store = store.to_str().expect("test paths are text");
         let arguments = format!(
             "worker --etcd {} --cluster {NAME} --id {id} --listen {ANY_PORT} --threads 1 \
              --store {store}",
             self.etcd.url(),
         );
-        launch(id, &arguments, &self.environment)
+        let more = more.iter().map(|&(key, value)| (key.to_owned(), value.to_owned()));
+        let environment: Vec<_> = self.environment.iter().cloned().chain(more).collect();
+        launch(id, &arguments, &environment)
     }
 
     /// Starts one more coordinator of this cluster; the caller keeps it.
@@ -150,6 +161,11 @@ impl Cluster {
     /// [put](Self::put_worker) in its place.
     pub fn take_worker(&mut self, index: usize) -> Process {
         self.workers.remove(index)
+    }
+
+    /// Takes all workers out.
+    pub fn take_workers(&mut self) -> Vec<Process> {
+        std::mem::take(&mut self.workers)
     }
 
     /// Puts a worker where one was taken out.
@@ -209,6 +225,16 @@ impl Cluster {
         let workers = status["workers"].as_array().expect("a list of workers");
         let worker = workers.iter().find(|worker| worker["id"] == id)?;
         Some(worker["state"].as_str().expect("a state").into())
+    }
+
+    /// Runs an operator's command against this cluster: `drain`, `roll`, `plan`.
+    pub fn operate(&self, arguments: &[&str]) -> Output {
+        process::run(&[arguments, &["--endpoint", &self.grpc, "--json"]].concat())
+    }
+
+    /// The store that its workers serve.
+    pub fn store(&self) -> &Path {
+        &self.store
     }
 
     /// Runs `tercet generate` against this cluster.

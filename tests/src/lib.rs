@@ -12,3 +12,5 @@ pub mod process;
 pub mod python;
 pub mod rack;
 pub mod scrape;
+pub mod slow;
+pub mod streams;

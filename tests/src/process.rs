@@ -139,8 +139,9 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Optio
     }
 }
 
+/// Between two looks at another process.
 #[expect(clippy::disallowed_methods, reason = "other processes give no event to wait for")]
-fn pause() {
+pub fn pause() {
     std::thread::sleep(POLL);
 }
 
@@ -272,6 +273,15 @@ impl Process {
             assert!(ended.is_none() && !late, "{} never said {text:?}:\n{}", self.name, self.log());
             pause();
         }
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Panics
+    ///
+    /// If the system does not say.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
     }
 
     /// Its process id.

@@ -120,7 +120,7 @@ fn completions_exist_for_every_shell() {
 
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 14] = [
+    let commands: [&[&str]; 17] = [
         &[],
         &["up"],
         &["coordinator"],
@@ -128,6 +128,9 @@ fn every_command_explains_itself() {
         &["generate"],
         &["chat"],
         &["status"],
+        &["plan"],
+        &["drain"],
+        &["roll"],
         &["import"],
         &["model"],
         &["model", "synth"],

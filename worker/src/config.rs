@@ -31,6 +31,12 @@ const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
 /// large stage are read from a disk in less.
 const DEFAULT_SHUTDOWN_GRACE: Duration = Duration::from_secs(60);
 
+/// Longer than a neighbour's burst of work.
+const DEFAULT_DRIFT_TIME: Duration = Duration::from_secs(60);
+
+/// A twelfth of it is a window, and several steps of a model of ordinary size must fit into that.
+const LEAST_DRIFT_TIME: Duration = Duration::from_secs(1);
+
 /// More threads than any machine we know; a larger number is a mistake in a config file.
 const THREADS_MAX: usize = 1024;
 
@@ -80,6 +86,10 @@ pub struct Config {
     /// asked to stop.
     #[serde(with = "as_time")]
     pub shutdown_grace: Duration,
+    /// Steps that take a quarter longer or shorter than the worker says for so long make it say so; when
+    /// it is four times as long or short a quarter of that is enough.
+    #[serde(with = "as_time")]
+    pub drift_time: Duration,
     /// Allows an address other than loopback without TLS.
     pub insecure: bool,
 }
@@ -103,6 +113,7 @@ impl Default for Config {
             http: None,
             stub_compute: None,
             shutdown_grace: DEFAULT_SHUTDOWN_GRACE,
+            drift_time: DEFAULT_DRIFT_TIME,
             insecure: false,
         }
     }
@@ -124,6 +135,14 @@ pub enum ConfigError {
     /// No memory at all.
     #[error("memory must be more than zero")]
     Memory,
+    /// Nothing can be measured in so short a time.
+    #[error("drift_time must be {least} or more, found {found}")]
+    DriftTime {
+        /// What was given.
+        found: node::config::Duration,
+        /// The least.
+        least: node::config::Duration,
+    },
     /// The kernels asked for cannot be had on this machine.
     #[error("the kernels {found:?} cannot be used (this machine runs {available})")]
     Isa {
@@ -168,6 +187,10 @@ impl Config {
         }
         if self.memory_bytes == 0 {
             return Err(ConfigError::Memory);
+        }
+        if self.drift_time < LEAST_DRIFT_TIME {
+            let (found, least) = (self.drift_time.into(), LEAST_DRIFT_TIME.into());
+            return Err(ConfigError::DriftTime { found, least });
         }
         self.backend()?;
         let listen = |what, key, address, insecure| {

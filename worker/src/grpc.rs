@@ -127,6 +127,16 @@ impl Stage for StageService {
         Ok(Response::new(pb::RetireResponse {}))
     }
 
+    async fn dismiss(
+        &self,
+        request: Request<pb::DismissRequest>,
+    ) -> Result<Response<pb::DismissResponse>, Status> {
+        let key = key(&request)?;
+        let pb::DismissRequest { term, dst_incarnation } = request.into_inner();
+        self.service.dismiss(Term(term), incarnation(&dst_incarnation)?, key).await?;
+        Ok(Response::new(pb::DismissResponse {}))
+    }
+
     async fn describe(
         &self,
         _request: Request<pb::DescribeRequest>,
@@ -325,6 +335,7 @@ pub(crate) fn serve(
         Method::unary("/tercet.v1.Stage/Prepare", PREPARE_BYTES),
         Method::unary("/tercet.v1.Stage/Activate", SMALL_MESSAGE_BYTES),
         Method::unary("/tercet.v1.Stage/Retire", SMALL_MESSAGE_BYTES),
+        Method::unary("/tercet.v1.Stage/Dismiss", SMALL_MESSAGE_BYTES),
         Method::unary("/tercet.v1.Stage/Describe", SMALL_MESSAGE_BYTES),
         Method::unary("/tercet.v1.Stage/Results", SMALL_MESSAGE_BYTES),
         // A pipeline that nobody asks anything is quiet.

@@ -10,7 +10,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::cpu::CpuLimits;
-use crate::pace::{Drift, WINDOW};
+use crate::pace::{Drift, window};
 use crate::record::Published;
 use crate::service::Service;
 
@@ -65,7 +65,8 @@ pub(crate) async fn follow(
     }
 }
 
-/// Ends when `stop` fires. Until then what is published is kept as fast as steps really are.
+/// Ends when `stop` fires. Until then what is published is kept as fast as steps really are: a departure
+/// that lasts for `drift_time` is published, and a large one sooner.
 ///
 /// # Errors
 ///
@@ -73,10 +74,11 @@ pub(crate) async fn follow(
 pub(crate) async fn watch_pace(
     service: Arc<Service>,
     published: Arc<Published>,
+    drift_time: Duration,
     stop: CancellationToken,
 ) -> Result<(), TaskError> {
     let mut drift = Drift::default();
-    let mut ticks = interval(WINDOW);
+    let mut ticks = interval(window(drift_time));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         if let Some(factor) = drift.observe(service.pace().take()) {

@@ -9,11 +9,15 @@ use proto::ids::ModelId;
 use proto::plan::WorkerModel;
 use proto::step::{Output, Row, RowStatus};
 
-/// How long one window is: many steps of a busy stage.
-pub(crate) const WINDOW: Duration = Duration::from_secs(5);
-
-/// Windows in a row that must depart from what is published: a minute.
+/// Windows in a row that must depart from what is published; each is a part of the time that a departure
+/// must last, in which a busy stage computes many steps.
 const WINDOWS: u32 = 12;
+
+/// Windows in a row that must depart [`LARGE_DEPARTURE`] times.
+const LARGE_WINDOWS: u32 = 3;
+
+/// What slows a machine down so much is no noise, and everybody waits for it.
+const LARGE_DEPARTURE: f64 = 4.0;
 
 /// By which share of the published times measured ones must depart.
 const DEPARTURE: f64 = 0.25;
@@ -47,6 +51,11 @@ pub(crate) struct Share {
     pub(crate) layers: u32,
     /// Whether head and sampler are here.
     pub(crate) is_last: bool,
+}
+
+/// How long one window is, if a departure counts that lasts for so long.
+pub(crate) fn window(drift_time: Duration) -> Duration {
+    drift_time / WINDOWS
 }
 
 /// The steps of a worker's stages, counted and timed.
@@ -119,14 +128,18 @@ fn predicted_ns(model: &WorkerModel, share: Share, rows: &[Row]) -> Option<u64> 
 pub(crate) struct Drift {
     /// So many windows in a row departed to the same side.
     windows: u32,
+    /// And the last so many of those by [`LARGE_DEPARTURE`].
+    large_windows: u32,
+    /// What was spent in those.
+    large_spent: Spent,
     is_slower: bool,
     spent: Spent,
 }
 
 impl Drift {
-    /// After each [`WINDOW`]: by which factor all published times are to be multiplied, if they are.
-    /// A window in which nothing was computed says nothing. At most once a minute, for it takes a minute
-    /// to find out.
+    /// After each [`window`]: by which factor all published times are to be multiplied, if they are.
+    /// A window in which nothing was computed says nothing. Not again before as much time has passed
+    /// again.
     pub(crate) fn observe(&mut self, window: Spent) -> Option<f64> {
         let ratio = window.ratio()?;
         let is_slower = ratio > 1.0;
@@ -139,12 +152,20 @@ impl Drift {
         }
         self.windows += 1;
         self.spent.add(window);
-        if self.windows < WINDOWS {
-            return None;
+        if (1.0 / LARGE_DEPARTURE..LARGE_DEPARTURE).contains(&ratio) {
+            (self.large_windows, self.large_spent) = (0, Spent::default());
+        } else {
+            self.large_windows += 1;
+            self.large_spent.add(window);
         }
-        let factor = self.spent.ratio();
+        let spent = match (self.large_windows, self.windows) {
+            // What was between that and the usual before says nothing of how it is now.
+            (LARGE_WINDOWS.., _) => self.large_spent,
+            (_, WINDOWS..) => self.spent,
+            _ => return None,
+        };
         *self = Self::default();
-        factor
+        spent.ratio()
     }
 }
 
@@ -187,6 +208,23 @@ mod tests {
         assert_eq!(observe(&mut drift, WINDOWS - 1, 3000), NOTHING);
         assert_eq!(drift.observe(Spent::default()), None);
         assert_eq!(observe(&mut drift, 1, 3000), [3.0]);
+    }
+
+    #[test]
+    fn a_tenth_of_the_speed_is_published_in_a_quarter_of_the_time() {
+        let mut drift = Drift::default();
+        // It begins somewhere within a window.
+        assert_eq!(observe(&mut drift, 1, 2000), NOTHING);
+        assert_eq!(observe(&mut drift, LARGE_WINDOWS - 1, 10_000), NOTHING);
+        assert_eq!(observe(&mut drift, 1, 10_000), [10.0], "of those windows alone");
+        assert_eq!(observe(&mut drift, LARGE_WINDOWS - 1, 100), NOTHING);
+        assert_eq!(observe(&mut drift, 1, 100), [0.1]);
+        // Not of windows that are not in a row.
+        for _ in 0..WINDOWS {
+            assert_eq!(observe(&mut drift, LARGE_WINDOWS - 1, 10_000), NOTHING);
+            assert_eq!(observe(&mut drift, 1, 1000), NOTHING);
+        }
+        assert_eq!(4 * LARGE_WINDOWS, WINDOWS);
     }
 
     #[test]

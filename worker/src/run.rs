@@ -41,7 +41,8 @@ const MACHINE_NAME_CHARS: usize = 64;
 /// What stopping takes beyond leaving and draining: streams end, connections close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Serves as one worker of a cluster until `stop` fires and what it holds was moved elsewhere.
+/// Serves as one worker of a cluster until `stop` fires, or the coordinator dismisses it, and what
+/// it holds was moved elsewhere.
 ///
 /// `bound` is told the address of the stage service once it accepts connections and the worker
 /// is in the registry.
@@ -58,6 +59,8 @@ pub async fn run(
 ) -> Result<(), RunError> {
     // Everything that can be wrong is found here, before anything is served.
     config.validate()?;
+    // The caller's token stays the caller's: a worker that fails or is dismissed stops nobody else.
+    let stop = stop.child_token();
     let id = config.worker_id()?.to_string();
     let checks = config.clone();
     let checked = tokio::task::spawn_blocking(move || check_machine(&checks));
@@ -112,13 +115,13 @@ pub async fn run(
         leader: keys.leader(),
         cluster_id: keys.cluster_id(),
     });
-    let service = Arc::new(Service::new(identity, witness, failures, closing.clone()));
+    let service =
+        Arc::new(Service::new(identity, witness, failures, closing.clone(), stop.clone()));
     let (health, serving) = grpc::serve(listener, service.clone())?;
     grpc::set_serving(&health, true).await;
     let condition = Health::starting();
 
-    // The caller's token stays the caller's: a worker that fails stops nobody else.
-    let mut tasks = Supervisor::new(stop.child_token());
+    let mut tasks = Supervisor::new(stop.clone());
     tasks.spawn("grpc", |_| async move {
         serving.await;
         Ok(())
@@ -178,7 +181,7 @@ pub async fn run(
     let (watched, told) = (service.clone(), published.clone());
     tasks.spawn("cpus", |stop| machine::watch_cpus(config.threads, watched, told, stop));
     let (watched, told) = (service.clone(), published.clone());
-    tasks.spawn("pace", |stop| machine::watch_pace(watched, told, stop));
+    tasks.spawn("pace", |stop| machine::watch_pace(watched, told, config.drift_time, stop));
     let leaving =
         Leaving { id: id.clone(), published, membership, keys, service, health, condition };
     tasks.spawn("drain", |stop| leaving.leave_after(stop, grace));

@@ -162,15 +162,19 @@ pub(crate) struct Service {
     threads: AtomicUsize,
     /// Every stream ends when it fires.
     closing: CancellationToken,
+    /// The process drains and ends when it fires.
+    stop: CancellationToken,
 }
 
 impl Service {
-    /// A worker that stands by. A panic of an engine goes to `failures`.
+    /// A worker that stands by. A panic of an engine goes to `failures`; it fires `stop` when the
+    /// coordinator dismisses it.
     pub(crate) fn new(
         identity: Identity,
         witness: Witness,
         failures: mpsc::Sender<EngineFailure>,
         closing: CancellationToken,
+        stop: CancellationToken,
     ) -> Self {
         let epochs = Epochs::new(identity.incarnation);
         Self {
@@ -183,6 +187,7 @@ impl Service {
             failures,
             pace: Arc::default(),
             closing,
+            stop,
         }
     }
 
@@ -582,6 +587,24 @@ impl Service {
             Self::forget_unclaimed(&mut building);
         }
         tracing::info!(%epoch, %term, "epoch is over");
+        Ok(())
+    }
+
+    /// Begins to end the process, as SIGTERM does: what it holds is served until it was moved.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError`] if the call is not the leading coordinator's, or meant for another process.
+    pub(crate) async fn dismiss(
+        &self,
+        term: Term,
+        incarnation: Incarnation,
+        key: Option<CoordinatorKey>,
+    ) -> Result<(), ServiceError> {
+        let claim = Claim { term, epoch: Epoch::default(), key, cluster: None };
+        self.confirm(incarnation, None, claim).await?;
+        tracing::info!(%term, "the coordinator wants nothing more of this worker");
+        self.stop.cancel();
         Ok(())
     }
 

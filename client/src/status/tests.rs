@@ -24,6 +24,7 @@ fn sample() -> ClusterStatus {
     };
     ClusterStatus {
         waiting: None,
+        admin: None,
         cluster: "rack".into(),
         cluster_id: "c".into(),
         term: 12,

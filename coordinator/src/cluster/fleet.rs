@@ -22,6 +22,8 @@ use standing::FlapHistories;
 const VANISH_WINDOW: Duration = Duration::from_secs(5);
 /// Evictions for lost leases stay frozen so long, unless the workers come back before.
 const FREEZE: Duration = Duration::from_secs(60);
+/// Who was told to end and is still there is told again after as long as such a call may take.
+const DISMISS_PAUSE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
 pub(super) struct Fleet {
@@ -43,13 +45,33 @@ pub(super) struct Member {
     /// Its key is there. A stage is remembered without: a lease is a hint.
     pub(super) has_lease: bool,
     /// A person wants this process start used no more.
-    pub(super) drain_ordered: bool,
+    drain_ordered: bool,
+    /// It was told to end for that.
+    dismissed: Option<Dismissed>,
     /// Why this process start is not planned until it answers a probe.
     pub(super) suspect: Option<String>,
     probe: Probe,
 }
 
+/// A worker that was told to end.
+#[derive(Debug)]
+struct Dismissed {
+    /// When it is told again.
+    again: Tick,
+    /// Why it does not know, as far as that is known.
+    fault: Option<String>,
+}
+
 impl Member {
+    /// What is known of the end of a worker that has no stage, if a person ordered it.
+    pub(super) fn end(&self) -> Option<String> {
+        let dismissed = self.dismissed.as_ref()?;
+        Some(match &dismissed.fault {
+            None => "it was told to end".to_owned(),
+            Some(fault) => format!("it is told to end and does not hear: {fault}"),
+        })
+    }
+
     /// It finishes what it has and takes nothing new.
     pub(super) fn is_draining(&self) -> bool {
         self.record.draining || self.drain_ordered
@@ -80,6 +102,7 @@ impl Fleet {
                 let member = Member {
                     has_lease: true,
                     drain_ordered: false,
+                    dismissed: None,
                     suspect: None,
                     probe: Probe::new(now),
                     record,
@@ -136,12 +159,57 @@ impl Fleet {
         self.frozen_until.is_some()
     }
 
-    /// A person wants a worker used no more, or used again. Whether it is known.
+    /// A person wants a worker used no more, or used again, unless it was told to end meanwhile.
+    /// Whether that is news.
     pub(super) fn order_drain(&mut self, now: Tick, id: &str, drain: bool) -> bool {
         let Some(member) = self.by_id.get_mut(id) else { return false };
+        if member.drain_ordered == drain || member.dismissed.is_some() {
+            return false;
+        }
         member.drain_ordered = drain;
         self.last_change = now;
         true
+    }
+
+    /// Orders are those of a reign: who leads next may have been told otherwise.
+    pub(super) fn forget_orders(&mut self) {
+        for member in self.by_id.values_mut() {
+            (member.drain_ordered, member.dismissed) = (false, None);
+        }
+    }
+
+    /// Who is drained by order and has nothing left to do: told to end, and told again.
+    pub(super) fn dismissals(
+        &mut self,
+        now: Tick,
+        has_stage: impl Fn(&str) -> bool,
+    ) -> Vec<Target> {
+        let mut targets = Vec::new();
+        for (id, member) in &mut self.by_id {
+            let is_due = member.dismissed.as_ref().is_none_or(|dismissed| now >= dismissed.again);
+            let may_end = member.drain_ordered && member.has_lease && !has_stage(id);
+            // One that drains by itself ends by itself.
+            if !may_end || !is_due || member.record.draining {
+                continue;
+            }
+            let fault = member.dismissed.take().and_then(|before| before.fault);
+            member.dismissed = Some(Dismissed { again: now + DISMISS_PAUSE, fault });
+            targets.push(Target {
+                worker: id.clone(),
+                incarnation: member.record.incarnation,
+                address: member.record.address.clone(),
+            });
+        }
+        targets
+    }
+
+    /// A worker was told to end, and whether it knows.
+    pub(super) fn dismissed(&mut self, id: &str, incarnation: Incarnation, fault: Option<String>) {
+        let member = self.by_id.get_mut(id);
+        let member = member.filter(|member| member.record.incarnation == incarnation);
+        if let Some(dismissed) = member.and_then(|member| member.dismissed.as_mut()) {
+            dismissed.fault = fault;
+        }
     }
 
     /// Ids with a lease that are not in `here`.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::{Epoch, NumericsClass, PipelineId, PipelineRef};
+use proto::operator::Planned;
 use proto::plan::{PLAN_FORMAT, PipelinePlan, Plan, StagePlan};
 use proto::status::{WaitCause, Waiting};
 
@@ -17,10 +18,13 @@ use crate::tick::Tick;
 /// A planner that does not answer for so long is asked again: its thread is gone.
 const DEPLOY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A speed counts as another one when it changed by so many per cent ...
+/// A speed counts as another one when it changed by so many per cent for
+/// [`drift_time`](super::Options::drift_time) ...
 const DRIFT_PERCENT: u64 = 25;
-/// ... for so long.
-const DRIFT_TIME: Duration = Duration::from_secs(60);
+/// ... or so many times, as that of a machine with a tenth of its cores ...
+const LARGE_DRIFT: u64 = 4;
+/// ... for such a part of it: whoever waits for that machine waits for all that time.
+const LARGE_DRIFT_PART: u32 = 4;
 
 /// A fleet that never comes to rest is planned for after so many times the hold-down.
 const HOLD_DOWN_LIMIT: u32 = 6;
@@ -54,6 +58,13 @@ impl Cause {
     }
 }
 
+/// A person wants a plan now.
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    /// However little it gains.
+    any_gain: bool,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Planning {
     asked: Option<Asked>,
@@ -66,7 +77,9 @@ pub(super) struct Planning {
     not_before: Tick,
     /// A pipeline was lost and no plan without it was made yet.
     pub(super) lost: bool,
-    pub(super) requested: bool,
+    requested: Option<Request>,
+    /// What came of the last question to the planner.
+    outcome: Planned,
     /// The registry has no plan, and something serves.
     pub(super) is_missing: bool,
     /// The fleet that the last decision was made for.
@@ -102,6 +115,15 @@ struct Basis {
     candidates: Vec<Candidate>,
 }
 
+/// How much a speed changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Drift {
+    /// By [`DRIFT_PERCENT`].
+    Small,
+    /// By [`LARGE_DRIFT`] times.
+    Large,
+}
+
 impl Basis {
     /// The same workers with the same memory, whatever their speeds.
     fn is_same_fleet(&self, other: &Self) -> bool {
@@ -116,13 +138,18 @@ impl Basis {
             && self.candidates.iter().zip(&other.candidates).all(|(a, b)| same(a, b))
     }
 
-    /// Of the same fleet: somebody's speed changed by [`DRIFT_PERCENT`].
-    fn has_drifted(&self, now: &Self) -> bool {
-        self.candidates.iter().zip(&now.candidates).any(|(before, now)| {
+    /// Of the same fleet: by how much the speed that changed most did, if it counts.
+    fn drift(&self, now: &Self) -> Option<Drift> {
+        let drifts = self.candidates.iter().zip(&now.candidates).filter_map(|(before, now)| {
             let (slow, fast) =
                 (before.layer_ns().max(now.layer_ns()), before.layer_ns().min(now.layer_ns()));
-            u128::from(slow) * 100 > u128::from(fast) * u128::from(100 + DRIFT_PERCENT)
-        })
+            let (slow, fast) = (u128::from(slow) * 100, u128::from(fast));
+            if slow >= fast * u128::from(100 * LARGE_DRIFT) {
+                return Some(Drift::Large);
+            }
+            (slow > fast * u128::from(100 + DRIFT_PERCENT)).then_some(Drift::Small)
+        });
+        drifts.max()
     }
 }
 
@@ -187,9 +214,20 @@ impl Planning {
         self.asked = None;
     }
 
+    /// A person wants a plan now; who is content with any gain is not less so if asked twice.
+    pub(super) fn request(&mut self, any_gain: bool) {
+        let before = self.requested.is_some_and(|request| request.any_gain);
+        self.requested = Some(Request { any_gain: any_gain || before });
+    }
+
+    /// Nobody waits for a plan any more.
+    pub(super) fn forget_request(&mut self) {
+        self.requested = None;
+    }
+
     /// Whether a plan is wanted or being made.
     pub(super) fn is_open(&self) -> bool {
-        self.lost || self.requested || self.asked.is_some()
+        self.lost || self.requested.is_some() || self.asked.is_some()
     }
 
     pub(super) fn is_asking(&self) -> bool {
@@ -198,13 +236,13 @@ impl Planning {
 
     /// A plan is written, or none is wanted: what asked for it is done with.
     pub(super) fn carried_out(&mut self) {
-        (self.lost, self.requested, self.is_missing) = (false, false, false);
+        (self.lost, self.requested, self.is_missing) = (false, None, false);
         self.infeasible = None;
     }
 
     /// A plan is written that changes nothing: why nothing was to be changed still holds.
     pub(super) fn written_as_it_is(&mut self) {
-        (self.lost, self.requested, self.is_missing) = (false, false, false);
+        (self.lost, self.requested, self.is_missing) = (false, None, false);
     }
 }
 
@@ -236,8 +274,10 @@ impl Cluster {
     fn cause(&mut self, now: Tick, basis: &Basis) -> Option<Cause> {
         let is_quiet = self.switches.is_empty();
         let planning = &self.planning;
-        if planning.requested && is_quiet {
-            return Some(Cause::Requested);
+        if let Some(request) = planning.requested
+            && is_quiet
+        {
+            return Some(if request.any_gain { Cause::Requested } else { Cause::Changed });
         }
         let is_same = planning.decided.as_ref().is_some_and(|decided| decided.is_same_fleet(basis));
         if is_quiet && self.pipelines.is_empty() {
@@ -277,15 +317,21 @@ impl Cluster {
     /// Whether the fleet is another than what was decided for, and has been at rest.
     fn has_changed(&mut self, now: Tick, basis: &Basis, is_same: bool) -> bool {
         let planning = &mut self.planning;
-        let drifts = is_same && planning.decided.as_ref().is_some_and(|d| d.has_drifted(basis));
-        let drift_since = match drifts {
-            true => Some(*planning.drift_since.get_or_insert(now)),
-            false => {
+        let decided = planning.decided.as_ref().filter(|_| is_same);
+        let has_drifted = match decided.and_then(|decided| decided.drift(basis)) {
+            None => {
                 planning.drift_since = None;
-                None
+                false
+            }
+            Some(drift) => {
+                let since = *planning.drift_since.get_or_insert(now);
+                now.since(since)
+                    >= match drift {
+                        Drift::Small => self.options.drift_time,
+                        Drift::Large => self.options.drift_time / LARGE_DRIFT_PART,
+                    }
             }
         };
-        let has_drifted = drift_since.is_some_and(|since| now.since(since) >= DRIFT_TIME);
         if is_same && !has_drifted && !planning.is_missing {
             planning.change_since = None;
             return false;
@@ -342,17 +388,12 @@ impl Cluster {
         let still_wanted = pipelines.map(|count| count.saturating_sub(fixed.len() as u32));
         if still_wanted == Some(0) {
             self.planning.decide(basis, !self.switches.is_empty());
+            let reason = "as many pipelines serve or come as were asked for".to_owned();
+            self.planning.outcome = Planned { possible: true, reason, ..Planned::default() };
             return self.leave_as_it_is(now, cause, actions);
         }
-        let options = planner::Options {
-            stages: self.options.stages,
-            pipelines: still_wanted,
-            min_kv_blocks: self.options.min_kv_blocks,
-            max_kv_blocks: self.options.max_kv_blocks,
-            context_tokens: self.options.context_tokens,
-            objective: self.options.objective,
-            incumbent: incumbents.iter().map(|plan| incumbent(plan)).collect(),
-        };
+        let incumbent = incumbents.iter().map(|plan| incumbent(plan)).collect();
+        let options = self.planner_options(still_wanted, incumbent);
         let workers = basis.candidates.iter().filter(|member| !taken.contains(&*member.spec.id));
         let problem = Problem {
             model: self.options.costs,
@@ -402,6 +443,20 @@ impl Cluster {
         let least = f64::from(self.options.min_gain_percent) / 100.0 * moved;
         let gains = deployment.tokens_per_s > deployment.incumbent_tokens_per_s * (1.0 + least);
         let is_wanted = changes && (asked.cause != Cause::Changed || gains);
+        self.planning.outcome = Planned {
+            changes: is_wanted,
+            possible: true,
+            reason: match changes && !is_wanted {
+                true => format!(
+                    "the best plan is predicted to gain less than {} % of what changes for it: {}",
+                    self.options.min_gain_percent, deployment.reason
+                ),
+                false => deployment.reason.clone(),
+            },
+            tokens_per_s: deployment.tokens_per_s,
+            before_tokens_per_s: deployment.incumbent_tokens_per_s,
+            layers_moved: if is_wanted { deployment.layers_moved } else { 0 },
+        };
         self.planning.left_out = deployment
             .left_out
             .iter()
@@ -459,6 +514,7 @@ impl Cluster {
         };
         let detail = self.fleet.explain(now, &self.options, &error.to_string());
         // What serves goes on, and people are told why it is not changed.
+        self.planning.outcome = Planned { reason: detail.clone(), ..Planned::default() };
         self.planning.decide(asked.basis, !self.switches.is_empty());
         self.leave_as_it_is(now, asked.cause, actions);
         self.planning.infeasible = Some(Waiting { cause, detail });
@@ -550,6 +606,42 @@ impl Cluster {
         }
         plans.sort_by_key(|plan| plan.id);
         Some(plans)
+    }
+
+    /// What came of planning because a person asked; `None` while that is not decided.
+    pub fn planned(&self) -> Option<&Planned> {
+        self.planning.requested.is_none().then_some(&self.planning.outcome)
+    }
+
+    /// What the planner would be asked if a person wanted a plan of everybody now.
+    pub fn question(&self) -> Problem {
+        let (_, candidates) =
+            self.fleet.candidates(self.now, self.options.model, self.options.kv_type);
+        let serving = self.pipelines.values().map(|pipeline| &pipeline.placed.plan);
+        Problem {
+            model: self.options.costs,
+            workers: candidates.into_iter().map(|candidate| candidate.spec).collect(),
+            options: self.planner_options(
+                self.options.pipelines.map(|count| count.max(1)),
+                serving.map(incumbent).collect(),
+            ),
+        }
+    }
+
+    fn planner_options(
+        &self,
+        pipelines: Option<u32>,
+        incumbent: Vec<Incumbent>,
+    ) -> planner::Options {
+        planner::Options {
+            stages: self.options.stages,
+            pipelines,
+            min_kv_blocks: self.options.min_kv_blocks,
+            max_kv_blocks: self.options.max_kv_blocks,
+            context_tokens: self.options.context_tokens,
+            objective: self.options.objective,
+            incumbent,
+        }
     }
 
     /// Why no plan is possible with who is here now.

@@ -31,6 +31,7 @@ fn arb_fault() -> impl Strategy<Value = Fault> {
         3 => any::<usize>().prop_map(Fault::Lead),
         1 => any::<usize>().prop_map(Fault::Relist),
         1 => any::<usize>().prop_map(Fault::PlanNow),
+        2 => any::<(usize, bool)>().prop_map(|(which, drain)| Fault::Order(which, drain)),
         1 => Just(Fault::DeletePlan),
     ]
 }

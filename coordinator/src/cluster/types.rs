@@ -45,6 +45,9 @@ pub struct Options {
     pub hold_down: Duration,
     /// What serves is improved only if the new plan is predicted to be faster by so many per cent.
     pub min_gain_percent: u32,
+    /// A speed counts as another one when it has changed by a quarter for so long, and in a quarter of
+    /// that when it has changed fourfold.
+    pub drift_time: Duration,
     /// Workers that compute nothing are planned with, for tests of many workers.
     pub allow_stub_compute: bool,
 }
@@ -269,15 +272,28 @@ pub enum Event {
         /// The error's message.
         detail: String,
     },
-    /// A person wants a worker used no more, or used again.
+    /// A person wants a worker used no more, or used again. One that is used no more is told to end
+    /// once it has no stage; from then on it is not used again.
     DrainWorker {
         /// The worker's id.
         worker: String,
         /// Used no more.
         drain: bool,
     },
-    /// A person wants the best plan now, whatever the gain.
-    PlanNow,
+    /// Answer to [`Action::Dismiss`].
+    Dismissed {
+        /// The worker's id.
+        worker: String,
+        /// Who was told.
+        incarnation: Incarnation,
+        /// The error's message, if it does not know yet that it is to end.
+        fault: Option<String>,
+    },
+    /// A person wants the best plan now, without a hold-down.
+    PlanNow {
+        /// However little it gains.
+        any_gain: bool,
+    },
 }
 
 /// What must be done. The driver carries actions out in their order.
@@ -339,6 +355,13 @@ pub enum Action {
         plan: PipelinePlan,
         /// Of every stage.
         class: NumericsClass,
+    },
+    /// Tell a worker that nothing more is wanted of it: it ends; answer `Dismissed`.
+    Dismiss {
+        /// Under whose reign.
+        term: Term,
+        /// Where it is.
+        target: Target,
     },
     /// Send no more steps, wait for those on their way, answer `Paused`.
     Pause {

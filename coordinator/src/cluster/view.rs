@@ -1,5 +1,6 @@
 //! What people see of the cluster.
 
+use proto::operator::{DrainState, Drained};
 use proto::plan::{PipelinePlan, StagePlan};
 use proto::status::{PipelineStatus, PlanStatus, StageStatus, WaitCause, Waiting, WorkerStatus};
 
@@ -22,6 +23,29 @@ impl Cluster {
             workers: self.fleet.iter().map(|member| self.worker(now, member)).collect(),
             plan: self.plan_status(),
         }
+    }
+
+    /// Whether this coordinator decides.
+    pub fn leads(&self) -> bool {
+        self.ledger.term().is_some()
+    }
+
+    /// Whether it does, and knows what there is to decide about.
+    pub fn takes_orders(&self) -> bool {
+        let knows_plan = self.ledger.ready().is_some() || self.ledger.is_writing();
+        self.leads() && self.listed && knows_plan
+    }
+
+    /// How far the drain of a worker is; `None` if nobody of this name is known.
+    pub fn drained(&self, worker: &str) -> Option<Drained> {
+        let member = self.fleet.get(worker)?;
+        let state = match (member.is_draining(), self.stages_of(worker).next()) {
+            (false, _) => DrainState::InUse,
+            (true, Some(_)) => DrainState::Moving,
+            (true, None) => DrainState::Ending,
+        };
+        let detail = self.worker(self.now, member).detail;
+        Some(Drained { incarnation: member.record.incarnation, state, detail })
     }
 
     fn serving(&self) -> impl Iterator<Item = &Pipeline> {
@@ -120,7 +144,7 @@ impl Cluster {
             let detail = match (is_stage, self.infeasible()) {
                 (true, Some(waiting)) => format!("it still has a stage: {}", waiting.detail),
                 (true, None) => "it still has a stage".to_owned(),
-                (false, _) => String::new(),
+                (false, _) => member.end().unwrap_or_default(),
             };
             ("draining", detail)
         } else if let Some(why) = &member.suspect {

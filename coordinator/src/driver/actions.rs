@@ -24,6 +24,7 @@ impl Driver {
             self.measure_readiness();
         }
         self.heed_availability();
+        self.answer_planners();
     }
 
     fn carry_out(&mut self, action: Action) {
@@ -75,6 +76,18 @@ impl Driver {
                             cluster::Event::RetireFailed { worker, incarnation, at, detail }
                         }
                     })
+                });
+            }
+            Action::Dismiss { term, target } => {
+                tracing::info!(worker = target.worker, "tells a drained worker to end");
+                self.calls.spawn(async move {
+                    let outcome = workers::dismiss(key, term, &target).await;
+                    let cluster::Target { worker, incarnation, .. } = target;
+                    let fault = outcome.err().map(|error| error.detail);
+                    if let Some(detail) = &fault {
+                        tracing::info!(worker, detail, "worker does not know that it is to end");
+                    }
+                    Outcome::Event(cluster::Event::Dismissed { worker, incarnation, fault })
                 });
             }
             Action::Probe { worker, incarnation, address } => {

@@ -19,6 +19,7 @@ use super::clients::{Clients, GONE_AT_ONCE, Then, Totals};
 use super::history::History;
 use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneSays, ToWorkers};
 use super::lanes::{Lanes, Left};
+use super::orders::PlanReply;
 use super::registry;
 use super::status::Rates;
 use super::timed::{timed, wall_clock};
@@ -89,6 +90,8 @@ pub(crate) struct Driver {
     pub(super) refused_ids: registry::Refusals,
     /// When the registry was last asked something, and what was wrong with its answer.
     pub(super) registry: Option<(Tick, Option<String>)>,
+    /// Operators who wait for a plan.
+    pub(super) planners: Vec<PlanReply>,
     pub(super) teller: Teller,
     pub(super) rates: Rates,
     commands: mpsc::Receiver<Command>,
@@ -159,6 +162,7 @@ impl Driver {
             refused_campaigns: registry::Refusals::default(),
             refused_ids: registry::Refusals::default(),
             registry: None,
+            planners: Vec::new(),
             teller: Teller::default(),
             rates: Rates::default(),
             commands,
@@ -292,6 +296,15 @@ impl Driver {
             }
             Command::Checks { reply } => {
                 let _ = reply.send(self.checks());
+            }
+            Command::Drain { order, reply } => {
+                let _ = reply.send(self.drain(&order));
+            }
+            Command::Plan { cluster_id, least_gain, reply } => {
+                self.plan_now(&cluster_id, least_gain, reply);
+            }
+            Command::Question { cluster_id, reply } => {
+                let _ = reply.send(self.question(&cluster_id));
             }
         }
     }

@@ -88,6 +88,7 @@ impl Driver {
                 generated_tokens: counted.generated_tokens,
             },
             waiting: self.waiting(),
+            admin: self.config.admin.clone(),
         }
     }
 }

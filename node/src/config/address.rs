@@ -192,6 +192,11 @@ impl HostPort {
     pub fn port(&self) -> u16 {
         self.port
     }
+
+    /// Another port of the same host.
+    pub fn with_port(&self, port: u16) -> Self {
+        Self { host: self.host.clone(), port }
+    }
 }
 
 impl fmt::Display for HostPort {

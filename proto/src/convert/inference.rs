@@ -313,6 +313,7 @@ pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
         version: status.version.clone(),
         ready: status.ready,
         waiting: status.waiting.as_ref().map(encode_waiting),
+        admin: status.admin.clone().unwrap_or_default(),
     }
 }
 
@@ -422,6 +423,7 @@ pub fn decode_status(status: pb::StatusResponse) -> ClusterStatus {
             generated_tokens: rates.generated_tokens,
         },
         waiting: status.waiting.map(decode_waiting),
+        admin: Some(status.admin).filter(|admin| !admin.is_empty()),
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Deserialize;
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Workers that are planned for at most: racks full of them, and not a slip of the finger.
-const WORKERS_MAX: usize = 1024;
+pub(super) const WORKERS_MAX: usize = 1024;
 
 /// Why there are no machines to plan for.
 #[derive(Debug, thiserror::Error)]

@@ -169,7 +169,8 @@ impl Worker {
         let registry = Registry::new();
         let witness = Witness::new(registry.clone());
         let closing = CancellationToken::new();
-        let service = Arc::new(Service::new(identity, witness, failures, closing));
+        let stop = CancellationToken::new();
+        let service = Arc::new(Service::new(identity, witness, failures, closing, stop));
         let (health, serving) = crate::grpc::serve(listener, service.clone()).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {

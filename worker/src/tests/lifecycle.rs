@@ -8,7 +8,7 @@ use futures::FutureExt;
 use node::membership::{Event, Leadership, Membership, Memory, Watch};
 use proto::convert::encode_prepare;
 use proto::ids::{Epoch, Incarnation, Term};
-use proto::key::LeaderRecord;
+use proto::key::{CoordinatorKey, LeaderRecord};
 use proto::keys::Keys;
 use proto::pb::stage_client::StageClient;
 use proto::plan::{StagePlan, StepTime, WorkerModel, WorkerRecord};
@@ -181,6 +181,42 @@ async fn a_draining_worker_serves_until_the_coordinator_retires_its_stage() {
     soon(client.retire(KEY.attach(retire))).await.unwrap();
     assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
     process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_dismissed_worker_ends_by_itself_once_it_holds_nothing_and_stops_nobody_else() {
+    let mut process = Process::start(config()).await;
+    let record = process.record().await;
+    let (mut client, prepare) = hold_a_stage(&process, &record).await;
+    let dismiss = proto::pb::DismissRequest {
+        term: prepare.term.0,
+        dst_incarnation: record.incarnation.0.to_vec().into(),
+    };
+    // A stranger may not, nor somebody who means an earlier start, or is of another term.
+    soon(client.dismiss(tonic::Request::new(dismiss.clone()))).await.unwrap_err();
+    let guess = CoordinatorKey::new([7; 16]);
+    soon(client.dismiss(guess.attach(dismiss.clone()))).await.unwrap_err();
+    let earlier =
+        proto::pb::DismissRequest { dst_incarnation: vec![9; 16].into(), ..dismiss.clone() };
+    soon(client.dismiss(KEY.attach(earlier))).await.unwrap_err();
+    let later = proto::pb::DismissRequest { term: u64::MAX, ..dismiss.clone() };
+    soon(client.dismiss(KEY.attach(later))).await.unwrap_err();
+    assert_eq!(health(process.address, "").await, ServingStatus::Serving);
+
+    soon(client.dismiss(KEY.attach(dismiss.clone()))).await.unwrap();
+    soon(client.dismiss(KEY.attach(dismiss))).await.expect("saying so twice changes nothing");
+    assert!(process.record().await.draining);
+    assert!(process.ended.try_join_next().is_none(), "it still serves");
+    let retire = proto::pb::RetireRequest {
+        pipeline: 1,
+        epoch: 1,
+        term: prepare.term.0,
+        dst_incarnation: record.incarnation.0.to_vec().into(),
+    };
+    soon(client.retire(KEY.attach(retire))).await.unwrap();
+    assert!(matches!(soon(process.watch.next()).await, Event::Delete { .. }));
+    soon(process.ended.join_next()).await.unwrap().unwrap().unwrap();
+    assert!(!process.stop.is_cancelled(), "the caller's token stays the caller's");
 }
 
 #[tokio::test]

@@ -171,6 +171,13 @@ impl World {
                 let excused = lane.excuse || !stages.iter().all(sound);
                 assert!(excused, "{at} was given up without a cause: {reason}");
             }
+            Action::Dismiss { target, .. } => {
+                let stands = |stage: &StagePlan| {
+                    stage.worker == target.worker && stage.incarnation == target.incarnation
+                };
+                let serves = |lane: &Running| lane.plan.stages.iter().any(stands);
+                assert!(!coordinator.lanes.values().any(serves), "{} serves", target.worker);
+            }
             Action::ReadPlan { .. }
             | Action::Deploy { .. }
             | Action::Probe { .. }
@@ -298,6 +305,23 @@ impl World {
                     Some(()) => Event::Retired { worker, incarnation, at },
                     None => Event::RetireFailed { worker, incarnation, at, detail: detail() },
                 }
+            }
+            Action::Dismiss { term, target } => {
+                let Target { worker, incarnation, .. } = target;
+                let node = self.reach(&worker, incarnation, term).filter(|_| !fault);
+                let fault = match node {
+                    None => Some(detail()),
+                    Some(node) => {
+                        node.record.draining = true;
+                        let mut nodes = self.nodes.iter();
+                        let i = nodes.position(|node| node.record.id == worker).unwrap();
+                        if self.nodes[i].has_lease {
+                            self.register(i);
+                        }
+                        None
+                    }
+                };
+                Event::Dismissed { worker, incarnation, fault }
             }
             Action::Pause { at } => Event::Paused { at },
             Action::Probe { worker, incarnation, .. } => {
@@ -458,7 +482,15 @@ impl World {
                 let records = listed.map(|node| node.record.clone()).collect();
                 self.tell(i % coordinators, Event::Reset(records));
             }
-            Fault::PlanNow(i) => self.tell(i % coordinators, Event::PlanNow),
+            Fault::PlanNow(i) => {
+                let any_gain = (i / coordinators).is_multiple_of(2);
+                self.tell(i % coordinators, Event::PlanNow { any_gain });
+            }
+            Fault::Order(i, drain) => {
+                self.excuse((i / coordinators) % count);
+                let worker = self.nodes[(i / coordinators) % count].record.id.clone();
+                self.tell(i % coordinators, Event::DrainWorker { worker, drain });
+            }
             Fault::DeletePlan => self.plan = None,
         }
     }
@@ -567,5 +599,7 @@ pub(super) enum Fault {
     Lead(usize),
     Relist(usize),
     PlanNow(usize),
+    /// A coordinator is told to drain a worker, or to use it again.
+    Order(usize, bool),
     DeletePlan,
 }

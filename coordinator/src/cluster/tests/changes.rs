@@ -1,5 +1,7 @@
 //! Planned changes: drains, short memory, workers that move, and a takeover.
 
+use proto::operator::DrainState;
+
 use super::*;
 
 #[test]
@@ -37,9 +39,102 @@ fn a_drained_replica_leaves_its_sequences_to_the_others() {
     assert_eq!(script.served(), [(2, vec!["w1"])]);
     assert_eq!(script.states(), ["w0 draining", "w1 active"]);
     assert_eq!(script.held["w0"], [], "it was retired");
+    // It is told to end, which cannot be taken back; the process that comes after it is used.
+    let is_dismissed =
+        |action: &Action| matches!(action, Action::Dismiss { target, .. } if target.worker == "w0");
+    assert_eq!(actions.iter().filter(|action| is_dismissed(action)).count(), 1, "{actions:?}");
+    let (leave, dismiss) = (
+        actions.iter().position(|action| matches!(action, Action::Leave { .. })),
+        actions.iter().position(is_dismissed),
+    );
+    assert!(leave < dismiss, "{actions:?}");
     script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: false });
     script.pass(11_000);
+    assert_eq!(script.states(), ["w0 draining", "w1 active"]);
+    let again = script.take();
+    assert_eq!(again.iter().filter(|action| is_dismissed(action)).count(), 2, "every 5 s");
+    let incarnation = Incarnation([1; 16]);
+    let fault = Some("unreachable".to_owned());
+    let worker = "w0".to_owned();
+    script.tell(Event::Dismissed { worker, incarnation, fault });
+    let drained = script.cluster.drained("w0").unwrap();
+    assert_eq!(drained.state, DrainState::Ending);
+    assert_eq!(drained.detail, "it is told to end and does not hear: unreachable");
+    script.tell(Event::WorkerPut(record(0, 2)));
+    script.pass(11_000);
     assert_eq!(script.served().len(), 2, "and used again");
+}
+
+#[test]
+fn a_drain_that_has_not_moved_anything_can_be_taken_back_and_ends_with_the_reign() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    let order = |script: &mut Script, drain| {
+        script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain });
+    };
+    let state = |script: &Script| script.cluster.drained("w0").unwrap().state;
+    script.take();
+    order(&mut script, true);
+    script.pass(20_000);
+    assert_eq!(
+        script.take(),
+        [],
+        "nobody is there in its place, so it serves, and is not told to end"
+    );
+    assert_eq!(state(&script), DrainState::Moving);
+    assert!(script.cluster.drained("w0").unwrap().detail.contains("2 stages were asked for"));
+    order(&mut script, false);
+    assert_eq!(state(&script), DrainState::InUse);
+    order(&mut script, true);
+    assert_eq!(state(&script), DrainState::Moving);
+    // Who leads next was told nothing, and this one may hear of another order.
+    script.tell(Event::TermLost);
+    assert_eq!(state(&script), DrainState::InUse);
+    assert_eq!(script.cluster.drained("w7"), None);
+}
+
+#[test]
+fn a_plan_that_was_asked_for_is_told_with_what_it_changes() {
+    let mut script = Script::new(Some(1), workers(1));
+    let plans = script.plans.len();
+    script.tell(Event::PlanNow { any_gain: true });
+    let same = script.cluster.planned().expect("it is decided").clone();
+    assert_eq!((same.changes, same.possible, script.plans.len()), (false, true, plans));
+    assert_eq!(same.reason, "1 of 1 workers");
+    // A worker comes; nobody waits for the hold-down.
+    script.tell(Event::WorkerPut(record(1, 1)));
+    assert_eq!(script.plans.len(), plans);
+    script.tell(Event::PlanNow { any_gain: false });
+    let better = script.cluster.planned().unwrap();
+    assert!(better.changes && better.tokens_per_s > better.before_tokens_per_s, "{better:?}");
+    assert_eq!((script.plans.len(), script.served().len()), (plans + 1, 2));
+    // Nobody is left: why is told, and what serves goes on.
+    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true });
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true });
+    script.tell(Event::PlanNow { any_gain: true });
+    let none = script.cluster.planned().unwrap();
+    assert!(!none.possible && none.reason.contains("no worker can serve"), "{none:?}");
+    assert_eq!(script.served().len(), 1);
+}
+
+#[test]
+fn a_plan_that_was_asked_for_changes_nothing_for_too_little_unless_told_to() {
+    let dear = Options { min_gain_percent: 100, ..options(Some(2)) };
+    let four = [0, 2, 4, 5].map(|id| record(id, 1)).to_vec();
+    let mut script = Script::with(dear, four, Found::Nothing);
+    script.pass(1000);
+    // Six are laid out anew, for half as much again; one of the two changes for it.
+    for id in [1, 3] {
+        script.tell(Event::WorkerPut(record(id, 1)));
+    }
+    script.tell(Event::PlanNow { any_gain: false });
+    let planned = script.cluster.planned().unwrap();
+    assert!(!planned.changes && planned.possible, "{planned:?}");
+    assert!(planned.reason.contains("gain less than 100 % of what changes"), "{planned:?}");
+    assert_eq!(script.served().len(), 2);
+    script.tell(Event::PlanNow { any_gain: true });
+    assert!(script.cluster.planned().unwrap().changes);
+    assert_eq!(script.served().len(), 3);
 }
 
 #[test]
@@ -88,7 +183,7 @@ fn while_memory_is_made_the_reason_says_so() {
     let mut cluster = Script::new(Some(1), workers(1)).cluster;
     let now = Tick::from_millis(60_000);
     let serving = cluster.pipelines[&PipelineId(1)].at();
-    let mut actions = cluster.handle(now, Event::PlanNow);
+    let mut actions = cluster.handle(now, Event::PlanNow { any_gain: true });
     let Some(Action::Deploy { ticket, problem }) = actions.pop() else { panic!("{actions:?}") };
     let mut deployment = place(&problem).unwrap();
     deployment.pipelines[0].kv_blocks = 32;
@@ -137,6 +232,35 @@ fn a_worker_moves_from_one_pipeline_to_another() {
     assert!(position(&Action::Pause { at: second }) < serve, "it loses a worker");
     assert!(position(&Action::Leave { at: second }) < serve);
     assert_eq!((&script.held["w1"], &script.held["w3"]), (&vec![], &vec![]), "they may go");
+}
+
+#[test]
+fn a_speed_that_changes_fourfold_counts_in_a_quarter_of_the_time() {
+    let pinned = Options { pipelines: Some(1), ..options(Some(1)) };
+    let slower = |times: u64| {
+        let mut record = record(0, 1);
+        for step in &mut record.models[0].steps {
+            step.layer_ns *= times;
+        }
+        record
+    };
+    for (times, seconds) in [(2, 60), (3, 60), (4, 15), (10, 15)] {
+        let mut script = Script::with(pinned.clone(), workers(1), Found::Nothing);
+        script.pass(20_000);
+        // Each question to the planner has a ticket, and so has each look at them.
+        let mut last = script.cluster.ledger.ticket().0;
+        let mut asked = |script: &mut Script| {
+            let now = script.cluster.ledger.ticket().0;
+            now - std::mem::replace(&mut last, now) - 1
+        };
+        script.tell(Event::WorkerPut(slower(times)));
+        script.pass(seconds * 1000 - 500);
+        assert_eq!(asked(&mut script), 0, "{times} times slower, and not for {seconds} s");
+        script.pass(1000);
+        assert_eq!(asked(&mut script), 1, "{times} times slower for {seconds} s");
+        script.pass(100_000);
+        assert_eq!(asked(&mut script), 0, "it is what was planned with");
+    }
 }
 
 #[test]

@@ -38,6 +38,7 @@ pub(in crate::cluster) fn options(stages: Option<u32>) -> Options {
         settle: Duration::from_secs(1),
         hold_down: Duration::from_secs(10),
         min_gain_percent: 5,
+        drift_time: Duration::from_secs(60),
         allow_stub_compute: false,
     }
 }
