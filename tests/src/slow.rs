@@ -23,9 +23,9 @@ pub fn to_a_tenth<T>(id: u32, meanwhile: impl FnOnce() -> T) -> T {
     thread::scope(|scope| {
         let over = &over;
         scope.spawn(move || {
-            let mut signals = [(Signal::SIGSTOP, STOPS), (Signal::SIGCONT, RUNS)].iter().cycle();
+            let signals = [(Signal::SIGSTOP, STOPS), (Signal::SIGCONT, RUNS)];
             // It ends with the process running.
-            while let Some(&(signal, pause)) = signals.next() {
+            for &(signal, pause) in signals.iter().cycle() {
                 if signal == Signal::SIGSTOP && over.load(Ordering::Relaxed) {
                     break;
                 }

@@ -2,7 +2,6 @@
 //! roll; and a worker that gets slow. No answer fails, and none is another than it would have been.
 
 #![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
-#![expect(clippy::print_stdout, reason = "how long orders took is a result")]
 
 use std::collections::BTreeMap;
 use std::process::Output;

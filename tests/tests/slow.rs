@@ -3,7 +3,6 @@
 //! shorter times.
 
 #![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
-#![expect(clippy::print_stdout, reason = "how long it took is a result")]
 
 use std::time::{Duration, Instant};
 
