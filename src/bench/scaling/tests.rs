@@ -66,6 +66,7 @@ fn a_share_is_of_what_its_workers_give_alone() {
 #[test]
 fn what_makes_no_sense_is_refused() {
     options(&[], &[6]).check().unwrap();
+    options(&["0.5", "0.2"], &[1]).check().unwrap();
     let refused = |options: Options| options.check().unwrap_err().to_string();
     assert_eq!(refused(options(&["0.5"], &[2])), "1 quotas for 2 workers");
     assert!(refused(options(&[], &[7])).contains("7 stages need as many layers"));
