@@ -437,3 +437,38 @@ fn what_a_worker_holds_survives_the_wire_and_nonsense_is_refused() {
         Err(WireError::TooLarge { field: "held", .. })
     ));
 }
+
+#[test]
+fn a_status_arrives_as_it_was_sent() {
+    use crate::status::*;
+    let stage = StageStatus {
+        worker: "w".into(),
+        address: "a:1".into(),
+        layers: [3, 9],
+        compute_ms: 1.5,
+        wait_ms: 0.5,
+        steps: 7,
+        busy_ms: 10.5,
+        waited_ms: 3.5,
+    };
+    let pipeline = PipelineStatus {
+        id: 1,
+        epoch: 9,
+        state: "active".into(),
+        stages: vec![stage],
+        predicted_tokens_per_s: 99.5,
+        steps: 7,
+        on_way_ms: 21.5,
+    };
+    let rates = RateStatus {
+        prompt_tokens_per_s: 10.0,
+        generated_tokens_per_s: 20.0,
+        requests_finished: 3,
+        requests_failed: 1,
+        prompt_tokens: 1 << 40,
+        generated_tokens: 5,
+    };
+    let plan = PlanStatus { pipelines: vec![pipeline], reason: "r".into() };
+    let status = ClusterStatus { plan, rates, ready: true, term: 4, ..ClusterStatus::default() };
+    assert_eq!(decode_status(encode_status(&status)), status);
+}
