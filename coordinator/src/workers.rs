@@ -14,7 +14,7 @@ use proto::limits;
 use proto::pb;
 use proto::pb::stage_client::StageClient;
 use proto::plan::StagePlan;
-use proto::step::{Prepare, ResultSource, Step, StepReply, StepResult};
+use proto::step::{Prepare, ResultSource, Step, StepReply, StepResult, StepVerdict};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -291,6 +291,10 @@ async fn carry_steps(
     while let Some(reply) = replies.message().await.map_err(|status| status_words(&status))? {
         let reply =
             convert::decode_reply(reply).map_err(|error| node::Chain(&error).to_string())?;
+        // One for every step, and the lane awaits its result anyway.
+        if reply.verdict == StepVerdict::Accepted {
+            continue;
+        }
         if events.send(LinkEvent::Reply { link, reply }).await.is_err() {
             break;
         }

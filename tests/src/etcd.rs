@@ -43,6 +43,11 @@ impl Etcd {
         &self.url
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Kills it; its data stays.
     pub fn kill(&mut self) {
         self.process.kill();

@@ -186,6 +186,8 @@ pub struct Figures {
     pub added: [Duration; 2],
     /// Share of what all CPUs of the machine can, whoever used it.
     pub busy: f64,
+    /// Of that, the share of workers that were there all the time, coordinator, registry and clients.
+    pub own: f64,
     /// Memory of the coordinator.
     pub memory_mib: u64,
     /// Threads of the coordinator.
@@ -197,18 +199,30 @@ impl fmt::Display for Figures {
         let Self { steps_per_s, cpu_ms, round, added: [half, most], .. } = self;
         write!(f, "{steps_per_s:.0} steps/s, coordinator {cpu_ms:.3} ms of CPU a step, ")?;
         write!(f, "round {round:.1?} (p50), added {half:.2?} (p50), {most:.2?} (p99); ")?;
-        write!(f, "machine {:.0} % busy; ", self.busy * 100.0)?;
+        let [busy, own] = [self.busy, self.own].map(|share| share * 100.0);
+        write!(f, "machine {busy:.0} % busy, {own:.0} % with this; ")?;
         write!(f, "coordinator {} MiB, {} threads", self.memory_mib, self.threads)
     }
 }
 
 /// Measures while `work` is done.
-fn measured<T>(cluster: &mut Cluster, work: impl FnOnce(&mut Cluster) -> T) -> (Figures, T) {
+fn measured<T>(
+    rack: &Rack,
+    cluster: &mut Cluster,
+    work: impl FnOnce(&mut Cluster) -> T,
+) -> (Figures, T) {
+    let all = |cluster: &mut Cluster| -> BTreeMap<u32, u64> {
+        let workers = (0..rack.workers).map(|index| cluster.worker(index).id()).collect::<Vec<_>>();
+        let others = [cluster.coordinator().id(), cluster.etcd().id(), std::process::id()];
+        workers.into_iter().chain(others).map(|id| (id, computed_ticks(id))).collect()
+    };
     let (http, id) = (cluster.http().to_owned(), cluster.coordinator().id());
     let look = || (Scrape::of(&http), computed_ticks(id), busy_ticks(), Instant::now());
+    let own_before = all(cluster);
     let (before, ticks_before, machine_before, begin) = look();
     let done = work(cluster);
     let (after, ticks, machine, end) = look();
+    let own = all(cluster).into_iter().filter_map(|(id, ticks)| Some(ticks - own_before.get(&id)?));
     let steps = |scrape: &Scrape| scrape.value("tercet_step_seconds_count");
     let steps = steps(&after) - steps(&before);
     let cpu_ms = (ticks - ticks_before) as f64 * 1000.0 / TICKS_PER_S as f64;
@@ -220,6 +234,7 @@ fn measured<T>(cluster: &mut Cluster, work: impl FnOnce(&mut Cluster) -> T) -> (
         round: quantile("tercet_step_seconds", 0.5),
         added: [0.5, 0.99].map(|share| quantile("tercet_step_added_seconds", share)),
         busy: machine[0] as f64 / machine[1].max(1) as f64,
+        own: own.sum::<u64>() as f64 / machine[1].max(1) as f64,
         memory_mib: memory_mib(id, "VmRSS"),
         threads: status_number(id, "Threads"),
     };
@@ -335,10 +350,10 @@ impl Rack {
 
         let load = Load::start(self, cluster.grpc());
         rest(self.quiet / 10);
-        let (quiet, ()) = measured(&mut cluster, |_| rest(self.quiet));
+        let (quiet, ()) = measured(self, &mut cluster, |_| rest(self.quiet));
         println!("{name}, at rest: {quiet}");
         let (turbulent, mut turmoil) =
-            measured(&mut cluster, |cluster| Turmoil::run(self, cluster));
+            measured(self, &mut cluster, |cluster| Turmoil::run(self, cluster));
         println!("{name}, while workers come and go: {turbulent}");
         let found = load.end();
         turmoil.check();
@@ -350,6 +365,10 @@ impl Rack {
             wrong.len(),
             failed.len()
         );
+        for failure in failed {
+            let after = failure.end - failure.begin;
+            println!("{name}: failed after {after:.1?}: {}", failure.message);
+        }
         let again = wait_until_whole(&cluster, self, "all workers to serve again");
         println!("{name}: all serve again after {again:.1?}");
 

@@ -1,6 +1,8 @@
 //! Racks of 64 workers, for minutes, and what their coordinator may take for a step. Not part of
 //! `cargo test`, for the figures mean something on a release build only: `./test --soak` runs them.
 
+#![expect(clippy::print_stdout, reason = "what was measured is a result")]
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +17,10 @@ const CPU_MS: f64 = 0.3;
 
 /// What 99 in a hundred of them may be held up beside computing.
 const ADDED: Duration = Duration::from_millis(2);
+
+/// Where all CPUs together are busier than this, what is added is mostly waiting for one of them, and says
+/// nothing of the coordinator.
+const BUSY: f64 = 0.7;
 
 /// Eight layers, and a head of its own, so that every step goes through all stages.
 fn store() -> PathBuf {
@@ -44,20 +50,23 @@ fn rack(name: &'static str, stages: usize, profile: &'static str, streams: usize
 fn check(rack: &Rack) {
     let done = rack.run();
     let is_well = |figures: &Figures| {
-        let Figures { steps_per_s, cpu_ms, added: [_, most], .. } = *figures;
-        steps_per_s >= STEPS_PER_S && cpu_ms < CPU_MS && most < ADDED
+        let Figures { steps_per_s, cpu_ms, added: [_, most], busy, .. } = *figures;
+        if busy > BUSY {
+            println!("{}: the machine is too busy to judge what is added to a step", rack.name);
+        }
+        steps_per_s >= STEPS_PER_S && cpu_ms < CPU_MS && (most < ADDED || busy > BUSY)
     };
     assert!(is_well(&done.quiet) && is_well(&done.turmoil), "{done:#?}");
 }
 
 #[test]
 fn sixteen_pipelines_of_four_workers() {
-    // Two layers a stage: 9 ms. Three steps are on their way in each pipeline.
-    check(&rack("16 pipelines of 4", 4, "layer_us=4500", 48));
+    // Two layers a stage: 10.4 ms. Three steps are on their way in each pipeline.
+    check(&rack("16 pipelines of 4", 4, "layer_us=5200", 48));
 }
 
 #[test]
 fn sixty_four_replicas() {
-    // All eight layers: 54 ms.
-    check(&rack("64 replicas", 1, "layer_us=6750", 64));
+    // All eight layers: 58.4 ms.
+    check(&rack("64 replicas", 1, "layer_us=7300", 64));
 }

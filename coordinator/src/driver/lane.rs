@@ -40,6 +40,10 @@ const TICK: Duration = Duration::from_millis(50);
 /// Commands that may lie before a lane: it takes them as they come, and whoever sends more waits.
 pub(super) const LANE_COMMANDS: usize = 256;
 
+/// How often it is said that results flow: the control task waits for seconds before it does anything
+/// about those that do not, and has as many lanes to listen to as there are pipelines.
+const FLOWING_INTERVAL: Duration = Duration::from_millis(500);
+
 /// A pipeline from which nothing has come for so long is asked for a token: well before anybody
 /// would take it for unready.
 const PROBE_AFTER: Duration = Duration::from_secs(3);
@@ -119,7 +123,7 @@ pub(super) enum LaneSays {
         detail: String,
     },
     StepOverdue,
-    /// Results came since the last tick.
+    /// Results came since that was last said.
     Flowing,
     /// The first token of this epoch came through.
     Ready,
@@ -171,8 +175,10 @@ pub(super) struct Lane {
     unheard: VecDeque<LaneEvent>,
     /// Since when it is to pause, until it was said that it does.
     pausing: Option<Tick>,
-    /// Results came since the last tick.
+    /// Results came that were not told of.
     flowing: bool,
+    /// When they were last told of in this epoch.
+    told_flowing: Option<Tick>,
     /// It was said that this epoch is proven.
     told_ready: bool,
     /// When an earlier epoch last computed something.
@@ -206,6 +212,7 @@ impl Lane {
             unheard: VecDeque::new(),
             pausing: None,
             flowing: false,
+            told_flowing: None,
             told_ready: false,
             proven_before: None,
             last_probe: Tick::ZERO,
@@ -338,6 +345,7 @@ impl Lane {
         self.scheduler.pause(false);
         self.pausing = None;
         self.told_ready = false;
+        (self.flowing, self.told_flowing) = (false, None);
         self.path.switch(served.shape, served.stages);
         self.probe();
     }
@@ -398,7 +406,9 @@ impl Lane {
             tracing::debug!(%step, pipeline = %self.at, "step is overdue");
             self.mention(LaneSays::StepOverdue);
         }
-        if std::mem::take(&mut self.flowing) {
+        let is_due = self.told_flowing.is_none_or(|told| now.since(told) >= FLOWING_INTERVAL);
+        if self.flowing && is_due {
+            (self.flowing, self.told_flowing) = (false, Some(now));
             self.mention(LaneSays::Flowing);
         }
         self.path.retry();

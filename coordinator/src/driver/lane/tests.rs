@@ -220,6 +220,23 @@ fn read(client: &mut Tokens) -> Vec<u32> {
 }
 
 #[tokio::test(start_paused = true)]
+async fn that_results_flow_is_told_of_twice_a_second_however_many_come() {
+    let mut world = World::new();
+    world.lanes.serve(served(1, 10));
+    let _client = world.assign(1, 1, request(2000));
+    let ticks = (5 * FLOWING_INTERVAL).as_millis() / TICK.as_millis();
+    let mut told = 0;
+    for _ in 0..ticks {
+        assert!(world.serve_steps(1).await > 0, "results come all the time");
+        tokio::time::advance(TICK).await;
+        while let Ok(event) = world.said.try_recv() {
+            told += u32::from(matches!(event.says, LaneSays::Flowing));
+        }
+    }
+    assert!((4..=6).contains(&told), "{told} times in 2.5 s");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_ran_on_a_lost_pipeline_goes_on_on_another_with_the_same_tokens() {
     let want = undisturbed(6).await;
     let mut world = World::new();
