@@ -74,6 +74,8 @@ pub(super) struct Planning {
     failures: u32,
     /// Pipelines that broke while their workers answer, since all was well for long enough.
     breaks: u32,
+    /// What is lost is not planned anew before this because of them.
+    broken_until: Tick,
     not_before: Tick,
     /// A pipeline was lost and no plan without it was made yet.
     pub(super) lost: bool,
@@ -185,16 +187,17 @@ impl Planning {
                     0 => Duration::ZERO,
                     before => BACKOFF_FIRST * 2u32.saturating_pow(before.min(16)),
                 };
-                self.not_before = now + wait.min(BROKEN_LIMIT);
+                self.broken_until = now + wait.min(BROKEN_LIMIT);
                 self.breaks = self.breaks.saturating_add(1);
             }
         }
         self.decided = None;
     }
 
-    /// A worker came: what was not possible may be.
+    /// A worker came: what was not possible may be, and what broke may work.
     pub(super) fn worker_came(&mut self) {
         self.infeasible = None;
+        self.broken_until = Tick::ZERO;
     }
 
     /// Everything that serves is well, and has served for so long.
@@ -265,7 +268,9 @@ impl Cluster {
             self.fleet.candidates(now, self.options.model, self.options.kv_type);
         let basis = Basis { class, candidates };
         let Some(cause) = self.cause(now, &basis) else { return };
-        if now < self.planning.not_before {
+        // Who leaves, or asks, has nothing to do with what breaks.
+        let waits_for_breaks = !matches!(cause, Cause::Requested | Cause::Draining);
+        if now < self.planning.not_before || waits_for_breaks && now < self.planning.broken_until {
             return;
         }
         self.ask_planner(now, cause, basis, actions);
@@ -284,13 +289,17 @@ impl Cluster {
             let is_due = !is_same && self.has_settled(now, basis);
             return is_due.then_some(Cause::NothingServes);
         }
-        if planning.lost && !is_same {
+        let is_lost = planning.lost && !is_same;
+        if is_lost && now >= planning.broken_until {
             return Some(Cause::Lost);
         }
         let changes = |id| self.switches.iter().any(|switch| switch.old.contains(id));
         let mut staying = self.pipelines.iter().filter(|(id, _)| !changes(id));
         if !is_same && staying.any(|(_, pipeline)| self.is_leaving(pipeline)) {
             return Some(Cause::Draining);
+        }
+        if is_lost {
+            return Some(Cause::Lost);
         }
         if !is_quiet {
             return None;

@@ -62,6 +62,29 @@ impl Bare {
         assert!(matches!(&actions[..], [Action::Prepare(_)]), "{actions:?}");
     }
 
+    /// A plan that was made comes to serve at revision 101 and more.
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        let mut pending = actions;
+        while let Some(action) = pending.pop() {
+            let answer = match action {
+                Action::WritePlan { ticket, previous, .. } => {
+                    Event::PlanWritten { ticket, revision: previous.unwrap_or(100) + 1 }
+                }
+                Action::Prepare(request) => Event::Prepared {
+                    at: PipelineRef { id: request.pipeline, epoch: request.epoch },
+                    stage: request.stage,
+                    class: class(),
+                },
+                Action::Activate { at, stage, .. } => Event::Activated { at, stage },
+                Action::Probe { worker, incarnation, .. } => {
+                    Event::Described { worker, incarnation, held: Vec::new() }
+                }
+                _ => continue,
+            };
+            pending.extend(self.tell(answer));
+        }
+    }
+
     fn is_preparing(&mut self, actions: &[Action]) -> bool {
         actions.iter().any(|action| matches!(action, Action::Prepare(_)))
     }
@@ -234,6 +257,36 @@ fn room_that_cannot_be_made_is_not_waited_for_for_ever() {
     assert!(actions.contains(&Action::Leave { at: at(1, 101) }), "{actions:?}");
     let Availability::No(why) = bare.cluster.availability() else { panic!() };
     assert_eq!(why.cause, WaitCause::Registry);
+}
+
+#[test]
+fn what_breaks_holds_up_nobody_who_leaves_asks_or_comes() {
+    let broken = |bare: &mut Bare| {
+        // The second time it is waited for.
+        for _ in 0..2 {
+            let at = bare.cluster.pipelines[&PipelineId(1)].at();
+            let (_, revision) = bare.cluster.ledger.ready().expect("it leads");
+            let detail = "an old epoch".to_owned();
+            let ticket = read(&bare.tell(Event::Fenced { at, detail })).expect("who was it?");
+            let plan = bare.cluster.ledger.plan().expect("it is ours").clone();
+            let found = Found::Plan { revision: revision.unwrap(), plan };
+            let actions = bare.tell(Event::PlanRead { ticket, found });
+            let Some((ticket, problem)) = deploy(&actions) else { return };
+            let actions = bare.tell(Event::Deployed { ticket, result: place(&problem) });
+            bare.carry_out(actions);
+        }
+        panic!("it is planned anew at once");
+    };
+    for event in [
+        Event::PlanNow { any_gain: true },
+        Event::DrainWorker { worker: "w1".to_owned(), drain: true },
+        Event::WorkerPut(record(0, 2)),
+    ] {
+        let mut bare = Bare::new(2);
+        broken(&mut bare);
+        assert_eq!(deploy(&bare.tell(Event::Tick)), None);
+        assert!(deploy(&bare.tell(event.clone())).is_some(), "{event:?} is held up");
+    }
 }
 
 /// How often is planned within 20 minutes in which workers answer every probe, and every pipeline gives
