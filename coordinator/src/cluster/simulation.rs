@@ -29,6 +29,7 @@ fn arb_fault() -> impl Strategy<Value = Fault> {
         1 => any::<usize>().prop_map(Fault::Overdue),
         1 => any::<usize>().prop_map(Fault::LoseTerm),
         3 => any::<usize>().prop_map(Fault::Lead),
+        2 => any::<usize>().prop_map(Fault::Usurp),
         1 => any::<usize>().prop_map(Fault::Relist),
         1 => any::<usize>().prop_map(Fault::PlanNow),
         2 => any::<(usize, bool)>().prop_map(|(which, drain)| Fault::Order(which, drain)),
@@ -66,6 +67,7 @@ proptest! {
         prop_assert_eq!(world.served(), served, "what is healthy is left alone");
         prop_assert_eq!(world.writes(), writes, "nothing is planned again and again");
         world.check_memory();
+        world.check_one_acts();
     }
 
     #[test]
@@ -122,6 +124,77 @@ proptest! {
         for at in served {
             prop_assert!(world.served().contains(&at), "{at} was touched");
         }
+    }
+}
+
+/// A worker that comes is planned for once ...
+const PLANS_FOR_A_COMER: usize = 1;
+/// ... and one that is killed and comes back is planned for when it is lost and when it is back.
+const PLANS_FOR_A_DEATH: usize = 2;
+
+/// A hold-down, and what a plan takes to serve.
+const AT_REST: Duration = Duration::from_secs(10 + 5);
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn workers_that_come_one_by_one_and_die_in_turn_cost_a_bounded_number_of_plans(
+        engines in proptest::collection::vec(1usize..3, 4), stages in proptest::option::of(1u32..3),
+        gaps_ms in proptest::collection::vec(100u64..30_000, 8), is_real: bool,
+        order in Just(vec![0usize, 1, 2, 3]).prop_shuffle(),
+    ) {
+        let step = Duration::from_millis(100);
+        let mut world = World::new(&engines, stages, 1);
+        if is_real {
+            world = world.with_real_planner();
+        }
+        for late in 1..4 {
+            world.keep_away(late);
+        }
+        world.lead(0);
+        world.list_all();
+        for late in 1..4 {
+            world.run(Duration::from_millis(gaps_ms[late]), step);
+            world.apply(Fault::Restart(late));
+        }
+        world.run(AT_REST, step);
+        let mut allowed = 4 * PLANS_FOR_A_COMER;
+        prop_assert!(world.writes() <= allowed, "{} plans for four who come", world.writes());
+        for (dies, gap_ms) in order.iter().zip(&gaps_ms[4..]) {
+            world.apply(Fault::Kill(*dies));
+            world.run(Duration::from_millis(*gap_ms), step);
+            world.apply(Fault::Restart(*dies));
+            world.run(AT_REST, step);
+            allowed += PLANS_FOR_A_DEATH;
+            prop_assert!(world.writes() <= allowed, "{} plans, not {allowed}", world.writes());
+            prop_assert!(world.leader_serves(), "{:?}", world.reasons());
+        }
+        // It ends where the planner says: asked whatever the gain, it finds nothing worth a move.
+        let (rate, served) = (world.rate(), world.served());
+        world.apply(Fault::PlanNow(0));
+        world.run(AT_REST, step);
+        let gain = world.rate() / rate;
+        prop_assert!(gain <= 1.05, "{served:?} at {rate}, and {gain} times as much is possible");
+        world.check_memory();
+    }
+
+    #[test]
+    fn equal_events_give_equal_actions_whatever_they_are(
+        nodes in arb_nodes(), stages in proptest::option::of(1u32..3),
+        faults in proptest::collection::vec(arb_fault(), 0..80),
+    ) {
+        let trace = || {
+            let mut world = World::new(&nodes, stages, 2);
+            world.lead(0);
+            world.list_all();
+            let seen = faults.iter().cloned().map(|fault| {
+                world.apply(fault);
+                world.snapshot()
+            });
+            seen.collect::<Vec<_>>()
+        };
+        prop_assert_eq!(trace(), trace());
     }
 }
 

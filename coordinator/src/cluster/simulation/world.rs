@@ -11,6 +11,7 @@ use proto::ids::{Epoch, Incarnation, PipelineId, PipelineRef, Term};
 use proto::plan::{PipelinePlan, Plan, StagePlan};
 
 use super::super::*;
+use crate::planner::{Deployment, PlanError, Problem};
 pub(in super::super) use given::{class, options, place, record};
 use node::Node;
 
@@ -41,7 +42,10 @@ pub(super) struct World {
     coordinators: Vec<Coordinator>,
     revision: u64,
     leader: Option<(usize, Term)>,
+    /// Others have led since, and they do not know it.
+    deposed: BTreeSet<usize>,
     plan: Option<(u64, Plan)>,
+    planner: fn(&Problem) -> Result<Deployment, PlanError>,
 }
 
 impl World {
@@ -69,8 +73,21 @@ impl World {
             coordinators: (0..coordinators).map(coordinator).collect(),
             revision: 10,
             leader: None,
+            deposed: BTreeSet::new(),
             plan: None,
+            planner: place,
         }
+    }
+
+    /// With the planner of coordinators in place of one that is easily foreseen.
+    pub(super) fn with_real_planner(mut self) -> Self {
+        self.planner = crate::planner::deploy;
+        self
+    }
+
+    /// A worker that has not come yet: it does with [`Fault::Restart`].
+    pub(super) fn keep_away(&mut self, i: usize) {
+        (self.nodes[i].alive, self.nodes[i].has_lease) = (false, false);
     }
 
     fn tell(&mut self, who: usize, event: Event) {
@@ -271,7 +288,7 @@ impl World {
                 }
             }
             Action::Deploy { ticket, problem } => {
-                Event::Deployed { ticket, result: place(&problem) }
+                Event::Deployed { ticket, result: (self.planner)(&problem) }
             }
             Action::Prepare(request) => {
                 let (at, stage) =
@@ -400,8 +417,19 @@ impl World {
     /// A coordinator wins the leadership.
     pub(super) fn lead(&mut self, who: usize) {
         self.excuse_all();
-        if let Some((before, _)) = self.leader.take() {
-            self.tell(before, Event::TermLost);
+        self.deposed.extend(self.leader.take().map(|(before, _)| before));
+        for deposed in std::mem::take(&mut self.deposed) {
+            self.tell(deposed, Event::TermLost);
+        }
+        self.usurp(who);
+    }
+
+    /// The same, and who led before does not hear of it.
+    fn usurp(&mut self, who: usize) {
+        self.excuse_all();
+        self.deposed.extend(self.leader.take().map(|(before, _)| before));
+        if self.deposed.remove(&who) {
+            self.tell(who, Event::TermLost);
         }
         self.revision += 1;
         let term = Term(self.revision);
@@ -477,6 +505,7 @@ impl World {
                 }
             }
             Fault::Lead(i) => self.lead(i % coordinators),
+            Fault::Usurp(i) => self.usurp(i % coordinators),
             Fault::Relist(i) => {
                 let listed = self.nodes.iter().filter(|node| node.has_lease);
                 let records = listed.map(|node| node.record.clone()).collect();
@@ -549,6 +578,25 @@ impl World {
         self.coordinators.iter().map(|coordinator| coordinator.writes).sum()
     }
 
+    /// What serves is predicted to give.
+    pub(super) fn rate(&self) -> f64 {
+        let lanes = self.coordinators.iter().flat_map(|coordinator| coordinator.lanes.values());
+        lanes.map(|lane| lane.plan.predicted_tokens_per_s).sum()
+    }
+
+    /// Nobody works for a coordinator that does not lead.
+    pub(super) fn check_one_acts(&self) {
+        let leads = |who: usize| self.leader.is_some_and(|(leader, _)| leader == who);
+        let others = self.coordinators.iter().enumerate().filter(|(who, _)| !leads(*who));
+        for lane in others.flat_map(|(_, coordinator)| coordinator.lanes.values()) {
+            let serves = |stage: &StagePlan| {
+                let mut nodes = self.nodes.iter().filter(|node| is_at(node, stage));
+                nodes.any(|node| node.takes_steps(lane.at, lane.term))
+            };
+            assert!(!lane.plan.stages.iter().all(serves), "{lane:?} serves on");
+        }
+    }
+
     pub(super) fn reasons(&self) -> Vec<String> {
         self.coordinators.iter().map(|c| c.cluster.view().plan.reason).collect()
     }
@@ -597,6 +645,7 @@ pub(super) enum Fault {
     Overdue(usize),
     LoseTerm(usize),
     Lead(usize),
+    Usurp(usize),
     Relist(usize),
     PlanNow(usize),
     /// A coordinator is told to drain a worker, or to use it again.
