@@ -283,9 +283,10 @@ impl PipelineScheduler {
         if sent.position == 0 || is_probe || sequence.replays == MAX_REPLAYS {
             return false;
         }
-        sequence.replays += 1;
+        let replays = sequence.replays + 1;
         let (place, blocks) = (sequence.place.take(), std::mem::take(&mut sequence.blocks));
         sequence.restart(now);
+        sequence.replays = replays;
         if let Some((stand, ticket)) = place {
             self.queue(stand).remove(ticket);
         }

@@ -88,6 +88,8 @@ struct Client {
     end: Option<End>,
     /// Pipelines that died while they worked for it.
     deaths: u32,
+    /// Rows of it that found nothing to go on from.
+    overtaken: u32,
     /// The pipeline that has had rows of it since it was last given back.
     ran_on: Option<PipelineId>,
 }
@@ -124,6 +126,9 @@ struct World {
 }
 
 const CLASS: NumericsClass = NumericsClass([7; 32]);
+
+/// As often as a sequence is replayed without a token in between.
+const MAX_OVERTAKEN: u32 = 8;
 
 impl World {
     fn new(pipelines: u64, stages: u32, kv_blocks: u32, cost: StepCost) -> Self {
@@ -230,6 +235,7 @@ impl World {
                     output,
                     end: None,
                     deaths: 0,
+                    overtaken: 0,
                     ran_on: None,
                 };
                 assert!(self.clients.insert(taken.sequence, client).is_none());
@@ -297,7 +303,7 @@ impl World {
                 if other.sequence != row.sequence {
                     let shared = row.blocks.iter().find(|block| other.blocks.contains(block));
                     assert_eq!(shared, None, "{} and {}", row.sequence, other.sequence);
-                } else if other.position != row.position {
+                } else if other.generation == row.generation && other.position != row.position {
                     assert!(other.position < row.position, "sent in order");
                     let samples = !matches!(other.output, Output::None | Output::Score(_));
                     assert!(!samples, "a sequence has at most one sampling row on its way");
@@ -365,6 +371,23 @@ impl World {
                 assert_eq!(*output, client.output);
                 assert_eq!(client.scores.is_some(), client.request.score_prompt);
             }
+        }
+    }
+
+    /// A row came before the one that it goes on from, or its stage has lost that.
+    fn overtake(&mut self, which: usize) {
+        let rows = self.pipes.iter_mut().flat_map(|(_, pipe)| pipe.open.values_mut());
+        let mut rows: Vec<_> = rows
+            .flat_map(|(_, result)| &mut result.rows)
+            .filter(|row| row.position > 0 && row.status == RowStatus::Ok)
+            .collect();
+        let count = rows.len().max(1);
+        let Some(row) = rows.get_mut(which % count) else { return };
+        let client = self.clients.get_mut(&row.sequence).unwrap();
+        // More often in a row is a fault of the pipeline.
+        if client.overtaken < MAX_OVERTAKEN {
+            client.overtaken += 1;
+            (row.status, row.value) = (RowStatus::NeedState, RowValue::None);
         }
     }
 
@@ -516,6 +539,7 @@ enum Op {
     Deliver(usize),
     DeliverAgain(usize),
     Cancel(usize),
+    Overtake(usize),
     /// A pipeline comes, or goes on with another epoch.
     Serve {
         id: u64,
@@ -564,6 +588,7 @@ fn arb_op() -> impl Strategy<Value = Op> {
         12 => any::<usize>().prop_map(Op::Deliver),
         1 => any::<usize>().prop_map(Op::DeliverAgain),
         1 => any::<usize>().prop_map(Op::Cancel),
+        2 => any::<usize>().prop_map(Op::Overtake),
         1 => (1u64..5, 1u32..5, 4u32..30)
             .prop_map(|(id, stages, kv_blocks)| Op::Serve { id, stages, kv_blocks }),
         1 => (any::<usize>(), any::<bool>()).prop_map(|(which, dies)| Op::Leave { which, dies }),
@@ -603,6 +628,7 @@ impl World {
             Op::Deliver(which) => self.deliver(which),
             Op::DeliverAgain(which) => self.deliver_again(which),
             Op::Cancel(which) => self.cancel(which),
+            Op::Overtake(which) => self.overtake(which),
             Op::Serve { id, stages, kv_blocks } => self.serve(PipelineId(id), stages, kv_blocks),
             Op::Leave { which, dies } => self.leave(which, dies),
         }

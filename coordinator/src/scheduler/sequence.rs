@@ -231,15 +231,15 @@ impl Sequence {
         self.admitted.get_or_insert(now);
     }
 
-    /// Whether a pipeline has worked for it in this generation.
+    /// Whether this pipeline has worked for it.
     pub(super) fn has_run(&self) -> bool {
-        self.sent > 0
+        self.sent > 0 || self.replays > 0
     }
 
     /// Forgets what the lost pipeline held of it. What was told stays told: the log is kept.
     pub(super) fn restart(&mut self, now: Tick) {
         self.log.begin_generation();
-        self.sent = 0;
+        (self.sent, self.replays) = (0, 0);
         self.blocks.clear();
         self.place = None;
         self.held_back = None;
