@@ -7,9 +7,11 @@ use ::metrics::{
 };
 
 use proto::generate::Timings;
+use proto::ids::PipelineRef;
 use proto::status::QueueStatus;
 
 use crate::driver::Counted;
+use crate::scheduler::PipelineStats;
 
 /// Says once what every metric means.
 pub(crate) fn describe() {
@@ -18,6 +20,14 @@ pub(crate) fn describe() {
     describe_gauge!("tercet_requests_waiting", "requests that wait for KV or a pipeline");
     describe_gauge!("tercet_kv_cache_usage_ratio", "share of the KV blocks that are reserved");
     describe_gauge!("tercet_steps_in_flight", "steps between the coordinator and the last stage");
+    describe_gauge!("tercet_pipeline_id", "which pipeline serves in a place, 0 if none does");
+    describe_gauge!("tercet_pipeline_epoch", "its epoch");
+    describe_gauge!("tercet_pipeline_requests_running", "requests that run on it");
+    describe_gauge!(
+        "tercet_pipeline_kv_usage_ratio",
+        "share of its KV blocks that are reserved or named by a step on its way"
+    );
+    describe_gauge!("tercet_pipeline_steps_in_flight", "its steps on their way");
     describe_gauge!(
         "tercet_membership_epoch",
         "newest epoch of the pipelines that serve, 0 without one"
@@ -89,6 +99,20 @@ pub(crate) fn queue(queue: &QueueStatus, steps_in_flight: u32) {
     gauge!("tercet_steps_in_flight").set(f64::from(steps_in_flight));
 }
 
+/// How the pipeline in a slot is. Slots are used again, so that there are no more values of the label
+/// than pipelines that served at a time; ids would become more for as long as the process lives.
+pub(crate) fn pipeline(slot: u32, at: PipelineRef, stats: &PipelineStats) {
+    let slot = slot.to_string();
+    gauge!("tercet_pipeline_id", "pipeline" => slot.clone()).set(at.id.0 as f64);
+    gauge!("tercet_pipeline_epoch", "pipeline" => slot.clone()).set(at.epoch.0 as f64);
+    let running = f64::from(stats.running);
+    gauge!("tercet_pipeline_requests_running", "pipeline" => slot.clone()).set(running);
+    let used = f64::from(stats.kv_blocks_used) / f64::from(stats.kv_blocks_total.max(1));
+    gauge!("tercet_pipeline_kv_usage_ratio", "pipeline" => slot.clone()).set(used);
+    let steps = f64::from(stats.steps_in_flight);
+    gauge!("tercet_pipeline_steps_in_flight", "pipeline" => slot).set(steps);
+}
+
 /// Tokens of all pipelines since start.
 pub(crate) fn tokens(counted: Counted) {
     counter!("tercet_prompt_tokens_total").absolute(counted.prompt_tokens);
@@ -113,11 +137,11 @@ pub(crate) fn step_times() -> (Histogram, Histogram) {
 }
 
 /// Where one stage's parts of steps are counted: computing and waiting.
-pub(crate) fn stage_times(stage: u32) -> (Histogram, Histogram) {
-    let stage = stage.to_string();
+pub(crate) fn stage_times(slot: u32, stage: u32) -> (Histogram, Histogram) {
+    let labels = [("pipeline", slot.to_string()), ("stage", stage.to_string())];
     (
-        histogram!("tercet_stage_compute_seconds", "stage" => stage.clone()),
-        histogram!("tercet_stage_wait_seconds", "stage" => stage),
+        histogram!("tercet_stage_compute_seconds", &labels),
+        histogram!("tercet_stage_wait_seconds", &labels),
     )
 }
 

@@ -17,7 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::admission::Parking;
 use super::clients::{Clients, GONE_AT_ONCE, Then, Totals};
 use super::history::History;
-use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneSays, ToWorkers};
+use super::lane::{FinishReply, Lane, LaneConfig, LaneEvent, LaneReport, LaneSays, ToWorkers};
 use super::lanes::{Lanes, Left};
 use super::orders::PlanReply;
 use super::registry;
@@ -44,6 +44,9 @@ pub(super) const CHORES_AT_ONCE: usize = 32;
 /// A pipeline that computed something within this is ready. Lanes ask one that is silent for a token
 /// well before.
 pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
+
+/// How often the gauges of every pipeline are set: there may be a thousand of them.
+const MEASURE_PIPELINES: Duration = Duration::from_secs(1);
 
 /// What lanes are given to tell clients that everything stops: nothing waits there.
 const LANES_TIMEOUT: Duration = Duration::from_millis(500);
@@ -94,6 +97,7 @@ pub(crate) struct Driver {
     pub(super) planners: Vec<PlanReply>,
     pub(super) teller: Teller,
     pub(super) rates: Rates,
+    measured_pipelines: Tick,
     commands: mpsc::Receiver<Command>,
     /// Calls to workers and to the registry that have not ended.
     pub(super) calls: JoinSet<Outcome>,
@@ -165,6 +169,7 @@ impl Driver {
             planners: Vec::new(),
             teller: Teller::default(),
             rates: Rates::default(),
+            measured_pipelines: Tick::ZERO,
             commands,
             calls: JoinSet::new(),
             ready,
@@ -457,6 +462,13 @@ impl Driver {
         let steps: u32 = reports.iter().map(|report| report.stats.steps_in_flight).sum();
         metrics::queue(&self.queue(), steps);
         metrics::tokens(counted);
+        if self.now().since(self.measured_pipelines) >= MEASURE_PIPELINES {
+            self.measured_pipelines = self.now();
+            for (slot, report) in self.lanes.slots() {
+                let LaneReport { at, stats, .. } = report.unwrap_or_default();
+                metrics::pipeline(slot, at, &stats);
+            }
+        }
         let term = self.leadership.as_ref().map_or(0, |leadership| leadership.term);
         let epoch = self.lanes.serving().iter().map(|at| at.epoch.0).max().unwrap_or(0);
         metrics::membership(term, epoch, *self.ready.borrow());

@@ -159,6 +159,8 @@ pub(super) struct LaneEnds {
     pub(super) commands: mpsc::Receiver<LaneCommand>,
     pub(super) events: mpsc::Sender<LaneEvent>,
     pub(super) report: watch::Sender<LaneReport>,
+    /// Its number among the lanes that are there, for metrics.
+    pub(super) slot: u32,
 }
 
 /// One pipeline as it serves.
@@ -204,7 +206,7 @@ impl Lane {
             at,
             class: served.class,
             scheduler: PipelineScheduler::new(config.limits, served.shape),
-            path: Path::new(served.shape, served.stages, wire, link_sender),
+            path: Path::new(served.shape, served.stages, ends.slot, wire, link_sender),
             clients: Clients::new(Arc::clone(&config.totals)),
             config,
             ends,

@@ -24,6 +24,8 @@ pub(super) struct Lanes {
     start: Start,
     tasks: JoinSet<()>,
     lanes: BTreeMap<PipelineId, Handle>,
+    /// As many as there ever were lanes at a time.
+    slots: u32,
     events: mpsc::Sender<LaneEvent>,
     /// When one that left as planned last computed something: those that took its place are to
     /// prove themselves, and nobody is sent away meanwhile.
@@ -32,6 +34,8 @@ pub(super) struct Lanes {
 
 struct Handle {
     at: PipelineRef,
+    /// Its number among the lanes that are there, the least that was free.
+    slot: u32,
     commands: mpsc::Sender<LaneCommand>,
     /// Not handed over yet: see [`Lanes::flush`].
     outbox: VecDeque<LaneCommand>,
@@ -69,7 +73,7 @@ impl Lanes {
     pub(super) fn new(start: Start) -> (Self, mpsc::Receiver<LaneEvent>) {
         let (events, said) = mpsc::channel(LANE_EVENTS);
         let (tasks, lanes, handed_over) = (JoinSet::new(), BTreeMap::new(), None);
-        (Self { start, tasks, lanes, events, handed_over }, said)
+        (Self { start, tasks, lanes, slots: 0, events, handed_over }, said)
     }
 
     /// A pipeline serves: a lane for it, or, if there is one, that goes on with the new epoch and
@@ -91,14 +95,18 @@ impl Lanes {
         let at = served.at();
         let (commands, their_commands) = mpsc::channel(LANE_COMMANDS);
         let (their_report, report) = watch::channel(LaneReport::default());
+        let is_free = |slot: &u32| self.lanes.values().all(|lane| lane.slot != *slot);
+        let slot = (0..=self.slots).find(is_free).unwrap_or(self.slots);
+        self.slots = self.slots.max(slot + 1);
         let ends = LaneEnds {
             commands: their_commands,
             events: self.events.clone(),
             report: their_report,
+            slot,
         };
         (self.start)(served, ends, &mut self.tasks);
         let (leaving, next) = (false, None);
-        self.lanes.insert(at.id, Handle { at, commands, outbox, report, leaving, next });
+        self.lanes.insert(at.id, Handle { at, slot, commands, outbox, report, leaving, next });
     }
 
     /// A lane has given everyone back.
@@ -226,6 +234,15 @@ impl Lanes {
             }
         });
         reports.collect()
+    }
+
+    /// What is in every slot that there ever was: how a pipeline is, or nothing.
+    pub(super) fn slots(&self) -> impl Iterator<Item = (u32, Option<LaneReport>)> {
+        let report = |slot| {
+            let lane = self.lanes.values().find(|lane| lane.slot == slot && !lane.leaving)?;
+            Some(lane.report.borrow().clone()).filter(|report| report.at.id == lane.at.id)
+        };
+        (0..self.slots).map(move |slot| (slot, report(slot)))
     }
 
     /// When one of the pipelines that serve last computed something, or one that left its place to

@@ -243,7 +243,7 @@ mod tests {
         crate::metrics::task_poll("lane").record(0.0001);
         crate::metrics::membership(1, 1, true);
         let second = std::time::Duration::from_secs(1);
-        let (compute, wait) = crate::metrics::stage_times(0);
+        let (compute, wait) = crate::metrics::stage_times(0, 0);
         compute.record(second);
         wait.record(second);
         crate::metrics::first_token(second);

@@ -91,6 +91,8 @@ pub(super) struct Path {
     last_sent: StepId,
     stage_times: Vec<StageMeans>,
     trips: Trips,
+    /// Of its lane, for metrics.
+    slot: u32,
     histograms: Vec<(Histogram, Histogram)>,
     /// Of whole rounds, and of what is added in them to computing.
     rounds: (Histogram, Histogram),
@@ -106,6 +108,12 @@ struct Sent {
     again: bool,
     /// It was sent in an earlier reign: so often a stage may refuse it for that and gets it again.
     fences_left: u32,
+}
+
+/// Where the times of each stage are counted.
+fn histograms(slot: u32, stages: &[StagePlan]) -> Vec<(Histogram, Histogram)> {
+    let numbers = 0..stages.len() as u32;
+    numbers.map(|stage| crate::metrics::stage_times(slot, stage)).collect()
 }
 
 /// Moving means over steps, and sums over all of the epoch.
@@ -130,15 +138,16 @@ impl Path {
     pub(super) fn new(
         shape: PipelineShape,
         stages: Vec<StagePlan>,
+        slot: u32,
         wire: Box<dyn Wire>,
         events: mpsc::Sender<LinkEvent>,
     ) -> Self {
-        let numbers = 0..stages.len() as u32;
         Self {
             shape,
             stage_times: vec![StageMeans::default(); stages.len()],
             trips: Trips::default(),
-            histograms: numbers.map(crate::metrics::stage_times).collect(),
+            slot,
+            histograms: histograms(slot, &stages),
             rounds: crate::metrics::step_times(),
             stages,
             wire,
@@ -168,8 +177,7 @@ impl Path {
         self.close();
         self.stage_times = vec![StageMeans::default(); stages.len()];
         self.trips = Trips::default();
-        let numbers = 0..stages.len() as u32;
-        self.histograms = numbers.map(crate::metrics::stage_times).collect();
+        self.histograms = histograms(self.slot, &stages);
         (self.shape, self.stages) = (shape, stages);
         self.last_sent = StepId(0);
         self.open();
