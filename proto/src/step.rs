@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::ids::{
-    BlockId, Epoch, Generation, Incarnation, PipelineId, PrefixHash, SequenceId, StepId, Term,
+    BlockId, Epoch, Generation, Incarnation, PipelineId, PipelineRef, PrefixHash, SequenceId,
+    StepId, Term,
 };
 
 /// One microbatch on its way through a pipeline.
@@ -271,8 +272,8 @@ pub struct TokenLogprob {
 /// What a receiver says of a step to its sender.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepReply {
-    /// The receiver's epoch when it fenced, else the step's.
-    pub epoch: Epoch,
+    /// The step's pipeline, with the receiver's epoch when it fenced, else the step's.
+    pub at: PipelineRef,
     /// Which step; 0 when the reply is about the link.
     pub step: StepId,
     /// Index of the stage that speaks.

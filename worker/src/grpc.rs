@@ -11,7 +11,7 @@ use proto::convert::{
     WireError, decode_prepare, decode_step, decode_step_header, encode_held, encode_reply,
     encode_result,
 };
-use proto::ids::{Epoch, Incarnation, KeyDigest, PipelineId, StepId, Term};
+use proto::ids::{Epoch, Incarnation, KeyDigest, PipelineId, PipelineRef, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::pb::stage_server::{Stage, StageServer};
 use proto::step::{ResultSource, StepReply, StepVerdict};
@@ -121,9 +121,10 @@ impl Stage for StageService {
         request: Request<pb::RetireRequest>,
     ) -> Result<Response<pb::RetireResponse>, Status> {
         let key = key(&request)?;
-        let pb::RetireRequest { epoch, term, dst_incarnation, .. } = request.into_inner();
+        let pb::RetireRequest { pipeline, epoch, term, dst_incarnation } = request.into_inner();
         let incarnation = incarnation(&dst_incarnation)?;
-        self.service.retire(Epoch(epoch), Term(term), incarnation, key).await?;
+        let at = PipelineRef { id: PipelineId(pipeline), epoch: Epoch(epoch) };
+        self.service.retire(at, Term(term), incarnation, key).await?;
         Ok(Response::new(pb::RetireResponse {}))
     }
 
@@ -266,10 +267,12 @@ impl Edge {
     /// One step, in the order of checks that [`crate::session`] gives.
     fn take(&self, message: pb::StepMessage) -> Result<pb::StepReply, Status> {
         let (epoch, step) = (Epoch(message.epoch), StepId(message.step));
+        let pipeline = PipelineId(message.pipeline);
         let refuse = |epoch, stage, verdict, detail| {
             telemetry::refused(&self.service.identity().id, verdict);
-            tracing::info!(%step, %epoch, ?verdict, detail, "step refused");
-            Ok(encode_reply(&StepReply { epoch, step, stage, verdict, detail }))
+            let at = PipelineRef { id: pipeline, epoch };
+            tracing::info!(%step, pipeline = %at, ?verdict, detail, "step refused");
+            Ok(encode_reply(&StepReply { at, step, stage, verdict, detail }))
         };
         let corrupt = |stage, error: &WireError| {
             refuse(epoch, stage, StepVerdict::Corrupt, node::Chain(error).to_string())

@@ -1,6 +1,7 @@
 //! The stream to the next stage, on a connection of its own: connects and connects again, sends
 //! what the stage keeps, and passes refusals of later stages back. No decisions about steps.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,8 +27,8 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 /// Longest pause: a neighbour that restarts is found soon, one that is gone costs little.
 const BACKOFF_MAX: Duration = Duration::from_millis(320);
 
-/// How long a link may be down before the coordinator hears of it: a request must fail within
-/// five seconds, and one attempt more may be under way.
+/// How long a link may be down before the coordinator hears of it, should nothing say that nobody is
+/// there: a request must fail within five seconds, and one attempt more may be under way.
 const LOST_AFTER: Duration = Duration::from_secs(1);
 
 /// Steps that wait in the connection: one being sent, one ready. The rest waits in the ledger.
@@ -48,25 +49,55 @@ enum LinkError {
     Ended,
 }
 
+impl LinkError {
+    /// Whether what answered says that nobody serves at that address, or nothing that keeps a
+    /// connection: waiting brings nobody back.
+    fn says_nobody(&self) -> bool {
+        match self {
+            Self::Connect(error) => is_refusal(error),
+            // A worker that refuses says so; only a broken connection has a cause.
+            Self::Stream(status) => std::error::Error::source(status).is_some(),
+            Self::Address { .. } | Self::TimedOut | Self::Ended => false,
+        }
+    }
+}
+
+/// Whether the operating system refused or broke a connection.
+fn is_refusal(error: &(dyn std::error::Error + 'static)) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|error| {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        matches!(kind, Some(ConnectionRefused | ConnectionReset | ConnectionAborted))
+    })
+}
+
 /// Carries steps from `stage` to `next` until the stage is retired.
 pub(crate) async fn run(stage: Arc<Stage>, next: StagePlan) {
     let carry = async {
         let mut outage = Outage::new(Instant::now());
         loop {
-            let error = match connect(&next, stage.key()).await {
+            let (error, is_nobody) = match connect(&next, stage.key()).await {
                 Ok((steps, replies)) => {
                     tracing::info!(next = next.worker, address = next.address, "link is up");
                     stage.metrics().connected();
                     let up = Instant::now();
                     let error = pump(&stage, steps, replies).await;
                     outage.link_ended(up, Instant::now());
-                    error
+                    // Why a link broke says little: the next attempt finds who is there.
+                    (error, false)
                 }
-                Err(error) => error,
+                Err(error) => {
+                    let is_nobody = error.says_nobody();
+                    (error, is_nobody)
+                }
             };
             let detail = format!("link to {} at {}: {}", next.worker, next.address, Chain(&error));
             tracing::info!(%detail, "link is down");
-            if outage.is_to_be_reported(Instant::now()) {
+            if stage.takes_more_while_lost() {
+                outage.report_again();
+            }
+            if outage.is_to_be_reported(Instant::now(), is_nobody) {
                 stage.downstream_lost(detail);
             }
             tokio::time::sleep(outage.pause()).await;
@@ -95,10 +126,15 @@ impl Outage {
         }
     }
 
-    /// Whether it has lasted too long, the first time that it has.
-    fn is_to_be_reported(&mut self, now: Instant) -> bool {
-        let is_long = now.saturating_duration_since(self.since) >= LOST_AFTER;
-        is_long && !std::mem::replace(&mut self.reported, is_long)
+    /// Whether nobody is there or it has lasted too long, the first time that it is so.
+    fn is_to_be_reported(&mut self, now: Instant, is_nobody: bool) -> bool {
+        let is_lost = is_nobody || now.saturating_duration_since(self.since) >= LOST_AFTER;
+        is_lost && !std::mem::replace(&mut self.reported, is_lost)
+    }
+
+    /// Who was told relies on the link again: he is to hear of it once more.
+    fn report_again(&mut self) {
+        self.reported = false;
     }
 
     fn pause(&mut self) -> Duration {
@@ -195,7 +231,7 @@ fn hear(stage: &Stage, mut reply: StepReply) {
 
 #[cfg(test)]
 mod tests {
-    use proto::ids::{Incarnation, StepId};
+    use proto::ids::{Incarnation, PipelineRef, StepId};
     use proto::step::Step;
     use tokio_util::sync::CancellationToken;
 
@@ -209,15 +245,57 @@ mod tests {
     fn an_outage_is_reported_once_and_attempts_slow_down() {
         let start = Instant::now();
         let mut outage = Outage::new(start);
-        assert!(!outage.is_to_be_reported(start + LOST_AFTER / 2));
-        assert!(outage.is_to_be_reported(start + LOST_AFTER));
-        assert!(!outage.is_to_be_reported(start + LOST_AFTER * 2));
+        assert!(!outage.is_to_be_reported(start + LOST_AFTER / 2, false));
+        assert!(outage.is_to_be_reported(start + LOST_AFTER, false));
+        assert!(!outage.is_to_be_reported(start + LOST_AFTER * 2, false));
+        outage.report_again();
+        assert!(outage.is_to_be_reported(start + LOST_AFTER * 2, false), "steps came again");
         outage.link_ended(start + LOST_AFTER, start + LOST_AFTER * 3 / 2);
-        assert!(outage.is_to_be_reported(start + LOST_AFTER * 3 / 2), "it broke at once");
+        assert!(outage.is_to_be_reported(start + LOST_AFTER * 3 / 2, false), "it broke at once");
         outage.link_ended(start + LOST_AFTER * 2, start + LOST_AFTER * 4);
-        assert!(!outage.is_to_be_reported(start + LOST_AFTER * 4), "a new outage");
+        assert!(!outage.is_to_be_reported(start + LOST_AFTER * 4, false), "a new outage");
         let pauses: Vec<u128> = (0..6).map(|_| outage.pause().as_millis()).collect();
         assert_eq!(pauses, [20, 40, 80, 160, 320, 320]);
+    }
+
+    #[test]
+    fn that_nobody_is_there_is_reported_at_once_and_once() {
+        let start = Instant::now();
+        let mut outage = Outage::new(start);
+        assert!(!outage.is_to_be_reported(start, false));
+        assert!(outage.is_to_be_reported(start, true));
+        assert!(!outage.is_to_be_reported(start, true));
+        outage.report_again();
+        assert!(!outage.is_to_be_reported(start, false), "it is not known any more");
+        assert!(outage.is_to_be_reported(start, true));
+    }
+
+    #[tokio::test]
+    async fn a_refused_or_closed_connection_says_that_nobody_is_there() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let next = StagePlan {
+            worker: "b".into(),
+            incarnation: Incarnation([0; 16]),
+            address: listener.local_addr().unwrap().to_string(),
+            layers: 0..1,
+        };
+        let closes = async {
+            loop {
+                let (connection, _) = listener.accept().await.unwrap();
+                drop(connection);
+            }
+        };
+        let closed = tokio::select! {
+            () = closes => None,
+            outcome = connect(&next, None) => outcome.err(),
+        };
+        let closed = closed.expect("there is no stream");
+        assert!(closed.says_nobody(), "{closed:?}");
+        drop(listener);
+        let refused = connect(&next, None).await.expect_err("nobody listens");
+        assert!(refused.says_nobody(), "{refused:?}");
+        assert!(!LinkError::TimedOut.says_nobody());
+        assert!(!LinkError::from(tonic::Status::unavailable("it stops")).says_nobody());
     }
 
     #[test]
@@ -264,7 +342,8 @@ mod tests {
         }
         let say = |step, verdict| {
             let detail = String::new();
-            hear(&stage, StepReply { epoch: prepare.epoch, step, stage: 1, verdict, detail });
+            let at = PipelineRef { id: prepare.pipeline, epoch: prepare.epoch };
+            hear(&stage, StepReply { at, step, stage: 1, verdict, detail });
         };
         // Both fail for good, in turns.
         for _ in 0..3 {

@@ -11,7 +11,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::ids::{KeyDigest, StepId};
+use proto::ids::{KeyDigest, PipelineRef, StepId};
 use proto::key::CoordinatorKey;
 use proto::plan::StagePlan;
 use proto::step::{
@@ -67,6 +67,8 @@ struct Upstream {
     replies: Option<mpsc::Sender<StepReply>>,
     /// Why the link to the next stage is down, once that is more than a hiccup.
     downstream_lost: Option<String>,
+    /// Steps came since that was told.
+    takes_more: bool,
 }
 
 /// See the head of this file.
@@ -346,17 +348,20 @@ impl Stage {
     }
 
     fn reply(&self, step: StepId, verdict: StepVerdict, detail: String) -> StepReply {
-        StepReply { epoch: self.prepare.epoch, step, stage: self.prepare.stage, verdict, detail }
+        let Prepare { pipeline: id, epoch, stage, .. } = self.prepare;
+        StepReply { at: PipelineRef { id, epoch }, step, stage, verdict, detail }
     }
 
     /// The stream that sent last is the one that is told.
     fn attach(&self, replies: &mpsc::Sender<StepReply>) {
         let mut upstream = lock(&self.upstream);
+        upstream.takes_more = true;
         if upstream.replies.as_ref().is_some_and(|current| current.same_channel(replies)) {
             return;
         }
         upstream.replies = Some(replies.clone());
         if let Some(detail) = upstream.downstream_lost.clone() {
+            upstream.takes_more = false;
             tell(&upstream, self.reply(StepId(0), StepVerdict::DownstreamLost, detail));
         }
     }
@@ -370,7 +375,15 @@ impl Stage {
     pub(crate) fn downstream_lost(&self, detail: String) {
         let mut upstream = lock(&self.upstream);
         upstream.downstream_lost = Some(detail.clone());
+        upstream.takes_more = false;
         tell(&upstream, self.reply(StepId(0), StepVerdict::DownstreamLost, detail));
+    }
+
+    /// Whether steps came, or came again, after it was told that the link is down: whoever sends them
+    /// thinks that it is up.
+    pub(crate) fn takes_more_while_lost(&self) -> bool {
+        let upstream = lock(&self.upstream);
+        upstream.takes_more && upstream.downstream_lost.is_some()
     }
 
     /// The link to the next stage is up: it gets everything that is kept.

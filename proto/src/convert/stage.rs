@@ -326,7 +326,8 @@ pub fn encode_reply(reply: &StepReply) -> pb::StepReply {
         StepVerdict::Invalid => pb::StepVerdict::Invalid,
     };
     pb::StepReply {
-        epoch: reply.epoch.0,
+        pipeline: reply.at.id.0,
+        epoch: reply.at.epoch.0,
         step: reply.step.0,
         stage: reply.stage,
         verdict: verdict.into(),
@@ -352,7 +353,7 @@ pub fn decode_reply(reply: pb::StepReply) -> Result<StepReply, WireError> {
         Err(_) => return Err(unknown("verdict", reply.verdict)),
     };
     Ok(StepReply {
-        epoch: Epoch(reply.epoch),
+        at: PipelineRef { id: PipelineId(reply.pipeline), epoch: Epoch(reply.epoch) },
         step: StepId(reply.step),
         stage: decode_stage_index(reply.stage)?,
         verdict,

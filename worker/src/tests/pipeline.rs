@@ -1,6 +1,7 @@
 //! Steps through one and two workers: results, duplicates, lost links.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use kernels::Backend;
 use proto::ids::{Epoch, StepId, Term};
@@ -278,10 +279,15 @@ async fn a_lost_neighbour_is_reported_and_gets_what_is_kept_when_it_is_back() {
     pair.results.next().await;
     let address = pair.second.address.clone();
     pair.second.kill().await;
+    let killed = Instant::now();
     let reply = pair.steps.reply().await;
+    assert!(killed.elapsed() < Duration::from_millis(900), "nobody is there: no need to wait");
     assert_eq!((reply.verdict, reply.stage), (StepVerdict::DownstreamLost, 0));
     assert_eq!(reply.step, StepId(0), "it is about the link");
     assert!(reply.detail.contains(&address), "{}", reply.detail);
+    // Who sends again thinks that it is up again.
+    pair.steps.give(&sent).await;
+    assert_eq!(pair.steps.reply().await.verdict, StepVerdict::DownstreamLost);
     // Whoever comes later is told as well.
     let mut later = pair.first.steps().await;
     later.send(&sent).await;

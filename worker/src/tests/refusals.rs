@@ -33,7 +33,8 @@ async fn an_older_epoch_is_fenced() {
     let step = step(&old, 1, vec![row(0, 0, 3, Output::None)]);
     let reply = worker.steps().await.ask(&step).await;
     assert_eq!(reply.verdict, StepVerdict::Fenced);
-    assert_eq!(reply.epoch, Epoch(9), "the receiver's own");
+    assert_eq!(reply.at.epoch, Epoch(9), "the receiver's own");
+    assert_eq!(reply.at.id, PipelineId(1), "of the step");
     assert_eq!(reply.step, StepId(1));
 }
 
@@ -41,7 +42,7 @@ async fn an_older_epoch_is_fenced() {
 async fn another_incarnation_is_fenced() {
     let reply = said_of(|step| step.header.dst_incarnation = Incarnation([9; 16])).await;
     assert_eq!(reply.verdict, StepVerdict::Fenced);
-    assert_eq!(reply.epoch, Epoch(5));
+    assert_eq!(reply.at.epoch, Epoch(5));
     assert!(reply.detail.contains("incarnation"), "{}", reply.detail);
 }
 
@@ -55,7 +56,7 @@ async fn a_deposed_coordinator_is_fenced() {
 #[tokio::test]
 async fn an_epoch_without_preparation_is_not_prepared() {
     let reply = said_of(|step| step.header.epoch = Epoch(6)).await;
-    assert_eq!((reply.verdict, reply.epoch), (StepVerdict::NotPrepared, Epoch(6)));
+    assert_eq!((reply.verdict, reply.at.epoch), (StepVerdict::NotPrepared, Epoch(6)));
     let reply = said_of(|step| step.header.pipeline = PipelineId(2)).await;
     assert_eq!(reply.verdict, StepVerdict::NotPrepared);
 }

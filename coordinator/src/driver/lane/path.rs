@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::Histogram;
-use proto::ids::{StepId, Term};
+use proto::ids::{PipelineRef, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::plan::StagePlan;
 use proto::step::{StageTime, Step, StepReply, StepResult, StepVerdict};
@@ -242,19 +242,19 @@ impl Path {
     pub(super) fn take(&mut self, event: LinkEvent) -> Heard {
         let steps = |id: LinkId| self.steps.as_ref().is_some_and(|link| link.id == id);
         let results = |id: LinkId| self.results.as_ref().is_some_and(|link| link.id == id);
-        let epoch = self.shape.epoch;
+        let pipeline = self.at();
         match event {
             LinkEvent::Reply { link, reply } if steps(link) => self.on_reply(reply),
             LinkEvent::Result { link, result } if results(link) => self.on_result(result),
             LinkEvent::Broken { link, detail } if steps(link) => {
                 self.steps = None;
-                tracing::info!(%epoch, stage = 0, detail, "steps link broke");
+                tracing::info!(%pipeline, stage = 0, detail, "steps link broke");
                 Heard::Broken { stage: 0, detail }
             }
             LinkEvent::Broken { link, detail } if results(link) => {
                 let stage = self.last_stage();
                 self.results = None;
-                tracing::info!(%epoch, stage, detail, "results link broke");
+                tracing::info!(%pipeline, stage, detail, "results link broke");
                 Heard::Broken { stage, detail }
             }
             LinkEvent::Reply { .. } | LinkEvent::Result { .. } | LinkEvent::Broken { .. } => {
@@ -296,10 +296,10 @@ impl Path {
     }
 
     fn on_reply(&mut self, reply: StepReply) -> Heard {
-        let epoch = self.shape.epoch;
+        let pipeline = self.at();
         let StepReply { step, stage, verdict, detail, .. } = reply;
         if verdict != StepVerdict::Accepted {
-            tracing::info!(%epoch, %step, stage, ?verdict, detail, "stage refused a step");
+            tracing::info!(%pipeline, %step, stage, ?verdict, detail, "stage refused a step");
         }
         let sent = self.unanswered.get_mut(&step);
         match verdict {
@@ -345,6 +345,10 @@ impl Path {
             self.steps = None;
         }
         Heard::Broken { stage, detail }
+    }
+
+    fn at(&self) -> PipelineRef {
+        PipelineRef { id: self.shape.pipeline, epoch: self.shape.epoch }
     }
 
     fn last_stage(&self) -> u32 {

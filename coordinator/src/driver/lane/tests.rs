@@ -400,8 +400,10 @@ async fn a_regained_term_does_not_fence_a_pipeline_that_lives() {
     let refused = |step, verdict| {
         move |link: LinkId, _: LinkId| {
             let (stage, detail) = (0, String::new());
-            let epoch = Epoch(10);
-            LinkEvent::Reply { link, reply: StepReply { epoch, step, stage, verdict, detail } }
+            LinkEvent::Reply {
+                link,
+                reply: StepReply { at: at(1, 10), step, stage, verdict, detail },
+            }
         }
     };
     for step in &old {
@@ -425,9 +427,9 @@ async fn a_regained_term_does_not_fence_a_pipeline_that_lives() {
     let step = toy.steps()[0].header.step;
     toy.say(refused(step, StepVerdict::Fenced));
     toy.say(|link, _| {
-        let (epoch, stage) = (Epoch(10), u32::MAX);
+        let (at, stage) = (at(1, 10), u32::MAX);
         let (verdict, detail) = (StepVerdict::DownstreamLost, String::new());
-        LinkEvent::Reply { link, reply: StepReply { epoch, step, stage, verdict, detail } }
+        LinkEvent::Reply { link, reply: StepReply { at, step, stage, verdict, detail } }
     });
     world.turn().await;
     let said = world.hear();

@@ -4,8 +4,8 @@ use super::*;
 
 fn refusal(step: StepId, verdict: StepVerdict) -> impl FnOnce(LinkId, LinkId) -> LinkEvent {
     move |link, _| {
-        let (epoch, stage, detail) = (Epoch(10), 0, String::new());
-        LinkEvent::Reply { link, reply: StepReply { epoch, step, stage, verdict, detail } }
+        let (at, stage, detail) = (at(1, 10), 0, String::new());
+        LinkEvent::Reply { link, reply: StepReply { at, step, stage, verdict, detail } }
     }
 }
 
