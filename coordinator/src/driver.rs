@@ -192,6 +192,8 @@ pub(crate) struct DriverConfig {
     pub(crate) http: String,
     /// Where it takes operators' orders, if anywhere.
     pub(crate) admin: Option<String>,
+    /// Names the socket of its gRPC server.
+    pub(crate) socket: String,
     /// The token that probes go on from.
     pub(crate) first_token: u32,
     /// How long open answers may go on after the stop.

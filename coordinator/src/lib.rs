@@ -106,6 +106,7 @@ pub async fn run(
         advertise: config.advertise.as_ref().map_or_else(|| grpc.to_string(), ToString::to_string),
         http: reached_at(&config, http),
         admin: admin.map(|admin| advertised_admin(&config, admin)),
+        socket: node::socket::name(grpc),
         first_token: model.bos_token.unwrap_or(0),
         grace: config.shutdown_grace.get(),
         lame_duck: config.lame_duck.get(),

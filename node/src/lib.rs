@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod observe;
 pub mod serve;
 pub mod signals;
+pub mod socket;
 mod supervisor;
 pub mod telemetry;
 

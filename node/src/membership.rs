@@ -193,6 +193,15 @@ pub trait Membership: Send + Sync + 'static {
         stop: &CancellationToken,
     ) -> Result<Leadership, MembershipError>;
 
+    /// Takes a key away that was last written at `revision`, whoever holds it; says whether it did.
+    /// Whoever held it and lives finds that out: a leader's term is over, a registration is made
+    /// again as soon as the key is free.
+    ///
+    /// # Errors
+    ///
+    /// If the store does not answer in time or refuses.
+    async fn remove(&self, key: &str, revision: Revision) -> Result<bool, MembershipError>;
+
     /// Writes `key` in one transaction, if `leader_key` was created at `term` and `key` was last
     /// written at `previous` (`None`: does not exist). `value` must tell this write from every
     /// other: after a lost answer it is what decides whether the write was ours.
@@ -208,6 +217,24 @@ pub trait Membership: Send + Sync + 'static {
         previous: Option<Revision>,
         value: Bytes,
     ) -> Result<WriteOutcome, MembershipError>;
+}
+
+/// Takes away what a process that has ended left under a leased key, if `has_ended` says so of its
+/// value: nobody has to wait for that lease then. Says whether it took anything away.
+///
+/// # Errors
+///
+/// If the store does not answer in time or refuses.
+pub async fn clear(
+    membership: &dyn Membership,
+    key: &str,
+    has_ended: impl Fn(&[u8]) -> bool + Send,
+) -> Result<bool, MembershipError> {
+    let found = membership.list(key).await?.entries.into_iter().find(|entry| entry.key == key);
+    match found.filter(|entry| has_ended(&entry.value)) {
+        Some(entry) => membership.remove(key, entry.mod_revision).await,
+        None => Ok(false),
+    }
 }
 
 /// What keeps a leased key alive; dropping it lets go of the lease in the background.

@@ -76,6 +76,9 @@ pub struct LeaderRecord {
     pub incarnation: Incarnation,
     /// Of its key; `None` in a record that names none: then none is demanded.
     pub key_digest: Option<KeyDigest>,
+    /// Names the socket of its gRPC server, see [`is_successor`](crate::plan::is_successor); empty:
+    /// unknown.
+    pub socket: String,
 }
 
 #[cfg(test)]

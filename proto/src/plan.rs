@@ -26,10 +26,10 @@ mod tests;
 pub use step_time::StepTime;
 
 /// Format of the [`LeaderRecord`](crate::key::LeaderRecord)s that this version writes.
-pub const LEADER_FORMAT: u32 = 1;
+pub const LEADER_FORMAT: u32 = 2;
 
 /// Format of the [`WorkerRecord`]s that this version writes.
-pub const WORKER_FORMAT: u32 = 2;
+pub const WORKER_FORMAT: u32 = 3;
 
 /// Format of the [`Plan`]s that this version writes.
 pub const PLAN_FORMAT: u32 = 1;
@@ -114,6 +114,17 @@ pub struct WorkerRecord {
     pub draining: bool,
     /// It computes nothing: its answers are hashes, for tests of many workers.
     pub stub: bool,
+    /// Names the socket that it listens on, see [`is_successor`]; empty: unknown.
+    pub socket: String,
+}
+
+/// Whether a process of incarnation `own` that listens on the socket `own_socket` proves by that that
+/// another one has ended, or has let go of everything: it said that it listens there.
+pub fn is_successor(
+    (own, own_socket): (Incarnation, &str),
+    (other, other_socket): (Incarnation, &str),
+) -> bool {
+    !own_socket.is_empty() && own_socket == other_socket && own != other
 }
 
 impl WorkerRecord {

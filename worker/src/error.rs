@@ -187,7 +187,9 @@ impl From<ServiceError> for Status {
             }
             ServiceError::Witness(
                 WitnessError::Registry { .. } | WitnessError::TimedOut { .. },
-            ) => Code::Unavailable,
+            )
+            // It says nothing against this worker: it, or another start of it, may be asked again.
+            | ServiceError::Epoch(EpochError::Draining) => Code::Unavailable,
             ServiceError::Epoch(_)
             | ServiceError::Witness(
                 WitnessError::NotTheLeader { .. }

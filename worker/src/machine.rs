@@ -5,12 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use node::{Chain, TaskError};
+use proto::ids::ModelId;
 use proto::plan::WorkerModel;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::cpu::CpuLimits;
-use crate::pace::{Drift, window};
+use crate::engine::{EngineConfig, EngineError};
+use crate::measure::measure_steps;
+use crate::pace::{Drift, Rest, is_slower, window};
 use crate::record::Published;
 use crate::service::Service;
 
@@ -38,26 +41,33 @@ pub(crate) async fn watch_cpus(
     Ok(())
 }
 
-/// Takes the number of threads that these limits allow, for engines that are built from now on.
+/// Takes the number of threads that these limits allow, for engines that are built from now on, and says
+/// in the registry with how many this worker computes.
 pub(crate) async fn follow(
     limits: CpuLimits,
     asked: Option<usize>,
     service: &Service,
     published: &Published,
 ) {
-    let (before, now) = (service.threads(), limits.threads(asked));
-    if before == now {
+    let allowed = limits.threads(asked);
+    if service.threads() != allowed {
+        let (before, reason) = (service.threads(), limits.explain(asked));
+        tracing::info!(before, reason, "the threads of engines that are built from now on changed");
+        service.set_threads(allowed);
+    }
+    // An engine keeps the threads that it was built with.
+    let now = u32::try_from(service.threads_in_use()).unwrap_or(u32::MAX);
+    let memory_bytes = service.offered_bytes();
+    let before = published.current();
+    if (before.threads, before.memory_bytes) == (now, memory_bytes) {
         return;
     }
-    let reason = limits.explain(asked);
-    tracing::info!(before, reason, "the threads of engines that are built from now on changed");
-    service.set_threads(now);
-    let memory_bytes = service.offered_bytes();
+    tracing::info!(before = before.threads, now, "this worker computes with as many threads");
     let told = published.change(|record| {
-        record.threads = u32::try_from(now).unwrap_or(u32::MAX);
+        record.threads = now;
         record.memory_bytes = memory_bytes;
         // Until they are measured: threads share the work evenly.
-        scale(&mut record.models, before as f64 / now as f64);
+        scale(&mut record.models, f64::from(before.threads.max(1)) / f64::from(now.max(1)));
         service.pace().publish(record.models.clone());
     });
     if let Err(error) = told.await {
@@ -66,26 +76,85 @@ pub(crate) async fn follow(
 }
 
 /// Ends when `stop` fires. Until then what is published is kept as fast as steps really are: a departure
-/// that lasts for `drift_time` is published, and a large one sooner.
+/// that lasts for `drift_time` is published, and a large one sooner. Without a stage it is kept no slower
+/// than this machine is: `at_start` is what it measured before it was registered.
 ///
 /// # Errors
 ///
-/// None.
+/// If measuring panicked.
 pub(crate) async fn watch_pace(
+    at_start: Vec<WorkerModel>,
     service: Arc<Service>,
     published: Arc<Published>,
     drift_time: Duration,
     stop: CancellationToken,
 ) -> Result<(), TaskError> {
-    let mut drift = Drift::default();
+    let (mut drift, mut rest) = (Drift::default(), Rest::default());
     let mut ticks = interval(window(drift_time));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         if let Some(factor) = drift.observe(service.pace().take()) {
             adjust(factor, &service, &published).await;
         }
+        let is_slow = is_slower(&published.current().models, &at_start);
+        if rest.observe(service.holds_a_stage(), is_slow) {
+            measure_again(&service, &published).await?;
+        }
     }
     Ok(())
+}
+
+/// Publishes how fast this machine is now, if nothing else is to be done.
+///
+/// # Errors
+///
+/// If measuring panicked.
+pub(crate) async fn measure_again(
+    service: &Arc<Service>,
+    published: &Published,
+) -> Result<(), TaskError> {
+    // Who wants a stage meanwhile waits for a second.
+    let Some(resting) = service.rest() else { return Ok(()) };
+    let measuring = service.clone();
+    let measured = tokio::task::spawn_blocking(move || measure(&measuring)).await?;
+    drop(resting);
+    let models = match measured {
+        Ok(models) => models,
+        Err(error) => {
+            tracing::warn!(error = %Chain(&error), "this worker could not measure itself again");
+            return Ok(());
+        }
+    };
+    tracing::info!("this worker has measured itself again");
+    let told = published.change(|record| {
+        record.models = models;
+        service.pace().publish(record.models.clone());
+    });
+    if let Err(error) = told.await {
+        tracing::info!(error = %Chain(&*error), "the registry does not know it yet");
+    }
+    Ok(())
+}
+
+/// Times all models as at the start of this process. Blocks the caller for about a second for each.
+fn measure(service: &Service) -> Result<Vec<WorkerModel>, EngineError> {
+    let identity = service.identity();
+    let engine = EngineConfig { threads: service.threads(), ..identity.engine };
+    let stretch = CpuLimits::read().stretch(engine.threads);
+    let models = identity.stores.iter().map(|store| {
+        let id = ModelId(store.id().0);
+        let steps = match identity.stub {
+            Some(profile) => profile.steps(),
+            None => measure_steps(store, &engine)?,
+        };
+        let mut model = WorkerModel { id, steps };
+        if identity.stub.is_none() {
+            // Steps were timed while they computed; under a quota they stand still besides.
+            scale(std::slice::from_mut(&mut model), stretch);
+        }
+        Ok(model)
+    });
+    models.collect()
 }
 
 /// Multiplies all published times by `factor`.

@@ -22,6 +22,10 @@ const LARGE_DEPARTURE: f64 = 4.0;
 /// By which share of the published times measured ones must depart.
 const DEPARTURE: f64 = 0.25;
 
+/// Windows in a row without a stage after which a worker that says it is slow measures itself again: three
+/// minutes, where a departure must last for one. Nobody gives it work to show that it is not, and it costs a second of one.
+const REST_WINDOWS: u32 = 36;
+
 /// Time of some steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Spent {
@@ -169,6 +173,34 @@ impl Drift {
     }
 }
 
+/// PURE. Decides when a worker that stands by measures itself again: what slowed it down may have gone.
+#[derive(Debug, Default)]
+pub(crate) struct Rest {
+    /// So many windows in a row it had no stage and said that it is slow.
+    windows: u32,
+}
+
+impl Rest {
+    /// After each [`window`]: whether to measure now.
+    pub(crate) fn observe(&mut self, has_stage: bool, is_slow: bool) -> bool {
+        self.windows = if has_stage || !is_slow { 0 } else { self.windows + 1 };
+        let is_due = self.windows >= REST_WINDOWS;
+        if is_due {
+            self.windows = 0;
+        }
+        is_due
+    }
+}
+
+/// Whether times say that this machine is slower than they said `before`, by more than what passes.
+pub(crate) fn is_slower(now: &[WorkerModel], before: &[WorkerModel]) -> bool {
+    let total = |models: &[WorkerModel]| {
+        let steps = models.iter().flat_map(|model| &model.steps);
+        steps.map(|step| step.layer_ns as f64 + step.head_ns as f64).sum::<f64>()
+    };
+    total(now) > total(before) * (1.0 + DEPARTURE)
+}
+
 #[cfg(test)]
 mod tests {
     use proto::ids::{Generation, PrefixHash, SequenceId};
@@ -225,6 +257,26 @@ mod tests {
             assert_eq!(observe(&mut drift, 1, 1000), NOTHING);
         }
         assert_eq!(4 * LARGE_WINDOWS, WINDOWS);
+    }
+
+    #[test]
+    fn a_slow_worker_without_a_stage_measures_itself_now_and_then() {
+        let mut rest = Rest::default();
+        let times = |rest: &mut Rest, windows, has_stage, is_slow| {
+            (0..windows).filter(|_| rest.observe(has_stage, is_slow)).count()
+        };
+        assert_eq!(times(&mut rest, 1000, true, true), 0, "its steps tell");
+        assert_eq!(times(&mut rest, 1000, false, false), 0, "nothing is to be found out");
+        assert_eq!(times(&mut rest, REST_WINDOWS - 1, false, true), 0);
+        assert_eq!(times(&mut rest, 1, true, true), 0);
+        assert_eq!(times(&mut rest, 2 * REST_WINDOWS, false, true), 2);
+
+        let models = |layer_ns| {
+            let steps = vec![StepTime { rows: 1, layer_ns, head_ns: 0 }];
+            vec![WorkerModel { steps, ..WorkerModel::default() }]
+        };
+        assert!(is_slower(&models(126), &models(100)));
+        assert!(!is_slower(&models(125), &models(100)) && !is_slower(&models(50), &models(100)));
     }
 
     #[test]

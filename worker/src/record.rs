@@ -3,9 +3,9 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use node::TaskError;
-use node::membership::{MembershipError, Registration};
-use proto::plan::WorkerRecord;
+use node::membership::{Membership, MembershipError, Registration, clear};
+use node::{Chain, TaskError};
+use proto::plan::{WorkerRecord, is_successor};
 
 /// The record and the key that holds it.
 #[derive(Debug)]
@@ -22,6 +22,11 @@ impl Published {
             record: Mutex::new(record),
             registration: tokio::sync::Mutex::new(Some(registration)),
         }
+    }
+
+    /// As it is now.
+    pub(crate) fn current(&self) -> WorkerRecord {
+        self.record().clone()
     }
 
     /// Changes the record, and waits until the registry has it.
@@ -59,6 +64,35 @@ impl Published {
     }
 }
 
+/// Puts a worker's record into the registry. What an earlier process of its id left there is taken away,
+/// if that one listened where this one does now; else its lease is waited for.
+///
+/// # Errors
+///
+/// As [`Membership::register`].
+pub(crate) async fn register(
+    membership: &dyn Membership,
+    key: &str,
+    record: &WorkerRecord,
+    value: Bytes,
+) -> Result<Registration, MembershipError> {
+    let own = (record.incarnation, record.socket.as_str());
+    let has_ended = |value: &[u8]| {
+        serde_json::from_slice(value).is_ok_and(|found: WorkerRecord| {
+            is_successor(own, (found.incarnation, found.socket.as_str()))
+        })
+    };
+    match clear(membership, key, has_ended).await {
+        Ok(true) => tracing::info!(key, "an earlier process at this address had left its key"),
+        Ok(false) => {}
+        // Registering finds out whether the registry answers.
+        Err(error) => {
+            tracing::info!(key, error = %Chain(&error), "what is under the key is not known");
+        }
+    }
+    membership.register(key, value).await
+}
+
 /// As it is written to the registry.
 ///
 /// # Errors
@@ -66,4 +100,38 @@ impl Published {
 /// If it is no JSON: a bug, told rather than hidden.
 pub(crate) fn encode(record: &WorkerRecord) -> Result<Bytes, serde_json::Error> {
     serde_json::to_vec(record).map(Bytes::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use node::membership::Memory;
+    use proto::ids::Incarnation;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_process_at_the_same_socket_does_not_wait_for_an_earlier_lease() {
+        let record = |incarnation, socket: &str| WorkerRecord {
+            incarnation: Incarnation([incarnation; 16]),
+            socket: socket.to_owned(),
+            ..WorkerRecord::default()
+        };
+        let registers = async |before: &WorkerRecord, now: &WorkerRecord| {
+            let near = Memory::new();
+            let far = near.another();
+            let held = far.register("w1", encode(before).unwrap()).await.unwrap();
+            far.disconnect();
+            let value = encode(now).unwrap();
+            let taken = timeout(Duration::from_secs(1), register(&near, "w1", now, value)).await;
+            drop(held);
+            taken.is_ok_and(|registered| registered.is_ok())
+        };
+        assert!(registers(&record(1, "m/a:1"), &record(2, "m/a:1")).await);
+        assert!(!registers(&record(1, "n/a:1"), &record(2, "m/a:1")).await, "another machine");
+        assert!(!registers(&record(1, ""), &record(2, "")).await, "nobody knows");
+        assert!(!registers(&record(2, "m/a:1"), &record(2, "m/a:1")).await, "it is itself");
+    }
 }

@@ -27,7 +27,7 @@ use crate::engine::EngineConfig;
 use crate::error::RunError;
 use crate::leaving::{Leaving, REGISTRY_TIMEOUT};
 use crate::measure::{measure_steps, measured_layers};
-use crate::record::{Published, encode};
+use crate::record::{Published, encode, register};
 use crate::service::{Identity, Service, offered_bytes};
 use crate::witness::{RegistryKeys, Witness};
 use crate::{grpc, known_answer, machine, standby, stub, telemetry, verify, weights};
@@ -94,6 +94,7 @@ pub async fn run(
         models,
         draining: false,
         stub: config.stub_compute.is_some(),
+        socket: node::socket::name(address),
     };
     telemetry::describe();
     node::serve::describe();
@@ -140,9 +141,9 @@ pub async fn run(
     }
     let key = keys.worker(&id);
     let value = encode(&record).map_err(RunError::Record)?;
-    let register = async {
-        let mut register = membership.register(&key, value);
-        match tokio::time::timeout(NOTICE_AFTER, &mut register).await {
+    let registering = async {
+        let mut registering = Box::pin(register(&*membership, &key, &record, value));
+        match tokio::time::timeout(NOTICE_AFTER, &mut registering).await {
             Ok(registered) => registered,
             Err(_) => {
                 tracing::info!(
@@ -150,11 +151,11 @@ pub async fn run(
                     "waiting for the registry to take the worker in: an earlier process of its id \
                      may hold the key until its lease ends",
                 );
-                register.await
+                registering.await
             }
         }
     };
-    let Some(registered) = stop.run_until_cancelled(register).await else {
+    let Some(registered) = stop.run_until_cancelled(registering).await else {
         tracing::info!(worker = id, "stopped before the registry took it in");
         return Ok(());
     };
@@ -176,12 +177,15 @@ pub async fn run(
     let (watched, registry) = (service.clone(), membership.clone());
     tasks.spawn("standby", |stop| standby::tell(watched, registry, keys.clone(), stop));
     let grace = config.shutdown_grace;
-    service.pace().publish(record.models.clone());
+    let at_start = record.models.clone();
+    service.pace().publish(at_start.clone());
     let published = Arc::new(Published::new(record, registration));
     let (watched, told) = (service.clone(), published.clone());
     tasks.spawn("cpus", |stop| machine::watch_cpus(config.threads, watched, told, stop));
     let (watched, told) = (service.clone(), published.clone());
-    tasks.spawn("pace", |stop| machine::watch_pace(watched, told, config.drift_time, stop));
+    tasks.spawn("pace", |stop| {
+        machine::watch_pace(at_start, watched, told, config.drift_time, stop)
+    });
     let leaving =
         Leaving { id: id.clone(), published, membership, keys, service, health, condition };
     tasks.spawn("drain", |stop| leaving.leave_after(stop, grace));

@@ -101,6 +101,8 @@ pub(crate) struct Holding {
     weights: Vec<WeightFile>,
     weight_bytes: u64,
     kv_bytes: u64,
+    /// That it computes with, however many others may have.
+    threads: usize,
     /// Held by the engine's thread as well, until it has ended.
     charge: Arc<Charge>,
 }
@@ -124,6 +126,12 @@ struct HoldingShape {
     kv_blocks: u32,
     max_step_tokens: u32,
     draws: bool,
+}
+
+/// No engine is built while it lives.
+#[derive(Debug)]
+pub(crate) struct Resting<'a> {
+    _building: tokio::sync::MutexGuard<'a, Option<Build>>,
 }
 
 /// A stage and its tasks, which end with it.
@@ -439,6 +447,20 @@ impl Service {
         self.threads.store(threads, Ordering::Relaxed);
     }
 
+    /// Compute threads that steps really have: no more than the engine that is held was built with.
+    pub(crate) fn threads_in_use(&self) -> usize {
+        let built = self.holdings().iter().map(|holding| holding.threads).min();
+        built.map_or(self.threads(), |built| built.min(self.threads()))
+    }
+
+    /// Keeps this worker from building an engine for as long as the guard lives; `None` if it has a
+    /// stage or is building one.
+    pub(crate) fn rest(&self) -> Option<Resting<'_>> {
+        let building = self.preparing.try_lock().ok()?;
+        let is_idle = building.is_none() && !self.holds_a_stage();
+        is_idle.then_some(Resting { _building: building })
+    }
+
     /// Bytes that the planner may give to weights and KV.
     pub(crate) fn offered_bytes(&self) -> u64 {
         let Identity { memory_bytes, stores, engine, .. } = &self.identity;
@@ -457,6 +479,7 @@ impl Service {
         let failures = self.failures.clone();
         let (of, charge) = (shape.clone(), Arc::new(charge));
         let profile = self.identity.stub;
+        let threads = config.threads;
         let build = move || {
             if let Some(profile) = profile {
                 let model = store.config();
@@ -474,6 +497,7 @@ impl Service {
                     weights,
                     weight_bytes,
                     kv_bytes,
+                    threads,
                     charge,
                 });
             }
@@ -490,7 +514,7 @@ impl Service {
             let executor = Executor::new(engine, store.config().context);
             let engine = EngineHandle::start_charged(executor, Some(charge.clone()), failures)
                 .map_err(ServiceError::Thread)?;
-            Ok(Holding { shape, engine, hidden, weights, weight_bytes, kv_bytes, charge })
+            Ok(Holding { shape, engine, hidden, weights, weight_bytes, kv_bytes, threads, charge })
         };
         let asked = Instant::now();
         Ok(Build { shape: of, epoch, asked, done: tokio::task::spawn_blocking(build) })
@@ -570,7 +594,7 @@ impl Service {
     /// [`ServiceError::Epoch`].
     pub(crate) async fn retire(
         &self,
-        epoch: Epoch,
+        PipelineRef { id: pipeline, epoch }: PipelineRef,
         term: Term,
         incarnation: Incarnation,
         key: Option<CoordinatorKey>,
@@ -586,7 +610,7 @@ impl Service {
         if let Ok(mut building) = self.preparing.try_lock() {
             Self::forget_unclaimed(&mut building);
         }
-        tracing::info!(%epoch, %term, "epoch is over");
+        tracing::info!(%pipeline, %epoch, %term, "epoch is over");
         Ok(())
     }
 

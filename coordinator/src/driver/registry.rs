@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use node::membership::{Entry, Event as RegistryEvent, MembershipError, WriteOutcome};
+use node::membership::{
+    Entry, Event as RegistryEvent, Membership, MembershipError, WriteOutcome, clear,
+};
 use proto::ids::Term;
 use proto::key::LeaderRecord;
 use proto::keys::Keys;
-use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord};
+use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord, is_successor};
 
 use super::control::{Driver, Outcome};
 use super::history::Watched;
@@ -23,6 +25,23 @@ const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the registry is given to hear that this coordinator leads no more; then the lease ends it.
 pub(super) const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Takes away the key of a leader that has ended, for this process listens where that one did: its lease
+/// need not be waited for. It can write nothing more, for what leads next has another term.
+async fn clear_leader(membership: &dyn Membership, key: &str, record: &LeaderRecord) {
+    let own = (record.incarnation, record.socket.as_str());
+    let has_ended = |value: &[u8]| {
+        serde_json::from_slice(value).is_ok_and(|found: LeaderRecord| {
+            is_successor(own, (found.incarnation, found.socket.as_str()))
+        })
+    };
+    match clear(membership, key, has_ended).await {
+        Ok(true) => tracing::info!("an earlier process at this address had led: its term is over"),
+        Ok(false) => {}
+        // Whoever campaigns finds out whether the registry answers.
+        Err(error) => tracing::info!(error = %node::Chain(&error), "who leads is not known"),
+    }
+}
 
 /// What the registry refuses again and again: said once, and then now and then with how often.
 #[derive(Debug, Default)]
@@ -73,6 +92,7 @@ impl Driver {
             http: self.config.http.clone(),
             incarnation: self.incarnation,
             key_digest: Some(self.key.digest()),
+            socket: self.config.socket.clone(),
         };
         let value = match serde_json::to_vec(&record) {
             Ok(value) => Bytes::from(value),
@@ -85,6 +105,7 @@ impl Driver {
         self.history.campaigns();
         self.calls.spawn(async move {
             tokio::time::sleep(pause).await;
+            clear_leader(&*membership, &key, &record).await;
             Outcome::Campaigned(membership.campaign(&key, value, &stop).await)
         });
     }

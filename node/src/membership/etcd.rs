@@ -225,6 +225,17 @@ impl Membership for Etcd {
         Ok(Leadership::new(acquired.create_revision, lost, Box::new(held)))
     }
 
+    async fn remove(&self, key: &str, revision: Revision) -> Result<bool, MembershipError> {
+        // To etcd, revision 0 is that of a key which does not exist.
+        if revision == 0 {
+            return Ok(false);
+        }
+        let remove = Txn::new()
+            .when([Compare::mod_revision(key, CompareOp::Equal, signed(revision))])
+            .and_then([TxnOp::delete(key, None)]);
+        Ok(self.link.txn("remove", key, remove).await?.succeeded())
+    }
+
     async fn write_if_leader(
         &self,
         leader_key: &str,

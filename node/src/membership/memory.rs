@@ -241,6 +241,11 @@ impl Membership for Memory {
         Ok(Leadership::new(term, lost, Box::new(lease)))
     }
 
+    async fn remove(&self, key: &str, revision: Revision) -> Result<bool, MembershipError> {
+        self.check_connected("remove", key)?;
+        Ok(self.store.change(|state| state.remove(key, revision)))
+    }
+
     async fn write_if_leader(
         &self,
         leader_key: &str,

@@ -49,6 +49,7 @@ on_both! {
     leadership_passes_when_it_is_resigned,
     leadership_passes_when_the_leader_dies,
     a_leader_whose_lease_was_ended_learns_of_it,
+    what_a_dead_process_left_can_be_taken_over_before_its_lease_ends,
     a_candidate_can_be_stopped,
     only_the_leader_writes_and_only_what_it_knows,
     all_get_what_the_first_created,

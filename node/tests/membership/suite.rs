@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use node::membership::{Entry, Event, MembershipError, Revision, Snapshot, Watch, WriteOutcome};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::world::World;
@@ -317,6 +317,43 @@ pub(crate) async fn leadership_passes_when_the_leader_dies(world: impl World) {
     let outcome = near.write_if_leader(LEADER, old, PLAN, None, "old".into()).await.unwrap();
     assert_eq!(outcome, WriteOutcome::Conflict);
     assert!(!second.lost.is_cancelled());
+    second.resign().await.unwrap();
+}
+
+pub(crate) async fn what_a_dead_process_left_can_be_taken_over_before_its_lease_ends(
+    world: impl World,
+) {
+    let (near, far) = (world.near(), world.far());
+    let stop = CancellationToken::new();
+    let first = near.campaign(LEADER, "old".into(), &stop).await.unwrap();
+    let held = near.register(A, "old".into()).await.unwrap();
+    world.cut().await;
+    let cut = Instant::now();
+    let clear = async |key, whose: &'static [u8]| {
+        node::membership::clear(&*far, key, |value| value == whose).await.unwrap()
+    };
+    assert!(!clear(A, b"another's").await);
+    assert!(!clear("/t/worker", b"old").await, "only the whole key is one's own");
+    let found = far.list(A).await.unwrap().entries.remove(0);
+    assert!(!far.remove(A, found.mod_revision + 1).await.unwrap(), "written since");
+    assert!(!far.remove("/t/none", 0).await.unwrap());
+    assert!(clear(A, b"old").await && clear(LEADER, b"old").await);
+    assert!(!clear(A, b"old").await && !clear(LEADER, b"old").await);
+    let registration = far.register(A, "new".into()).await.unwrap();
+    let second = far.campaign(LEADER, "new".into(), &stop).await.unwrap();
+    assert!(cut.elapsed() < Duration::from_secs(3), "before the lease ends");
+    assert!(second.term > first.term);
+
+    // It was only frozen: it finds that its time is over, and takes nothing away.
+    world.heal().await;
+    timeout(PATIENCE, first.lost.cancelled()).await.expect("it learns that its term is over");
+    let write = near.write_if_leader(LEADER, first.term, PLAN, None, "old".into()).await;
+    assert_eq!(write.unwrap(), WriteOutcome::Conflict);
+    held.leave().await.unwrap();
+    let value = async |key| far.list(key).await.unwrap().entries.remove(0).value;
+    assert_eq!((value(A).await, value(LEADER).await), ("new".into(), "new".into()));
+    assert!(!second.lost.is_cancelled());
+    registration.leave().await.unwrap();
     second.resign().await.unwrap();
 }
 

@@ -33,6 +33,11 @@ fn leader(format: u32) -> LeaderRecord {
             incarnation: INCARNATION.parse().unwrap(),
             ..old
         },
+        2 => LeaderRecord {
+            format: 2,
+            socket: "3f2a/net:[4026531840]/10.0.0.1:7420".to_owned(),
+            ..leader(1)
+        },
         _ => panic!("say here what the leader of format {format} is"),
     }
 }
@@ -67,6 +72,11 @@ fn worker(format: u32) -> WorkerRecord {
             ..old
         },
         2 => WorkerRecord { format: 2, stub: true, ..worker(1) },
+        3 => WorkerRecord {
+            format: 3,
+            socket: "3f2a/net:[4026531840]/10.0.0.1:7071".to_owned(),
+            ..worker(2)
+        },
         _ => panic!("say here what the worker of format {format} is"),
     }
 }
@@ -218,7 +228,7 @@ fn any_worker() -> impl Strategy<Value = WorkerRecord> {
         .prop_map(|(id, steps)| WorkerModel { id: ModelId(id), steps });
     let numbers = any::<(u32, u32, u64, u32, bool, bool)>();
     let ids = any::<([u8; 16], [u8; 32])>();
-    (vec(any::<String>(), 6), numbers, ids, vec(model, 0..3)).prop_map(
+    (vec(any::<String>(), 7), numbers, ids, vec(model, 0..3)).prop_map(
         |(texts, numbers, ids, models)| WorkerRecord {
             format: numbers.0,
             id: texts[0].clone(),
@@ -235,6 +245,7 @@ fn any_worker() -> impl Strategy<Value = WorkerRecord> {
             models,
             draining: numbers.4,
             stub: numbers.5,
+            socket: texts[6].clone(),
         },
     )
 }
@@ -278,7 +289,7 @@ proptest! {
 
     #[test]
     fn a_leader_survives_the_registry(
-        texts: (String, String), format: u32, of: [u8; 16], digest: Option<[u8; 32]>,
+        texts: (String, String, String), format: u32, of: [u8; 16], digest: Option<[u8; 32]>,
     ) {
         let leader = LeaderRecord {
             format,
@@ -286,6 +297,7 @@ proptest! {
             http: texts.1,
             incarnation: Incarnation(of),
             key_digest: digest.map(KeyDigest),
+            socket: texts.2,
         };
         let text = serde_json::to_vec(&leader).unwrap();
         prop_assert_eq!(serde_json::from_slice::<LeaderRecord>(&text).unwrap(), leader);

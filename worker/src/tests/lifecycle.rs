@@ -27,7 +27,7 @@ use super::harness::{
     KEY, LONG, Steps, Worker, connect, model_id, prepare, row, soon, step, store_dir,
 };
 use crate::config::cpu::CpuLimits;
-use crate::machine::{adjust, follow};
+use crate::machine::{adjust, follow, measure_again};
 use crate::record::{Published, encode};
 use crate::{Config, RunError, StubProfile, known_answer};
 
@@ -159,6 +159,7 @@ async fn a_draining_worker_serves_until_the_coordinator_retires_its_stage() {
     let later = Prepare { epoch: Epoch(3), ..prepare.clone() };
     let refused = soon(client.prepare(KEY.attach(encode_prepare(&later)))).await.unwrap_err();
     assert!(refused.message().contains("draining"), "{refused}");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "nothing is wrong with this worker");
     soon(client.prepare(KEY.attach(encode_prepare(&next)))).await.unwrap();
     let activate = proto::pb::ActivateRequest {
         pipeline: 1,
@@ -255,6 +256,68 @@ async fn a_draining_worker_whose_registry_is_away_goes_when_it_is_idle() {
     process.registry.disconnect();
     process.stop.cancel();
     process.end().await.unwrap();
+}
+
+/// A registration of a worker that the tests play the parts of, and what the registry hears of it.
+async fn published(record: WorkerRecord) -> (Published, Watch) {
+    let membership = Memory::new();
+    let keys = Keys::new("test");
+    let mut watch = membership.watch(&keys.workers());
+    let Event::Reset(_) = soon(watch.next()).await else { panic!("the first is a reset") };
+    let value = encode(&record).unwrap();
+    let registration = membership.register(&keys.worker("w1"), value).await.unwrap();
+    let Event::Put(_) = soon(watch.next()).await else { panic!("it is registered") };
+    (Published::new(record, registration), watch)
+}
+
+async fn next_record(watch: &mut Watch) -> WorkerRecord {
+    let Event::Put(entry) = soon(watch.next()).await else { panic!("it is told") };
+    serde_json::from_slice(&entry.value).unwrap()
+}
+
+#[tokio::test]
+async fn a_worker_says_with_how_many_threads_its_engine_was_built() {
+    let mut worker = Worker::start("w1").await;
+    let steps = vec![StepTime { rows: 1, layer_ns: 900, head_ns: 300 }];
+    let models = vec![WorkerModel { id: model_id(), steps }];
+    let memory_bytes = worker.service.offered_bytes();
+    let record = WorkerRecord { threads: 1, models, memory_bytes, ..WorkerRecord::default() };
+    let (published, mut watch) = published(record).await;
+    let held = worker.serve_alone(1).await;
+    let limits = CpuLimits { logical: 8, physical: Some(4), quota: None };
+    follow(limits, Some(3), &worker.service, &published).await;
+    assert_eq!(worker.service.threads(), 3, "of the next engine");
+    let told = published.current();
+    assert_eq!((told.threads, told.models[0].steps[0].layer_ns), (1, 900), "of this one");
+
+    worker.retire(&held).await.unwrap();
+    follow(limits, Some(3), &worker.service, &published).await;
+    loop {
+        // What the next engine leaves of the memory may have been told before.
+        let told = next_record(&mut watch).await;
+        if told.threads != 1 {
+            assert_eq!((told.threads, told.models[0].steps[0].layer_ns), (3, 300));
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_worker_without_a_stage_finds_out_that_it_is_fast_again() {
+    let mut worker = Worker::start("w1").await;
+    let steps = vec![StepTime { rows: 1, layer_ns: u64::MAX, head_ns: u64::MAX }];
+    let models = vec![WorkerModel { id: model_id(), steps }];
+    let record = WorkerRecord { threads: 1, models, ..WorkerRecord::default() };
+    let (published, mut watch) = published(record).await;
+    let held = worker.serve_alone(1).await;
+    measure_again(&worker.service, &published).await.unwrap();
+    let slow = published.current().models[0].layer_ns(1);
+    assert_eq!(slow, Some(u64::MAX), "steps of its stage would be disturbed");
+    worker.retire(&held).await.unwrap();
+    measure_again(&worker.service, &published).await.unwrap();
+    let told = next_record(&mut watch).await;
+    let fast = told.models[0].layer_ns(1).expect("it is measured");
+    assert!(fast > 0 && fast < 10_000_000_000, "{fast}");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use node::membership::{Entry, Memory, Registration, Revision, Snapshot, WriteOutcome};
 use proto::ids::ModelId;
+use proto::key::LeaderRecord;
 use proto::plan::KvType;
 use tokio::sync::oneshot;
 
@@ -46,6 +47,7 @@ pub(in crate::driver) fn config(lame_duck: Duration, grace: Duration) -> DriverC
         advertise: "c:1".to_owned(),
         http: "c:2".to_owned(),
         admin: None,
+        socket: "s".to_owned(),
         first_token: 0,
         grace,
         lame_duck,
@@ -81,6 +83,10 @@ impl Membership for Broken {
         stop: &CancellationToken,
     ) -> Result<Leadership, MembershipError> {
         self.0.campaign(key, value, stop).await
+    }
+
+    async fn remove(&self, key: &str, revision: Revision) -> Result<bool, MembershipError> {
+        self.0.remove(key, revision).await
     }
 
     async fn write_if_leader(
@@ -148,6 +154,46 @@ async fn after_the_stop_requests_are_taken_for_a_while_and_then_refused() {
     assert!(answered.is_cancelled());
     assert!(begin.elapsed() >= lame_duck, "who sends requests here needs a moment to see it");
     assert!(begin.elapsed() < grace, "and nobody waits for longer without an open answer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_coordinator_that_restarts_does_not_wait_for_its_own_lease() {
+    let (near, keys) = (Memory::new(), Keys::new("c"));
+    let far = near.another();
+    let leads = async |socket: &str| {
+        let stop = CancellationToken::new();
+        let incarnation = Incarnation([1; 16]);
+        let socket = socket.to_owned();
+        let before = LeaderRecord { incarnation, socket, ..LeaderRecord::default() };
+        let value = serde_json::to_vec(&before).unwrap().into();
+        let held = far.campaign(&keys.leader(), value, &stop).await.unwrap();
+        // It is killed: it gives nothing up.
+        far.disconnect();
+        let grace = Duration::ZERO;
+        let membership = Arc::new(near.clone());
+        let (driver, _handle) =
+            Driver::new(config(grace, grace), keys.clone(), membership, stop.clone());
+        let mut run = JoinSet::new();
+        run.spawn(driver.run(CancellationToken::new().drop_guard()));
+        let is_another = async {
+            loop {
+                let found = near.list(&keys.leader()).await.unwrap().entries.pop();
+                let found = found.map(|entry| serde_json::from_slice(&entry.value).unwrap());
+                if found.is_some_and(|found: LeaderRecord| found.incarnation != incarnation) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let leads = tokio::time::timeout(Duration::from_secs(1), is_another).await.is_ok();
+        stop.cancel();
+        run.join_next().await.unwrap().unwrap();
+        far.reconnect();
+        drop(held);
+        leads
+    };
+    assert!(leads("s").await, "it waits for a lease whose owner has ended");
+    assert!(!leads("another").await, "that one may live");
 }
 
 #[tokio::test(start_paused = true)]

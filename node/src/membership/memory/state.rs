@@ -235,6 +235,18 @@ impl State {
         self.settle();
     }
 
+    /// Takes away a key that was last written at `revision`; false if that is not so.
+    pub(super) fn remove(&mut self, key: &str, revision: Revision) -> bool {
+        if self.entries.get(key).is_none_or(|entry| entry.mod_revision != revision) {
+            return false;
+        }
+        if !self.expire_key(key) {
+            self.delete(key);
+            self.settle();
+        }
+        true
+    }
+
     pub(super) fn write_if_leader(
         &mut self,
         leader_key: &str,
