@@ -28,6 +28,10 @@ mod tests;
 use accounts::{Accounts, Room};
 use queue::Waiting;
 
+/// Of how many of those who wait it is told anew at once whether a pipeline takes them: each costs a look
+/// at every pipeline.
+const SORTED_AT_ONCE: usize = 128;
+
 /// How many of those who wait are looked at for a pipeline that the first of them can never use.
 const LOOK_AHEAD: usize = 64;
 
@@ -204,7 +208,8 @@ impl Router {
         if u64::from(prompt_tokens) + u64::from(max_tokens) > u64::from(limit) {
             return Err(Rejected::TooLong { prompt_tokens, max_tokens, limit });
         }
-        if self.waiting.len() >= self.limits.waiting_requests as usize {
+        // Those who come back were taken before: they use up nobody's place.
+        if self.waiting.newcomers() >= self.limits.waiting_requests as usize {
             return Err(Rejected::Full { limit: self.limits.waiting_requests });
         }
         self.last_sequence.0 += 1;
@@ -216,7 +221,7 @@ impl Router {
     }
 
     fn wait(&mut self, sequence: Box<Sequence>) {
-        let stranded = self.accounts.room_for(&sequence) == Room::Never;
+        let stranded = !self.accounts.is_open_to(&sequence);
         self.waiting.insert(sequence, stranded);
     }
 
@@ -270,13 +275,20 @@ impl Router {
         self.waiting.withdraw(sequence)
     }
 
-    /// Fails what waited for too long, `at_most` so many: call it several times a second, and again
+    /// Fails what waited for too long, but for those that have run before: whatever their pipeline is
+    /// lost or drained for, they wait until their own deadline. `at_most` so many: call it several times a second, and again
     /// if it gives so many.
     pub fn expire(&mut self, now: Tick, at_most: usize) -> Vec<Emission> {
         let mut emissions = Vec::new();
         for _ in 0..at_most {
             let Some(mut late) = self.waiting.pop_late(now) else { break };
             if self.shorten(&mut late, now) {
+                self.wait(late);
+                continue;
+            }
+            let is_in_time = late.deadline().is_none_or(|deadline| now < deadline);
+            if late.was_admitted() && is_in_time {
+                late.wait_on(now);
                 self.wait(late);
                 continue;
             }
@@ -314,6 +326,10 @@ impl Router {
                 SequenceError::NeverFits { needed_blocks, kv_blocks }
             }
             (None, Some(class)) => SequenceError::NoPipeline { class, waited },
+            // Those that could hold it stand still.
+            (_, Some(class)) if !self.accounts.is_open_to(late) => {
+                SequenceError::NoPipeline { class, waited }
+            }
             _ => SequenceError::WaitedTooLong { waited },
         }
     }
@@ -345,7 +361,9 @@ impl Router {
 
     /// While a pipeline is held nobody new goes to it.
     pub fn hold(&mut self, pipeline: PipelineId, hold: bool) {
-        self.accounts.hold(pipeline, hold);
+        if self.accounts.hold(pipeline, hold) {
+            self.sort();
+        }
     }
 
     /// Whether nothing runs on a pipeline.
@@ -358,10 +376,23 @@ impl Router {
         self.running.get(&sequence).copied()
     }
 
-    /// Puts those aside whom no pipeline can hold as they are now, and takes back the others.
+    /// Puts those aside whom no pipeline takes as they are now, and takes back the others: the first
+    /// ones at once, the rest as [`Router::sort_some`] is called.
     fn sort(&mut self) {
+        self.waiting.begin_to_sort();
+        self.sort_some();
+    }
+
+    /// Goes on with what a change of the pipelines left to be sorted, some of it: call it until
+    /// [`Router::is_sorting`] says that nothing is left.
+    pub fn sort_some(&mut self) {
         let accounts = &self.accounts;
-        self.waiting.sort(|sequence| accounts.room_for(sequence) == Room::Never);
+        self.waiting.sort(SORTED_AT_ONCE, |sequence| !accounts.is_open_to(sequence));
+    }
+
+    /// Whether a change of the pipelines left something to be sorted.
+    pub fn is_sorting(&self) -> bool {
+        self.waiting.is_sorting()
     }
 
     /// From now on every new request is rejected as [`Rejected::Draining`].

@@ -201,6 +201,17 @@ async fn a_lost_pipeline_is_told_after_what_came_before() {
 }
 
 #[tokio::test]
+async fn an_answer_that_has_not_begun_is_not_cut_off() {
+    let mut bench = bench(|_| {});
+    let lost = SequenceError::PipelineLost { reason: "the coordinator is stopping".into() };
+    assert!(bench.feed.tell(EmissionEvent::Failed(lost)));
+    let (_, _, end) = bench.read().await;
+    let error = end.unwrap_err();
+    assert_eq!(error.to_string(), "the coordinator is stopping");
+    assert!(matches!(error, RequestError::Unavailable { .. }));
+}
+
+#[tokio::test]
 async fn a_reader_that_is_too_late_is_cut_off() {
     let mut bench = bench(|_| {});
     let token = ids("a")[0];

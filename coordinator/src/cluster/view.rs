@@ -89,6 +89,15 @@ impl Cluster {
         }
     }
 
+    /// Why a request waits that no pipeline takes: nothing serves, or what could take it stands still for
+    /// a change. `None` if nothing is known of that.
+    pub fn why_held(&self) -> Option<Waiting> {
+        if let Some(waiting) = self.availability().waiting() {
+            return Some(waiting.clone());
+        }
+        self.what_starts().map(|detail| waits(WaitCause::Starting, detail))
+    }
+
     /// Which pipelines are on their way to serve.
     fn what_starts(&self) -> Option<String> {
         let starting = self.switches.iter().flat_map(|switch| &switch.new);

@@ -42,6 +42,8 @@ pub(crate) struct End {
 /// The tokens of one answer. Dropping it cancels the answer.
 pub(crate) struct Tokens {
     sequence: SequenceId,
+    /// A token was told.
+    has_begun: bool,
     events: mpsc::Receiver<TokenEvent>,
     end: oneshot::Receiver<Result<End, RequestError>>,
 }
@@ -65,7 +67,7 @@ impl Tokens {
                 Err(RequestError::Internal { message: "the prompt was not scored".into() })
             }
             None => {
-                end(&mut self.end).await?;
+                end(&mut self.end, self.has_begun).await?;
                 Ok(Vec::new())
             }
         }
@@ -79,7 +81,10 @@ impl Tokens {
     pub(crate) async fn next(&mut self) -> Option<(u32, Sampled)> {
         loop {
             match self.events.recv().await? {
-                TokenEvent::Token { index, sampled } => return Some((index, sampled)),
+                TokenEvent::Token { index, sampled } => {
+                    self.has_begun = true;
+                    return Some((index, sampled));
+                }
                 TokenEvent::PromptScores(_) => {}
             }
         }
@@ -100,7 +105,7 @@ impl Tokens {
     ///
     /// Why it ended before its end.
     pub(crate) async fn end(mut self) -> Result<End, RequestError> {
-        end(&mut self.end).await
+        end(&mut self.end, self.has_begun).await
     }
 
     /// Ends the answer here: the client has all it wanted.
@@ -111,15 +116,26 @@ impl Tokens {
             Ok(Some(timings)) => timings,
             // It had ended by itself.
             Ok(None) | Err(_) => {
-                end(&mut self.end).await.map(|end| end.timings).unwrap_or_default()
+                let end = end(&mut self.end, self.has_begun).await;
+                end.map(|end| end.timings).unwrap_or_default()
             }
         }
     }
 }
 
-async fn end(end: &mut oneshot::Receiver<Result<End, RequestError>>) -> Result<End, RequestError> {
-    let stopped = |_| Err(RequestError::Lost { reason: "the coordinator stopped".into() });
-    end.await.unwrap_or_else(stopped)
+async fn end(
+    end: &mut oneshot::Receiver<Result<End, RequestError>>,
+    has_begun: bool,
+) -> Result<End, RequestError> {
+    end.await.unwrap_or_else(|_| Err(lost("the coordinator stopped".into(), has_begun)))
+}
+
+/// What it means to a client that nobody goes on with its answer: only one that has begun is cut off.
+fn lost(reason: String, has_begun: bool) -> RequestError {
+    match has_begun {
+        true => RequestError::Lost { reason },
+        false => RequestError::Unavailable { reason },
+    }
 }
 
 /// Clients that one look for gone ones asks, in a row of all of them: bounds the time of a look.
@@ -240,7 +256,7 @@ impl Clients {
         let client =
             Client { events, end, arrived, last_token, prompt_tokens, generated_tokens: 0 };
         self.waiting.insert(sequence, client);
-        Tokens { sequence, events: their_events, end: their_end }
+        Tokens { sequence, has_begun: false, events: their_events, end: their_end }
     }
 
     /// Tells whoever waits for it what happened to a sequence.
@@ -264,7 +280,8 @@ impl Clients {
                 Then::GoOn
             }
             EmissionEvent::Failed(error) => {
-                self.end(sequence, Err(of_sequence(error)), now);
+                let has_begun = client.last_token.is_some();
+                self.end(sequence, Err(of_sequence(error, has_begun)), now);
                 Then::GoOn
             }
         }
@@ -333,10 +350,10 @@ impl Clients {
     }
 }
 
-/// What the end of a sequence means to its client.
-fn of_sequence(error: SequenceError) -> RequestError {
+/// What the end of a sequence means to its client, who was told a token of it or not.
+fn of_sequence(error: SequenceError, has_begun: bool) -> RequestError {
     match error {
-        SequenceError::PipelineLost { reason } => RequestError::Lost { reason },
+        SequenceError::PipelineLost { reason } => lost(reason, has_begun),
         SequenceError::WaitedTooLong { .. } | SequenceError::NoPipeline { .. } => {
             RequestError::Unavailable { reason: error.to_string() }
         }

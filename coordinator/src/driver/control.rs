@@ -378,7 +378,8 @@ impl Driver {
     /// Whether something is left of what is done for many at once, some of them at a time.
     fn has_chores(&self) -> bool {
         let refuses = self.refusing.is_some() || self.failing.is_some();
-        refuses || self.more_gone || self.more_late || self.may_unpark()
+        let sorts = self.router.is_sorting();
+        refuses || sorts || self.more_gone || self.more_late || self.may_unpark()
     }
 
     /// Does some of it.
@@ -389,6 +390,8 @@ impl Driver {
             self.emit(emissions);
         } else if self.refusing.is_some() {
             self.refuse_parked();
+        } else if self.router.is_sorting() {
+            self.router.sort_some();
         } else if self.more_gone {
             self.forget_gone();
         } else if self.more_late {
@@ -415,13 +418,13 @@ impl Driver {
         self.emit(late);
     }
 
-    /// What is said of a sequence that waited for a pipeline in vain: why there is none.
+    /// What is said of a sequence that waited for a pipeline in vain: why there is none, or none that
+    /// takes anybody.
     fn with_reason(&self, late: Emission) -> Emission {
         let EmissionEvent::Failed(SequenceError::NoPipeline { waited, .. }) = late.event else {
             return late;
         };
-        let availability = self.cluster.availability();
-        let Some(Waiting { detail: why, .. }) = availability.waiting() else { return late };
+        let Some(Waiting { detail: why, .. }) = self.cluster.why_held() else { return late };
         let reason = format!("waited {} s for a pipeline: {why}", waited.as_secs());
         let event = EmissionEvent::Failed(SequenceError::PipelineLost { reason });
         Emission { sequence: late.sequence, event }

@@ -71,10 +71,10 @@ impl Accounts {
         self.pipelines.remove(&pipeline);
     }
 
-    pub(super) fn hold(&mut self, pipeline: PipelineId, hold: bool) {
-        if let Some(account) = self.pipelines.get_mut(&pipeline) {
-            account.held = hold;
-        }
+    /// Whether that changed anything.
+    pub(super) fn hold(&mut self, pipeline: PipelineId, hold: bool) -> bool {
+        let account = self.pipelines.get_mut(&pipeline);
+        account.is_some_and(|account| std::mem::replace(&mut account.held, hold) != hold)
     }
 
     pub(super) fn is_idle(&self, pipeline: PipelineId) -> bool {
@@ -104,6 +104,11 @@ impl Accounts {
             true => Room::SomeTime,
             false => Room::Never,
         }
+    }
+
+    /// Whether a pipeline that somebody new may go to can hold a sequence, now or sooner or later.
+    pub(super) fn is_open_to(&self, sequence: &Sequence) -> bool {
+        self.pipelines.values().any(|account| !account.held && account.can_hold(sequence))
     }
 
     /// The pipeline with the most free KV in proportion among those that have room and are not

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use proto::generate::FinishReason;
+use proto::ids::{Epoch, Incarnation};
 
 use super::*;
-use crate::scheduler::Request;
+use crate::scheduler::{PipelineScheduler, PipelineShape, Request, StepCost};
 
 const CLASS: NumericsClass = NumericsClass([1; 32]);
 const OTHER: NumericsClass = NumericsClass([2; 32]);
@@ -266,6 +267,103 @@ fn a_held_pipeline_gets_nobody_new() {
     assert_eq!(router.fail_waiting("none", 2).len(), 1);
 }
 
+/// One that a pipeline has begun, and gives back at `now`.
+fn begun(router: &mut Router, now: Tick) -> Box<Sequence> {
+    let assigned = router.assign().pop().expect("there is room");
+    let shape = PipelineShape {
+        pipeline: assigned.pipeline,
+        epoch: Epoch(1),
+        term: Term(1),
+        first_incarnation: Incarnation([1; 16]),
+        stages: 1,
+        kv_blocks: 100,
+        first_draws: false,
+        cost: StepCost::default(),
+    };
+    let mut scheduler = PipelineScheduler::new(Limits::default(), shape);
+    scheduler.admit(assigned.sequence);
+    assert!(scheduler.next_step(now).is_some());
+    scheduler.take_all(now).pop().expect("it ran")
+}
+
+#[test]
+fn who_has_run_waits_until_his_own_deadline_and_takes_no_newcomers_place() {
+    let limits = Limits { wait: Duration::from_secs(5), waiting_requests: 1, ..Limits::default() };
+    let mut router = router(limits, &[10]);
+    let mut sequence = sequence(20, 40);
+    sequence.set_deadline(Tick::from_millis(60_000));
+    let ran = router.submit(sequence, Wish::default(), Tick::ZERO).unwrap().sequence;
+    let sequence = begun(&mut router, Tick::ZERO);
+    router.hold(PipelineId(1), true);
+    router.returned(sequence);
+    let new = take(&mut router, 1, 1, Tick::ZERO);
+    let full = router.submit(self::sequence(1, 1), Wish::default(), Tick::ZERO);
+    assert_eq!(full, Err(Rejected::Full { limit: 1 }));
+    let late = router.expire(Tick::from_millis(5000), 9);
+    assert_eq!(late.iter().map(|late| late.sequence).collect::<Vec<_>>(), [new]);
+    take(&mut router, 1, 1, Tick::from_millis(5000));
+    assert_eq!(router.expire(Tick::from_millis(9999), 9), []);
+    router.expire(Tick::from_millis(59_999), 9);
+    let error = SequenceError::DeadlineExceeded { tokens: 0 };
+    let failed = Emission { sequence: ran, event: EmissionEvent::Failed(error) };
+    assert_eq!(router.expire(Tick::from_millis(60_000), 9), [failed]);
+}
+
+#[test]
+fn who_waits_behind_a_held_pipeline_does_not_hear_of_kv() {
+    let mut router = router(Limits::default(), &[10]);
+    router.hold(PipelineId(1), true);
+    let id = take(&mut router, 1, 1, Tick::ZERO);
+    let waited = Limits::default().wait;
+    let error = SequenceError::NoPipeline { class: CLASS, waited };
+    let event = EmissionEvent::Failed(error);
+    assert_eq!(router.expire(Tick::ZERO + waited, 9), [Emission { sequence: id, event }]);
+}
+
+#[test]
+fn those_of_a_held_pipeline_hide_nobody() {
+    let mut router = router(Limits::default(), &[10, 5]);
+    router.hold(PipelineId(1), true);
+    let large: Vec<_> =
+        (0..2 * LOOK_AHEAD).map(|_| take(&mut router, 200, 50, Tick::ZERO).0).collect();
+    let small = take(&mut router, 1, 1, Tick::ZERO).0;
+    assert_eq!(placed(&mut router), [(small, 2)]);
+    router.hold(PipelineId(1), false);
+    assert_eq!(placed(&mut router), [(large[0], 1)], "in their order");
+}
+
+#[test]
+fn a_long_queue_is_sorted_in_portions_and_in_order() {
+    const MANY: usize = 10 * SORTED_AT_ONCE;
+    let limits = Limits { waiting_requests: MANY as u32, ..Limits::default() };
+    let mut router = router(limits, &[10]);
+    router.hold(PipelineId(1), true);
+    let ids: Vec<_> = (0..MANY).map(|_| take(&mut router, 100, 100, Tick::ZERO).0).collect();
+    let sort = |router: &mut Router| {
+        let mut portions = 1;
+        while router.is_sorting() {
+            router.sort_some();
+            portions += 1;
+        }
+        portions
+    };
+    assert!(!router.is_sorting());
+    router.set_pipeline(PipelineId(2), 1, CLASS);
+    assert!(sort(&mut router) > MANY / SORTED_AT_ONCE, "some at a time");
+    // One that came later does not overtake those that are not sorted yet.
+    for &id in &ids[..SORTED_AT_ONCE] {
+        router.withdraw(SequenceId(id));
+    }
+    router.hold(PipelineId(1), false);
+    let first = ids[SORTED_AT_ONCE];
+    assert!(router.is_sorting());
+    assert_eq!(placed(&mut router), [(first, 1)]);
+    router.ended(SequenceId(first));
+    take(&mut router, 1, 1, Tick::ZERO);
+    assert_eq!(placed(&mut router), [(first + 1, 1)]);
+    assert!(sort(&mut router) > 1);
+}
+
 /// The queue may be as long as the configuration allows: what happens often must not look at all
 /// of it. Quadratic work took minutes here.
 #[test]
@@ -280,6 +378,13 @@ fn a_queue_of_the_longest_kind_costs_no_more_for_each() {
         router.submit(template.clone(), Wish::default(), Tick::ZERO).unwrap();
     }
     let begin = std::time::Instant::now();
+    // Each change of the pipelines looks at some of them at once.
+    for change in 0..1000 {
+        router.set_pipeline(PipelineId(2), 1 + change % 2, OTHER);
+    }
+    while router.is_sorting() {
+        router.sort_some();
+    }
     for second in 0..MANY {
         let now = Tick::from_millis(u64::from(second) / 2);
         assert!(router.expire(now, 9).is_empty() && router.assign().is_empty());

@@ -231,6 +231,16 @@ impl Sequence {
         self.admitted.get_or_insert(now);
     }
 
+    /// Whether it has ever run: it was taken on by a pipeline.
+    pub(crate) fn was_admitted(&self) -> bool {
+        self.admitted.is_some()
+    }
+
+    /// It waits anew from now on, for as long as others.
+    pub(crate) fn wait_on(&mut self, now: Tick) {
+        self.waiting_since = now;
+    }
+
     /// Whether this pipeline has worked for it.
     pub(super) fn has_run(&self) -> bool {
         self.sent > 0 || self.replays > 0

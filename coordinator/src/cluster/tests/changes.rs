@@ -195,6 +195,8 @@ fn while_memory_is_made_the_reason_says_so() {
     let failed = Event::PrepareFailed { at: new, stage: 0, failure: Failure::Memory, detail };
     assert_eq!(cluster.handle(now, failed), [Action::Pause { at: serving }]);
     assert_eq!(cluster.availability(), Availability::Serving, "for a moment still");
+    let why = cluster.why_held().expect("it takes nobody").detail;
+    assert!(why.contains("is being prepared") && why.contains("so pipeline 1 stops"), "{why}");
     let actions = cluster.handle(now, Event::Paused { at: serving });
     assert!(matches!(&actions[..], [Action::Retire { at, .. }] if *at == serving), "{actions:?}");
     let Availability::Soon(Waiting { detail, .. }) = cluster.availability() else { panic!() };
