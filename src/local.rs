@@ -40,6 +40,10 @@ const READY_POLL: Duration = Duration::from_millis(10);
 /// How long the parts may take to stop. Nobody waits for an answer any more.
 const STOP_GRACE: Duration = Duration::from_secs(3);
 
+/// How long each kind of part may take to end in all: its grace, and what it does after that (telling
+/// clients, leaving the registry, closing connections).
+const END_TIMEOUT: Duration = Duration::from_secs(STOP_GRACE.as_secs() + 5);
+
 /// A free port of this machine.
 pub const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
@@ -391,7 +395,7 @@ impl LocalCluster {
                 }
             };
             // What does not end in time is aborted with the set of tasks.
-            let _ = tokio::time::timeout(STOP_GRACE, ending).await;
+            let _ = tokio::time::timeout(END_TIMEOUT, ending).await;
         }
         outcome
     }

@@ -1,12 +1,14 @@
 //! `tercet status`: the cluster as the coordinator sees it, as a table or as JSON.
 
 use std::fmt::Write as _;
+use std::io::{self, Write};
 use std::time::Duration;
 
+use node::Chain;
 use proto::status::{ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, WorkerStatus};
 
 use crate::command::TextWriter;
-use crate::{Client, CommandError};
+use crate::{Client, ClientError, CommandError};
 
 /// Clears a terminal and goes to its top left corner.
 const CLEAR: &str = "\x1b[2J\x1b[H";
@@ -30,19 +32,38 @@ pub struct StatusArgs {
 ///
 /// # Errors
 ///
-/// If the coordinator does not say, or the answer cannot be written.
+/// If the coordinator does not say (who watches goes on once it has), or the answer cannot be written.
 pub async fn run(client: &Client, args: &StatusArgs) -> Result<(), CommandError> {
-    let mut writer = TextWriter::stdout();
+    let say = |reason: &str| writeln!(std::io::stderr(), "{reason}");
+    show(async || client.status().await, args, &mut TextWriter::stdout(), say).await
+}
+
+/// Asks and shows, once or again and again. What keeps a coordinator from answering is told to `say`
+/// while somebody watches: that is when it is looked at.
+async fn show(
+    mut ask: impl AsyncFnMut() -> Result<ClusterStatus, ClientError>,
+    args: &StatusArgs,
+    writer: &mut TextWriter<impl Write>,
+    mut say: impl FnMut(&str) -> io::Result<()>,
+) -> Result<(), CommandError> {
+    let mut has_answered = false;
     loop {
-        let status = client.status().await?;
-        if args.json {
-            writer.json(&status)?;
-        } else {
-            if args.watch.is_some() && writer.is_terminal() {
-                writer.control(CLEAR)?;
+        match ask().await {
+            Ok(status) if args.json => writer.json(&status)?,
+            Ok(status) => {
+                if args.watch.is_some() && writer.is_terminal() {
+                    writer.control(CLEAR)?;
+                }
+                writer.text(&table(&status))?;
             }
-            writer.text(&table(&status))?;
+            // One that never answered is likely not where it was looked for.
+            Err(error) if args.watch.is_none() || !has_answered => return Err(error.into()),
+            Err(error) => {
+                let reason = format!("no status, asking again: {}", Chain(&error));
+                say(&reason).map_err(CommandError::Output)?;
+            }
         }
+        has_answered = true;
         let Some(seconds) = args.watch else { return Ok(()) };
         tokio::time::sleep(Duration::from_secs(seconds.into())).await;
     }

@@ -225,6 +225,18 @@ pub enum ConfigError {
         /// The most.
         most: u64,
     },
+    /// A time that makes no sense.
+    #[error("{field} must be from {least} to {most}, found {found}")]
+    Span {
+        /// The key.
+        field: &'static str,
+        /// What was given.
+        found: Duration,
+        /// The least.
+        least: Duration,
+        /// The most.
+        most: Duration,
+    },
     /// A default of sampling that no request may ask for.
     #[error("sampling.{field} is {found}, which no request may ask for")]
     Sampling {
@@ -244,6 +256,15 @@ pub enum ConfigError {
         source: ListenError,
     },
 }
+
+/// The shortest time in which anything that goes over a network can be done.
+const SHORTEST: Duration = Duration::from_millis(10);
+
+/// The longest that anybody waits, or that anything is put off: whoever means "for ever" means less.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// The longest that a stopping process goes on: service managers kill one that does not end in minutes.
+const LONGEST_STOP: Duration = Duration::from_secs(60 * 60);
 
 /// The most pipelines that may be asked for: more workers than that are no cluster of this kind.
 const MAX_PIPELINES: u64 = 1 << 10;
@@ -275,6 +296,20 @@ impl Config {
                 return Err(ConfigError::Range { field, found, least, most });
             }
         }
+        let none = Duration::default();
+        for (field, found, least, most) in [
+            ("shutdown_grace", self.shutdown_grace, none, LONGEST_STOP),
+            ("lame_duck", self.lame_duck, none, LONGEST_STOP),
+            ("settle", self.settle, none, LONGEST),
+            ("hold_down", self.hold_down, none, LONGEST),
+            ("limits.wait", limits.wait, none, LONGEST),
+            ("limits.request_deadline", limits.request_deadline, SHORTEST, LONGEST),
+            ("limits.step_deadline", limits.step_deadline, SHORTEST, LONGEST),
+        ] {
+            if !(least..=most).contains(&found) {
+                return Err(ConfigError::Span { field, found, least, most });
+            }
+        }
         let api = [("gRPC", "grpc", self.grpc), ("HTTP", "http", self.http)];
         let admin = self.admin.map(|address| ("admin", "admin", address));
         for (service, key, address) in api.into_iter().chain(admin) {
@@ -300,10 +335,25 @@ mod tests {
     fn what_cannot_work_is_refused_by_name() {
         usable().validate().unwrap();
         let mut limits = LimitsConfig { step_tokens: 0, ..LimitsConfig::default() };
+        let (at_once, never) = (Duration::default(), Duration::from_secs(u64::MAX));
+        let limited = |limits: LimitsConfig| Config { limits, ..usable() };
         for (config, words) in [
             (Config { model: PathBuf::new(), ..usable() }, "no model"),
             (Config { stages: Some(0), ..usable() }, "stages must be from 1"),
             (Config { limits: limits.clone(), ..usable() }, "limits.step_tokens"),
+            (
+                limited(LimitsConfig { step_deadline: at_once, ..LimitsConfig::default() }),
+                "limits.step_deadline must be from 10ms to 365d, found 0s",
+            ),
+            (
+                limited(LimitsConfig { request_deadline: at_once, ..LimitsConfig::default() }),
+                "limits.request_deadline",
+            ),
+            (limited(LimitsConfig { wait: never, ..LimitsConfig::default() }), "limits.wait"),
+            (Config { shutdown_grace: never, ..usable() }, "shutdown_grace"),
+            (Config { lame_duck: never, ..usable() }, "lame_duck"),
+            (Config { settle: never, ..usable() }, "settle"),
+            (Config { hold_down: never, ..usable() }, "hold_down"),
             (Config { http: "0.0.0.0:1".parse().unwrap(), ..usable() }, "refusing to serve HTTP"),
             (Config { admin: "0.0.0.0:1".parse().ok(), ..usable() }, "refusing to serve admin"),
         ] {

@@ -127,15 +127,31 @@ where
         .route("/metrics", get(observe::metrics_page))
 }
 
-/// Gives every answer an `x-request-id`: the client's own if it is a plain text, a label only.
+/// What answers are told by: to clients, and in traces.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Gives every answer an `x-request-id`: the client's own if it is a plain text, a label only; else the
+/// id that the answer itself has, or a new one for what has none.
 async fn with_request_id(request: Request, next: Next) -> Response {
-    let name = HeaderName::from_static("x-request-id");
-    let given = request.headers().get(&name).filter(|id| id.len() <= REQUEST_ID_CHARS).cloned();
+    let given =
+        request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_CHARS).cloned();
     let mut response = next.run(request).await;
-    let id = given
-        .or_else(|| HeaderValue::from_str(&hex(&rand::random::<[u8; 16]>())).ok())
-        .unwrap_or(HeaderValue::from_static("unknown"));
-    response.headers_mut().entry(name).or_insert(id);
+    match given {
+        Some(given) => {
+            response.headers_mut().insert(REQUEST_ID, given);
+        }
+        None if !response.headers().contains_key(REQUEST_ID) => {
+            response = named(response, &new_id(""));
+        }
+        None => {}
+    }
+    response
+}
+
+/// An answer that is told by this id.
+fn named(mut response: Response, id: &str) -> Response {
+    let id = HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("unknown"));
+    response.headers_mut().insert(REQUEST_ID, id);
     response
 }
 

@@ -62,6 +62,11 @@ impl Prepared {
     pub(crate) fn prompt(&self) -> &[u32] {
         &self.prompt
     }
+
+    /// With the id that its client is told.
+    pub(crate) fn with_id(self, request_id: String) -> Self {
+        Self { request_id, ..self }
+    }
 }
 
 /// What a request is prepared for.

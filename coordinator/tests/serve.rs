@@ -13,7 +13,9 @@ use coordinator::{Bound, Config, LimitsConfig, RunError};
 use futures::{Stream, StreamExt, stream};
 use node::membership::{Membership, Memory, Registration};
 use proto::convert;
-use proto::ids::{Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, Term};
+use proto::ids::{
+    Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, PipelineRef, Term,
+};
 use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::pb;
@@ -177,7 +179,7 @@ impl Stage for ToyWorker {
                     let _ = toy.results.send(kept[kept.len() - 1].clone());
                 }
                 let reply = StepReply {
-                    epoch: header.epoch,
+                    at: PipelineRef { id: header.pipeline, epoch: header.epoch },
                     step: header.step,
                     stage: 0,
                     verdict: StepVerdict::Accepted,
@@ -871,8 +873,12 @@ async fn http_speaks_as_openai_does() {
     let body = r#"{"prompt":[9,8],"max_tokens":6,"n":2,"stream":true,"stream_options":{"include_usage":true}}"#;
     let response = ask("POST", "/v1/completions", body).await;
     assert!(response.to_lowercase().contains("content-type: text/event-stream"), "{response}");
-    assert!(response.to_lowercase().contains("x-request-id: "), "{response}");
     let events = events_of(&response);
+    let first: serde_json::Value = serde_json::from_str(&events[0]).unwrap();
+    let id = first["id"].as_str().unwrap();
+    assert!(id.starts_with("cmpl-"), "{id}");
+    let name = format!("x-request-id: {id}\r\n");
+    assert!(response.to_lowercase().contains(&name), "one id for the answer: {response}");
     assert_eq!(events.last().unwrap(), "[DONE]");
     let usage: serde_json::Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
     assert_eq!(usage["choices"], serde_json::json!([]));
@@ -896,19 +902,32 @@ async fn http_speaks_as_openai_does() {
         let error = json_of(&response)["error"].clone();
         assert!(error["message"].as_str().unwrap().contains(words), "{body}: {error}");
     }
-    let huge = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(5 << 20));
+    // A body that is too large is refused by its head, with an answer: none of it was read then, and
+    // a client that has not sent it all sees no reset before the answer.
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+                Content-Type: application/json\r\nContent-Length: 5000000\r\n\r\n{\"prompt\":\"xx";
+    let response = exchange(cluster.bound.http, head).await;
+    assert!(response.starts_with("HTTP/1.1 413"), "{response}");
+    // So is one that does not say how large it is, as soon as it is.
     let mut stream = TcpStream::connect(cluster.bound.http).await.unwrap();
-    let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-        huge.len()
-    );
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+                Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
-    // The server may hang up before it has read all of it.
-    let _ = stream.write_all(huge.as_bytes()).await;
+    let mut left = 5_usize << 20;
+    let (mut reads, mut writes) = stream.split();
+    let chunk = format!("10000\r\n{}\r\n", "x".repeat(1 << 16));
     let mut response = vec![0; 64];
-    let read = stream.read(&mut response).await.unwrap_or(0);
-    assert!(String::from_utf8_lossy(&response[..read]).starts_with("HTTP/1.1 413") || read == 0);
+    let read = loop {
+        tokio::select! {
+            biased;
+            read = reads.read(&mut response) => break read.unwrap_or(0),
+            written = writes.write_all(chunk.as_bytes()), if left > 0 => {
+                left = written.map_or(0, |()| left.saturating_sub(1 << 16));
+            }
+        }
+    };
+    let response = String::from_utf8_lossy(&response[..read]);
+    assert!(response.starts_with("HTTP/1.1 413"), "{response:?}");
     // A client that waits for leave to send hears at once, and sends nothing.
     let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
                 Content-Type: application/json\r\nExpect: 100-continue\r\n\

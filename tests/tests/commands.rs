@@ -118,32 +118,52 @@ fn completions_exist_for_every_shell() {
     }
 }
 
+/// Checks the help of a command and of all below it, and returns their names.
+fn check_help(command: &[String]) -> Vec<String> {
+    let arguments: Vec<&str> = command.iter().map(String::as_str).chain(["--help"]).collect();
+    let output = run(&arguments);
+    let help = String::from_utf8_lossy(&output.stdout).into_owned();
+    let name = command.join(" ");
+    assert!(output.status.success(), "{name}: {help}");
+    let about = help.lines().next().unwrap_or_default();
+    assert!(about.split_whitespace().count() > 1 && !about.starts_with("Usage"), "{name}: {help}");
+    let usage = format!("Usage: {}", format!("tercet {name}").trim_end());
+    assert!(help.contains(&usage), "{name}: {help}");
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let listed = listed.take_while(|line| line.starts_with("  "));
+    // Lines that go on with the text of the one above stand further in.
+    let listed = listed.filter(|line| !line.starts_with("   "));
+    let below: Vec<&str> = listed.filter_map(|line| line.split_whitespace().next()).collect();
+    let mut names = vec![name];
+    for below in below.into_iter().filter(|below| *below != "help") {
+        let command: Vec<String> = command.iter().cloned().chain([below.to_owned()]).collect();
+        names.extend(check_help(&command));
+    }
+    names
+}
+
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 17] = [
-        &[],
-        &["up"],
-        &["coordinator"],
-        &["worker"],
-        &["generate"],
-        &["chat"],
-        &["status"],
-        &["plan"],
-        &["drain"],
-        &["roll"],
-        &["import"],
-        &["model"],
-        &["model", "synth"],
-        &["eval"],
-        &["debug"],
-        &["debug", "logits"],
-        &["completions"],
-    ];
-    for command in commands {
-        let arguments: Vec<&str> = command.iter().chain(&["--help"]).copied().collect();
-        let output = run(&arguments);
-        let help = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && help.contains("Usage:"), "{command:?}: {help}");
+    let names = check_help(&[]);
+    for known in [
+        "up",
+        "coordinator",
+        "worker",
+        "generate",
+        "chat",
+        "status",
+        "plan",
+        "drain",
+        "roll",
+        "import",
+        "model synth",
+        "eval",
+        "bench kernel",
+        "bench pipeline",
+        "debug logits",
+        "completions",
+    ] {
+        assert!(names.iter().any(|name| name == known), "{known} is not in {names:?}");
     }
 }
 

@@ -134,3 +134,29 @@ fn the_plan_in_force_is_its_pipelines_their_sum_and_the_reason() {
     let none = plan_table(&PlanStatus { reason: "no worker came".into(), ..PlanStatus::default() });
     assert!(none.contains("no pipelines") && none.contains("no worker came"), "{none}");
 }
+
+#[tokio::test]
+async fn who_watches_hears_why_nobody_answers_and_goes_on() {
+    let unreachable = || ClientError::Unreachable {
+        endpoint: "c:1".parse().expect("an endpoint"),
+        why: "gone".to_owned(),
+    };
+    let args = StatusArgs { json: true, watch: Some(0) };
+    let (mut asked, mut said, mut bytes) = (0, Vec::new(), Vec::new());
+    let ask = async || {
+        asked += 1;
+        if asked % 2 == 0 { Err(unreachable()) } else { Ok(sample()) }
+    };
+    let say = |reason: &str| {
+        said.push(reason.to_owned());
+        if said.len() == 2 { Err(io::Error::other("enough")) } else { Ok(()) }
+    };
+    let end = show(ask, &args, &mut TextWriter::new(&mut bytes, false), say).await;
+    assert!(matches!(end, Err(CommandError::Output(_))), "{end:?}");
+    assert_eq!((bytes.iter().filter(|&&byte| byte == b'\n').count(), said.len()), (2, 2));
+    assert!(said[0].contains("no coordinator answers at c:1: gone"), "{said:?}");
+
+    let never = async || Err(unreachable());
+    let end = show(never, &args, &mut TextWriter::new(Vec::new(), false), |_| Ok(())).await;
+    assert!(matches!(end, Err(CommandError::Client(_))), "it may not be where it was looked for");
+}

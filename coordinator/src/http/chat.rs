@@ -20,7 +20,7 @@ use super::json::{
 use super::logprobs;
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::{Arguments, Parameters, SHOWN_CHARS};
-use super::{Api, idempotency_key, new_id, now_unix_s};
+use super::{Api, idempotency_key, named, new_id, now_unix_s};
 
 /// Entries of `modalities`: OpenAI has two.
 const MAX_MODALITIES: usize = 8;
@@ -262,21 +262,23 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let with_logprobs = body.logprobs.unwrap_or(false);
     let generate = body.request(idempotency_key(&headers))?;
     let wanted = Wanted { requests: vec![generate], n, prompts_only: false, stream: streamed };
-    let choices = Choices::start(&api, &headers, wanted).await?;
+    let choices = Choices::start(&api, &headers, new_id("chatcmpl-"), wanted).await?;
     // The texts are tokens now.
     drop(room);
-    let id = new_id("chatcmpl-");
+    let id = choices.id.clone();
     let prompt_tokens = choices.prompt_tokens();
     let model = api.service.model.name.clone();
     if streamed {
-        let chunks = ChatChunks { id, logprobs: with_logprobs };
-        return Ok(sse::respond(choices.events(), chunks, model, prompt_tokens, options));
+        let chunks = ChatChunks { id: id.clone(), logprobs: with_logprobs };
+        let response = sse::respond(choices.events(), chunks, model, prompt_tokens, options);
+        return Ok(named(response, &id));
     }
     let answers = choices.whole().await.map_err(ApiError::broke_off)?;
+    let name = id.clone();
     let render = move |_: &_| {
         Json(whole(&id, &model, with_logprobs, prompt_tokens, &answers)).into_response()
     };
-    Ok(api.service.compute(render).await?)
+    Ok(named(api.service.compute(render).await?, &name))
 }
 
 fn whole(

@@ -17,6 +17,8 @@ use crate::spans::request_span;
 pub(super) struct Choices {
     answers: Vec<Answer>,
     pub(super) prompts: Vec<Prepared>,
+    /// Of the answer, and of whatever else is told of it: to its client and in its trace.
+    pub(super) id: String,
     /// Answers to each prompt.
     pub(super) n: usize,
 }
@@ -52,6 +54,7 @@ impl Choices {
     pub(super) async fn start(
         api: &Api,
         headers: &HeaderMap,
+        id: String,
         wanted: Wanted,
     ) -> Result<Self, RequestError> {
         let Wanted { requests, n, prompts_only, stream } = wanted;
@@ -60,6 +63,7 @@ impl Choices {
         };
         let choices = requests.len() * n as usize;
         let span = request_span(first, &api.service.model.name, choices, stream);
+        span.record("gen_ai.response.id", id.as_str());
         propagation::extract_http(&span, headers);
         let started = async {
             let mut prompts = Vec::with_capacity(requests.len());
@@ -69,7 +73,8 @@ impl Choices {
                 } else {
                     service::Wanted::Answer
                 };
-                prompts.push(api.service.prepare(request, answer).await?);
+                let prepared = api.service.prepare(request, answer).await?;
+                prompts.push(prepared.with_id(id.clone()));
             }
             let mut answers = Vec::with_capacity(choices);
             for prompt in &prompts {
@@ -77,7 +82,7 @@ impl Choices {
                     answers.push(api.service.start(prompt, choice, span.clone()).await?);
                 }
             }
-            Ok(Self { answers, prompts, n: n as usize })
+            Ok(Self { answers, prompts, id, n: n as usize })
         };
         started.instrument(span.clone()).await
     }

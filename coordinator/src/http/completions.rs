@@ -17,7 +17,7 @@ use super::json::{Boolean, FromBody, Integer, Items, Maybe, Number, Object, Shap
 use super::logprobs::{ForCompletion, TextEnd};
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::Parameters;
-use super::{Api, idempotency_key, new_id, now_unix_s};
+use super::{Api, idempotency_key, named, new_id, now_unix_s};
 use crate::memory::Room;
 use crate::request::RequestError;
 use crate::text::Text as ModelText;
@@ -176,7 +176,7 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
         Vec::new()
     };
     let wanted = Wanted { requests, n, prompts_only, stream: streamed };
-    let choices = Choices::start(&api, &headers, wanted).await.map_err(as_sent)?;
+    let choices = Choices::start(&api, &headers, new_id("cmpl-"), wanted).await.map_err(as_sent)?;
     let tokens: Vec<Vec<u32>> = if echo {
         choices.prompts.iter().map(|prompt| prompt.prompt().to_vec()).collect()
     } else {
@@ -189,8 +189,9 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let prompts = if echo { api.service.compute(echoed).await? } else { Vec::new() };
     // Only an echo goes on holding the texts.
     let room = echo.then_some(room);
+    let id = choices.id.clone();
     let common = Common {
-        id: new_id("cmpl-"),
+        id: choices.id.clone(),
         logprobs,
         prompts,
         n: choices.n,
@@ -202,11 +203,12 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     if streamed {
         let ends = vec![TextEnd::default(); choices.prompts.len() * choices.n];
         let chunks = CompletionChunks { common, ends };
-        return Ok(sse::respond(choices.events(), chunks, model, prompt_tokens, options));
+        let response = sse::respond(choices.events(), chunks, model, prompt_tokens, options);
+        return Ok(named(response, &id));
     }
     let answers = choices.whole().await.map_err(ApiError::broke_off)?;
     let render = move |_: &_| Json(common.whole(&model, prompt_tokens, &answers)).into_response();
-    Ok(api.service.compute(render).await?)
+    Ok(named(api.service.compute(render).await?, &id))
 }
 
 /// `logprobs` is another word here for what the schema calls `top_logprobs`.
