@@ -382,6 +382,7 @@ fn a_queue_of_the_longest_kind_costs_no_more_for_each() {
     for change in 0..1000 {
         router.set_pipeline(PipelineId(2), 1 + change % 2, OTHER);
     }
+    router.remove_pipeline(PipelineId(2));
     while router.is_sorting() {
         router.sort_some();
     }

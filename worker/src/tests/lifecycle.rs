@@ -393,7 +393,7 @@ async fn a_stub_says_so_and_serves_without_weights() {
     assert_ne!(record.known_answer, real, "it shares no pipeline with one that computes");
     let (mut client, prepare) = hold_a_stage(&process, &record).await;
     let described = soon(client.describe(proto::pb::DescribeRequest {})).await.unwrap();
-    assert_eq!(described.into_inner().held[0].bytes, 16 << 10, "16 blocks of hashes");
+    assert_eq!(described.into_inner().held[0].bytes, 64 << 10, "16 blocks of four layers");
     let mut steps = Steps::open(&mut client).await;
     steps.give(&step(&prepare, 1, vec![row(0, 0, 5, Output::None)])).await;
     drop(steps);

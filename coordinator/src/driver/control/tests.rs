@@ -47,7 +47,7 @@ pub(in crate::driver) fn config(lame_duck: Duration, grace: Duration) -> DriverC
         advertise: "c:1".to_owned(),
         http: "c:2".to_owned(),
         admin: None,
-        socket: "s".to_owned(),
+        socket: String::new(),
         first_token: 0,
         grace,
         lame_duck,
@@ -171,8 +171,8 @@ async fn a_coordinator_that_restarts_does_not_wait_for_its_own_lease() {
         far.disconnect();
         let grace = Duration::ZERO;
         let membership = Arc::new(near.clone());
-        let (driver, _handle) =
-            Driver::new(config(grace, grace), keys.clone(), membership, stop.clone());
+        let at_socket = DriverConfig { socket: "s".to_owned(), ..config(grace, grace) };
+        let (driver, _handle) = Driver::new(at_socket, keys.clone(), membership, stop.clone());
         let mut run = JoinSet::new();
         run.spawn(driver.run(CancellationToken::new().drop_guard()));
         let is_another = async {
