@@ -5,6 +5,7 @@
 //! * `kernel` each product by shape, rows and instruction set
 //! * `engine` prefill, decode and batches of one engine in this process
 //! * `scaling` several workers, against the sum of what each gives alone
+//! * `planning` the planner's time for random fleets, and what its plans give
 //!
 //! A cluster that runs is measured from outside, by the client (`client::bench`).
 
@@ -12,6 +13,7 @@ pub mod engine;
 pub mod kernel;
 pub mod limits;
 pub mod machine;
+pub mod planning;
 pub mod scaling;
 mod spread;
 mod team;

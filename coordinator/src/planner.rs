@@ -263,6 +263,9 @@ pub enum PlanError {
         /// Of a single sequence, in whole milliseconds, rounded up.
         least_ms: u64,
     },
+    /// Whoever asked does not want it any more.
+    #[error("the plan was given up while it was made")]
+    NotWanted,
 }
 
 /// The pipelines that serve best what is asked for.
@@ -275,17 +278,31 @@ pub enum PlanError {
 ///
 /// If the model has no layers, or empty ones; the reader of stores admits neither.
 pub fn deploy(problem: &Problem) -> Result<Deployment, PlanError> {
-    let Problem { model, options, .. } = problem;
-    assert!(model.layers > 0 && model.layer_bytes > 0, "a model has layers with weights");
-    let token_limit_ns = match options.objective {
-        Objective::Throughput { token_time: Some(limit) } => {
-            u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX)
-        }
-        Objective::Throughput { token_time: None } | Objective::Latency => u64::MAX,
-    };
-    let costs = Costs::new(problem, token_limit_ns);
-    check_wishes(&costs, options)?;
-    Search::new(&costs, problem).run()
+    deploy_while(problem, &|| true)
+}
+
+/// [`deploy`], given up soon after the first time that `is_wanted`, which is asked all the while,
+/// says no: the plan is the same for as long as it says yes.
+///
+/// # Errors
+///
+/// Why there are none.
+///
+/// # Panics
+///
+/// As [`deploy`].
+pub fn deploy_while(
+    problem: &Problem,
+    is_wanted: &dyn Fn() -> bool,
+) -> Result<Deployment, PlanError> {
+    run(&Costs::new(problem, is_wanted), problem)
+}
+
+fn run(costs: &Costs<'_>, problem: &Problem) -> Result<Deployment, PlanError> {
+    check_wishes(costs, &problem.options)?;
+    let found = Search::new(costs, problem).run();
+    // What was found by then may be anything.
+    if costs.is_wanted() { found } else { Err(PlanError::NotWanted) }
 }
 
 /// Whether there are layers and workers for the stages and pipelines that are asked for.

@@ -6,6 +6,7 @@ mod guard;
 mod kernel;
 mod limits;
 mod pipeline;
+mod plan;
 mod scaling;
 
 use clap::{Args, Subcommand};
@@ -15,10 +16,11 @@ use self::guard::GuardCommand;
 use self::kernel::KernelCommand;
 use self::limits::LimitsCommand;
 use self::pipeline::PipelineCommand;
+use self::plan::PlanBenchCommand;
 use self::scaling::ScalingCommand;
 use crate::Failure;
 
-/// Measures: the machine, the kernels, an engine, a cluster.
+/// Measures: the machine, the kernels, an engine, a cluster, the planner.
 #[derive(Debug, Args)]
 pub(crate) struct BenchCommand {
     #[command(subcommand)]
@@ -37,6 +39,8 @@ enum BenchWhat {
     Pipeline(PipelineCommand),
     /// Several workers, as replicas and as stages, against the sum of what each gives alone
     Scaling(ScalingCommand),
+    /// The planner's time for random fleets, and what its plans give
+    Plan(PlanBenchCommand),
     /// Not for people: runs a process of `bench scaling`
     #[command(hide = true)]
     Guard(GuardCommand),
@@ -58,5 +62,6 @@ pub(crate) async fn run(command: BenchCommand) -> Result<(), Failure> {
         BenchWhat::Pipeline(command) => pipeline::run(&command).await,
         BenchWhat::Scaling(command) => scaling::run(command).await,
         BenchWhat::Guard(command) => guard::run(command).await,
+        BenchWhat::Plan(command) => plan::run(&command),
     }
 }

@@ -18,6 +18,7 @@ use node::config::Duration;
 use proto::BLOCK_TOKENS;
 use proto::plan::KvType;
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::commands::{ModelArgs, operate};
 use crate::{Failure, settings};
@@ -133,7 +134,7 @@ pub(crate) async fn run(command: PlanCommand) -> Result<(), Failure> {
         },
     };
     let shown = match what_if.is_empty() {
-        true => Shown::from(planner::deploy(&before)?),
+        true => planned(&before)?,
         false => after_change(&before, after)?,
     };
     print(&shown, json)
@@ -176,6 +177,14 @@ impl Wishes {
     }
 }
 
+/// The plan, and how long it took to make.
+fn planned(problem: &Problem) -> Result<Shown, PlanError> {
+    let begin = Instant::now();
+    let found = planner::deploy(problem)?;
+    let planning_ms = begin.elapsed().as_secs_f64() * 1e3;
+    Ok(Shown { planning_ms, ..Shown::from(found) })
+}
+
 /// The plan after a change of the one before.
 fn after_change(before: &Problem, workers: Vec<WorkerSpec>) -> Result<Shown, PlanError> {
     // Without a plan before the change nothing serves yet.
@@ -192,7 +201,7 @@ fn after_change(before: &Problem, workers: Vec<WorkerSpec>) -> Result<Shown, Pla
         .collect();
     let options = Options { incumbent, ..before.options.clone() };
     let after = Problem { model: before.model, workers, options };
-    let shown = Shown::from(planner::deploy(&after)?);
+    let shown = planned(&after)?;
     Ok(Shown { before_tokens_per_s: Some(served), ..shown })
 }
 
@@ -201,7 +210,7 @@ fn live_what_if(now: Problem, changes: &[Change]) -> Result<Shown, Failure> {
     let workers = nodes::changed(&now.workers, changes)?;
     // Without a plan nothing is predicted of what serves either.
     let served = planner::deploy(&now).map_or(0.0, |found| found.incumbent_tokens_per_s);
-    let shown = Shown::from(planner::deploy(&Problem { workers, ..now })?);
+    let shown = planned(&Problem { workers, ..now })?;
     Ok(Shown { before_tokens_per_s: Some(served), ..shown })
 }
 
@@ -217,6 +226,8 @@ struct Shown {
     /// With `--what-if`: to be loaded where they were not before.
     layers_moved: u32,
     reason: String,
+    /// What the planner took on this machine.
+    planning_ms: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -277,6 +288,7 @@ impl From<Deployment> for Shown {
             before_tokens_per_s: None,
             layers_moved: found.layers_moved,
             reason: found.reason,
+            planning_ms: 0.0,
         }
     }
 }
@@ -320,7 +332,7 @@ impl Shown {
                 self.layers_moved
             );
         }
-        let _ = writeln!(text, "plan: {}", self.reason);
+        let _ = writeln!(text, "plan: {}\nplanned in {:.1} ms", self.reason, self.planning_ms);
         text
     }
 }

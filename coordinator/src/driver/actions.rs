@@ -6,6 +6,7 @@ use crate::cluster::{self, Action, Availability, Failure, Held, PROBE_TIMEOUT};
 use crate::planner;
 use crate::workers::{self, CallError};
 use proto::ids::PipelineRef;
+use tokio_util::sync::CancellationToken;
 
 impl Driver {
     /// Tells the cluster what happened and carries out what it wants done.
@@ -36,9 +37,12 @@ impl Driver {
                 self.write_plan(ticket, term, previous, &plan);
             }
             Action::Deploy { ticket, problem } => {
-                // Tens of milliseconds for many workers: not on a thread that others wait for.
+                // Tens of milliseconds for many workers: not on a thread that others wait for. The
+                // plan before, if it is still being made, is given up.
+                let wanted = CancellationToken::new();
+                self.deploying = Some(wanted.clone().drop_guard());
                 self.calls.spawn_blocking(move || {
-                    let result = planner::deploy(&problem);
+                    let result = planner::deploy_while(&problem, &|| !wanted.is_cancelled());
                     Outcome::Event(cluster::Event::Deployed { ticket, result })
                 });
             }

@@ -101,6 +101,8 @@ pub(crate) struct Driver {
     commands: mpsc::Receiver<Command>,
     /// Calls to workers and to the registry that have not ended.
     pub(super) calls: JoinSet<Outcome>,
+    /// The plan that is being made is given up when this goes.
+    pub(super) deploying: Option<DropGuard>,
     pub(super) ready: watch::Sender<bool>,
     pub(super) stop: CancellationToken,
     /// There are more clients who went away than were looked for at once.
@@ -172,6 +174,7 @@ impl Driver {
             measured_pipelines: Tick::ZERO,
             commands,
             calls: JoinSet::new(),
+            deploying: None,
             ready,
             stop,
             more_gone: false,

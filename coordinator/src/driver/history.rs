@@ -224,6 +224,7 @@ impl Driver {
         self.measure_readiness();
         // What was asked before is answered for another core, and of another registry.
         self.calls = JoinSet::new();
+        self.deploying = None;
         let History { last_pipeline, mut past, .. } = std::mem::take(&mut self.history);
         past.push_back(self.config.cluster.cluster_id.clone());
         if past.len() > PAST_IDS {

@@ -1,9 +1,11 @@
 //! What a planning problem says, made ready to compute with: times by rows, memory by place, and how
 //! far workers are from each other.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
-use super::{ModelCosts, Problem, StepTime, WorkerSpec};
+use super::grouping::EXACT_WORKERS;
+use super::{ModelCosts, Objective, Problem, StepTime, WorkerSpec};
 
 /// Rows of the largest step that a plan is judged by: what a step holds unless a coordinator is
 /// told otherwise. Beyond it a row costs as much as it brings.
@@ -84,11 +86,51 @@ pub(super) struct Costs<'a> {
     pub(super) sequence_blocks: u32,
     /// A pipeline may take so long for a token of one answer.
     pub(super) token_limit_ns: u64,
+    /// For so many workers every partition is looked at.
+    pub(super) exact_workers: usize,
+    /// Whether the answer is still wanted.
+    wanted: &'a dyn Fn() -> bool,
+    /// Workers that were looked at, once for every bound on the time of a group that they are in.
+    work: Cell<u64>,
+}
+
+/// Over how many racks and machines a group of workers is spread.
+pub(super) struct Spread {
+    workers: u64,
+    racks: u64,
+    machines: u64,
+}
+
+impl Spread {
+    /// From stage to stage through all of them with so many visits of racks and machines, in ns.
+    fn between_ns(&self, racks: u64, machines: u64) -> u64 {
+        (self.workers - machines) * HOP_SAME_MACHINE_NS
+            + (machines - racks) * HOP_SAME_RACK_NS
+            + (racks - 1) * HOP_OTHER_RACK_NS
+    }
+
+    /// From stage to stage of the best way through all of them, whichever its ends are, in ns: no
+    /// less than every rack and every machine once.
+    pub(super) fn least_between_ns(&self) -> u64 {
+        self.between_ns(self.racks, self.machines)
+    }
+
+    /// [`Self::least_between_ns`] with the ways from and to the coordinator.
+    pub(super) fn least_hops_ns(&self) -> u64 {
+        self.least_between_ns() + 2 * HOP_COORDINATOR_NS
+    }
 }
 
 impl<'a> Costs<'a> {
-    pub(super) fn new(problem: &'a Problem, token_limit_ns: u64) -> Self {
-        let options = &problem.options;
+    pub(super) fn new(problem: &'a Problem, wanted: &'a dyn Fn() -> bool) -> Self {
+        let Problem { model, options, .. } = problem;
+        assert!(model.layers > 0 && model.layer_bytes > 0, "a model has layers with weights");
+        let token_limit_ns = match options.objective {
+            Objective::Throughput { token_time: Some(limit) } => {
+                u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX)
+            }
+            Objective::Throughput { token_time: None } | Objective::Latency => u64::MAX,
+        };
         let mut specs: Vec<_> =
             problem.workers.iter().filter(|spec| !times_by_rows(&spec.steps).is_empty()).collect();
         specs.sort_by(|a, b| a.id.cmp(&b.id));
@@ -119,13 +161,37 @@ impl<'a> Costs<'a> {
         }
         let min_kv_blocks = options.min_kv_blocks.max(1);
         Self {
-            model: &problem.model,
+            model,
             workers,
             min_kv_blocks,
             max_kv_blocks: options.max_kv_blocks.max(min_kv_blocks),
             sequence_blocks: options.context_tokens.div_ceil(proto::BLOCK_TOKENS).max(1),
             token_limit_ns,
+            exact_workers: EXACT_WORKERS,
+            wanted,
+            work: Cell::new(0),
         }
+    }
+
+    /// The same workers without a bound on the time per token.
+    pub(super) fn without_limit(&self, problem: &'a Problem) -> Self {
+        Self { token_limit_ns: u64::MAX, ..Self::new(problem, self.wanted) }
+    }
+
+    /// Whether the answer is still wanted; if not, whoever searches may find nothing.
+    pub(super) fn is_wanted(&self) -> bool {
+        (self.wanted)()
+    }
+
+    /// So many workers were looked at.
+    pub(super) fn worked(&self, workers: usize) {
+        self.work.set(self.work.get() + workers as u64);
+    }
+
+    /// How many workers were looked at so far, those twice that were so twice: what planning costs,
+    /// on any machine.
+    pub(super) fn work(&self) -> u64 {
+        self.work.get()
     }
 
     pub(super) fn find(&self, id: &str) -> Option<usize> {
@@ -258,24 +324,25 @@ impl<'a> Costs<'a> {
         [vec![first], inner, vec![last]].concat()
     }
 
-    /// [`Self::between_ns`] of the best way through `members`, whichever its ends are: no less
-    /// than every rack and every machine once.
-    pub(super) fn least_between_ns(&self, members: &[usize]) -> u64 {
+    /// How `members` are spread: one worker at least.
+    pub(super) fn spread(&self, members: &[usize]) -> Spread {
         let mut places: Vec<_> =
             members.iter().map(|&w| (self.workers[w].rack, self.workers[w].machine)).collect();
         places.sort_unstable();
-        let hop_ns =
-            |pair: &[(usize, usize)]| match (pair[0].1 == pair[1].1, pair[0].0 == pair[1].0) {
-                (true, _) => HOP_SAME_MACHINE_NS,
-                (false, true) => HOP_SAME_RACK_NS,
-                (false, false) => HOP_OTHER_RACK_NS,
-            };
-        places.windows(2).map(hop_ns).sum()
+        places.dedup();
+        let machines = places.len() as u64;
+        places.dedup_by_key(|place| place.0);
+        Spread { workers: members.len() as u64, racks: places.len() as u64, machines }
     }
 
-    /// [`Self::least_between_ns`] with the ways from and to the coordinator.
-    pub(super) fn least_hops_ns(&self, members: &[usize]) -> u64 {
-        self.least_between_ns(members) + 2 * HOP_COORDINATOR_NS
+    /// [`Self::hops_ns`] of [`Self::path`] through a group that is spread so: every rack and every
+    /// machine is visited once, but one that has both ends, if there are others, twice.
+    pub(super) fn way_ns(&self, spread: &Spread, first: usize, last: usize) -> u64 {
+        let (begin, end) = (&self.workers[first], &self.workers[last]);
+        let twice = |is_same: bool, count: u64| u64::from(first != last && is_same && count > 1);
+        let racks = spread.racks + twice(begin.rack == end.rack, spread.racks);
+        let machines = spread.machines + twice(begin.machine == end.machine, spread.machines);
+        spread.between_ns(racks, machines) + 2 * HOP_COORDINATOR_NS
     }
 }
 

@@ -74,28 +74,32 @@ impl<'a> Search<'a> {
         let best = grouping.best(&all).ok_or_else(|| self.why_none())?;
         let best = self.settle_all(&best).ok_or_else(|| self.why_none())?;
         let enough = total(&best) * (1.0 - KEEP_PERCENT as f64 / 100.0);
-        let planned = self
+        let best: Vec<_> = best.into_iter().map(|planned| self.moved(planned)).collect();
+        let moved = |planned: &[Planned]| -> u32 {
+            planned.iter().map(|planned| self.layers_moved(&planned.cut)).sum()
+        };
+        // What keeps pipelines may move more layers than one that does not.
+        let keeping = self
             .keeping(&mut grouping, enough)
-            .unwrap_or_else(|| best.into_iter().map(|planned| self.moved(planned)).collect());
+            .filter(|kept| total(kept) > total(&best) || moved(kept) <= moved(&best));
+        let planned = keeping.unwrap_or(best);
         Ok(self.deployment(planned))
     }
 
     /// The bound on the time of a single sequence's step: a little more than the least, or so much
     /// more that there are as many pipelines as are wanted.
     fn single_limit_ns(&self, least: u64, all: &[usize]) -> u64 {
-        let mut limit_ns = grown(least, QUICK_PERCENT);
+        let limit_ns = grown(least, QUICK_PERCENT);
         if self.wanted.pipelines.is_none_or(|wanted| wanted == 1) {
             return limit_ns;
         }
+        let grows = |limit_ns: &u64| Some(grown(*limit_ns, QUICK_MORE_PERCENT));
+        let limits: Vec<_> =
+            std::iter::successors(Some(limit_ns), grows).take(QUICK_TRIES as usize).collect();
         let is_enough =
-            |limit_ns: u64| Grouping::new(self.costs, self.wanted, limit_ns).best(all).is_some();
-        for _ in 0..QUICK_TRIES {
-            if is_enough(limit_ns) {
-                return limit_ns;
-            }
-            limit_ns = grown(limit_ns, QUICK_MORE_PERCENT);
-        }
-        u64::MAX
+            |limit_ns: u64| Grouping::new(self.costs, self.wanted, limit_ns).is_possible(all);
+        let first = limits.partition_point(|&limit_ns| !is_enough(limit_ns));
+        limits.get(first).copied().unwrap_or(u64::MAX)
     }
 
     fn settle_all(&self, groups: &[Members]) -> Option<Vec<Planned>> {

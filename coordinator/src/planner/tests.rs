@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod brute;
+mod many;
 
 const MS: u64 = 1_000_000;
 
@@ -182,8 +183,18 @@ fn check_best(problem: &Problem) {
     }
 }
 
+/// How many times as many cases as usual: 256 of `PROPTEST_CASES` are once.
+fn soak() -> u32 {
+    (ProptestConfig::default().cases / 256).max(1)
+}
+
+/// So many cases, more if there is time.
+fn cases(usual: u32) -> ProptestConfig {
+    ProptestConfig::with_cases(usual * soak())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn the_order_of_workers_changes_nothing_and_promises_are_kept(problem in arb_problem(2..=5)) {
@@ -198,7 +209,65 @@ proptest! {
     }
 
     #[test]
+    fn what_was_planned_stays_as_it_is_when_it_is_planned_again(problem in arb_problem(1..=6)) {
+        let Ok(found) = deploy(&problem) else { return Ok(()) };
+        let mut again = problem.clone();
+        again.options.incumbent = incumbents(&found);
+        let second = deploy(&again).unwrap();
+        check(&again, &second);
+        prop_assert_eq!(second.layers_moved, 0);
+        prop_assert_eq!(incumbents(&second), incumbents(&found));
+        let error = (second.incumbent_tokens_per_s - found.tokens_per_s).abs();
+        prop_assert!(error < 1e-6 * found.tokens_per_s, "{second:#?}");
+    }
+
+    #[test]
+    fn a_plan_after_somebody_went_is_good_and_moves_few_layers(
+        problem in arb_problem(2..=6),
+        gone in any::<prop::sample::Index>(),
+    ) {
+        let Ok(found) = deploy(&problem) else { return Ok(()) };
+        let mut after = problem.clone();
+        after.workers.remove(gone.index(problem.workers.len()));
+        let fresh = deploy(&after);
+        after.options.incumbent = incumbents(&found);
+        let Ok(next) = deploy(&after) else {
+            prop_assert!(fresh.is_err());
+            return Ok(());
+        };
+        check(&after, &next);
+        // As good as a plan that knows of nothing, but for what is kept.
+        let fresh = fresh.unwrap();
+        prop_assert!(next.tokens_per_s >= 0.949 * fresh.tokens_per_s, "{next:#?} {fresh:#?}");
+        let held: Vec<_> = found.pipelines.iter().flat_map(|pipeline| &pipeline.stages).collect();
+        let stay = |stage: &Stage| {
+            let same = held.iter().filter(|held| held.worker == stage.worker);
+            same.map(|held| held.layers.clone().filter(|layer| stage.layers.contains(layer)).count())
+                .sum::<usize>()
+        };
+        let stages = || fresh.pipelines.iter().flat_map(|pipeline| &pipeline.stages);
+        let layers = problem.model.layers as usize * fresh.pipelines.len();
+        let moved = layers - stages().map(stay).sum::<usize>();
+        if next.tokens_per_s <= fresh.tokens_per_s * (1.0 + 1e-9) {
+            prop_assert!(next.layers_moved as usize <= moved, "{moved} {next:#?} {fresh:#?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(1500))]
+
+    #[test]
     fn a_deployment_is_as_good_as_brute_force(problem in arb_problem(1..=5)) {
+        check_best(&problem);
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(20))]
+
+    #[test]
+    fn every_partition_is_as_good_as_brute_force_of_six(problem in arb_problem(6..=6)) {
         check_best(&problem);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::super::costs::{Costs, ONLY};
+use super::super::costs::ONLY;
 use super::super::grouping::{Grouping, Members, Wanted};
 use super::super::pipeline::{pace, stages_ns};
 use super::super::{Assignment, Deployment, PlanError, Prediction, Stage};
@@ -106,7 +106,7 @@ impl Search<'_> {
             return PlanError::TooManyPipelines { pipelines, possible: possible.len() as u32 };
         }
         if costs.token_limit_ns < u64::MAX {
-            let free = Costs::new(self.problem, u64::MAX);
+            let free = costs.without_limit(self.problem);
             if let Some((least, _)) = Grouping::new(&free, any, u64::MAX).quickest(&all) {
                 return PlanError::TooSlow {
                     limit_ms: costs.token_limit_ns / 1_000_000,
