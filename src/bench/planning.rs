@@ -102,7 +102,7 @@ fn problem(seed: u64, workers: usize, ranges: &[(u32, u32)], objective: Objectiv
             let layer_ns = u64::from(layer_us) * 10 * percent;
             let head_percent = u64::from(head_percent);
             let half = 100 + u64::from(row_percent * (rows - 1)) / 2;
-            let head_ns = u64::from(layer_us) * half * u64::from(head_percent) / 10;
+            let head_ns = u64::from(layer_us) * half * head_percent / 10;
             StepTime { rows, layer_ns, head_ns }
         };
         let (from, to) = ranges[between(0, ranges.len() as u32) as usize];

@@ -154,8 +154,8 @@ proptest! {
         }
         world.lead(0);
         world.list_all();
-        for late in 1..4 {
-            world.run(Duration::from_millis(gaps_ms[late]), step);
+        for (late, gap_ms) in (1..4).zip(&gaps_ms) {
+            world.run(Duration::from_millis(*gap_ms), step);
             world.apply(Fault::Restart(late));
         }
         world.run(AT_REST, step);

@@ -42,9 +42,10 @@ impl Grouping<'_> {
             while a < groups.len() && b < groups.len() && !self.is_enough() {
                 let mut chosen = vec![a];
                 let mut count = groups[a].len();
-                for c in b.max(a + 1)..if b == a { 0 } else { groups.len() } {
-                    if count + groups[c].len() <= REGROUP_WORKERS {
-                        count += groups[c].len();
+                let others = if b == a { &[] } else { &groups[b..] };
+                for (c, group) in (b..).zip(others) {
+                    if count + group.len() <= REGROUP_WORKERS {
+                        count += group.len();
                         chosen.push(c);
                     }
                 }
