@@ -130,7 +130,7 @@ fn merges_are_words_of_the_vocabulary_and_not_too_many() {
     merges(json!([["\u{3b1}", "q"]]), "names \"α\", which is not in the vocabulary");
     merges(json!([["q", "x"]]), "names \"qx\", which is not in the vocabulary");
     merges(json!(["q"]), "merge \"q\" is not two texts");
-    merges(json!([["a", "b", "c"]]), "did not match");
+    merges(json!([["a", "b", "c"]]), "expected a merge: two texts");
     let began = Instant::now();
     merges(json!(vec![["h", "e"]; 2_000_000]), "more than 32768 merges");
     assert!(began.elapsed() < Duration::from_secs(20), "it is given up at the first too many");
