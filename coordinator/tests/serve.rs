@@ -680,11 +680,19 @@ async fn operators_order_at_the_admin_address_and_nowhere_else() {
     for (order, wanted) in wrong {
         assert_eq!(code(&mut operator, order).await.unwrap_err(), wanted);
     }
-    let question = operator.question(pb::QuestionRequest::default()).await.unwrap().into_inner();
-    let problem: coordinator::planner::Problem =
-        serde_json::from_str(&question.problem_json).unwrap();
-    let workers: Vec<_> = problem.workers.iter().map(|worker| worker.id.as_str()).collect();
-    assert_eq!((workers, problem.options.incumbent.len()), (vec!["w0", "w1"], 2));
+    // The second worker may join after the first serves: then it is planned with a moment later.
+    let waited = async {
+        loop {
+            let question = operator.question(pb::QuestionRequest::default()).await.unwrap();
+            let problem = question.into_inner().problem_json;
+            let problem: coordinator::planner::Problem = serde_json::from_str(&problem).unwrap();
+            let workers: Vec<_> = problem.workers.iter().map(|worker| worker.id.as_str()).collect();
+            if (workers, problem.options.incumbent.len()) == (vec!["w0", "w1"], 2) {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited).await.expect("not both workers serve");
 
     // A drain, and again: the same.
     let first = operator.drain(drain("w0", b"", false)).await.unwrap().into_inner();
