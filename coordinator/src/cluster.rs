@@ -275,8 +275,7 @@ impl Cluster {
     /// What serves goes on serving, and what is being activated goes on too: workers refuse it as
     /// soon as somebody else takes them over.
     fn end_reign(&mut self, now: Tick, actions: &mut Vec<Action>) {
-        self.planning.forget_question();
-        self.planning.forget_request();
+        self.planning.end_reign();
         self.fleet.forget_orders();
         let mut index = 0;
         while index < self.switches.len() {

@@ -223,9 +223,10 @@ impl Planning {
         self.requested = Some(Request { any_gain: any_gain || before });
     }
 
-    /// Nobody waits for a plan any more.
-    pub(super) fn forget_request(&mut self) {
-        self.requested = None;
+    /// Who leads next decides anew, if only to find that nothing needs to change: what was decided in
+    /// this reign may never have been written.
+    pub(super) fn end_reign(&mut self) {
+        (self.asked, self.requested, self.decided) = (None, None, None);
     }
 
     /// Whether a plan is wanted or being made.

@@ -14,10 +14,6 @@ pub(super) use world::{class, options, place, record};
 /// Enough to meet every fault in every state many times over, in seconds.
 const CASES: u32 = 100;
 
-/// Whether leaders are deposed without hearing of it. Not yet: of two coordinators one may then end
-/// with "the plan was not written" and not serve again (`[1, 1]` nodes, `Usurp`, a run of 1145 ms).
-const UNHEARD: bool = false;
-
 fn arb_fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
         8 => (1u64..3000).prop_map(Fault::Pass),
@@ -33,10 +29,7 @@ fn arb_fault() -> impl Strategy<Value = Fault> {
         1 => any::<usize>().prop_map(Fault::Overdue),
         1 => any::<usize>().prop_map(Fault::LoseTerm),
         3 => any::<usize>().prop_map(Fault::Lead),
-        2 => any::<usize>().prop_map(|who| match UNHEARD {
-            true => Fault::Usurp(who),
-            false => Fault::Lead(who),
-        }),
+        2 => any::<usize>().prop_map(Fault::Usurp),
         1 => any::<usize>().prop_map(Fault::Relist),
         1 => any::<usize>().prop_map(Fault::PlanNow),
         2 => any::<(usize, bool)>().prop_map(|(which, drain)| Fault::Order(which, drain)),
@@ -203,6 +196,22 @@ proptest! {
         };
         prop_assert_eq!(trace(), trace());
     }
+}
+
+/// A plan that another coordinator forestalled is no decision: who wrote it in vain, and learns from
+/// the registry that it leads no more, plans again when it leads again.
+#[test]
+fn whoever_was_deposed_unheard_serves_when_it_leads_again() {
+    let mut world = World::new(&[1, 1], None, 2);
+    world.lead(0);
+    world.list_all();
+    world.apply(Fault::Usurp(1));
+    world.run(Duration::from_millis(1145), Duration::from_millis(143));
+    assert!(world.leader_serves(), "{:?}", world.reasons());
+    world.lead(0);
+    world.run(Duration::from_secs(30), Duration::from_millis(250));
+    assert!(world.leader_serves(), "{:?}", world.reasons());
+    world.check_one_acts();
 }
 
 #[test]
