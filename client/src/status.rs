@@ -5,7 +5,9 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use node::Chain;
-use proto::status::{ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, WorkerStatus};
+use proto::status::{
+    ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, StageStatus, WorkerStatus,
+};
 
 use crate::command::TextWriter;
 use crate::{Client, ClientError, CommandError};
@@ -183,19 +185,27 @@ fn pipeline_table(pipeline: &PipelineStatus) -> String {
     let mut text = format!(
         "pipeline {id}, epoch {epoch}: {state}, predicted {predicted_tokens_per_s:.0} tokens/s\n"
     );
-    let head = ["STAGE", "WORKER", "ADDRESS", "LAYERS", "COMPUTE", "WAIT"].map(String::from);
+    let head = ["STAGE", "WORKER", "ADDRESS", "LAYERS", "PREDICTED", "BUSY", "COMPUTE", "WAIT"];
+    let head = head.map(String::from);
     let rows = stages.iter().enumerate().map(|(index, stage)| {
         [
             index.to_string(),
             stage.worker.clone(),
             stage.address.clone(),
             format!("{}..{}", stage.layers[0], stage.layers[1]),
+            predicted(stage, format!("{:.1} tokens/s", stage.predicted_tokens_per_s)),
+            predicted(stage, format!("{:.0} %", 100.0 * stage.predicted_busy)),
             format!("{:.2} ms", stage.compute_ms),
             format!("{:.2} ms", stage.wait_ms),
         ]
     });
     text.push_str(&columns(head, rows));
     text
+}
+
+/// A prediction, if the coordinator has said one: older ones do not.
+fn predicted(stage: &StageStatus, shown: String) -> String {
+    if stage.predicted_tokens_per_s > 0.0 { shown } else { "-".to_owned() }
 }
 
 /// Rows under a head, every column as wide as its widest cell.

@@ -533,9 +533,10 @@ impl Cluster {
         self.pipelines.get_mut(&at.id).filter(|pipeline| pipeline.at() == at)
     }
 
-    /// The stages that a worker has or is to have.
+    /// The stages that a worker has, if they are still needed there, or is to have.
     fn stages_of(&self, worker: &str) -> impl Iterator<Item = &proto::plan::StagePlan> {
-        let serving = self.pipelines.values().map(|pipeline| &pipeline.placed);
+        let needing = self.pipelines.values().filter(move |pipeline| pipeline.needs(worker));
+        let serving = needing.map(|pipeline| &pipeline.placed);
         let starting = self.switches.iter().flat_map(|switch| &switch.new).map(|new| &new.placed);
         serving.chain(starting).filter_map(move |placed| Some(placed.stage_of(worker)?.1))
     }

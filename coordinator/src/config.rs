@@ -15,6 +15,8 @@ use proto::plan::KvType;
 use proto::ports;
 use serde::{Deserialize, Serialize};
 
+use crate::planner::Objective;
+
 /// Where the gRPC API listens unless told otherwise.
 pub const DEFAULT_GRPC: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), ports::COORDINATOR_GRPC);
@@ -22,6 +24,9 @@ pub const DEFAULT_GRPC: SocketAddr =
 /// Where the HTTP API listens unless told otherwise.
 pub const DEFAULT_HTTP: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), ports::COORDINATOR_HTTP);
+
+/// Tokens of prompt and answer that people use, unless told otherwise: a conversation.
+pub const CONVERSATION_TOKENS: u32 = 2048;
 
 /// Two looks of a load balancer that looks every second.
 const DEFAULT_LAME_DUCK: Duration = Duration::from_secs(2);
@@ -38,6 +43,16 @@ pub struct Config {
     pub model: PathBuf,
     /// How KV is stored; part of the numerics class.
     pub kv_type: KvType,
+    /// What plans are made for.
+    pub objective: PlanFor,
+    /// Of plans for throughput: no pipeline may take longer for a token of one answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_time: Option<Duration>,
+    /// Tokens of prompt and answer that people use: every pipeline has KV for one such request, and is
+    /// counted on for as many as it holds. Absent: [`CONVERSATION_TOKENS`]; never more than the
+    /// model's context.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<u32>,
     /// Exactly so many stages in every pipeline; absent: as many as the planner finds best.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stages: Option<u32>,
@@ -111,6 +126,60 @@ pub struct LimitsConfig {
     pub step_deadline: Duration,
 }
 
+/// What plans are made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanFor {
+    /// The most tokens per second of all requests together.
+    #[default]
+    Throughput,
+    /// The least time per token of a single one.
+    Latency,
+}
+
+/// A word that names nothing that plans are made for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected throughput or latency")]
+pub struct ParsePlanForError;
+
+impl FromStr for PlanFor {
+    type Err = ParsePlanForError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "throughput" => Ok(Self::Throughput),
+            "latency" => Ok(Self::Latency),
+            _ => Err(ParsePlanForError),
+        }
+    }
+}
+
+impl fmt::Display for PlanFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Throughput => "throughput",
+            Self::Latency => "latency",
+        })
+    }
+}
+
+impl PlanFor {
+    /// What the planner is asked for, if a token of one answer may take `token_time`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::TokenTime`]: the least time knows no bound.
+    pub fn objective(self, token_time: Option<Duration>) -> Result<Objective, ConfigError> {
+        match (self, token_time) {
+            (Self::Throughput, time) => {
+                Ok(Objective::Throughput { token_time: time.map(Duration::get) })
+            }
+            (Self::Latency, None) => Ok(Objective::Latency),
+            (Self::Latency, Some(_)) => Err(ConfigError::TokenTime),
+        }
+    }
+}
+
 /// Where the defaults of sampling come from, for requests that do not say how tokens are drawn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -154,6 +223,9 @@ impl Default for Config {
             cluster: ClusterName::default(),
             model: PathBuf::new(),
             kv_type: KvType::F16,
+            objective: PlanFor::Throughput,
+            token_time: None,
+            context: None,
             stages: None,
             pipelines: None,
             grpc: DEFAULT_GRPC,
@@ -237,6 +309,11 @@ pub enum ConfigError {
         /// The most.
         most: Duration,
     },
+    /// A bound where the least is wanted.
+    #[error(
+        "a bound on the time of a token is for plans for throughput: those for latency take the least"
+    )]
+    TokenTime,
     /// A default of sampling that no request may ask for.
     #[error("sampling.{field} is {found}, which no request may ask for")]
     Sampling {
@@ -259,6 +336,9 @@ pub enum ConfigError {
 
 /// The shortest time in which anything that goes over a network can be done.
 const SHORTEST: Duration = Duration::from_millis(10);
+
+/// No machine computes a token in less.
+const SHORTEST_TOKEN: Duration = Duration(std::time::Duration::from_micros(1));
 
 /// The longest that anybody waits, or that anything is put off: whoever means "for ever" means less.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -284,6 +364,7 @@ impl Config {
         for (field, found, least, most) in [
             ("stages", u64::from(stages), 1, proto::limits::STAGES as u64),
             ("pipelines", u64::from(self.pipelines.unwrap_or(1)), 1, MAX_PIPELINES),
+            ("context", self.context.unwrap_or(1).into(), 1, 1 << 24),
             ("min_gain_percent", self.min_gain_percent.into(), 0, 100),
             ("limits.waiting_requests", limits.waiting_requests.into(), 1, 1 << 16),
             ("limits.running_requests", limits.running_requests.into(), 1, 1 << 16),
@@ -297,11 +378,14 @@ impl Config {
             }
         }
         let none = Duration::default();
+        self.objective.objective(self.token_time)?;
         for (field, found, least, most) in [
+            ("token_time", self.token_time.unwrap_or(LONGEST), SHORTEST_TOKEN, LONGEST),
             ("shutdown_grace", self.shutdown_grace, none, LONGEST_STOP),
             ("lame_duck", self.lame_duck, none, LONGEST_STOP),
             ("settle", self.settle, none, LONGEST),
             ("hold_down", self.hold_down, none, LONGEST),
+            ("drift_time", self.drift_time, none, LONGEST),
             ("limits.wait", limits.wait, none, LONGEST),
             ("limits.request_deadline", limits.request_deadline, SHORTEST, LONGEST),
             ("limits.step_deadline", limits.step_deadline, SHORTEST, LONGEST),
@@ -354,6 +438,13 @@ mod tests {
             (Config { lame_duck: never, ..usable() }, "lame_duck"),
             (Config { settle: never, ..usable() }, "settle"),
             (Config { hold_down: never, ..usable() }, "hold_down"),
+            (Config { drift_time: never, ..usable() }, "drift_time"),
+            (Config { context: Some(0), ..usable() }, "context must be from 1"),
+            (Config { token_time: Some(at_once), ..usable() }, "token_time must be from 1us"),
+            (
+                Config { objective: PlanFor::Latency, token_time: Some(never), ..usable() },
+                "is for plans for throughput",
+            ),
             (Config { http: "0.0.0.0:1".parse().unwrap(), ..usable() }, "refusing to serve HTTP"),
             (Config { admin: "0.0.0.0:1".parse().ok(), ..usable() }, "refusing to serve admin"),
         ] {

@@ -46,7 +46,10 @@ pub mod scheduler;
 pub mod tick;
 pub mod token_log;
 
-pub use config::{Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig, SamplingSource};
+pub use config::{
+    CONVERSATION_TOKENS, Config, ConfigError, DEFAULT_GRPC, DEFAULT_HTTP, LimitsConfig, PlanFor,
+    SamplingSource,
+};
 pub use error::RunError;
 #[doc(hidden)]
 pub use http::check_body;
@@ -101,7 +104,7 @@ pub async fn run(
     let model = served_model(&store, &config);
     let driver_config = driver::DriverConfig {
         cluster_name: config.cluster.to_string(),
-        cluster: cluster_options(&config, &store, cluster_id),
+        cluster: cluster_options(&config, &store, cluster_id)?,
         limits: scheduler_limits(&config, &model),
         advertise: config.advertise.as_ref().map_or_else(|| grpc.to_string(), ToString::to_string),
         http: reached_at(&config, http),
@@ -186,10 +189,6 @@ const CLOSING_TIME: Duration = Duration::from_secs(3);
 /// Of that, what connections are given to close in order.
 const CONNECTIONS_LINGER: Duration = Duration::from_secs(2);
 
-/// What a conversation takes, in tokens, or the context if that is less: every pipeline must hold
-/// KV for one, and is counted on for as many as it holds.
-const CONVERSATION_TOKENS: u32 = 2048;
-
 fn open_model(config: &Config) -> Result<model::Store, RunError> {
     let open = || {
         let store = model::Store::open(&config.model)?;
@@ -271,14 +270,19 @@ pub fn model_costs(store: &model::Store, kv_type: proto::plan::KvType) -> planne
     }
 }
 
-/// KV blocks that a pipeline must have room for, of a model with so long a context, if none may have
-/// more than `most`.
-pub fn least_kv_blocks(context: u32, most: u32) -> u32 {
-    context.min(CONVERSATION_TOKENS).div_ceil(BLOCK_TOKENS).min(most)
+/// KV blocks that a pipeline must have room for, so that one request of so many tokens fits, if none
+/// may have more than `most`.
+pub fn least_kv_blocks(tokens: u32, most: u32) -> u32 {
+    tokens.div_ceil(BLOCK_TOKENS).min(most)
 }
 
-fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) -> cluster::Options {
-    cluster::Options {
+fn cluster_options(
+    config: &Config,
+    store: &model::Store,
+    cluster_id: String,
+) -> Result<cluster::Options, ConfigError> {
+    let context_tokens = config.context.unwrap_or(CONVERSATION_TOKENS).min(store.config().context);
+    Ok(cluster::Options {
         cluster_id,
         last_pipeline: proto::ids::PipelineId(0),
         model: proto::ids::ModelId(*store.id().as_bytes()),
@@ -286,15 +290,15 @@ fn cluster_options(config: &Config, store: &model::Store, cluster_id: String) ->
         kv_type: config.kv_type,
         stages: config.stages,
         pipelines: config.pipelines,
-        min_kv_blocks: least_kv_blocks(store.config().context, config.limits.kv_blocks),
+        min_kv_blocks: least_kv_blocks(context_tokens, config.limits.kv_blocks),
         max_kv_blocks: config.limits.kv_blocks,
-        context_tokens: store.config().context.min(CONVERSATION_TOKENS),
-        objective: planner::Objective::default(),
+        context_tokens,
+        objective: config.objective.objective(config.token_time)?,
         max_step_tokens: config.limits.step_tokens,
         settle: config.settle.get(),
         hold_down: config.hold_down.get(),
         min_gain_percent: config.min_gain_percent,
         drift_time: config.drift_time.get(),
         allow_stub_compute: config.allow_stub_compute,
-    }
+    })
 }

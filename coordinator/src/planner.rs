@@ -189,6 +189,8 @@ pub struct Deployment {
     pub reason: String,
     /// Everybody in a pipeline, in the order of pipelines and stages.
     pub workers: Vec<Prediction>,
+    /// The same of those incumbents whose workers are all there.
+    pub incumbent_workers: Vec<Prediction>,
 }
 
 /// Why there is no plan.

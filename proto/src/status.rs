@@ -168,6 +168,11 @@ pub struct StageStatus {
     pub busy_ms: f64,
     /// How long they waited for its engine, in all.
     pub waited_ms: f64,
+    /// Share of the time that the planner expects it to compute when its pipeline is full; 0 if it has
+    /// not said.
+    pub predicted_busy: f64,
+    /// Its part, by layers, of the tokens per second that are expected of its pipeline; 0 if unknown.
+    pub predicted_tokens_per_s: f64,
 }
 
 /// Requests.

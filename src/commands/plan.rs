@@ -6,7 +6,7 @@ mod nodes;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use client::command::TextWriter;
 use client::endpoint::{OperatorArgs, Orders};
 use client::status::columns;
@@ -14,6 +14,7 @@ use client::waiting::Notices;
 use coordinator::planner::{
     self, Deployment, Incumbent, Objective, Options, PlanError, Problem, WorkerSpec,
 };
+use coordinator::{CONVERSATION_TOKENS, PlanFor};
 use node::config::Duration;
 use proto::BLOCK_TOKENS;
 use proto::plan::KvType;
@@ -23,9 +24,6 @@ use tokio::time::Instant;
 use crate::commands::{ModelArgs, operate};
 use crate::{Failure, settings};
 use nodes::Change;
-
-/// Tokens of prompt and answer that people use, unless told otherwise: a conversation.
-const CONTEXT_TOKENS: u32 = 2048;
 
 /// Shows who would run which layers, or who does; or has the coordinator plan now.
 #[derive(Debug, Args)]
@@ -78,7 +76,7 @@ struct Wishes {
     pipelines: Option<u32>,
     /// The most tokens per second of all, or the least time per token of one [default: throughput]
     #[arg(long, value_name = "WHAT", requires = "nodes")]
-    objective: Option<What>,
+    objective: Option<PlanFor>,
     /// No pipeline may take longer for a token of one answer, such as 200ms [default: any time]
     #[arg(long, value_name = "TIME", requires = "nodes")]
     token_time: Option<Duration>,
@@ -86,15 +84,6 @@ struct Wishes {
     #[arg(long, value_name = "TOKENS", requires = "nodes",
           value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-}
-
-/// What a plan is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum What {
-    /// The most tokens per second
-    Throughput,
-    /// The least time per token
-    Latency,
 }
 
 /// Runs `tercet plan`.
@@ -118,7 +107,7 @@ pub(crate) async fn run(command: PlanCommand) -> Result<(), Failure> {
     let workers = nodes::read(&nodes)?;
     let after = nodes::changed(&workers, &what_if)?;
     let store = wishes.model.open(json)?;
-    let context = store.config().context;
+    let context = wishes.context.unwrap_or(CONVERSATION_TOKENS).min(store.config().context);
     let limits = coordinator::LimitsConfig::default();
     let before = Problem {
         model: coordinator::model_costs(&store, wishes.kv_type.unwrap_or_default()),
@@ -128,7 +117,7 @@ pub(crate) async fn run(command: PlanCommand) -> Result<(), Failure> {
             pipelines: wishes.pipelines,
             min_kv_blocks: coordinator::least_kv_blocks(context, limits.kv_blocks),
             max_kv_blocks: limits.kv_blocks,
-            context_tokens: wishes.context.unwrap_or(CONTEXT_TOKENS).min(context),
+            context_tokens: context,
             objective,
             incumbent: Vec::new(),
         },
@@ -165,15 +154,8 @@ async fn show(operator: &OperatorArgs, json: bool) -> Result<(), Failure> {
 
 impl Wishes {
     fn objective(&self) -> Result<Objective, Failure> {
-        match (self.objective, self.token_time) {
-            (Some(What::Latency), Some(_)) => {
-                Err(Failure::usage("--token-time is for --objective throughput"))
-            }
-            (Some(What::Latency), None) => Ok(Objective::Latency),
-            (Some(What::Throughput) | None, time) => {
-                Ok(Objective::Throughput { token_time: time.map(Duration::get) })
-            }
-        }
+        let objective = self.objective.unwrap_or_default().objective(self.token_time);
+        objective.map_err(|_| Failure::usage("--token-time is for --objective throughput"))
     }
 }
 
@@ -359,7 +341,7 @@ mod tests {
             options: Options {
                 min_kv_blocks: 64,
                 max_kv_blocks: 4096,
-                context_tokens: CONTEXT_TOKENS,
+                context_tokens: CONVERSATION_TOKENS,
                 ..Options::default()
             },
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Args;
 use client::command::TextWriter;
-use coordinator::SamplingSource;
+use coordinator::{PlanFor, SamplingSource};
 use node::config::{self, ByteSize};
 use node::membership::{Etcd, EtcdOptions, Membership};
 use node::signals::Signals;
@@ -78,6 +78,16 @@ pub(crate) struct CoordinatorCommand {
     /// How keys and values are stored: f16 or f32 [default: f16]
     #[arg(long, value_name = "TYPE")]
     kv_type: Option<KvType>,
+    /// What plans are made for: throughput (the most tokens per second of all) or latency (the least
+    /// time per token of one) [default: throughput]
+    #[arg(long, value_name = "WHAT")]
+    objective: Option<PlanFor>,
+    /// No pipeline may take longer for a token of one answer, such as 200ms [default: any time]
+    #[arg(long, value_name = "TIME")]
+    token_time: Option<config::Duration>,
+    /// Tokens of prompt and answer that people use [default: 2048, or the model's context]
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<u32>,
     /// How others reach the gRPC API, as host:port [default: where it listens]
     #[arg(long, value_name = "ADDR")]
     advertise: Option<String>,
@@ -176,6 +186,9 @@ impl CoordinatorCommand {
         flags.set("coordinator.stages", self.stages.map(i64::from));
         flags.set("coordinator.pipelines", self.pipelines.map(i64::from));
         flags.set("coordinator.kv_type", text(self.kv_type.as_ref()));
+        flags.set("coordinator.objective", text(self.objective.as_ref()));
+        flags.set("coordinator.token_time", text(self.token_time.as_ref()));
+        flags.set("coordinator.context", self.context.map(i64::from));
         flags.set("coordinator.advertise", self.advertise.clone());
         flags.set("coordinator.hold_down", text(self.hold_down.as_ref()));
         let min_gain_percent = self.min_gain_percent.map(i64::from);

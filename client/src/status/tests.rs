@@ -20,6 +20,8 @@ fn sample() -> ClusterStatus {
         address: "127.0.0.1:7071".into(),
         layers: [0, 6],
         compute_ms: 1.234,
+        predicted_busy: 0.987,
+        predicted_tokens_per_s: 99.96,
         ..StageStatus::default()
     };
     ClusterStatus {
@@ -81,8 +83,8 @@ w1        127.0.0.1:7071  avx2  2        1.5 GiB  0123456789ab  active
 worker-2  127.0.0.1:7071  avx2  2        1.5 GiB  0123456789ab  standby (came late)
 
 pipeline 1, epoch 9: active, predicted 100 tokens/s
-STAGE  WORKER  ADDRESS         LAYERS  COMPUTE  WAIT
-0      w1      127.0.0.1:7071  0..6    1.23 ms  0.00 ms
+STAGE  WORKER  ADDRESS         LAYERS  PREDICTED       BUSY  COMPUTE  WAIT
+0      w1      127.0.0.1:7071  0..6    100.0 tokens/s  99 %  1.23 ms  0.00 ms
 
 plan: one worker holds it all
 ";

@@ -129,6 +129,11 @@ impl Pipeline {
         self.placed.stage_of(worker).is_some()
     }
 
+    /// Whether it counts on what a worker holds: one that was told to leave it may end.
+    pub(super) fn needs(&self, worker: &str) -> bool {
+        self.uses(worker) && !self.released.contains(worker)
+    }
+
     /// Tells the lane to pause, unless it was told before.
     pub(super) fn pause(&mut self, now: Tick, actions: &mut Vec<Action>) {
         if self.lane == Lane::Runs {
@@ -225,7 +230,7 @@ impl Pipeline {
         detail: &str,
         lease_is_gone: bool,
     ) -> Option<String> {
-        let (stage, _) = self.placed.stage_of(worker)?;
+        let (stage, _) = self.placed.stage_of(worker).filter(|_| self.needs(worker))?;
         match &self.stages[stage as usize].broken {
             Some(broken) => {
                 Some(format!("its stream broke ({broken}) and it does not answer ({detail})"))
@@ -283,6 +288,7 @@ impl Pipeline {
             (is_silent && health.reconnect_at.is_none()) || fleet.lease_is_gone(&stage.worker)
         };
         let stages = self.placed.plan.stages.iter().zip(&self.stages);
-        stages.filter(is_watched).map(|(stage, _)| &stage.worker)
+        let watched = stages.filter(is_watched).map(|(stage, _)| &stage.worker);
+        watched.filter(|worker| self.needs(worker))
     }
 }

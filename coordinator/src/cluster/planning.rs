@@ -12,7 +12,7 @@ use super::fleet::Candidate;
 use super::pipelines::Pipeline;
 use super::types::{Action, Ticket};
 use super::{BACKOFF_FIRST, Cluster, Loss, STABLE, backoff, waits};
-use crate::planner::{self, Deployment, Incumbent, PlanError, Problem, Stage};
+use crate::planner::{self, Deployment, Incumbent, PlanError, Prediction, Problem, Stage};
 use crate::tick::Tick;
 
 /// A planner that does not answer for so long is asked again: its thread is gone.
@@ -97,6 +97,8 @@ pub(super) struct Planning {
     pub(super) reason: String,
     /// Why who is in no pipeline, by the last plan.
     pub(super) left_out: BTreeMap<String, String>,
+    /// What each worker was predicted to do, by the last plan that it was in.
+    predicted: BTreeMap<String, Prediction>,
 }
 
 #[derive(Debug)]
@@ -472,6 +474,11 @@ impl Cluster {
             .iter()
             .map(|left_out| (left_out.worker.clone(), left_out.reason.clone()))
             .collect();
+        let predicted = match is_wanted {
+            true => deployment.workers,
+            false => deployment.incumbent_workers,
+        };
+        self.keep_predictions(predicted);
         self.planning.decide(asked.basis, !self.switches.is_empty());
         if !changes {
             // What serves is what would be planned now.
@@ -482,6 +489,20 @@ impl Cluster {
         }
         self.planning.reason = deployment.reason;
         self.write(now, asked.cause, composed, actions);
+    }
+
+    /// What is predicted of who has a stage, or gets one by this plan; of nobody else.
+    fn keep_predictions(&mut self, predicted: Vec<Prediction>) {
+        let mut kept = std::mem::take(&mut self.planning.predicted);
+        kept.retain(|worker, _| self.stages_of(worker).next().is_some());
+        kept.extend(predicted.into_iter().map(|one| (one.worker.clone(), one)));
+        self.planning.predicted = kept;
+    }
+
+    /// What a worker was predicted to do with these layers.
+    pub(super) fn predicted(&self, stage: &StagePlan) -> Option<&Prediction> {
+        let predicted = self.planning.predicted.get(&stage.worker);
+        predicted.filter(|predicted| predicted.layers == stage.layers)
     }
 
     /// Nothing is to be changed. If the registry has no plan it is given what serves.

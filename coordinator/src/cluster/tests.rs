@@ -27,6 +27,8 @@ struct Script {
     found: Found,
     /// Workers that have no memory for two engines, and what they hold.
     small: BTreeSet<String>,
+    /// Workers that do not answer yet when they are to prepare something anew.
+    slow: BTreeSet<String>,
     /// What workers hold, and say when asked.
     held: BTreeMap<String, Vec<PipelineRef>>,
     prepares: usize,
@@ -42,6 +44,7 @@ impl Script {
             plans: Vec::new(),
             found,
             small: BTreeSet::new(),
+            slow: BTreeSet::new(),
             held: BTreeMap::new(),
             prepares: 0,
         };
@@ -89,6 +92,9 @@ impl Script {
                 if self.small.contains(worker) && !held.is_empty() {
                     let (failure, detail) = (Failure::Memory, "no memory".to_owned());
                     return Some(Event::PrepareFailed { at, stage, failure, detail });
+                }
+                if self.slow.contains(worker) && !held.contains(&at) {
+                    return None;
                 }
                 held.push(at);
                 let planned = self.plans.last()?.pipelines.iter();

@@ -117,13 +117,13 @@ impl Cluster {
     }
 
     fn plan_status(&self) -> PlanStatus {
-        let serving = self.pipelines.values().map(|p| status(&p.placed.plan, p.state()));
+        let serving = self.pipelines.values().map(|p| self.status(&p.placed.plan, p.state()));
         let starting = self.switches.iter().flat_map(|switch| {
             let state = match switch.phase {
                 Phase::Preparing | Phase::Pausing => "preparing",
                 Phase::Activating => "activating",
             };
-            switch.new.iter().map(move |new| status(&new.placed.plan, state))
+            switch.new.iter().map(move |new| self.status(&new.placed.plan, state))
         });
         let pipelines: Vec<_> = serving.chain(starting).collect();
         let mut reason = match self.availability() {
@@ -181,21 +181,26 @@ impl Cluster {
             detail,
         }
     }
-}
 
-fn status(plan: &PipelinePlan, state: &str) -> PipelineStatus {
-    let stage = |stage: &StagePlan| StageStatus {
-        worker: stage.worker.clone(),
-        address: stage.address.clone(),
-        layers: [stage.layers.start, stage.layers.end],
-        ..StageStatus::default()
-    };
-    PipelineStatus {
-        id: plan.id.0,
-        epoch: plan.epoch.0,
-        state: state.to_owned(),
-        stages: plan.stages.iter().map(stage).collect(),
-        predicted_tokens_per_s: plan.predicted_tokens_per_s,
-        ..PipelineStatus::default()
+    fn status(&self, plan: &PipelinePlan, state: &str) -> PipelineStatus {
+        let stage = |stage: &StagePlan| {
+            let predicted = self.predicted(stage);
+            StageStatus {
+                worker: stage.worker.clone(),
+                address: stage.address.clone(),
+                layers: [stage.layers.start, stage.layers.end],
+                predicted_busy: predicted.map_or(0.0, |predicted| predicted.busy),
+                predicted_tokens_per_s: predicted.map_or(0.0, |predicted| predicted.tokens_per_s),
+                ..StageStatus::default()
+            }
+        };
+        PipelineStatus {
+            id: plan.id.0,
+            epoch: plan.epoch.0,
+            state: state.to_owned(),
+            stages: plan.stages.iter().map(stage).collect(),
+            predicted_tokens_per_s: plan.predicted_tokens_per_s,
+            ..PipelineStatus::default()
+        }
     }
 }

@@ -122,7 +122,8 @@ impl Cluster {
         let Some(stage) = self.stages_of(worker).next().cloned() else { return };
         let alarm = self.fleet.evicted(now, &stage, why);
         actions.extend(alarm.map(|text| Action::Alarm { text }));
-        let using = self.pipelines.values().filter_map(|pipeline| {
+        let needing = self.pipelines.values().filter(|pipeline| pipeline.needs(worker));
+        let using = needing.filter_map(|pipeline| {
             let (_, stage) = pipeline.placed.stage_of(worker)?;
             let layers = stage.layers.clone();
             let reason = format!(

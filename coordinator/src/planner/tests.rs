@@ -217,6 +217,12 @@ proptest! {
         check(&again, &second);
         prop_assert_eq!(second.layers_moved, 0);
         prop_assert_eq!(incumbents(&second), incumbents(&found));
+        let named = |who: &[Prediction]| {
+            let mut named: Vec<_> = who.iter().map(|p| (p.worker.clone(), p.layers.clone())).collect();
+            named.sort_by(|a, b| a.0.cmp(&b.0));
+            named
+        };
+        prop_assert_eq!(named(&second.incumbent_workers), named(&found.workers));
         let error = (second.incumbent_tokens_per_s - found.tokens_per_s).abs();
         prop_assert!(error < 1e-6 * found.tokens_per_s, "{second:#?}");
     }

@@ -362,6 +362,8 @@ fn encode_pipeline(pipeline: &PipelineStatus) -> pb::PipelineStatus {
                 steps: stage.steps,
                 busy_ms: stage.busy_ms,
                 waited_ms: stage.waited_ms,
+                predicted_busy: stage.predicted_busy,
+                predicted_tokens_per_s: stage.predicted_tokens_per_s,
             })
             .collect(),
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
@@ -444,6 +446,8 @@ fn decode_pipeline(pipeline: pb::PipelineStatus) -> PipelineStatus {
                 steps: stage.steps,
                 busy_ms: stage.busy_ms,
                 waited_ms: stage.waited_ms,
+                predicted_busy: stage.predicted_busy,
+                predicted_tokens_per_s: stage.predicted_tokens_per_s,
             })
             .collect(),
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,

@@ -450,6 +450,8 @@ fn a_status_arrives_as_it_was_sent() {
         steps: 7,
         busy_ms: 10.5,
         waited_ms: 3.5,
+        predicted_busy: 0.75,
+        predicted_tokens_per_s: 33.5,
     };
     let pipeline = PipelineStatus {
         id: 1,

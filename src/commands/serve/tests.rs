@@ -25,7 +25,7 @@ fn every_flag_of_a_coordinator_reaches_its_setting() {
     let found = settings(
         "coordinator --etcd http://a:1,http://b:2 --cluster c --model s --grpc 127.0.0.1:1 \
          --http 127.0.0.1:2 --stages 2 --kv-type f32 --advertise h:1 --insecure --hold-down 3m \
-         --min-gain-percent 7",
+         --min-gain-percent 7 --token-time 150ms --context 512 --objective throughput",
     );
     assert_eq!(found.etcd.endpoints.urls(), ["http://a:1", "http://b:2"]);
     assert_eq!(found.cluster.as_str(), "c");
@@ -39,6 +39,9 @@ fn every_flag_of_a_coordinator_reaches_its_setting() {
         insecure: true,
         hold_down: node::config::Duration::from_secs(180),
         min_gain_percent: 7,
+        objective: coordinator::PlanFor::Throughput,
+        token_time: Some(node::config::Duration::from_millis(150)),
+        context: Some(512),
         ..coordinator::Config::default()
     };
     assert_eq!(found.coordinator, want);

@@ -179,6 +179,54 @@ fn short_memory_stops_only_the_pipeline_in_the_way() {
 }
 
 #[test]
+fn the_status_says_what_each_worker_is_predicted_to_do() {
+    let mut script = Script::new(Some(2), workers(2));
+    let predicted = |script: &Script| -> Vec<_> {
+        let pipelines = script.cluster.view().plan.pipelines;
+        let stages = pipelines.iter().flat_map(|pipeline| &pipeline.stages);
+        stages.map(|stage| (stage.predicted_busy, stage.predicted_tokens_per_s)).collect()
+    };
+    assert_eq!(predicted(&script), [(0.5, 10.0); 2]);
+    // Planned again, and nothing worth a change: what serves is still predicted.
+    script.tell(Event::PlanNow { any_gain: false });
+    script.pass(1000);
+    assert_eq!(script.served().len(), 1);
+    assert_eq!(predicted(&script), [(0.5, 10.0); 2]);
+}
+
+/// Whoever was told to leave a pipeline that has stopped may end: that is no death.
+#[test]
+fn a_drained_worker_that_leaves_as_it_was_told_is_not_lost() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    script.take();
+    script.small.insert("w0".to_owned());
+    script.slow.insert("w0".to_owned());
+    let first = script.at(1);
+    script.tell(Event::WorkerPut(record(4, 1)));
+    script.tell(Event::WorkerPut(draining(1)));
+    let told = |action: &Action| matches!(action, Action::Retire { at, target, .. } if *at == first && target.worker == "w1");
+    assert!(script.take().iter().any(told), "it is told to leave what has stopped");
+    assert!(script.served().is_empty() || script.cluster.availability() != Availability::Serving);
+    script.tell(Event::WorkerGone { worker: "w1".to_owned() });
+    let (incarnation, detail) = (Incarnation([1; 16]), "connection refused".to_owned());
+    script.tell(Event::ProbeFailed { worker: "w1".to_owned(), incarnation, detail });
+    let member = script.cluster.fleet.get("w1").expect("the stopped pipeline names it still");
+    assert_eq!(member.suspect, None, "nor is it counted among its losses");
+    // It starts again at once, as in a rolling restart.
+    script.tell(Event::WorkerPut(record(1, 2)));
+    script.pass(1000);
+    let (at, class) = (at(1, script.revision), script.plans.last().unwrap().pipelines[0].class);
+    script.tell(Event::Prepared { at, stage: 0, class });
+    script.pass(1000);
+    let actions = script.take();
+    let failed = |action: &&Action| matches!(action, Action::Fail { .. } | Action::Alarm { .. });
+    assert_eq!(actions.iter().find(failed), None, "{actions:?}");
+    assert!(actions.iter().any(|a| matches!(a, Action::Serve { .. })), "{actions:?}");
+    assert_eq!(script.served(), [(1, vec!["w0", "w4"])]);
+}
+
+#[test]
 fn while_memory_is_made_the_reason_says_so() {
     let mut cluster = Script::new(Some(1), workers(1)).cluster;
     let now = Tick::from_millis(60_000);
@@ -283,6 +331,7 @@ fn a_takeover_shares_equal_stages_and_retires_orphans_of_another_shape() {
             plans: Vec::new(),
             found: found.clone(),
             small: BTreeSet::new(),
+            slow: BTreeSet::new(),
             held: BTreeMap::new(),
             prepares: 0,
         };

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::super::costs::ONLY;
 use super::super::grouping::{Grouping, Members, Wanted};
-use super::super::pipeline::{pace, stages_ns};
+use super::super::pipeline::{Cut, Pace, pace, stages_ns};
 use super::super::{Assignment, Deployment, PlanError, Prediction, Stage};
 use super::moves::stays;
 use super::{Origin, Planned, Search, total};
@@ -37,22 +37,25 @@ impl Search<'_> {
             }
         });
         let whole = self.incumbents().iter().filter_map(|incumbent| self.whole(incumbent));
-        let incumbent_tokens_per_s = whole
-            .filter_map(|cut| pace(self.costs, &cut))
-            .fold(0.0, |sum, pace| sum + pace.tokens_per_s());
+        let whole = whole.filter_map(|cut| Some((pace(self.costs, &cut)?, cut)));
+        let (mut incumbent_tokens_per_s, mut incumbent_workers) = (0.0, Vec::new());
+        for (pace, cut) in whole {
+            incumbent_tokens_per_s += pace.tokens_per_s();
+            incumbent_workers.extend(self.predictions(&cut, &pace));
+        }
         Deployment {
             pipelines: pipelines.collect(),
             left_out: self.left_out(&planned),
             tokens_per_s: total(&planned),
             incumbent_tokens_per_s,
+            incumbent_workers,
             layers_moved: planned.iter().map(|planned| self.layers_moved(&planned.cut)).sum(),
             reason: self.reason(&planned),
-            workers: planned.iter().flat_map(|planned| self.predictions(planned)).collect(),
+            workers: planned.iter().flat_map(|p| self.predictions(&p.cut, &p.pace)).collect(),
         }
     }
 
-    fn predictions(&self, planned: &Planned) -> Vec<Prediction> {
-        let Planned { cut, pace, .. } = planned;
+    fn predictions(&self, cut: &Cut, pace: &Pace) -> Vec<Prediction> {
         let times = stages_ns(self.costs, cut, pace.steps);
         let of = |((w, layers), ns): (&(usize, Range<u32>), u64)| {
             let busy = ns as f64 * f64::from(pace.steps.in_flight) / pace.token_ns as f64;

@@ -8,7 +8,8 @@ use proto::plan::{KvType, StepTime, WorkerModel, WorkerRecord};
 
 use super::super::super::Options;
 use crate::planner::{
-    Assignment, Deployment, Incumbent, LeftOut, ModelCosts, Objective, PlanError, Problem, Stage,
+    Assignment, Deployment, Incumbent, LeftOut, ModelCosts, Objective, PlanError, Prediction,
+    Problem, Stage,
 };
 
 pub(in crate::cluster) const MODEL: ModelId = ModelId([4; 32]);
@@ -123,7 +124,7 @@ pub(in crate::cluster) fn place(problem: &Problem) -> Result<Deployment, PlanErr
     }
     let used: BTreeSet<_> =
         groups.iter().flat_map(|group| &group.0).map(|stage| stage.worker.clone()).collect();
-    let pipelines = groups
+    let pipelines: Vec<_> = groups
         .into_iter()
         .map(|(stages, continues)| Assignment {
             predicted_tokens_per_s: rate(stages.len()),
@@ -136,6 +137,15 @@ pub(in crate::cluster) fn place(problem: &Problem) -> Result<Deployment, PlanErr
             reason: String::new(),
         })
         .collect();
+    let predictions = pipelines.iter().flat_map(|pipeline: &Assignment| {
+        pipeline.stages.iter().map(|stage| Prediction {
+            worker: stage.worker.clone(),
+            layers: stage.layers.clone(),
+            busy: 0.5,
+            tokens_per_s: 10.0,
+        })
+    });
+    let predictions = predictions.collect();
     Ok(Deployment {
         pipelines,
         left_out: problem
@@ -148,6 +158,7 @@ pub(in crate::cluster) fn place(problem: &Problem) -> Result<Deployment, PlanErr
         incumbent_tokens_per_s,
         layers_moved: 0,
         reason: format!("{} of {all} workers", used.len()),
-        workers: Vec::new(),
+        workers: predictions,
+        incumbent_workers: Vec::new(),
     })
 }
