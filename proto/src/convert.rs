@@ -20,6 +20,7 @@ pub use stage::{
     step_crc32c,
 };
 
+use crate::codec::TooMany;
 use crate::ids::IdLengthError;
 
 /// Why a message was refused.
@@ -81,6 +82,20 @@ fn bounded(field: &'static str, found: usize, limit: usize) -> Result<usize, Wir
         Ok(found)
     } else {
         Err(WireError::TooLarge { field, found: found as u64, limit: limit as u64 })
+    }
+}
+
+/// `error` of the field `field`, whose bytes are a message of their own.
+fn uncounted(field: &'static str, error: TooMany) -> WireError {
+    match error {
+        TooMany::Entries { list, limit, found } => {
+            WireError::TooLarge { field: list, found: found as u64, limit: limit as u64 }
+        }
+        TooMany::Malformed => WireError::Invalid {
+            field,
+            expected: "a message of the schema",
+            found: "something else".into(),
+        },
     }
 }
 

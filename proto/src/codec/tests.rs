@@ -4,10 +4,15 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::*;
+use crate::limits;
 use pb::generate_request::Prompt;
 
+fn check_bytes(request: &[u8]) -> Result<(), String> {
+    check_request(request).map_err(|error| error.to_string())
+}
+
 fn check(request: &pb::GenerateRequest) -> Result<(), String> {
-    check_request(&request.encode_to_vec())
+    check_bytes(&request.encode_to_vec())
 }
 
 fn tokens(count: usize) -> pb::GenerateRequest {
@@ -60,19 +65,19 @@ fn every_list_stops_at_its_bound() {
         // Messages on the wire are joined by writing them one after another.
         let mut joined = make(limit).encode_to_vec();
         joined.extend(make(1).encode_to_vec());
-        assert!(check_request(&joined).unwrap_err().starts_with(name), "{name}");
+        assert!(check_bytes(&joined).unwrap_err().starts_with(name), "{name}");
     }
     // Each id in a field of its own: field 14, a varint.
     let single = [14 << 3, 5].repeat(limits::PROMPT_TOKENS + 1);
-    assert!(check_request(&single).unwrap_err().starts_with("received_ids"));
+    assert!(check_bytes(&single).unwrap_err().starts_with("received_ids"));
 }
 
 #[test]
 fn what_is_not_in_the_schema_is_bounded_too() {
     // Field 100, a varint, in the request and in a message of its conversation.
-    let unknown = [0xa0, 0x06, 0].repeat(REQUEST_FIELDS + 1);
-    check_request(&unknown[..3 * 1000]).unwrap();
-    assert!(check_request(&unknown).unwrap_err().starts_with("the request"));
+    let unknown = [0xa0, 0x06, 0].repeat(walk::FIELDS + 1);
+    check_bytes(&unknown[..3 * 1000]).unwrap();
+    assert!(check_bytes(&unknown).unwrap_err().starts_with("the request"));
     let nested = |field: u8, inner: &[u8]| {
         let mut outer = vec![field << 3 | 2];
         prost::encoding::encode_varint(inner.len() as u64, &mut outer);
@@ -82,10 +87,10 @@ fn what_is_not_in_the_schema_is_bounded_too() {
     for path in [[3, 0, 0], [4, 0, 0], [4, 1, 0], [6, 0, 0], [6, 8, 0]] {
         let parts = path.iter().rev().filter(|field| **field != 0);
         let request = parts.fold(unknown.clone(), |inner, &field| nested(field, &inner));
-        assert!(check_request(&request).unwrap_err().starts_with("the request"), "{path:?}");
+        assert!(check_bytes(&request).unwrap_err().starts_with("the request"), "{path:?}");
     }
     for broken in [&[0x0b][..], &[0x0a, 5, 1], &[0x80], &[0xff; 11], &[0x09, 1], &[0x0d, 1]] {
-        assert!(check_request(broken).is_err(), "{broken:?}");
+        assert!(check_bytes(broken).is_err(), "{broken:?}");
     }
 }
 
@@ -99,4 +104,80 @@ proptest! {
             prop_assert!(request.stop_token_ids.len() <= limits::STOP_TOKENS);
         }
     }
+}
+
+/// The entries of each list of each message, as empty as the wire has them: two bytes.
+#[test]
+fn lists_of_the_data_plane_stop_at_their_bounds() {
+    type Check = fn(&[u8]) -> Result<(), TooMany>;
+    let nested = |path: &[u8], entries: Vec<u8>| {
+        path.iter().rev().fold(entries, |inner, field| {
+            let mut outer = vec![field << 3 | 2];
+            prost::encoding::encode_varint(inner.len() as u64, &mut outer);
+            outer.extend_from_slice(&inner);
+            outer
+        })
+    };
+    let rows: Check = check_row_set;
+    let results: Check = check_result_set;
+    let step = limits::STEP_ROWS;
+    for (check, path, list, limit) in [
+        (rows, &[1][..], "rows", step),
+        (rows, &[2], "ended_sequences", limits::ENDED_SEQUENCES),
+        (rows, &[3], "stage_times", limits::STAGES),
+        (rows, &[1, 4], "tokens of the step", limits::STEP_TOKENS),
+        (rows, &[1, 10], "score_targets", limits::STEP_TOKENS),
+        (rows, &[1, 9, 10], "logit_bias", step * limits::LOGIT_BIAS),
+        (rows, &[1, 9, 11], "token counts of the step", 16 * limits::TOKEN_COUNTS),
+        (rows, &[1, 14, 3], "top_logprobs", step * 20),
+        (results, &[1], "rows", step),
+        (results, &[2], "stage_times", limits::STAGES),
+        (results, &[1, 9], "top_logprobs", step * 20),
+        (results, &[1, 10], "scores", limits::STEP_TOKENS),
+        (check_description, &[12], "held", limits::HELD_STAGES),
+        (check_stages, &[9], "stages", limits::STAGES),
+        (check_status, &[6], "workers", 64 << 10),
+        (check_status, &[7, 4], "stages of the pipelines", 64 << 10),
+        (check_event, &[1, 7, 4], "top", 512 << 10),
+        (check_event, &[2, 4], "logprobs", limits::PROMPT_TOKENS),
+    ] {
+        let (last, above) = path.split_last().unwrap();
+        let entries = |count: usize| nested(above, [last << 3 | 2, 0].repeat(count));
+        // An empty packed list has no number in it: those come one a field.
+        let is_numbers = check(&entries(limit + 1)).is_ok();
+        let entries = |count: usize| match is_numbers {
+            true => nested(above, [last << 3, 5].repeat(count)),
+            false => entries(count),
+        };
+        check(&entries(limit)).unwrap();
+        let error = check(&entries(limit + 9)).unwrap_err();
+        assert_eq!(error, TooMany::Entries { list, limit, found: limit + 1 }, "{path:?}");
+    }
+    // Packed, as everybody writes them.
+    let blocks = pb::Row { block_ids: vec![300; limits::ROW_BLOCKS], ..Default::default() };
+    let set = |rows| pb::RowSet { rows, ..Default::default() }.encode_to_vec();
+    check_row_set(&set(vec![blocks])).unwrap();
+    let targets = pb::Row { score_targets: vec![300; step + 1], ..Default::default() };
+    assert!(check_row_set(&set(vec![targets])).is_err());
+    let scores = pb::RowResult { scores: vec![1.0; step + 1], ..Default::default() };
+    let set = pb::ResultSet { rows: vec![scores], ..Default::default() };
+    assert!(check_result_set(&set.encode_to_vec()).is_err());
+    assert_eq!(check_row_set(&[0x0a, 5, 1]), Err(TooMany::Malformed));
+}
+
+#[test]
+fn what_arrives_is_walked_before_it_is_built() {
+    let held = [12 << 3 | 2, 0].repeat(limits::HELD_STAGES + 1);
+    assert!(super::check::<pb::DescribeResponse>(&held).is_err());
+    let stages = [9 << 3 | 2, 0].repeat(limits::STAGES + 1);
+    assert!(super::check::<pb::PrepareRequest>(&stages).is_err());
+    let stops = [7 << 3 | 2, 0].repeat(limits::STOP_STRINGS + 1);
+    assert!(super::check::<pb::GenerateRequest>(&stops).is_err());
+    let workers = [6 << 3 | 2, 0].repeat((64 << 10) + 1);
+    assert!(super::check::<pb::StatusResponse>(&workers).is_err());
+    let logprobs = [4 << 3 | 2, 0].repeat(limits::PROMPT_TOKENS + 1);
+    let mut event = vec![2 << 3 | 2];
+    prost::encoding::encode_varint(logprobs.len() as u64, &mut event);
+    event.extend(logprobs);
+    assert!(super::check::<pb::GenerateEvent>(&event).is_err());
 }

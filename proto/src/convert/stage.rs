@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use prost::Message;
 
-use super::{WireError, bounded, bounded_text, clipped};
+use super::{WireError, bounded, bounded_text, clipped, uncounted};
+use crate::codec::{check_result_set, check_row_set};
 use crate::held::{Description, HeldStage, HeldState};
 use crate::ids::{
     BlockId, Epoch, Generation, Incarnation, ModelId, PipelineId, PipelineRef, PrefixHash,
@@ -89,6 +90,8 @@ pub fn decode_step(message: pb::StepMessage) -> Result<Step, WireError> {
     if found != expected {
         return Err(WireError::Corrupt { step: header.step.0, expected, found });
     }
+    // Before it is built: a peer who knows the key is not to be believed that it sends few.
+    check_row_set(&rows).map_err(|error| uncounted("rows", error))?;
     let set = pb::RowSet::decode(rows)
         .map_err(|source| WireError::Undecodable { field: "rows", source })?;
     bounded("rows", set.rows.len(), limits::STEP_ROWS)?;
@@ -427,6 +430,7 @@ pub fn decode_result(result: pb::StepResult) -> Result<(ResultSource, StepResult
         term: Term(result.term),
         incarnation: Incarnation::try_from(&result.src_incarnation[..])?,
     };
+    check_result_set(&result.payload).map_err(|error| uncounted("payload", error))?;
     let set = pb::ResultSet::decode(result.payload)
         .map_err(|source| WireError::Undecodable { field: "payload", source })?;
     bounded("rows", set.rows.len(), limits::STEP_ROWS)?;

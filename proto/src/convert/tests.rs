@@ -262,7 +262,7 @@ fn a_step_with_time_left_does_not_arrive_as_expired() {
 fn oversized_steps_are_refused_by_name() {
     let cases: [(&str, Vec<Row>); 4] = [
         ("rows", vec![row_of(1, 1); limits::STEP_ROWS + 1]),
-        ("tokens of a row", vec![row_of(limits::STEP_TOKENS + 1, 1)]),
+        ("tokens of the step", vec![row_of(limits::STEP_TOKENS + 1, 1)]),
         ("tokens of the step", vec![row_of(limits::STEP_TOKENS, 1), row_of(1, 1)]),
         ("block_ids", vec![row_of(1, limits::ROW_BLOCKS + 1)]),
     ];
@@ -473,4 +473,32 @@ fn a_status_arrives_as_it_was_sent() {
     let plan = PlanStatus { pipelines: vec![pipeline], reason: "r".into() };
     let status = ClusterStatus { plan, rates, ready: true, term: 4, ..ClusterStatus::default() };
     assert_eq!(decode_status(encode_status(&status)), status);
+}
+
+#[test]
+fn rows_are_counted_before_they_are_built() {
+    // Two bytes each, of which memory would hold hundreds.
+    let rows = Bytes::from([0x0a, 0].repeat(100_000));
+    let payload_crc32c = step_crc32c(5, 1, &rows, &[]);
+    let step = pb::StepMessage {
+        epoch: 5,
+        step: 1,
+        dst_incarnation: vec![1; 16].into(),
+        payload_crc32c,
+        rows: rows.clone(),
+        ..Default::default()
+    };
+    let limit = limits::STEP_ROWS as u64;
+    // It stopped there: the last ones were not even looked at.
+    let too_many = WireError::TooLarge { field: "rows", found: limit + 1, limit };
+    assert_eq!(decode_step(step).unwrap_err(), too_many);
+    let mut result = pb::StepResult {
+        epoch: 5,
+        step: 1,
+        src_incarnation: vec![1; 16].into(),
+        payload: rows,
+        ..Default::default()
+    };
+    result.payload_crc32c = stage::result_crc32c(&result);
+    assert_eq!(decode_result(result).unwrap_err(), too_many);
 }
