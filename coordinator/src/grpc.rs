@@ -276,7 +276,7 @@ fn events(answer: Answer) -> impl Stream<Item = Result<pb::GenerateEvent, Status
 /// Waits for an answer to begin and counts it if it was refused: then the status stands in the
 /// headers. What breaks off later has it in the trailers, and is counted where it broke.
 async fn count_refusals(request: axum::extract::Request, next: Next) -> axum::response::Response {
-    arrival::scope(async move {
+    arrival::scope(arrival::of(request.extensions()), async move {
         let arrived = arrival::of_this_request();
         let response = next.run(request).await;
         if let Some(status) = Status::from_header_map(response.headers())

@@ -18,8 +18,10 @@ use crate::serve::{Options, Protocol};
 /// What `/metrics` is, to the letter that Prometheus expects.
 const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Connections of those who watch one process: probes, scrapers, people.
-const CONNECTIONS: usize = 32;
+/// Connections of those who watch one process: probes, scrapers, people. They need a handful; the rest is
+/// for strangers who say nothing, so that 2,560 of them a second wait out their grace beside whoever asks,
+/// and ten times as many do not delay the accept loop.
+const CONNECTIONS: usize = 128;
 
 /// How long their answers may take once the process has stopped.
 const LINGER: Duration = Duration::from_secs(1);

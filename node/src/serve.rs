@@ -11,7 +11,8 @@
 //!
 //! A connection is *silent* until the head of its first request is there, *idle* while no request
 //! is open, and *busy* while one that has arrived is answered. Nothing that a client does or leaves
-//! undone keeps the others out: whoever is not busy makes room for a newcomer.
+//! undone keeps the others out: whoever is not busy makes room for a newcomer, and so does a busy one
+//! whose client reads nothing of what is there.
 
 mod grpc;
 mod messages;
@@ -41,6 +42,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 pub use grpc::{CallLimits, Concurrency, Method, with_limits};
+pub use messages::QuietCall;
+pub use requests::FirstByte;
 use requests::Tracked;
 use socket::Socket;
 use table::{Admission, Cut, Place, Table};

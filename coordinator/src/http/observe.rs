@@ -112,10 +112,10 @@ pub(super) async fn metrics_page(Query(query): Query<MetricsQuery>) -> impl Into
 }
 
 /// Counts a request that was refused, at the one place that every response passes, and notes when
-/// its head arrived.
+/// its first byte came.
 pub(super) async fn count_refusals(request: Request, next: Next) -> Response {
     let endpoint = endpoint_of(request.uri().path());
-    arrival::scope(async move {
+    arrival::scope(arrival::of(request.extensions()), async move {
         let arrived = arrival::of_this_request();
         let response = next.run(request).await;
         let status = response.status();
@@ -144,7 +144,8 @@ fn endpoint_of(path: &str) -> &'static str {
     match path {
         "/v1/completions" => "completions",
         "/v1/chat/completions" => "chat_completions",
-        "/health" | "/livez" | "/ping" | "/ready" | "/readyz" | "/version" | "/metrics" => PROBES,
+        "/health" | "/healthz" | "/livez" | "/ping" | "/ready" | "/readyz" | "/version"
+        | "/metrics" => PROBES,
         path if path == "/v1/models" || path.starts_with("/v1/models/") => "models",
         _ => "other",
     }
@@ -271,6 +272,18 @@ mod tests {
         }
         for name in ["cpu_seconds_total", "resident_memory_bytes", "open_fds", "threads"] {
             assert!(types.contains_key(format!("process_{name}").as_str()), "process_{name}");
+        }
+    }
+
+    #[test]
+    fn every_route_of_who_watches_is_a_probe() {
+        let page = include_str!("../../../docs/connections.md");
+        let line =
+            page.lines().find(|line| line.contains("are served beside the HTTP API")).unwrap();
+        let routes: Vec<&str> = line.split('`').filter(|word| word.starts_with('/')).collect();
+        assert!(routes.len() >= 8 && routes.contains(&"/healthz"), "{routes:?}");
+        for route in routes {
+            assert_eq!(endpoint_of(route), PROBES, "{route}");
         }
     }
 

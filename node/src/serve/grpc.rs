@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tonic::Status;
 
-use super::messages::{MessageLimits, Messages, Unfinished};
+use super::messages::{MessageLimits, Messages, QuietCall, Unfinished};
 use super::requests::{Arrival, Held};
 
 /// How many calls of a method, or of several that share it, are served at once.
@@ -69,7 +69,8 @@ impl Method {
         Self { streams: true, ..Self::unary(path, message_bytes) }
     }
 
-    /// Lets clients wait for as long as they like before their first message.
+    /// Lets clients wait for as long as they like before their first message, once the service has said
+    /// with the request's [`QuietCall`] that it knows them.
     pub fn with_quiet_clients(self) -> Self {
         Self { waits: true, ..self }
     }
@@ -98,6 +99,10 @@ pub struct CallLimits {
     pub answer: Option<Duration>,
 }
 
+/// Calls of methods that may be quiet, of callers whom the service does not know: whoever it will know in a
+/// moment has a handful. Beyond it the oldest are cut.
+const QUIET_STRANGERS: usize = 256;
+
 /// Sends of one watcher of health, or of one reader of reflection, are small.
 const SMALL_MESSAGE_BYTES: usize = 16 << 10;
 
@@ -125,6 +130,7 @@ pub fn with_limits(router: Router, methods: Vec<Method>, limits: CallLimits) -> 
     let calls = Calls {
         methods: methods.map(|method| (method.path, method)).collect(),
         unfinished: Unfinished::new(limits.unfinished_bytes, limits.unfinished_messages),
+        strangers: Unfinished::new(usize::MAX, QUIET_STRANGERS),
         limits,
     };
     router.layer(middleware::from_fn_with_state(Arc::new(calls), within_limits))
@@ -133,6 +139,8 @@ pub fn with_limits(router: Router, methods: Vec<Method>, limits: CallLimits) -> 
 struct Calls {
     methods: HashMap<&'static str, Method>,
     unfinished: Arc<Unfinished>,
+    /// Quiet calls of callers that are not known.
+    strangers: Arc<Unfinished>,
     limits: CallLimits,
 }
 
@@ -153,7 +161,12 @@ impl Calls {
             single: !method.streams,
         };
         let arrival = parts.extensions.remove::<Arrival>();
-        let mut messages = Messages::new(body, limits, &self.unfinished, arrival);
+        let mut messages = Messages::new(body, limits, &self.unfinished, arrival.clone());
+        if method.waits {
+            let quiet = QuietCall::begin(&self.strangers, arrival);
+            parts.extensions.insert(quiet.clone());
+            messages = messages.of_quiet(quiet);
+        }
         if !method.streams {
             messages.first().await?;
         }

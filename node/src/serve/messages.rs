@@ -104,6 +104,45 @@ impl Drop for Ticket {
     }
 }
 
+/// A call of a method whose clients may be quiet before their first message. Until the service knows its
+/// caller it is a stranger's, whatever it sends: its connection makes room for others, and beyond the most
+/// that may be open the oldest such calls are cut.
+#[derive(Clone, Debug)]
+pub struct QuietCall(Arc<Mutex<Option<Stranger>>>);
+
+#[derive(Debug)]
+struct Stranger {
+    ticket: Ticket,
+    arrival: Option<Arrival>,
+}
+
+impl QuietCall {
+    /// One more beside those of `strangers`.
+    pub(super) fn begin(strangers: &Arc<Unfinished>, arrival: Option<Arrival>) -> Self {
+        let ticket = strangers.begin(false);
+        Self(Arc::new(Mutex::new(Some(Stranger { ticket, arrival }))))
+    }
+
+    fn stranger(&self) -> MutexGuard<'_, Option<Stranger>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The service knows who calls: from now on the call may be quiet for as long as it lasts.
+    pub fn admit(&self) {
+        let stranger = self.stranger().take();
+        if let Some(arrival) = stranger.and_then(|stranger| stranger.arrival) {
+            arrival.mark();
+        }
+    }
+
+    /// Whether it was cut to make room for another.
+    fn poll_cut(&self, context: &mut Context<'_>) -> bool {
+        let mut stranger = self.stranger();
+        let cut = stranger.as_mut().map(|stranger| stranger.ticket.cut.as_mut().poll(context));
+        cut.is_some_and(|cut| cut.is_ready())
+    }
+}
+
 /// How long and how large messages may be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MessageLimits {
@@ -125,6 +164,7 @@ pub(super) struct Messages {
     limits: MessageLimits,
     all: Arc<Unfinished>,
     arrival: Option<Arrival>,
+    quiet: Option<QuietCall>,
     /// Whole messages and what follows them, for the decoder.
     ready: VecDeque<Frame<Bytes>>,
     partial: Partial,
@@ -184,12 +224,6 @@ impl Messages {
         all: &Arc<Unfinished>,
         arrival: Option<Arrival>,
     ) -> Self {
-        if limits.first.is_none()
-            && let Some(arrival) = &arrival
-        {
-            // Whoever may be quiet for as long as it likes is here already.
-            arrival.mark();
-        }
         let ticket = limits.first.map(|_| all.begin(false));
         let deadline = limits.first.map(|first| Box::pin(sleep(first)));
         Self {
@@ -197,6 +231,7 @@ impl Messages {
             limits,
             all: Arc::clone(all),
             arrival,
+            quiet: None,
             ready: VecDeque::new(),
             partial: Partial::default(),
             ticket,
@@ -204,6 +239,11 @@ impl Messages {
             proven: false,
             ended: false,
         }
+    }
+
+    /// The same of a quiet call: it is for the service to say that it has arrived.
+    pub(super) fn of_quiet(self, quiet: QuietCall) -> Self {
+        Self { arrival: None, quiet: Some(quiet), ..self }
     }
 
     /// Waits until the first message is whole, or the client has none.
@@ -247,6 +287,12 @@ impl Messages {
 
     /// Nothing came: is it too late, or was this message cut?
     fn poll_trouble(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        if self.quiet.as_ref().is_some_and(|quiet| quiet.poll_cut(context)) {
+            let words =
+                "too many calls of callers that are not known: this one made room for another";
+            // Not RESOURCE_EXHAUSTED, which here says that a message is too large.
+            return Poll::Ready(Err(Status::aborted(words)));
+        }
         if let Some(ticket) = &mut self.ticket
             && ticket.cut.as_mut().poll(context).is_ready()
         {

@@ -11,6 +11,7 @@ use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderValue, Request, Response, Version, header};
 use http_body::{Frame, SizeHint};
+use tokio::time::Instant;
 use tonic::transport::server::TcpConnectInfo;
 use tower::{Service, ServiceExt};
 
@@ -30,6 +31,12 @@ impl Arrival {
         self.0.arrived();
     }
 }
+
+/// When the first byte of a request came: beside it, in its extensions. Over HTTP/2, where a connection's
+/// bytes are those of many requests, and for one that was sent before the last was answered, the moment when
+/// its head was whole.
+#[derive(Clone, Copy, Debug)]
+pub struct FirstByte(pub Instant);
 
 /// The router of one connection.
 #[derive(Clone)]
@@ -76,6 +83,7 @@ where
         let mut request = request.map(|body| Body::new(Arriving { body, call: Arc::clone(&call) }));
         request.extensions_mut().insert(self.peer.clone());
         request.extensions_mut().insert(Arrival(Arc::clone(&call)));
+        request.extensions_mut().insert(FirstByte(call.first_byte));
         let is_http1 = request.version() < Version::HTTP_2;
         let keep_alive = is_http1.then(|| self.keep_alive.clone());
         let router = self.router.clone();
@@ -199,8 +207,6 @@ impl<T: Unpin> HttpBody for Held<T> {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
-
-    use tokio::time::Instant;
 
     use super::super::table::{Admission, Table};
     use super::*;

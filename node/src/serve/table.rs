@@ -8,6 +8,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Timeouts;
+use pace::Pace;
+
+mod pace;
 
 /// Why the server closed a connection before its client did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,8 @@ impl Cut {
 /// What one connection is doing.
 #[derive(Debug)]
 struct State {
+    /// When the first byte came.
+    heard: Option<Instant>,
     /// A whole request head has come.
     proven: bool,
     /// It speaks HTTP/2: bytes may be answers to pings and begin no head.
@@ -48,6 +53,9 @@ struct State {
     open: u32,
     /// Those of them that have arrived: whole, or with their first whole message.
     arrived: u32,
+    /// Those of them that we owe the next part of an answer: they arrived, and their clients took what was
+    /// there.
+    computing: u32,
     /// Parts of answers that were handed over and of which hyper does not want the next yet, for the
     /// client's window is shut or the buffers are full: their bytes, by the number of their request.
     held: BTreeMap<u64, usize>,
@@ -55,7 +63,8 @@ struct State {
     pace: Pace,
     /// Numbers requests.
     calls: u64,
-    /// When it was accepted, or when its last request began or ended.
+    /// When it was accepted, or when it last began or ceased to have open requests. One more request
+    /// does not make it younger.
     since: Instant,
     /// When the client last took bytes: the rest of an answer whose request has ended may be on its way.
     written: Option<Instant>,
@@ -65,48 +74,6 @@ struct State {
     cut: Option<(Cut, Option<Rank>)>,
 }
 
-/// Bytes that a client takes at least while it keeps all its answers waiting for [`Timeouts::write`] in all:
-/// half a KiB a second, slower than any link in use. One that takes them in drops, or one small answer
-/// after another, is cut as one that takes nothing.
-const PACE_BYTES: usize = 16 << 10;
-
-/// What a client has taken, and how long it kept the server waiting for that.
-#[derive(Debug, Default)]
-struct Pace {
-    /// Since when everything that is open waits for the client.
-    waiting: Option<Instant>,
-    /// How long it did before that.
-    waited: Duration,
-    taken_bytes: usize,
-}
-
-impl Pace {
-    /// Bytes were taken; enough of them, and the count begins anew.
-    fn taken(&mut self, bytes: usize, now: Instant) {
-        self.taken_bytes = self.taken_bytes.saturating_add(bytes);
-        if self.taken_bytes >= PACE_BYTES {
-            *self = Self { waiting: self.waiting.map(|_| now), ..Self::default() };
-        }
-    }
-
-    /// Whether everything waits for the client from now on.
-    fn waits(&mut self, all: bool, now: Instant) {
-        match (self.waiting, all) {
-            (None, true) => self.waiting = Some(now),
-            (Some(since), false) => {
-                self.waited += now.saturating_duration_since(since);
-                self.waiting = None;
-            }
-            _ => {}
-        }
-    }
-
-    /// When it has kept the server waiting for `limit` in all, if it goes on so.
-    fn until(&self, limit: Duration) -> Option<Instant> {
-        Some(self.waiting? + limit.saturating_sub(self.waited))
-    }
-}
-
 /// How long after its last request ended, or its client last took bytes of the answer, a connection
 /// may still be sending the end of it.
 const TAIL: Duration = Duration::from_millis(100);
@@ -114,15 +81,30 @@ const TAIL: Duration = Duration::from_millis(100);
 /// How long the end of an answer may take after its request has ended: hyper holds some 64 KiB of it.
 const TAIL_MAX: Duration = Duration::from_secs(10);
 
-/// Who makes room: the first of these first.
+/// A client that keeps all its answers waiting for so long makes room when room is needed: a lost packet is
+/// sent again within a second.
+const STALL: Duration = Duration::from_secs(1);
+
+/// So many newcomers that have not sent a byte are a flood, where nobody else can make room: each is then left
+/// [`FLOOD_SHARE`] of the grace. A client sends when it is connected, whatever the way is to it.
+const FLOOD: usize = 8;
+
+/// The part of the grace, as one in so many: 5 ms, in which the connection's task is woken and reads.
+const FLOOD_SHARE: u32 = 10;
+
+/// Who makes room: the first of these first, but that the first two are equals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
+    /// Not a byte has come.
+    Mute,
     /// No request head has come.
     Silent,
     /// Its requests have been answered.
     Idle,
     /// Its request is not here yet.
     Arriving,
+    /// It takes none of its answers, or the end of the last too slowly.
+    Unread,
 }
 
 /// One connection, as its task, its requests and the accept loop see it.
@@ -136,10 +118,12 @@ pub(super) struct Activity {
 impl Activity {
     fn new(now: Instant) -> Self {
         let state = State {
+            heard: None,
             proven: false,
             http2: false,
             open: 0,
             arrived: 0,
+            computing: 0,
             held: BTreeMap::new(),
             pace: Pace::default(),
             calls: 0,
@@ -158,6 +142,7 @@ impl Activity {
     /// Bytes came; `http2` once they are known to begin with the preface of HTTP/2.
     pub(super) fn received(&self, now: Instant, http2: bool) {
         let mut state = self.state();
+        state.heard.get_or_insert(now);
         state.http2 |= http2;
         if state.open == 0 && state.proven && !state.http2 && state.head_since.is_none() {
             state.head_since = Some(now);
@@ -194,10 +179,11 @@ impl Activity {
 }
 
 impl State {
-    /// A request began or ended, or a part of an answer waits or was taken.
+    /// A request began, arrived or ended, or a part of an answer waits or was taken.
     fn pace_changed(&mut self, now: Instant) {
-        let all_wait = self.open > 0 && self.held.len() == self.open as usize;
-        self.pace.waits(all_wait, now);
+        // Requests that are not here are the client's affair as well: they keep nothing from being read.
+        let all_wait = self.computing == 0 && !self.held.is_empty();
+        self.pace.changed(self.open > 0, all_wait, now);
     }
 
     /// When its last request ended, or the client last took some of the answer.
@@ -215,14 +201,64 @@ impl State {
     /// Its place in the order in which connections make room; `None` for one that does not: a
     /// request that has arrived is being answered.
     fn rank(&self) -> Option<Rank> {
-        match (self.open, self.arrived, self.proven) {
-            (0, _, false) => Some(Rank::Silent),
+        match (self.open, self.arrived, self.computing) {
+            (0, ..) if self.heard.is_none() && !self.proven => Some(Rank::Mute),
+            (0, ..) if !self.proven => Some(Rank::Silent),
             // The rest of an answer may be on its way.
-            (0, _, true) => Some(Rank::Idle),
+            (0, ..) => Some(Rank::Idle),
             (_, 0, _) => Some(Rank::Arriving),
+            (.., 0) => Some(Rank::Unread),
             _ => None,
         }
     }
+
+    /// Whether its client keeps all its answers waiting, and most of the time.
+    fn stalls(&self, now: Instant) -> bool {
+        self.rank() == Some(Rank::Unread) && !self.pace.stalled(now).is_zero()
+    }
+
+    /// From when on it makes room, with which rank, and since when it deserves that: of equals the
+    /// first goes. `None` for one that does not, or was told to already.
+    fn turn(&self, terms: Terms, now: Instant) -> Option<Turn> {
+        let rank = self.rank().filter(|_| self.cut.is_none())?;
+        let turn = |rank, ripe, since| Some(Turn { rank, since, ripe });
+        match rank {
+            Rank::Mute | Rank::Silent => turn(Rank::Silent, self.since + terms.grace, self.since),
+            Rank::Arriving => turn(rank, self.since + terms.grace, self.since),
+            Rank::Idle => {
+                let tail = self.tail_until().unwrap_or(now);
+                let stall = self.since + terms.stall.max(TAIL);
+                match tail <= stall {
+                    true => turn(rank, tail, self.since),
+                    // It takes the end of its answer in drops.
+                    false => turn(Rank::Unread, stall, self.since),
+                }
+            }
+            Rank::Unread => {
+                let stalled = self.pace.stalled(now);
+                let since = now.checked_sub(stalled).unwrap_or(now);
+                // One that reads now and then gets there later, or never.
+                turn(rank, now + terms.stall.saturating_sub(stalled), since)
+            }
+        }
+    }
+}
+
+/// What connections are left at present, before they make room.
+#[derive(Clone, Copy, Debug)]
+struct Terms {
+    /// From the accept, or the head of a request, to its end.
+    grace: Duration,
+    /// Without reading.
+    stall: Duration,
+}
+
+/// When a connection makes room.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    rank: Rank,
+    since: Instant,
+    ripe: Instant,
 }
 
 /// One request of a connection, from its head to the end of its answer.
@@ -230,6 +266,8 @@ impl State {
 pub(super) struct Call {
     activity: Arc<Activity>,
     number: u64,
+    /// When its first byte came; over HTTP/2 the end of its head, for its frames are hyper's.
+    pub(super) first_byte: Instant,
     progress: Mutex<Progress>,
 }
 
@@ -237,20 +275,31 @@ pub(super) struct Call {
 #[derive(Debug, Default)]
 struct Progress {
     arrived: bool,
+    /// A part of its answer waits for the client.
+    held: bool,
     ended: bool,
 }
 
 impl Call {
     pub(super) fn begin(activity: &Arc<Activity>) -> Arc<Self> {
         let mut state = activity.state();
+        let now = Instant::now();
+        let first_byte = match (state.http2, state.calls) {
+            (true, _) => None,
+            (false, 0) => state.heard,
+            (false, _) => state.head_since,
+        };
         state.proven = true;
+        if state.open == 0 {
+            state.since = now;
+        }
         state.open += 1;
         state.calls += 1;
-        state.since = Instant::now();
         state.head_since = None;
-        state.pace_changed(Instant::now());
+        state.pace_changed(now);
         let number = state.calls;
-        Arc::new(Self { activity: Arc::clone(activity), number, progress: Mutex::default() })
+        let (activity, first_byte) = (Arc::clone(activity), first_byte.unwrap_or(now));
+        Arc::new(Self { activity, number, first_byte, progress: Mutex::default() })
     }
 
     /// A part of the answer was handed over, of so many bytes.
@@ -264,7 +313,8 @@ impl Call {
     }
 
     fn wait(&self, part: Option<usize>) {
-        if self.progress().ended {
+        let mut progress = self.progress();
+        if progress.ended {
             return;
         }
         let now = Instant::now();
@@ -273,16 +323,25 @@ impl Call {
             Some(bytes) => state.held.insert(self.number, bytes),
             None => state.held.remove(&self.number),
         };
+        match (progress.arrived, progress.held, part.is_some()) {
+            (true, false, true) => state.computing -= 1,
+            (true, true, false) => state.computing += 1,
+            _ => {}
+        }
+        progress.held = part.is_some();
         state.pace.taken(before.unwrap_or(0), now);
         state.pace_changed(now);
     }
 
-    /// The request is here: from now on its connection makes no room for others.
+    /// The request is here: from now on its connection makes no room for others while we answer.
     pub(super) fn arrived(&self) {
         let mut progress = self.progress();
         if !progress.arrived && !progress.ended {
             progress.arrived = true;
-            self.activity.state().arrived += 1;
+            let mut state = self.activity.state();
+            state.arrived += 1;
+            state.computing += u32::from(!progress.held);
+            state.pace_changed(Instant::now());
         }
     }
 
@@ -302,15 +361,18 @@ impl Call {
         if std::mem::replace(&mut progress.ended, true) {
             return;
         }
-        let arrived = progress.arrived;
+        let Progress { arrived, held, .. } = *progress;
         let mut state = self.activity.state();
         state.open -= 1;
         state.arrived -= u32::from(arrived);
+        state.computing -= u32::from(arrived && !held);
         let (now, part) = (Instant::now(), state.held.remove(&self.number));
         state.pace.taken(part.unwrap_or(0), now);
         state.pace_changed(now);
-        state.since = now;
         let is_idle = state.open == 0;
+        if is_idle {
+            state.since = now;
+        }
         drop(state);
         if is_idle {
             self.activity.changed.notify_one();
@@ -368,7 +430,8 @@ impl Table {
     }
 
     /// Takes a newcomer in, or has the one that can best be missed make room: silent ones first,
-    /// then idle ones, then those whose requests have not arrived; of equals the oldest.
+    /// then idle ones, then those whose requests have not arrived, then those that do not read; of
+    /// equals the oldest.
     pub(super) fn admit(self: &Arc<Self>, now: Instant) -> Admission {
         let mut inner = self.inner();
         if inner.open.len() < inner.limit {
@@ -384,19 +447,28 @@ impl Table {
             // Room is being made already.
             return Admission::Wait(now + self.grace);
         }
-        let since = now.checked_sub(self.grace).unwrap_or(now);
-        if inner.cut_one(Cut::Room, since) {
+        let mut terms = Terms { grace: self.grace, stall: STALL };
+        if inner.cut_one(Cut::Room, terms, now) {
             return Admission::Wait(now + self.grace);
         }
+        if let Some((oldest, due)) = inner.oldest_of_a_flood(self.grace) {
+            if due > now {
+                return Admission::Wait(due);
+            }
+            inner.tell(&oldest, Cut::Room);
+            return Admission::Wait(now + self.grace);
+        }
+        if inner.mostly_stall(now) {
+            terms.stall = self.grace;
+            if inner.cut_one(Cut::Room, terms, now) {
+                return Admission::Wait(now + self.grace);
+            }
+        }
         // Those that are new may still send; if there are none, nothing will change soon.
-        let ripe = |activity: &Arc<Activity>| {
-            let state = activity.state();
-            state.rank().filter(|_| state.cut.is_none())?;
-            Some((state.since + self.grace).max(state.tail_until().unwrap_or(now)))
-        };
+        let ripe = |activity: &Arc<Activity>| Some(activity.state().turn(terms, now)?.ripe);
         match inner.open.values().filter_map(ripe).min() {
-            Some(ripe) => Admission::Wait(ripe.max(now)),
-            None => Admission::Full,
+            Some(ripe) if ripe <= now + self.grace.max(TAIL) => Admission::Wait(ripe.max(now)),
+            _ => Admission::Full,
         }
     }
 
@@ -406,7 +478,8 @@ impl Table {
         let mut inner = self.inner();
         let wanted = inner.open.len().saturating_sub(spare).max(1);
         let now = Instant::now();
-        while inner.staying() > wanted && inner.cut_one(Cut::Descriptors, now) {}
+        let terms = Terms { grace: Duration::ZERO, stall: STALL };
+        while inner.staying() > wanted && inner.cut_one(Cut::Descriptors, terms, now) {}
         // Not below what stays: where nothing could be cut, refusing newcomers would free nothing.
         inner.limit = inner.staying().max(1);
     }
@@ -433,35 +506,57 @@ impl Inner {
         self.open.len() - self.told
     }
 
-    /// Cuts the connection that can best be missed, if there is one; of those without a whole
-    /// request only such as were there at `since`.
-    fn cut_one(&mut self, why: Cut, since: Instant) -> bool {
-        let now = Instant::now();
+    /// Whether more than half of all places are taken by clients that keep their answers waiting most of
+    /// the time. That is an attack, or a network that has broken down, and whoever comes may read: then
+    /// they are given the grace of newcomers and not [`STALL`].
+    fn mostly_stall(&self, now: Instant) -> bool {
+        let stalls = |activity: &&Arc<Activity>| activity.state().stalls(now);
+        self.open.values().filter(stalls).count() > self.limit / 2
+    }
+
+    /// Cuts the connection that can best be missed, if it is the turn of any.
+    fn cut_one(&mut self, why: Cut, terms: Terms, now: Instant) -> bool {
         let mut first: Option<((Rank, Instant), &Arc<Activity>)> = None;
         for activity in self.open.values() {
-            let state = activity.state();
-            let Some(rank) = state.rank().filter(|_| state.cut.is_none()) else { continue };
-            let is_sending = state.tail_until().is_some_and(|at| at > now);
-            let is_new = rank != Rank::Idle && state.since > since;
-            let key = (rank, state.since);
-            if is_sending || is_new || first.is_some_and(|(first, _)| first <= key) {
+            let Some(turn) = activity.state().turn(terms, now) else { continue };
+            let key = (turn.rank, turn.since);
+            if turn.ripe > now || first.is_some_and(|(first, _)| first <= key) {
                 continue;
             }
             first = Some((key, activity));
             // The first silent one is the oldest, and none comes before it. Strangers who come again
             // and again cost us no look at every other.
-            if rank == Rank::Silent {
+            if turn.rank == Rank::Silent {
                 break;
             }
         }
-        let Some((_, victim)) = first else { return false };
+        let Some(victim) = first.map(|(_, victim)| Arc::clone(victim)) else { return false };
+        self.tell(&victim, why);
+        true
+    }
+
+    /// The oldest of a flood of newcomers that have sent nothing, and when it goes: the accept loop must
+    /// not wait out the grace of each of them.
+    fn oldest_of_a_flood(&self, grace: Duration) -> Option<(Arc<Activity>, Instant)> {
+        let is_mute = |activity: &&Arc<Activity>| {
+            let state = activity.state();
+            state.cut.is_none() && state.rank() == Some(Rank::Mute)
+        };
+        let mut mutes = self.open.values().filter(is_mute);
+        let oldest = mutes.next()?;
+        let is_flood = mutes.nth(FLOOD - 2).is_some();
+        let due = oldest.state().since + grace / FLOOD_SHARE;
+        is_flood.then(|| (Arc::clone(oldest), due))
+    }
+
+    /// Tells a connection to end, which it does unless more of its request comes meanwhile.
+    fn tell(&mut self, victim: &Activity, why: Cut) {
         let mut state = victim.state();
         let rank = state.rank();
         state.cut = Some((why, rank));
         drop(state);
         victim.changed.notify_one();
         self.told += 1;
-        true
     }
 }
 
@@ -508,210 +603,4 @@ impl Drop for Place {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Paused time moves on by this between two events.
-    const MOMENT: Duration = Duration::from_millis(1);
-
-    fn enter(table: &Arc<Table>) -> Place {
-        match table.admit(Instant::now()) {
-            Admission::Entered(place) => place,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    impl Activity {
-        fn cut(&self) -> Option<Cut> {
-            self.state().cut.map(|(why, _)| why)
-        }
-
-        fn tail_until(&self) -> Option<Instant> {
-            self.state().tail_until()
-        }
-    }
-
-    async fn a_moment() {
-        tokio::time::advance(MOMENT).await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn silent_ones_make_room_first_then_idle_then_unarrived_and_busy_ones_never() {
-        let table = Table::new("test", 4, MOMENT);
-        let idle = enter(&table);
-        drop(Call::begin(&idle.activity));
-        // It may still be sending the end of its answer.
-        assert_eq!(idle.activity.tail_until(), Some(Instant::now() + TAIL));
-        tokio::time::sleep(TAIL).await;
-        let half = enter(&table);
-        let half_call = Call::begin(&half.activity);
-        a_moment().await;
-        let busy = enter(&table);
-        let busy_call = Call::begin(&busy.activity);
-        busy_call.arrived();
-        a_moment().await;
-        let silent = enter(&table);
-        for victim in [silent, idle, half] {
-            a_moment().await;
-            assert_eq!(victim.activity.cut(), None);
-            assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-            assert_eq!(victim.activity.cut(), Some(Cut::Room));
-            // Room is being made already: nobody else is cut for the same newcomer.
-            assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-            drop(victim);
-            let newcomer = enter(&table);
-            Call::begin(&newcomer.activity).arrived();
-            let call = Call::begin(&newcomer.activity);
-            call.arrived();
-            std::mem::forget((newcomer, call));
-        }
-        drop(half_call);
-        assert!(matches!(table.admit(Instant::now()), Admission::Full));
-        assert_eq!(busy.activity.cut(), None);
-        drop(busy_call);
-        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)), "idle again");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn of_silent_ones_the_oldest_goes() {
-        let table = Table::new("test", 2, MOMENT);
-        let first = enter(&table);
-        a_moment().await;
-        let second = enter(&table);
-        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-        assert_eq!((first.activity.cut(), second.activity.cut()), (Some(Cut::Room), None));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn those_that_were_told_to_end_are_counted_once() {
-        let table = Table::new("test", 4, MOMENT);
-        let mut places: Vec<Place> = (0..4).map(|_| enter(&table)).collect();
-        a_moment().await;
-        let told = |table: &Table| {
-            let inner = table.inner();
-            assert_eq!(inner.open.len() - inner.staying(), inner.told);
-            inner.open.values().filter(|activity| activity.cut().is_some()).count()
-        };
-        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-        // Asking again tells no second one.
-        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-        assert_eq!((told(&table), table.inner().told), (1, 1));
-        // The request of that one comes just then: it stays, and so nobody goes.
-        let call = Call::begin(&places[0].activity);
-        call.arrived();
-        assert_eq!(places[0].must_end(), None);
-        assert_eq!((told(&table), table.inner().told), (0, 0));
-        // The next in turn goes, and counts no more when it has gone.
-        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-        assert_eq!(places[1].must_end(), Some(Cut::Room));
-        assert_eq!((told(&table), table.inner().told), (1, 1));
-        drop(places.remove(1));
-        assert_eq!((told(&table), table.inner().told), (0, 0));
-        places.push(enter(&table));
-        assert_eq!(table.open(), 4);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_newcomer_has_time_to_send_its_request() {
-        let table = Table::new("test", 1, MOMENT);
-        let first = enter(&table);
-        let start = Instant::now();
-        let Admission::Wait(until) = table.admit(start) else { panic!("it waits") };
-        assert_eq!((first.activity.cut(), until), (None, start + MOMENT));
-        a_moment().await;
-        assert!(matches!(table.admit(until), Admission::Wait(_)));
-        assert_eq!(first.activity.cut(), Some(Cut::Room));
-        // Its request was there before it heard of that.
-        let call = Call::begin(&first.activity);
-        call.arrived();
-        assert_eq!(first.must_end(), None);
-        assert!(matches!(table.admit(until), Admission::Full));
-        assert_eq!(table.inner().staying(), 1);
-        drop(first);
-        assert_eq!(table.inner().staying(), 0);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn descriptors_go_back_and_are_not_taken_again_at_once() {
-        let table = Table::new("test", 100, MOMENT);
-        let places: Vec<Place> = (0..10).map(|_| enter(&table)).collect();
-        table.give_back(4);
-        let cut = places.iter().filter(|place| place.activity.cut().is_some());
-        assert_eq!(cut.clone().count(), 4);
-        assert!(cut.clone().all(|place| place.activity.cut() == Some(Cut::Descriptors)));
-        drop(places);
-        let again: Vec<Place> = (0..6).map(|_| enter(&table)).collect();
-        assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
-        table.set_limit(100);
-        enter(&table);
-        drop(again);
-        assert_eq!(table.open(), 0);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_client_that_takes_small_answers_one_by_one_is_cut_unless_it_is_quick() {
-        let timeouts = Timeouts { grace: MOMENT, ..Timeouts::USUAL };
-        // How long it keeps each answer waiting; of how many it hears.
-        let heard = async |wait: Duration| {
-            let table = Table::new("test", 1, MOMENT);
-            let place = enter(&table);
-            for answer in 0..2000 {
-                // As hyper asks for it: head, nothing yet, all of it.
-                let call = Call::begin(&place.activity);
-                call.arrived();
-                call.handed_over(0);
-                tokio::time::advance(wait).await;
-                let due = place.activity.deadline(&timeouts);
-                if due.is_some_and(|(at, _)| at <= Instant::now()) {
-                    assert_eq!(due.map(|(_, why)| why), Some(Cut::Unread));
-                    return answer;
-                }
-                call.taken();
-                assert_eq!(place.activity.deadline(&timeouts), None, "it is being computed");
-                // Which may take long.
-                tokio::time::advance(Duration::from_secs(100)).await;
-                call.end_with(200);
-            }
-            2000
-        };
-        let seconds = Duration::from_secs;
-        assert_eq!(heard(seconds(31)).await, 0);
-        assert_eq!(heard(seconds(10)).await, 2, "30 s for 400 bytes");
-        assert_eq!(heard(seconds(1)).await, 29);
-        assert_eq!(heard(Duration::from_millis(50)).await, 2000, "4 kB/s");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn deadlines_run_from_the_first_byte_and_bytes_do_not_move_them() {
-        let timeouts = Timeouts {
-            first_request: Duration::from_secs(5),
-            head: Duration::from_secs(10),
-            idle: Duration::from_secs(75),
-            write: Duration::from_secs(30),
-            grace: MOMENT,
-        };
-        let table = Table::new("test", 1, MOMENT);
-        let place = enter(&table);
-        let start = Instant::now();
-        let due = |place: &Place| {
-            let (at, why) = place.activity.deadline(&timeouts).unwrap();
-            ((at - start).as_secs(), why)
-        };
-        tokio::time::advance(Duration::from_secs(4)).await;
-        place.activity.received(Instant::now(), false);
-        assert_eq!(due(&place), (5, Cut::Silent), "half a head changes nothing");
-        let call = Call::begin(&place.activity);
-        assert_eq!(place.activity.deadline(&timeouts), None);
-        drop(call);
-        assert_eq!(due(&place), (4 + 75, Cut::Idle));
-        tokio::time::advance(Duration::from_secs(6)).await;
-        place.activity.received(Instant::now(), false);
-        assert_eq!(due(&place), (10 + 10, Cut::Silent), "the next head has begun");
-        tokio::time::advance(Duration::from_secs(3)).await;
-        place.activity.received(Instant::now(), false);
-        assert_eq!(due(&place), (10 + 10, Cut::Silent), "dripping does not help");
-        drop(Call::begin(&place.activity));
-        place.activity.received(Instant::now(), true);
-        assert_eq!(due(&place), (13 + 75, Cut::Idle), "an answer to a ping is no head");
-    }
-}
+mod tests;

@@ -39,10 +39,16 @@ fn router() -> Router {
     };
     Router::new()
         .route("/", get(async || "hello"))
+        .route("/since", get(since))
         .route("/drops", get(drops))
         .route("/endless", get(endless))
         .route("/flood", get(async || Body::from(vec![b'x'; 64 << 20])))
         .route("/body", post(async |body: Bytes| body.len().to_string()))
+}
+
+/// How many milliseconds ago the first byte of the request came.
+async fn since(axum::Extension(FirstByte(came)): axum::Extension<FirstByte>) -> String {
+    format!("{:05}", came.elapsed().as_millis())
 }
 
 /// A server that ends with its test.
@@ -264,6 +270,27 @@ async fn silent_clients_that_come_again_for_ever_keep_nobody_out() {
 }
 
 #[tokio::test]
+async fn a_request_begins_with_its_first_byte() {
+    let server = Running::start(patient(4)).await;
+    let mut stream = server.connect().await;
+    // The first of its connection, and a later one.
+    for _ in 0..2 {
+        stream.write_all(b"GE").await.unwrap();
+        sleep(Duration::from_millis(30)).await;
+        stream.write_all(b"T /since HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut heard = Vec::new();
+        while !heard.windows(4).any(|end| end == b"\r\n\r\n") || heard.ends_with(b"\n") {
+            assert!(stream.read_buf(&mut heard).await.unwrap() > 0);
+        }
+        let text = String::from_utf8(heard).unwrap();
+        let waited: u64 = text[text.len() - 5..].parse().unwrap();
+        assert!((20..20_000).contains(&waited), "{text}");
+        // What is between two requests counts for none.
+        sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
 async fn half_bodies_make_room_too() {
     let server = Running::start(patient(2)).await;
     let half = b"POST /body HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nhalf";
@@ -331,6 +358,38 @@ async fn a_client_that_opens_no_window_for_its_answer_is_cut() {
     }
     let more = async { while waiting.read(&mut heard).await.unwrap() > 0 {} };
     assert!(tokio::time::timeout(Duration::from_millis(200), more).await.is_err(), "it was cut");
+}
+
+#[tokio::test]
+async fn clients_that_read_nothing_and_come_again_for_ever_keep_nobody_out() {
+    let mut server = Running::start(patient(16)).await;
+    let address = server.address;
+    let came = Arc::new(AtomicUsize::new(0));
+    // SETTINGS with an initial window of 0, then GET /.
+    let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0";
+    let get = b"\0\0\x06\x01\x05\0\0\0\x01\x82\x84\x86\x41\x01x";
+    let words = [&HTTP2_HELLO[..24], settings, get].concat();
+    for _ in 0..24 {
+        let (came, words) = (Arc::clone(&came), words.clone());
+        server.meanwhile(async move {
+            loop {
+                let Ok(mut stream) = TcpStream::connect(address).await else { continue };
+                if stream.write_all(&words).await.is_ok() {
+                    came.fetch_add(1, Ordering::Relaxed);
+                    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+                }
+            }
+        });
+    }
+    while came.load(Ordering::Relaxed) < 24 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    sleep(Duration::from_millis(20)).await;
+    let mut served = 0;
+    for _ in 0..20 {
+        served += usize::from(server.hear().await.starts_with("HTTP/1.1 200"));
+    }
+    assert!(served >= 10, "{served} of 20 were served");
 }
 
 #[tokio::test]

@@ -10,6 +10,8 @@ use tonic::Code;
 use tower::ServiceExt;
 
 use super::super::grpc::{CallLimits, Concurrency, Method, with_limits};
+use super::super::requests::Tracked;
+use super::super::table::{Admission, Table};
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -290,4 +292,72 @@ async fn an_unknown_method_waits_for_nothing() {
     let started = Instant::now();
     let response = ask(&server(1, 1), "/s/Other", Body::from_stream(receiver)).await;
     assert_eq!((code(&response), started.elapsed()), (Code::Unimplemented, Duration::ZERO));
+}
+
+/// What ends a quiet call, if anything has so far.
+fn ended(messages: &mut Messages) -> Option<Code> {
+    now(messages).map(|passed| passed.unwrap_err().code())
+}
+
+#[tokio::test(start_paused = true)]
+async fn quiet_calls_of_strangers_are_bounded_and_those_of_the_known_are_not_cut() {
+    let (all, strangers) = (Unfinished::new(1000, 10), Unfinished::new(usize::MAX, 2));
+    let quiet = || {
+        let (sender, messages) = call(limits(1000, None), &all);
+        let quiet = QuietCall::begin(&strangers, None);
+        (sender, messages.of_quiet(quiet.clone()), quiet)
+    };
+    let (_sender, mut known, its) = quiet();
+    its.admit();
+    let mut calls: Vec<_> = (0..4).map(|_| quiet()).collect();
+    assert_eq!(held(&strangers).1, 2);
+    tokio::time::sleep(1000 * SECOND).await;
+    assert_eq!(ended(&mut known), None);
+    let codes: Vec<_> = calls.iter_mut().map(|(_, messages, _)| ended(messages)).collect();
+    let cut = Some(Code::Aborted);
+    assert_eq!(codes, [cut, cut, None, None]);
+    // What a stranger sends passes, and makes it none that is known.
+    let (sender, messages, _) = &mut calls[2];
+    sender.send(Ok(message(3))).await.unwrap();
+    assert_eq!(now(messages).unwrap().unwrap(), message(3));
+    assert_eq!(held(&strangers).1, 2);
+    drop(calls);
+    assert_eq!((held(&strangers), held(&all)), ((0, 0), (0, 0)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_quiet_call_has_arrived_when_the_service_knows_its_caller() {
+    let limits = CallLimits {
+        first_message: 5 * SECOND,
+        whole_message: 10 * SECOND,
+        unfinished_bytes: 10_000,
+        unfinished_messages: 10,
+        answer: None,
+    };
+    let (tell, told) = std::sync::mpsc::channel::<QuietCall>();
+    let route = post(async move |request: Request<Body>| {
+        tell.send(request.extensions().get::<QuietCall>().unwrap().clone()).unwrap();
+        Body::from_stream(futures::stream::pending::<Result<Bytes, Infallible>>())
+    });
+    let methods = vec![Method::streaming("/s/Quiet", 1000).with_quiet_clients()];
+    let server = with_limits(Router::new().route("/s/Quiet", route), methods, limits);
+    for is_known in [true, false] {
+        let table = Table::new("test", 1, SECOND);
+        let Admission::Entered(place) = table.admit(Instant::now()) else { panic!("it is empty") };
+        let peer = (None, "127.0.0.1:1".parse().unwrap());
+        let mut tracked = Tracked::new(server.clone(), Arc::clone(&place.activity), peer, SECOND);
+        let (_sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+        let request = Request::post("/s/Quiet").body(Body::from_stream(receiver)).unwrap();
+        let answer = tower::Service::call(&mut tracked, request).await.unwrap();
+        let mut reading = Box::pin(axum::body::to_bytes(answer.into_body(), 100));
+        assert!((&mut reading).now_or_never().is_none());
+        tokio::time::sleep(2 * SECOND).await;
+        let quiet = told.recv().unwrap();
+        if is_known {
+            quiet.admit();
+        }
+        let makes_room = matches!(table.admit(Instant::now()), Admission::Wait(_));
+        assert_eq!(makes_room, !is_known);
+        assert_eq!(place.must_end().is_some(), !is_known);
+    }
 }
