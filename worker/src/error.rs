@@ -159,6 +159,8 @@ pub(crate) enum ServiceError {
     Thread(#[source] io::Error),
     #[error("building the engine panicked")]
     Build(#[source] tokio::task::JoinError),
+    #[error("{limit} {calls} are open already")]
+    Crowded { calls: &'static str, limit: usize },
     #[error("the epoch ended meanwhile")]
     Gone,
     #[error("stage {stage} of {stages} gives no results: the last one does")]
@@ -175,6 +177,54 @@ pub(crate) enum ServiceError {
     Closing,
 }
 
+impl ServiceError {
+    /// What is counted: a closed set.
+    pub(crate) fn cause(&self) -> &'static str {
+        match self {
+            Self::Key | Self::Witness(WitnessError::Key { .. }) => "key",
+            Self::Epoch(EpochError::OldTerm { .. })
+            | Self::Witness(WitnessError::NotTheLeader { .. }) => "term",
+            Self::Epoch(EpochError::OtherCluster { .. })
+            | Self::Witness(WitnessError::Cluster { .. }) => "cluster",
+            Self::Epoch(EpochError::Draining) | Self::Closing => "closing",
+            Self::Epoch(_) | Self::Witness(WitnessError::Epoch { .. }) | Self::Gone => "epoch",
+            Self::Witness(WitnessError::Registry { .. } | WitnessError::TimedOut { .. }) => {
+                "registry"
+            }
+            Self::Witness(WitnessError::Crowded { .. }) | Self::Crowded { .. } => "crowded",
+            Self::NotThisWorker { .. } | Self::UnknownModel { .. } | Self::NoResults { .. } => {
+                "misdirected"
+            }
+            Self::Layers { .. }
+            | Self::InFlight { .. }
+            | Self::StepTokens { .. }
+            | Self::Wire(_)
+            | Self::Unreadable(_)
+            | Self::Engine(EngineError::Layers { .. } | EngineError::Zero { .. }) => "malformed",
+            Self::Memory { .. }
+            | Self::Engine(EngineError::Memory { .. } | EngineError::Threads { .. })
+            | Self::Thread(_) => "memory",
+            Self::ReaderEnd(_) => "ended",
+            Self::Damaged { .. } | Self::Engine(_) | Self::Build(_) | Self::EngineStopped => {
+                "failed"
+            }
+        }
+    }
+
+    /// Whether anybody can have it said as often as he likes.
+    pub(crate) fn is_of_strangers(&self) -> bool {
+        matches!(
+            self,
+            Self::Key
+                | Self::Witness(_)
+                | Self::Epoch(_)
+                | Self::Wire(_)
+                | Self::Unreadable(_)
+                | Self::Crowded { .. }
+        )
+    }
+}
+
 impl From<ServiceError> for Status {
     fn from(error: ServiceError) -> Self {
         let code = match &error {
@@ -185,9 +235,13 @@ impl From<ServiceError> for Status {
             ServiceError::Key | ServiceError::Witness(WitnessError::Key { .. }) => {
                 Code::PermissionDenied
             }
+            // Not RESOURCE_EXHAUSTED, which says that a stage does not fit here: these pass by themselves.
             ServiceError::Witness(
-                WitnessError::Registry { .. } | WitnessError::TimedOut { .. },
+                WitnessError::Registry { .. }
+                | WitnessError::TimedOut { .. }
+                | WitnessError::Crowded { .. },
             )
+            | ServiceError::Crowded { .. }
             // It says nothing against this worker: it, or another start of it, may be asked again.
             | ServiceError::Epoch(EpochError::Draining) => Code::Unavailable,
             ServiceError::Epoch(_)

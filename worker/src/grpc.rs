@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use futures::Stream;
 use futures::stream::unfold;
-use node::serve::{CallLimits, Http2, Method, Options, Protocol, with_limits};
+use node::serve::{
+    CallLimits, Concurrency, Http2, Method, Options, Protocol, QuietCall, with_limits,
+};
 use proto::convert::{
     WireError, decode_prepare, decode_step, decode_step_header, encode_held, encode_reply,
     encode_result,
@@ -17,14 +19,15 @@ use proto::pb::stage_server::{Stage, StageServer};
 use proto::step::{ResultSource, StepReply, StepVerdict};
 use proto::{limits, pb};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 use tonic_health::server::HealthReporter;
 
 use crate::bridge::IN_FLIGHT_MAX;
+use crate::callers::{Caller, Refusals};
 use crate::error::{RunError, ServiceError, UnreadableMessage};
-use crate::service::Service;
+use crate::service::{Acquaintance, Service};
 use crate::stage::ResultReader;
 use crate::telemetry;
 
@@ -43,6 +46,13 @@ const ROOMY_CONNECTIONS: usize = 16;
 
 /// HTTP/2 header lists are method, path and a trace context.
 const HEADER_LIST_BYTES: u32 = 16 << 10;
+
+/// Streams of steps whose senders are known: one for each stage that may be held, and as many again while
+/// they are made anew, twice. Those of strangers are bounded by `node::serve`.
+const STEP_STREAMS: usize = 4 * limits::HELD_STAGES;
+
+/// Readers of results: one for each stage that may be held, and one that takes over from each.
+const RESULT_READERS: usize = 2 * limits::HELD_STAGES;
 
 /// A preparation names every stage of the pipeline: 512 of them with all their names take less.
 const PREPARE_BYTES: usize = 1 << 20;
@@ -70,6 +80,9 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Answers with what the worker says.
 struct StageService {
     service: Arc<Service>,
+    /// [`STEP_STREAMS`].
+    streams: Arc<Semaphore>,
+    refusals: Arc<Refusals>,
 }
 
 /// A stream of answers.
@@ -84,58 +97,64 @@ impl Stage for StageService {
         &self,
         request: Request<pb::PrepareRequest>,
     ) -> Result<Response<pb::PrepareResponse>, Status> {
-        let key = key(&request)?;
-        let request = decode_prepare(request.into_inner()).map_err(ServiceError::from)?;
-        let (pipeline, epoch, stage) = (request.pipeline, request.epoch, request.stage);
-        match self.service.prepare(request, key).await {
-            Ok(prepared) => {
-                tracing::info!(%pipeline, %epoch, stage, "epoch is prepared");
-                Ok(Response::new(pb::PrepareResponse {
-                    numerics_class: prepared.class.0.to_vec().into(),
-                    weight_bytes: prepared.weight_bytes,
-                    kv_bytes: prepared.kv_bytes,
-                }))
-            }
-            Err(error) => {
-                let status = Status::from(error);
-                tracing::info!(%pipeline, %epoch, stage, reason = status.message(), "not prepared");
-                Err(status)
-            }
-        }
+        let preparing = async {
+            let caller = caller(&request)?;
+            let request = decode_prepare(request.into_inner())?;
+            let (pipeline, epoch, stage) = (request.pipeline, request.epoch, request.stage);
+            let prepared = self.service.prepare(request, caller).await?;
+            tracing::info!(%pipeline, %epoch, stage, "epoch is prepared");
+            Ok(Response::new(pb::PrepareResponse {
+                numerics_class: prepared.class.0.to_vec().into(),
+                weight_bytes: prepared.weight_bytes,
+                kv_bytes: prepared.kv_bytes,
+            }))
+        };
+        self.said("Prepare", preparing.await)
     }
 
     async fn activate(
         &self,
         request: Request<pb::ActivateRequest>,
     ) -> Result<Response<pb::ActivateResponse>, Status> {
-        let key = key(&request)?;
-        let pb::ActivateRequest { pipeline, epoch, term, dst_incarnation } = request.into_inner();
-        let incarnation = incarnation(&dst_incarnation)?;
-        let (pipeline, epoch, term) = (PipelineId(pipeline), Epoch(epoch), Term(term));
-        self.service.activate(pipeline, epoch, term, incarnation, key).await?;
-        Ok(Response::new(pb::ActivateResponse {}))
+        let activating = async {
+            let caller = caller(&request)?;
+            let pb::ActivateRequest { pipeline, epoch, term, dst_incarnation } =
+                request.into_inner();
+            let incarnation = incarnation(&dst_incarnation)?;
+            let (pipeline, epoch, term) = (PipelineId(pipeline), Epoch(epoch), Term(term));
+            self.service.activate(pipeline, epoch, term, incarnation, caller).await?;
+            Ok(Response::new(pb::ActivateResponse {}))
+        };
+        self.said("Activate", activating.await)
     }
 
     async fn retire(
         &self,
         request: Request<pb::RetireRequest>,
     ) -> Result<Response<pb::RetireResponse>, Status> {
-        let key = key(&request)?;
-        let pb::RetireRequest { pipeline, epoch, term, dst_incarnation } = request.into_inner();
-        let incarnation = incarnation(&dst_incarnation)?;
-        let at = PipelineRef { id: PipelineId(pipeline), epoch: Epoch(epoch) };
-        self.service.retire(at, Term(term), incarnation, key).await?;
-        Ok(Response::new(pb::RetireResponse {}))
+        let retiring = async {
+            let caller = caller(&request)?;
+            let pb::RetireRequest { pipeline, epoch, term, dst_incarnation } = request.into_inner();
+            let incarnation = incarnation(&dst_incarnation)?;
+            let at = PipelineRef { id: PipelineId(pipeline), epoch: Epoch(epoch) };
+            self.service.retire(at, Term(term), incarnation, caller).await?;
+            Ok(Response::new(pb::RetireResponse {}))
+        };
+        self.said("Retire", retiring.await)
     }
 
     async fn dismiss(
         &self,
         request: Request<pb::DismissRequest>,
     ) -> Result<Response<pb::DismissResponse>, Status> {
-        let key = key(&request)?;
-        let pb::DismissRequest { term, dst_incarnation } = request.into_inner();
-        self.service.dismiss(Term(term), incarnation(&dst_incarnation)?, key).await?;
-        Ok(Response::new(pb::DismissResponse {}))
+        let dismissing = async {
+            let caller = caller(&request)?;
+            let pb::DismissRequest { term, dst_incarnation } = request.into_inner();
+            let incarnation = incarnation(&dst_incarnation)?;
+            self.service.dismiss(Term(term), incarnation, caller).await?;
+            Ok(Response::new(pb::DismissResponse {}))
+        };
+        self.said("Dismiss", dismissing.await)
     }
 
     async fn describe(
@@ -167,16 +186,30 @@ impl Stage for StageService {
         &self,
         request: Request<Streaming<pb::StepMessage>>,
     ) -> Result<Response<Self::StepsStream>, Status> {
-        let key = key(&request)?.map(|key| key.digest());
-        let (replies, queue) = mpsc::channel(REPLIES_MAX);
-        let edge = Edge {
-            key,
-            service: self.service.clone(),
-            inbound: request.into_inner(),
-            replies,
-            queue,
-            ended: false,
+        let opening = || {
+            let key = caller(&request)?.key.map(|key| key.digest());
+            let quiet = request.extensions().get::<QuietCall>().cloned();
+            let (replies, queue) = mpsc::channel(REPLIES_MAX);
+            let mut edge = Edge {
+                key,
+                quiet,
+                place: None,
+                service: self.service.clone(),
+                streams: self.streams.clone(),
+                refusals: self.refusals.clone(),
+                inbound: request.into_inner(),
+                replies,
+                queue,
+                has_refused: false,
+                ended: false,
+            };
+            // Another's may be for a stage that is prepared in a moment.
+            if self.service.acquaintance(key) == Acquaintance::Known {
+                edge.admit()?;
+            }
+            Ok(edge)
         };
+        let edge = self.said("Steps", opening())?;
         let answers = unfold(edge, |mut edge| async {
             let answer = edge.next().await?;
             edge.ended = answer.is_err();
@@ -189,22 +222,21 @@ impl Stage for StageService {
         &self,
         request: Request<pb::ResultsRequest>,
     ) -> Result<Response<Self::ResultsStream>, Status> {
-        let key = key(&request)?;
-        let pb::ResultsRequest { pipeline, epoch, term, dst_incarnation, after_step } =
-            request.into_inner();
-        let source = ResultSource {
-            pipeline: PipelineId(pipeline),
-            term: Term(term),
-            incarnation: incarnation(&dst_incarnation)?,
+        let reading = || {
+            let key = caller(&request)?.key;
+            let pb::ResultsRequest { pipeline, epoch, term, dst_incarnation, after_step } =
+                request.into_inner();
+            let source = ResultSource {
+                pipeline: PipelineId(pipeline),
+                term: Term(term),
+                incarnation: incarnation(&dst_incarnation)?,
+            };
+            let (epoch, after) = (Epoch(epoch), StepId(after_step));
+            let ResultSource { pipeline, term, incarnation } = source;
+            let reader = self.service.results(pipeline, epoch, term, incarnation, after, key)?;
+            Ok((source, reader))
         };
-        let reader = self.service.results(
-            source.pipeline,
-            Epoch(epoch),
-            source.term,
-            source.incarnation,
-            StepId(after_step),
-            key,
-        )?;
+        let (source, reader) = self.said("Results", reading())?;
         let results = unfold(Some(reader), move |reader: Option<ResultReader>| async move {
             let mut reader = reader?;
             match reader.next().await {
@@ -216,24 +248,43 @@ impl Stage for StageService {
     }
 }
 
+impl StageService {
+    /// What a call of `method` is answered; a refusal is counted.
+    fn said<T>(&self, method: &'static str, outcome: Result<T, ServiceError>) -> Result<T, Status> {
+        outcome.map_err(|error| {
+            self.refusals.note(method, &error);
+            error.into()
+        })
+    }
+}
+
 fn incarnation(bytes: &[u8]) -> Result<Incarnation, ServiceError> {
     Incarnation::try_from(bytes).map_err(|error| ServiceError::Wire(error.into()))
 }
 
 /// What a caller shows of who it is.
-fn key<T>(request: &Request<T>) -> Result<Option<CoordinatorKey>, ServiceError> {
-    Ok(CoordinatorKey::of(request.metadata())?)
+fn caller<T>(request: &Request<T>) -> Result<Caller, ServiceError> {
+    let address = request.remote_addr().map(|address| address.ip().to_canonical());
+    Ok(Caller { key: CoordinatorKey::of(request.metadata())?, address })
 }
 
 /// One stream of steps.
 struct Edge {
     /// Of the key that its sender showed.
     key: Option<KeyDigest>,
+    /// Says that its sender is known.
+    quiet: Option<QuietCall>,
+    /// Once it is: its place among the streams that there may be.
+    place: Option<OwnedSemaphorePermit>,
     service: Arc<Service>,
+    streams: Arc<Semaphore>,
+    refusals: Arc<Refusals>,
     inbound: Streaming<pb::StepMessage>,
     /// Given to the stages that this stream feeds, for what later stages say.
     replies: mpsc::Sender<StepReply>,
     queue: mpsc::Receiver<StepReply>,
+    /// A refused step of one that is not known was logged.
+    has_refused: bool,
     /// After an error nothing follows.
     ended: bool,
 }
@@ -252,58 +303,90 @@ impl Edge {
             }
             Some(reply) = self.queue.recv() => Some(Ok(encode_reply(&reply))),
             message = self.inbound.message() => match message {
-                Ok(Some(message)) => Some(self.take(message)),
+                Ok(Some(message)) => Some(self.take(message).map_err(|error| {
+                    self.refusals.note("Steps", &error);
+                    error.into()
+                })),
                 Ok(None) => None,
                 Err(status) => {
                     let error = UnreadableMessage::from(status);
-                    tracing::info!(reason = %node::Chain(&error), "a stream of steps broke");
                     telemetry::unreadable(&self.service.identity().id, error.cause);
-                    Some(Err(ServiceError::from(error).into()))
+                    let error = ServiceError::from(error);
+                    self.refusals.note("Steps", &error);
+                    Some(Err(error.into()))
                 }
             },
         }
     }
 
-    /// One step, in the order of checks that [`crate::session`] gives.
-    fn take(&self, message: pb::StepMessage) -> Result<pb::StepReply, Status> {
-        let (epoch, step) = (Epoch(message.epoch), StepId(message.step));
-        let pipeline = PipelineId(message.pipeline);
-        let refuse = |epoch, stage, verdict, detail| {
-            telemetry::refused(&self.service.identity().id, verdict);
-            let at = PipelineRef { id: pipeline, epoch };
+    /// Its sender is known: from now on its connection makes no room for others.
+    fn admit(&mut self) -> Result<(), ServiceError> {
+        if self.place.is_none() {
+            let place = self.streams.clone().try_acquire_owned();
+            let crowded = ServiceError::Crowded { calls: "streams of steps", limit: STEP_STREAMS };
+            self.place = Some(place.map_err(|_| crowded)?);
+            self.quiet.iter().for_each(QuietCall::admit);
+        }
+        Ok(())
+    }
+
+    /// Answers a step that no stage takes. Of one whose sender is not known only the first is logged.
+    fn refuse(
+        &mut self,
+        (at, step): (PipelineRef, StepId),
+        stage: u32,
+        verdict: StepVerdict,
+        detail: String,
+    ) -> pb::StepReply {
+        telemetry::refused(&self.service.identity().id, verdict);
+        if self.place.is_some() || !self.has_refused {
             tracing::info!(%step, pipeline = %at, ?verdict, detail, "step refused");
-            Ok(encode_reply(&StepReply { at, step, stage, verdict, detail }))
-        };
-        let corrupt = |stage, error: &WireError| {
-            refuse(epoch, stage, StepVerdict::Corrupt, node::Chain(error).to_string())
-        };
+        }
+        self.has_refused = true;
+        encode_reply(&StepReply { at, step, stage, verdict, detail })
+    }
+
+    /// One step: its sender's key, then the checks in the order that [`crate::session`] gives.
+    fn take(&mut self, message: pb::StepMessage) -> Result<pb::StepReply, ServiceError> {
+        if self.service.acquaintance(self.key) == Acquaintance::Stranger {
+            return Err(ServiceError::Key);
+        }
+        let pipeline = PipelineId(message.pipeline);
+        let at = PipelineRef { id: pipeline, epoch: Epoch(message.epoch) };
+        let at = (at, StepId(message.step));
+        let corrupt = StepVerdict::Corrupt;
         let header = match decode_step_header(&message) {
             Ok(header) => header,
-            Err(error) => return corrupt(0, &error),
+            Err(error) => {
+                return Ok(self.refuse(at, 0, corrupt, node::Chain(&error).to_string()));
+            }
         };
         let stage = match self.service.judge(&header) {
             Ok(stage) => stage,
             Err((refusal, speaks_as)) => {
-                return refuse(refusal.epoch, speaks_as, refusal.verdict, refusal.detail);
+                let at = (PipelineRef { id: pipeline, epoch: refusal.epoch }, at.1);
+                return Ok(self.refuse(at, speaks_as, refusal.verdict, refusal.detail));
             }
         };
         if !stage.admits(self.key) {
-            return Err(ServiceError::Key.into());
+            return Err(ServiceError::Key);
         }
+        self.admit()?;
         let step = match decode_step(message) {
             Ok(step) => step,
-            Err(error @ WireError::Corrupt { .. }) => {
-                return corrupt(stage.prepare().stage, &error);
-            }
-            // What arrived is what was sent: it would be refused again.
             Err(error) => {
+                let verdict = match error {
+                    WireError::Corrupt { .. } => corrupt,
+                    // What arrived is what was sent: it would be refused again.
+                    _ => StepVerdict::Invalid,
+                };
                 let detail = node::Chain(&error).to_string();
-                return refuse(epoch, stage.prepare().stage, StepVerdict::Invalid, detail);
+                return Ok(self.refuse(at, stage.prepare().stage, verdict, detail));
             }
         };
         match stage.arrive(step, &self.replies) {
             Ok(reply) => Ok(encode_reply(&reply)),
-            Err(_) => Err(ServiceError::EngineStopped.into()),
+            Err(_) => Err(ServiceError::EngineStopped),
         }
     }
 }
@@ -327,7 +410,9 @@ pub(crate) fn serve(
     };
     let reflection_v1 = reflection().build_v1().map_err(RunError::Reflection)?;
     let reflection_v1alpha = reflection().build_v1alpha().map_err(RunError::Reflection)?;
-    let stage = StageServer::new(StageService { service })
+    let refusals = Arc::new(Refusals::new(&service.identity().id));
+    let streams = Arc::new(Semaphore::new(STEP_STREAMS));
+    let stage = StageServer::new(StageService { service, streams, refusals })
         .max_decoding_message_size(limits::MESSAGE_BYTES)
         .max_encoding_message_size(limits::MESSAGE_BYTES);
     let routes = Routes::new(stage)
@@ -340,7 +425,8 @@ pub(crate) fn serve(
         Method::unary("/tercet.v1.Stage/Retire", SMALL_MESSAGE_BYTES),
         Method::unary("/tercet.v1.Stage/Dismiss", SMALL_MESSAGE_BYTES),
         Method::unary("/tercet.v1.Stage/Describe", SMALL_MESSAGE_BYTES),
-        Method::unary("/tercet.v1.Stage/Results", SMALL_MESSAGE_BYTES),
+        Method::unary("/tercet.v1.Stage/Results", SMALL_MESSAGE_BYTES)
+            .with_concurrency(&Concurrency::until_ended(RESULT_READERS)),
         // A pipeline that nobody asks anything is quiet.
         Method::streaming("/tercet.v1.Stage/Steps", limits::MESSAGE_BYTES).with_quiet_clients(),
     ];

@@ -16,6 +16,7 @@
 //! ```
 
 mod bridge;
+mod callers;
 pub mod config;
 pub mod engine;
 mod error;

@@ -12,17 +12,19 @@ use model::{Store, WeightFile};
 use node::Chain;
 use proto::held::{HeldStage, HeldState};
 use proto::ids::{
-    Epoch, Incarnation, KnownAnswer, ModelId, NumericsClass, PipelineId, PipelineRef, StepId, Term,
+    Epoch, Incarnation, KeyDigest, KnownAnswer, ModelId, NumericsClass, PipelineId, PipelineRef,
+    StepId, Term,
 };
 use proto::key::CoordinatorKey;
 use proto::limits;
 use proto::plan::KvType;
 use proto::step::{Prepare, StepHeader};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
+use crate::callers::Caller;
 use crate::engine::{
     Engine, EngineConfig, EngineError, StageModel, kv_bytes, stage_weight_bytes, weight_copies,
     working_bytes,
@@ -43,6 +45,21 @@ const STEP_OVERHEAD_BYTES: usize = 16 << 20;
 /// How long an engine that is built waits for whoever asked for it: several times what a coordinator lets
 /// pass between two tries.
 const UNCLAIMED_FOR: Duration = Duration::from_secs(180);
+
+/// Calls that wait for their turn to prepare: one for every stage that may be held. Their messages are
+/// held meanwhile.
+const PREPARES_WAITING: usize = limits::HELD_STAGES;
+
+/// Whether the holder of a key is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Acquaintance {
+    /// Its key is that of a stage's coordinator.
+    Known,
+    /// There is a stage that asks for no key, or there is none: who calls does not tell anything.
+    Unclear,
+    /// It shows another key than that of every stage, or none.
+    Stranger,
+}
 
 /// Who this worker is; none of it changes while the process lives.
 #[derive(Debug)]
@@ -163,6 +180,8 @@ pub(crate) struct Service {
     /// One call prepares at a time, and one engine is built at a time. A call that is given up leaves
     /// what it began to the next.
     preparing: tokio::sync::Mutex<Option<Build>>,
+    /// [`PREPARES_WAITING`].
+    prepares: Semaphore,
     reserve: Arc<Reserve>,
     failures: mpsc::Sender<EngineFailure>,
     pace: Arc<Pace>,
@@ -192,6 +211,7 @@ impl Service {
             witness,
             held: Mutex::new(Held { epochs, running: Vec::new() }),
             preparing: tokio::sync::Mutex::default(),
+            prepares: Semaphore::new(PREPARES_WAITING),
             failures,
             pace: Arc::default(),
             closing,
@@ -220,11 +240,16 @@ impl Service {
     pub(crate) async fn prepare(
         &self,
         request: Prepare,
-        key: Option<CoordinatorKey>,
+        caller: Caller,
     ) -> Result<Prepared, ServiceError> {
+        let Caller { key, address } = caller;
         let cluster = Some(request.cluster_id.as_str());
-        let claim = Claim { term: request.term, epoch: request.epoch, key, cluster };
+        let claim = Claim { term: request.term, epoch: request.epoch, key, address, cluster };
         let sighting = self.confirm(request.dst_incarnation, Some(&request), claim).await?;
+        let _place = self.prepares.try_acquire().map_err(|_| ServiceError::Crowded {
+            calls: "preparations",
+            limit: PREPARES_WAITING,
+        })?;
         let mut building = self.preparing.lock().await;
         let shape = self.check_request(&request)?;
         let (same, history) = {
@@ -576,9 +601,10 @@ impl Service {
         epoch: Epoch,
         term: Term,
         incarnation: Incarnation,
-        key: Option<CoordinatorKey>,
+        caller: Caller,
     ) -> Result<(), ServiceError> {
-        let claim = Claim { term, epoch, key, cluster: None };
+        let Caller { key, address } = caller;
+        let claim = Claim { term, epoch, key, address, cluster: None };
         let sighting = self.confirm(incarnation, None, claim).await?;
         let mut held = self.held();
         held.change(|epochs| epochs.activate(pipeline, epoch, term, incarnation, sighting))?;
@@ -597,12 +623,13 @@ impl Service {
         PipelineRef { id: pipeline, epoch }: PipelineRef,
         term: Term,
         incarnation: Incarnation,
-        key: Option<CoordinatorKey>,
+        caller: Caller,
     ) -> Result<(), ServiceError> {
         // What is held may be of before the registry was lost, and beyond its revision now; that it ends
         // locks nobody out.
         let claimed = if self.held().epochs.holds(epoch) { Epoch::default() } else { epoch };
-        let claim = Claim { term, epoch: claimed, key, cluster: None };
+        let Caller { key, address } = caller;
+        let claim = Claim { term, epoch: claimed, key, address, cluster: None };
         let sighting = self.confirm(incarnation, None, claim).await?;
         let mut held = self.held();
         held.change(|epochs| epochs.retire(epoch, term, incarnation, sighting))?;
@@ -623,9 +650,10 @@ impl Service {
         &self,
         term: Term,
         incarnation: Incarnation,
-        key: Option<CoordinatorKey>,
+        caller: Caller,
     ) -> Result<(), ServiceError> {
-        let claim = Claim { term, epoch: Epoch::default(), key, cluster: None };
+        let Caller { key, address } = caller;
+        let claim = Claim { term, epoch: Epoch::default(), key, address, cluster: None };
         self.confirm(incarnation, None, claim).await?;
         tracing::info!(%term, "the coordinator wants nothing more of this worker");
         self.stop.cancel();
@@ -641,6 +669,19 @@ impl Service {
             stages: held.stages(),
             steps: self.pace.steps(),
         }
+    }
+
+    /// What the key of this digest tells of who shows it.
+    pub(crate) fn acquaintance(&self, shown: Option<KeyDigest>) -> Acquaintance {
+        let held = self.held();
+        let mut admits = held.running.is_empty();
+        for Running { stage, .. } in &held.running {
+            match stage.admits(shown) {
+                true if stage.has_key() => return Acquaintance::Known,
+                stage_admits => admits |= stage_admits,
+            }
+        }
+        if admits { Acquaintance::Unclear } else { Acquaintance::Stranger }
     }
 
     /// The stage that a step is for, and the index under which this worker speaks if it is for

@@ -172,6 +172,11 @@ impl Stage {
         lock(&self.key).map(|(key, _)| key)
     }
 
+    /// Whether its coordinator has a key.
+    pub(crate) fn has_key(&self) -> bool {
+        lock(&self.key).is_some()
+    }
+
     /// Whether who shows a key of this digest may send steps and read results.
     pub(crate) fn admits(&self, shown: Option<KeyDigest>) -> bool {
         lock(&self.key).is_none_or(|(_, digest)| Some(digest) == shown)

@@ -25,6 +25,10 @@ pub(crate) fn describe() {
         "tercet_unreadable_messages_total",
         "Streams of steps that ended because a message was too long, not of the schema, or cut off"
     );
+    describe_counter!(
+        "tercet_calls_refused_total",
+        "Calls of the stage service that were refused, by method and cause"
+    );
     describe_counter!("tercet_rows_total", "Rows of executed steps, by status");
     describe_counter!("tercet_stage_tokens_total", "Tokens of rows that were computed");
     describe_counter!(
@@ -56,6 +60,17 @@ pub(crate) fn refused(worker: &str, verdict: StepVerdict) {
         "tercet_steps_total",
         "worker" => worker.to_owned(),
         "verdict" => verdict_name(verdict),
+    )
+    .increment(1);
+}
+
+/// A call was refused.
+pub(crate) fn call_refused(worker: &str, method: &'static str, cause: &'static str) {
+    counter!(
+        "tercet_calls_refused_total",
+        "worker" => worker.to_owned(),
+        "method" => method,
+        "cause" => cause,
     )
     .increment(1);
 }

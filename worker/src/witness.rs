@@ -5,6 +5,7 @@
 //! The registry is read when a call claims what the last reading does not show: once a term and
 //! once a plan. While the registry is away, what was confirmed before goes on.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use proto::ids::{Epoch, KeyDigest, Term};
 use proto::key::{CoordinatorKey, LeaderRecord};
 use tokio::time::Instant;
 
+use crate::callers::Places;
 use crate::session::epochs::Sighting;
 
 /// How long a call waits to be confirmed, its turn included: less than a coordinator waits for its
@@ -24,6 +26,17 @@ const CONFIRM_TIMEOUT: Duration = Duration::from_secs(3);
 /// Between the starts of two readings: calls that claim anything at all, however many, cost the
 /// registry 20 readings a second at most.
 const READING_GAP: Duration = Duration::from_millis(50);
+
+/// Calls that wait for the registry and show not the key that led when it was last read: a coordinator has
+/// one for each of its pipelines, and that only until it is known. Their messages, some hundred KiB each, are
+/// held meanwhile.
+const STRANGERS_WAITING: usize = 64;
+
+/// Of these, those of one address: who floods a worker from one machine leaves the rest to others.
+const STRANGERS_WAITING_OF_ONE: usize = 32;
+
+/// Calls that wait and show the key: as many as stages may be held.
+const KNOWN_WAITING: usize = proto::limits::HELD_STAGES;
 
 /// Why a call is not believed.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +56,12 @@ pub(crate) enum WitnessError {
     /// Nobody can say whether it is true.
     #[error("the registry cannot be asked whether term {term} leads")]
     Registry { term: Term, source: MembershipError },
-    /// The same.
+    /// Too many others ask at the moment.
+    #[error(
+        "too many calls wait for the registry already: nobody asks it now whether term {term} leads"
+    )]
+    Crowded { term: Term },
+    /// Nobody can say whether it is true, in time.
     #[error("the registry did not say within {CONFIRM_TIMEOUT:?} whether term {term} leads")]
     TimedOut { term: Term },
 }
@@ -63,6 +81,8 @@ pub(crate) struct Claim<'a> {
     pub(crate) epoch: Epoch,
     /// As shown with the call.
     pub(crate) key: Option<CoordinatorKey>,
+    /// Where it comes from.
+    pub(crate) address: Option<IpAddr>,
     /// Named by a `Prepare` only.
     pub(crate) cluster: Option<&'a str>,
 }
@@ -131,6 +151,8 @@ pub(crate) struct Witness {
     turn: tokio::sync::Mutex<Turn>,
     /// Readings that have begun.
     begun: AtomicU64,
+    strangers: Arc<Places>,
+    known: Arc<Places>,
 }
 
 /// A reading and its number, counted from 1; 0 is none.
@@ -167,6 +189,8 @@ impl Witness {
             last: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             begun: AtomicU64::default(),
+            strangers: Places::new(STRANGERS_WAITING, STRANGERS_WAITING_OF_ONE),
+            known: Places::new(KNOWN_WAITING, KNOWN_WAITING),
         }
     }
 
@@ -193,6 +217,11 @@ impl Witness {
                 return Ok(last.sighting());
             }
         }
+        let place = match self.knows(claim.key) {
+            true => self.known.enter(None),
+            false => self.strangers.enter(claim.address),
+        };
+        let _place = place.ok_or(WitnessError::Crowded { term: claim.term })?;
         let begun = self.begun.load(Ordering::SeqCst);
         let read = tokio::time::timeout(CONFIRM_TIMEOUT, self.read_after(begun));
         let numbered = read
@@ -201,6 +230,13 @@ impl Witness {
             .map_err(|source| WitnessError::Registry { term: claim.term, source })?;
         judge(&numbered.reading, claim)?;
         Ok(numbered.sighting())
+    }
+
+    /// Whether `key` is that of the leader, as of the last reading.
+    fn knows(&self, key: Option<CoordinatorKey>) -> bool {
+        let leader = self.last().reading.leader;
+        let demanded = leader.and_then(|leader| leader.key_digest);
+        demanded.is_some() && demanded == key.map(|key| key.digest())
     }
 
     /// A reading that began after the first `begun` ones.
@@ -227,7 +263,7 @@ impl Witness {
 }
 
 fn judge(reading: &Reading, claim: Claim<'_>) -> Result<(), WitnessError> {
-    let Claim { term, epoch, key, cluster } = claim;
+    let Claim { term, epoch, key, cluster, .. } = claim;
     let leads = reading.leader.filter(|leader| leader.term == term);
     let Some(Leader { key_digest, .. }) = leads else {
         let leader = reading.leader.map(|leader| leader.term);

@@ -1,15 +1,18 @@
 //! What a stranger tries who reaches a worker's port and knows all that `Describe` and a plan say,
 //! but not the coordinator's key: nothing of it changes what the coordinator's own calls do.
 
-use proto::convert::encode_prepare;
+use proto::convert::{encode_prepare, encode_step};
 use proto::ids::{Epoch, Incarnation, PrefixHash, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::pb;
+use proto::pb::stage_client::StageClient;
 use proto::plan::StagePlan;
 use proto::step::{Output, Prepare, Row, RowValue, Sampled, StepVerdict};
+use tokio::task::JoinSet;
+use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 
-use super::harness::{KEY, Steps, Worker, prepare, row, soon, step};
+use super::harness::{KEY, Steps, Worker, connect, prepare, row, soon, step};
 
 const GUESS: CoordinatorKey = CoordinatorKey::new([7; 16]);
 
@@ -193,4 +196,87 @@ async fn tokens_that_were_not_due_are_not_taken_for_drawn_ones() {
     let result = results.next().await;
     let RowValue::Sampled(sampled) = &result.rows[0].value else { panic!("{result:?}") };
     assert_eq!((result.step, sampled.token), (StepId(2), 9), "the honest token");
+}
+
+#[tokio::test]
+async fn calls_of_strangers_without_a_step_take_nobodys_place() {
+    let (mut worker, prepare) = serving().await;
+    let mut steps = worker.steps().await;
+    // More than there are places, on a connection each; whoever is cut is cut.
+    let mut strangers = JoinSet::new();
+    for number in 0..300 {
+        let address = worker.address.clone();
+        strangers.spawn(async move {
+            let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+            let channel = endpoint.connect().await.ok()?;
+            let mut client = StageClient::new(channel);
+            let nothing = tokio_stream::pending::<pb::StepMessage>();
+            let call = match number % 2 {
+                0 => client.steps(nothing).await,
+                _ => client.steps(GUESS.attach(nothing)).await,
+            };
+            Some((client, call.ok()?))
+        });
+    }
+    let mut open = Vec::new();
+    while let Some(stranger) = soon(strangers.join_next()).await {
+        open.extend(stranger.unwrap());
+    }
+    assert!(open.len() >= 200, "{}", open.len());
+    for _ in 0..5 {
+        let mut newcomer = connect(&worker.address).await;
+        soon(newcomer.describe(pb::DescribeRequest {})).await.expect("there is room");
+    }
+    // The coordinator's quiet call is none of theirs.
+    steps.give(&step(&prepare, 2, vec![row(0, 1, 1, Output::None)])).await;
+}
+
+/// How often calls of `method` to `worker` were refused for `cause`.
+fn refused(worker: &str, method: &str, cause: &str) -> u64 {
+    let text = node::metrics::render();
+    let labels = [("worker", worker), ("method", method), ("cause", cause)];
+    let labels = labels.map(|(name, value)| format!("{name}=\"{value}\""));
+    let line = text.lines().find(|line| {
+        line.starts_with("tercet_calls_refused_total{")
+            && labels.iter().all(|label| line.contains(label))
+    });
+    line.map_or(0, |line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+}
+
+#[tokio::test]
+async fn the_key_is_judged_first_and_every_refusal_is_counted() {
+    node::metrics::install().unwrap();
+    let mut worker = Worker::start("counts").await;
+    let prepare = worker.serve_alone(5).await;
+    // For another epoch, process and term than any that is held, and without an incarnation.
+    let mut elsewhere = step(&prepare, 1, vec![]);
+    elsewhere.header.epoch = Epoch(99);
+    let mut other = step(&prepare, 1, vec![]);
+    other.header.dst_incarnation = Incarnation([9; 16]);
+    let mut none = encode_step(&other);
+    none.dst_incarnation = Vec::new().into();
+    for message in [encode_step(&elsewhere), encode_step(&other), none] {
+        let mut keyless = Steps::open_as(&mut worker.client, Request::new).await;
+        keyless.send_message(message.clone()).await;
+        assert_eq!(keyless.end().await.code(), Code::PermissionDenied, "{message:?}");
+    }
+    assert_eq!(refused("counts", "Steps", "key"), 3);
+    for request in forgeries(&retire(&prepare, 5, 1)) {
+        is_refused(soon(worker.client.retire(request)).await, Code::PermissionDenied);
+    }
+    assert_eq!(refused("counts", "Retire", "key"), 2);
+    let claimed = encode_prepare(&Prepare { term: Term(7), epoch: Epoch(6), ..prepare.clone() });
+    is_refused(soon(worker.client.prepare(KEY.attach(claimed))).await, Code::FailedPrecondition);
+    assert_eq!(refused("counts", "Prepare", "term"), 1);
+    let request = pb::ResultsRequest { pipeline: 1, epoch: 5, term: 1, ..Default::default() };
+    is_refused(soon(worker.client.results(request)).await, Code::InvalidArgument);
+    assert_eq!(refused("counts", "Results", "malformed"), 1);
+    let activate = pb::ActivateRequest {
+        pipeline: 1,
+        epoch: 4,
+        term: 1,
+        dst_incarnation: prepare.dst_incarnation.0.to_vec().into(),
+    };
+    is_refused(soon(worker.client.activate(KEY.attach(activate))).await, Code::FailedPrecondition);
+    assert_eq!(refused("counts", "Activate", "epoch"), 1);
 }

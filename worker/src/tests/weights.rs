@@ -296,7 +296,7 @@ fn a_copy_serves_on_whatever_becomes_of_the_file() {
 /// Asks until memory is taken for another engine, and gives up.
 async fn give_up_while_it_builds(worker: &Worker, prepare: &Prepare) {
     let before = worker.service.used_bytes();
-    let mut call = Box::pin(worker.service.prepare(prepare.clone(), Some(KEY)));
+    let mut call = Box::pin(worker.service.prepare(prepare.clone(), Some(KEY).into()));
     soon(async {
         while worker.service.used_bytes() == before {
             assert!(futures::poll!(&mut call).is_pending(), "it was prepared at once");
@@ -319,14 +319,14 @@ async fn a_preparation_that_is_given_up_is_taken_up_again() {
     let used = worker.service.used_bytes();
     // The coordinator tries again, and again.
     for _ in 0..3 {
-        let mut call = Box::pin(worker.service.prepare(request.clone(), Some(KEY)));
+        let mut call = Box::pin(worker.service.prepare(request.clone(), Some(KEY).into()));
         assert!(futures::poll!(&mut call).is_pending());
         drop(call);
         assert_eq!(worker.service.used_bytes(), used, "one engine, not one for each try");
     }
     let now = worker.service.build_in_progress().await;
     assert!(now.is_none_or(|now| now == begun));
-    soon(worker.service.prepare(request.clone(), Some(KEY))).await.unwrap();
+    soon(worker.service.prepare(request.clone(), Some(KEY).into())).await.unwrap();
     assert_eq!(worker.service.used_bytes(), used);
 
     // One that nobody comes back for goes when the stage goes.

@@ -21,7 +21,7 @@ fn witness_of(memory: &Memory) -> Witness {
 
 /// A claim of the coordinator whose key is [`KEY`].
 fn claim(term: u64, epoch: u64) -> Claim<'static> {
-    Claim { term: Term(term), epoch: Epoch(epoch), key: Some(KEY), cluster: None }
+    Claim { term: Term(term), epoch: Epoch(epoch), key: Some(KEY), address: None, cluster: None }
 }
 
 fn record(key: CoordinatorKey) -> bytes::Bytes {
@@ -146,4 +146,37 @@ async fn a_cluster_is_what_the_registry_calls_it() {
     let stranger = Claim { key: Some(OTHER), ..of("b") };
     let stranger = witness.confirm(stranger, false).await.unwrap_err();
     assert!(matches!(stranger, WitnessError::Key { .. }), "{stranger}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn claims_that_wait_are_bounded_and_leave_room_for_others_and_for_the_leader() {
+    let memory = Memory::new();
+    let leadership = lead(&memory, record(KEY)).await;
+    let witness = witness_of(&memory);
+    witness.confirm(claim(leadership.term, 1), false).await.unwrap();
+    let known = witness.last().clone();
+    let witness = Witness::new(Slow { readings: Arc::default(), answers: false });
+    *witness.last() = known;
+    let from = |last: u8, key, term| Claim {
+        address: Some([10, 0, 0, last].into()),
+        key: Some(key),
+        ..claim(term, 1)
+    };
+    // From one address, another and a third, and the leader's own that the last reading does not show.
+    let flood = |last: u8| (0..100).map(move |_| from(last, OTHER, 2));
+    let claims = flood(1).chain(flood(2)).chain(flood(3));
+    let leader = (0..10).map(|_| from(1, KEY, leadership.term + 1));
+    let asked = claims.chain(leader).map(|claim| witness.confirm(claim, false));
+    let answers = futures::future::join_all(asked).await;
+    let waited: Vec<usize> = answers
+        .chunks(100)
+        .map(|answers| {
+            let waited = |answer: &&Result<Sighting, WitnessError>| {
+                matches!(answer, Err(WitnessError::TimedOut { .. }))
+            };
+            answers.iter().filter(waited).count()
+        })
+        .collect();
+    assert_eq!(waited, [32, 32, 0, 10]);
+    assert!(matches!(answers[99], Err(WitnessError::Crowded { .. })));
 }
