@@ -16,16 +16,16 @@ use crate::scheduler::PipelineStats;
 /// Says once what every metric means.
 pub(crate) fn describe() {
     describe_gauge!("tercet_build_info", "1; the version is a label");
-    describe_gauge!("tercet_requests_running", "requests that have KV reserved");
+    describe_gauge!("tercet_requests_running", "requests that were sent to a pipeline");
     describe_gauge!("tercet_requests_waiting", "requests that wait for KV or a pipeline");
-    describe_gauge!("tercet_kv_cache_usage_ratio", "share of the KV blocks that are reserved");
+    describe_gauge!("tercet_kv_cache_usage_ratio", "share of the KV blocks that are taken");
     describe_gauge!("tercet_steps_in_flight", "steps between the coordinator and the last stage");
     describe_gauge!("tercet_pipeline_id", "which pipeline serves in a place, 0 if none does");
     describe_gauge!("tercet_pipeline_epoch", "its epoch");
     describe_gauge!("tercet_pipeline_requests_running", "requests that run on it");
     describe_gauge!(
         "tercet_pipeline_kv_usage_ratio",
-        "share of its KV blocks that are reserved or named by a step on its way"
+        "share of its KV blocks that are held or named by a step on its way"
     );
     describe_gauge!("tercet_pipeline_steps_in_flight", "its steps on their way");
     describe_gauge!(
@@ -39,6 +39,10 @@ pub(crate) fn describe() {
     );
     describe_counter!("tercet_prompt_tokens_total", "prompt tokens computed");
     describe_counter!("tercet_generation_tokens_total", "tokens sampled");
+    describe_counter!(
+        "tercet_preemptions_total",
+        "answers that gave their KV back, to go on later"
+    );
     describe_counter!("tercet_request_success_total", "answers that ended, by why");
     describe_counter!(
         "tercet_request_failure_total",
@@ -52,10 +56,10 @@ pub(crate) fn describe() {
         "tercet_request_refusal_seconds",
         "from the arrival of a request's head to its refusal, by cause"
     );
-    describe_histogram!("tercet_request_queue_seconds", "from submission to the reserving of KV");
+    describe_histogram!("tercet_request_queue_seconds", "from submission to the first KV blocks");
     describe_histogram!(
         "tercet_request_prefill_seconds",
-        "from the reserving of KV to the first token"
+        "from the first KV blocks to the first token"
     );
     describe_histogram!("tercet_request_decode_seconds", "from the first token to the last");
     describe_histogram!(
@@ -113,10 +117,11 @@ pub(crate) fn pipeline(slot: u32, at: PipelineRef, stats: &PipelineStats) {
     gauge!("tercet_pipeline_steps_in_flight", "pipeline" => slot).set(steps);
 }
 
-/// Tokens of all pipelines since start.
+/// Tokens and preemptions of all pipelines since start.
 pub(crate) fn tokens(counted: Counted) {
     counter!("tercet_prompt_tokens_total").absolute(counted.prompt_tokens);
     counter!("tercet_generation_tokens_total").absolute(counted.generated_tokens);
+    counter!("tercet_preemptions_total").absolute(counted.preemptions);
 }
 
 /// Where the polls of a task of the driver are counted: `control` or `lane`.

@@ -2,7 +2,7 @@
 //! which block is whose, and what is sent, is each pipeline's scheduler's.
 //!
 //! ```text
-//! submit ─▶ waiting ──assign──▶ a pipeline ─▶ ended: what was promised is free
+//! submit ─▶ waiting ──assign──▶ a pipeline ─▶ ended: what was counted is free
 //!              ▲                    │
 //!              └──── returned ◀─────┘ lost, or gone as planned
 //! ```
@@ -14,7 +14,8 @@ use proto::BLOCK_TOKENS;
 use proto::ids::{NumericsClass, PipelineId, SequenceId, Term};
 
 use crate::scheduler::{
-    Emission, EmissionEvent, Finish, Limits, Priority, Sequence, SequenceError, first_of_term,
+    Emission, EmissionEvent, Finish, Growth, Limits, Priority, Sequence, SequenceError,
+    first_of_term,
 };
 use crate::tick::Tick;
 
@@ -39,7 +40,7 @@ const LOOK_AHEAD: usize = 64;
 /// all answers of a conversation end before.
 const ANSWER_TOKENS: u32 = 1024;
 
-/// The queue, and what is promised on every pipeline.
+/// The queue, and what is counted on every pipeline.
 #[derive(Debug)]
 pub struct Router {
     limits: Limits,
@@ -141,8 +142,8 @@ pub struct RouterStats {
     pub running: u32,
     /// Blocks of all pipelines.
     pub kv_blocks_total: u32,
-    /// Blocks that are promised.
-    pub kv_blocks_promised: u32,
+    /// Blocks that are held, or kept for those who were sent to a pipeline.
+    pub kv_blocks_used: u32,
     /// Sequences that failed while they waited, since start.
     pub failed: u64,
 }
@@ -240,8 +241,8 @@ impl Router {
             let key = queue::key(sequence);
             match self.accounts.choose(sequence, &kept_free) {
                 Some(pipeline) => {
-                    let Some(sequence) = self.waiting.take(key) else { break };
-                    self.accounts.promise(pipeline, sequence.blocks_needed(), sequence.id());
+                    let Some(mut sequence) = self.waiting.take(key) else { break };
+                    self.accounts.promise(pipeline, &mut sequence);
                     self.running.insert(sequence.id(), pipeline);
                     assigned.push(Assigned { sequence, pipeline });
                 }
@@ -255,7 +256,7 @@ impl Router {
         assigned
     }
 
-    /// A sequence has ended on its pipeline: what was promised to it is free. Unknown ones are
+    /// A sequence has ended on its pipeline: what it began with is free. Unknown ones are
     /// ignored.
     pub fn ended(&mut self, sequence: SequenceId) {
         if let Some(pipeline) = self.running.remove(&sequence) {
@@ -320,7 +321,7 @@ impl Router {
             return SequenceError::DeadlineExceeded { tokens: late.output_tokens() };
         }
         let waited: Duration = now.since(late.waiting_since());
-        let (needed_blocks, class) = (late.blocks_needed(), late.class());
+        let (needed_blocks, class) = (late.blocks_at_most(), late.class());
         match (self.accounts.largest(class), class) {
             (Some((_, kv_blocks)), _) if kv_blocks < needed_blocks => {
                 SequenceError::NeverFits { needed_blocks, kv_blocks }
@@ -346,7 +347,7 @@ impl Router {
         emissions
     }
 
-    /// A pipeline serves from now on, or goes on with other KV. What is promised on it stays so.
+    /// A pipeline serves from now on, or goes on with other KV. What is counted on it stays so.
     pub fn set_pipeline(&mut self, pipeline: PipelineId, kv_blocks: u32, class: NumericsClass) {
         self.accounts.set(pipeline, kv_blocks, class);
         self.sort();
@@ -357,6 +358,11 @@ impl Router {
         self.accounts.remove(pipeline);
         self.running.retain(|_, on| *on != pipeline);
         self.sort();
+    }
+
+    /// How those who run on a pipeline have grown by now. Tell it before [`Self::assign`].
+    pub fn set_growth(&mut self, pipeline: PipelineId, growth: Growth) {
+        self.accounts.set_growth(pipeline, growth);
     }
 
     /// While a pipeline is held nobody new goes to it.
@@ -407,12 +413,12 @@ impl Router {
 
     /// How full everything is.
     pub fn stats(&self) -> RouterStats {
-        let (kv_blocks_total, kv_blocks_promised) = self.accounts.totals();
+        let (kv_blocks_total, kv_blocks_used) = self.accounts.totals();
         RouterStats {
             waiting: self.waiting.len() as u32,
             running: self.running.len() as u32,
             kv_blocks_total,
-            kv_blocks_promised,
+            kv_blocks_used,
             failed: self.failed,
         }
     }

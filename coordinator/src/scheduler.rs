@@ -12,13 +12,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use proto::generate::{FinishReason, Timings};
-use proto::ids::{Epoch, PipelineId, SequenceId, StepId, Term};
+use proto::ids::{Epoch, Generation, PipelineId, SequenceId, StepId, Term};
 use proto::step::{RowResult, RowStatus, RowValue, Sampled, StepResult};
 
 use crate::tick::Tick;
 
 mod blocks;
 mod epoch;
+mod growing;
 mod leaving;
 mod microbatch;
 mod picking;
@@ -31,14 +32,15 @@ mod tests;
 mod types;
 
 use epoch::{Active, SentRow, Wants};
+use growing::Holders;
 pub use leaving::{Lost, MAX_DEATHS};
 pub use microbatch::{Line, StepCost, in_flight_limit};
 use queue::Queue;
 use sequence::Scoring;
 pub use sequence::{NotASequence, Sequence};
 pub use types::{
-    Emission, EmissionEvent, Finish, Limits, PipelineShape, PipelineStats, Priority, Request,
-    ScheduledStep, SequenceError,
+    Emission, EmissionEvent, Finish, Growth, Limits, PipelineShape, PipelineStats, Priority,
+    Request, ScheduledStep, SequenceError,
 };
 
 /// Replays of one sequence without a token in between. A row that overtook the one before it, which
@@ -53,7 +55,8 @@ pub struct PipelineScheduler {
     active: Active,
     /// Everyone who was admitted and has not ended.
     sequences: BTreeMap<SequenceId, Box<Sequence>>,
-    /// Promised blocks by the router that a step on its way still names.
+    /// Have no blocks: until there are enough that no step on its way names. Interactive before batch,
+    /// then in order of arrival at the router.
     arriving: Queue,
     /// Have blocks and are not wholly sent, in order of admission.
     prefilling: Queue,
@@ -71,6 +74,11 @@ pub struct PipelineScheduler {
     /// The probe that is on its way.
     probe: Option<SequenceId>,
     probes: u32,
+    /// Blocks that those who arrive begin with.
+    begin_demand: u64,
+    /// What the router counts for all who are here.
+    promised: u64,
+    holders: Holders,
 }
 
 /// Where a sequence stands while no row of it is on its way.
@@ -89,6 +97,7 @@ struct Totals {
     finished: u64,
     failed: u64,
     cancelled: u64,
+    preempted: u64,
 }
 
 impl PipelineScheduler {
@@ -109,22 +118,21 @@ impl PipelineScheduler {
             proven: false,
             probe: None,
             probes: 0,
+            begin_demand: 0,
+            promised: 0,
+            holders: Holders::default(),
         }
     }
 
-    /// Takes a sequence for which the router has promised blocks. It gets them in a later
-    /// [`Self::next_step`], when no step on its way names them any more.
+    /// Takes a sequence that the router has counted. It gets blocks in a later [`Self::next_step`],
+    /// when there are enough that no step on its way names.
     pub fn admit(&mut self, sequence: Box<Sequence>) {
-        let id = sequence.id();
-        self.insert(sequence);
-        self.enqueue(Stand::Arriving, id);
-    }
-
-    fn insert(&mut self, sequence: Box<Sequence>) {
+        self.begin_demand += u64::from(sequence.blocks_to_begin());
+        self.promised += u64::from(sequence.promised());
         if let Some(deadline) = sequence.request.deadline {
             self.deadlines.insert((deadline, sequence.id()));
         }
-        self.sequences.insert(sequence.id(), sequence);
+        self.arrive(sequence);
     }
 
     fn queue(&mut self, stand: Stand) -> &mut Queue {
@@ -172,7 +180,7 @@ impl PipelineScheduler {
             let step = self.active.send(rows, states, true, now, deadline);
             return Some(ScheduledStep { step, deadline: now + deadline });
         }
-        let (mut rows, decode_rows) = self.pick_rows();
+        let (mut rows, decode_rows) = self.pick_rows(now);
         if rows.is_empty() {
             return None;
         }
@@ -283,16 +291,8 @@ impl PipelineScheduler {
         if sent.position == 0 || is_probe || sequence.replays == MAX_REPLAYS {
             return false;
         }
-        let replays = sequence.replays + 1;
-        let (place, blocks) = (sequence.place.take(), std::mem::take(&mut sequence.blocks));
-        sequence.restart(now);
-        sequence.replays = replays;
-        if let Some((stand, ticket)) = place {
-            self.queue(stand).remove(ticket);
-        }
-        // Steps on their way still name them: it gets others, or these once they are free.
-        self.active.blocks.give_back(&blocks);
-        self.enqueue(Stand::Arriving, sent.sequence);
+        sequence.replays += 1;
+        self.begin_again(sent.sequence, now);
         true
     }
 
@@ -366,8 +366,14 @@ impl PipelineScheduler {
             self.deadlines.remove(&(deadline, id));
         }
         self.probe = self.probe.filter(|&probe| probe != id);
+        self.holders.take(&sequence);
         self.active.blocks.give_back(&sequence.blocks);
-        if sequence.sent > 0 {
+        self.promised -= u64::from(sequence.promised());
+        if sequence.blocks.is_empty() {
+            self.begin_demand -= u64::from(sequence.blocks_to_begin());
+        }
+        // One that was preempted has had rows, too.
+        if sequence.sent > 0 || sequence.log.generation() != Generation(0) {
             self.active.ended.push_back(id);
         }
         Some(sequence)
@@ -395,7 +401,7 @@ impl PipelineScheduler {
             return;
         }
         let Ok(mut probe) = Sequence::new(Request::probe(token)) else { return };
-        let Some(blocks) = self.active.blocks.take(probe.blocks_needed()) else { return };
+        let Some(blocks) = self.active.blocks.take(probe.blocks_at_most()) else { return };
         let (_, Epoch(epoch)) = self.pipeline();
         let number = (epoch as u32).wrapping_add(self.probes);
         self.probes = self.probes.wrapping_add(1);
@@ -452,6 +458,8 @@ impl PipelineScheduler {
             finished: self.totals.finished,
             failed: self.totals.failed,
             cancelled: self.totals.cancelled,
+            preempted: self.totals.preempted,
+            growth: self.growth(),
         }
     }
 

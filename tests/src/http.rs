@@ -134,7 +134,9 @@ pub fn stream(address: &str, path: &str, body: &serde_json::Value) -> Result<Str
         if !event["error"].is_null() {
             return Err(event["error"].to_string());
         }
-        text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
+        let choice = &event["choices"][0];
+        let part = choice["text"].as_str().or_else(|| choice["delta"]["content"].as_str());
+        text.push_str(part.unwrap_or_default());
     }
     Ok(Streamed { text, longest_gap })
 }

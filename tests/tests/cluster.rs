@@ -8,11 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::cluster::{Cluster, json_of, listening};
 use tests::etcd::Etcd;
+use tests::http;
 use tests::model::{bundled_store, comma_separated, golden, ids};
 use tests::process::{self, Process, wait_for};
+use tests::scrape::Scrape;
 
 /// In how many stages every cluster here runs.
 const STAGES: usize = 3;
@@ -69,6 +71,39 @@ fn a_cluster_gives_the_tokens_of_one_process_and_sixteen_at_once_too() {
     }
     let status = cluster.status();
     assert_eq!(status["queue"]["kv_blocks_used"], 0, "finished requests hold no KV");
+}
+
+/// Nobody knows how long they get, so none of them may keep KV for a whole context, of which there are
+/// four: they run together, and those that have to make room for others go on with the same tokens.
+#[test]
+fn chats_of_open_length_share_the_kv_of_four_contexts() {
+    const CHATS: usize = 32;
+    const KINDS: usize = 8;
+    let blocks = (4 * 512 / proto::BLOCK_TOKENS).to_string();
+    let limits = [("TERCET_COORDINATOR__LIMITS__KV_BLOCKS", blocks.as_str())];
+    let cluster = Cluster::start_with(bundled_store(), 1, 1, &limits);
+    let address = cluster.http();
+    let chat = |kind: usize| {
+        let message = json!({ "role": "user", "content": format!("Tom had {} red", kind + 2) });
+        let request = json!({ "messages": [message], "seed": kind, "stream": true });
+        http::stream(address, "/v1/chat/completions", &request).unwrap().text
+    };
+    let alone: Vec<_> = (0..KINDS).map(chat).collect();
+    assert_eq!(Scrape::of(address).value("tercet_preemptions_total"), 0.0);
+    let together: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = (0..CHATS).map(|n| scope.spawn(move || chat(n % KINDS))).collect();
+        let mut most = 0.0_f64;
+        while !running.iter().all(thread::ScopedJoinHandle::is_finished) {
+            most = most.max(Scrape::of(address).value("tercet_requests_running"));
+        }
+        assert!(most > 16.0, "only {most} of them ran at once");
+        running.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (index, text) in together.iter().enumerate() {
+        assert_eq!(*text, alone[index % KINDS], "chat {index}");
+    }
+    assert!(Scrape::of(address).value("tercet_preemptions_total") > 0.0, "KV did not run out");
+    assert_eq!(cluster.status()["queue"]["kv_blocks_used"], 0);
 }
 
 #[test]

@@ -151,6 +151,7 @@ pub(crate) struct Totals {
     failed: AtomicU64,
     prompt_tokens: AtomicU64,
     generated_tokens: AtomicU64,
+    preemptions: AtomicU64,
 }
 
 /// [`Totals`] at one moment.
@@ -160,6 +161,7 @@ pub(crate) struct Counted {
     pub(crate) failed: u64,
     pub(crate) prompt_tokens: u64,
     pub(crate) generated_tokens: u64,
+    pub(crate) preemptions: u64,
 }
 
 impl Totals {
@@ -169,6 +171,11 @@ impl Totals {
         self.generated_tokens.fetch_add(generated, Relaxed);
     }
 
+    /// So many more times a sequence gave its KV back, to begin again.
+    pub(crate) fn count_preemptions(&self, preemptions: u64) {
+        self.preemptions.fetch_add(preemptions, Relaxed);
+    }
+
     /// As they are now; nothing orders them with each other.
     pub(crate) fn counted(&self) -> Counted {
         Counted {
@@ -176,6 +183,7 @@ impl Totals {
             failed: self.failed.load(Relaxed),
             prompt_tokens: self.prompt_tokens.load(Relaxed),
             generated_tokens: self.generated_tokens.load(Relaxed),
+            preemptions: self.preemptions.load(Relaxed),
         }
     }
 }

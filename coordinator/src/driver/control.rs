@@ -333,6 +333,9 @@ impl Driver {
 
     /// Sends those who may run to their pipelines.
     fn place(&mut self) {
+        for (pipeline, growth) in self.lanes.growth() {
+            self.router.set_growth(pipeline, growth);
+        }
         for assigned in self.router.assign() {
             let id = assigned.sequence.id();
             let Some(client) = self.clients.take(id) else {

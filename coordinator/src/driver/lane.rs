@@ -269,6 +269,11 @@ impl Lane {
     }
 
     fn say(&mut self, says: LaneSays) {
+        if matches!(says, LaneSays::Ended(_)) {
+            // Its blocks are free before the router hears that it is.
+            let growth = self.scheduler.growth();
+            self.ends.report.send_modify(|report| report.stats.growth = growth);
+        }
         self.unheard.push_back(LaneEvent { at: self.at, says });
     }
 
@@ -473,6 +478,8 @@ impl Lane {
             grown(stats.prompt_tokens, self.counted.prompt_tokens),
             grown(stats.generated_tokens, self.counted.generated_tokens),
         );
+        let preemptions = grown(stats.preempted, self.counted.preempted);
+        self.config.totals.count_preemptions(preemptions);
         self.counted = stats;
         self.ends.report.send_replace(LaneReport {
             at: self.at,

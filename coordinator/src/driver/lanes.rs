@@ -10,7 +10,7 @@ use super::clients::Client;
 use super::lane::{
     FinishReply, LANE_COMMANDS, LaneCommand, LaneEnds, LaneEvent, LaneReport, Served,
 };
-use crate::scheduler::Sequence;
+use crate::scheduler::{Growth, Sequence};
 use crate::tick::Tick;
 
 /// What lanes have to say that may wait for the control task; then they keep it themselves.
@@ -130,6 +130,11 @@ impl Lanes {
     pub(super) fn resume(&mut self, at: PipelineRef, term: Term) {
         self.tell(at, LaneCommand::Term(term));
         self.tell(at, LaneCommand::Resume);
+    }
+
+    /// How those who run on each pipeline have grown.
+    pub(super) fn growth(&self) -> impl Iterator<Item = (PipelineId, Growth)> {
+        self.lanes.iter().map(|(&id, lane)| (id, lane.report.borrow().stats.growth))
     }
 
     /// A pipeline goes as planned: its sequences come back. Whether it was there.

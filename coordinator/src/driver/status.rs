@@ -102,7 +102,7 @@ impl Driver {
             waiting: router.waiting + self.parking.len() as u32,
             waiting_limit: self.config.limits.waiting_requests,
             kv_blocks_total: router.kv_blocks_total,
-            kv_blocks_used: router.kv_blocks_promised,
+            kv_blocks_used: router.kv_blocks_used,
         }
     }
 }

@@ -1,10 +1,10 @@
-//! What every pipeline has, and what of it is promised to whom.
+//! What every pipeline has, and what of it is counted for whom.
 
 use std::collections::BTreeMap;
 
 use proto::ids::{NumericsClass, PipelineId, SequenceId};
 
-use crate::scheduler::Sequence;
+use crate::scheduler::{Growth, Sequence};
 
 /// The accounts of all pipelines.
 #[derive(Debug)]
@@ -18,26 +18,48 @@ pub(super) struct Accounts {
 struct Account {
     class: NumericsClass,
     kv_blocks: u32,
-    /// Blocks for each that runs.
-    promised: BTreeMap<SequenceId, u32>,
+    /// What each that runs began with.
+    promised: BTreeMap<SequenceId, Promise>,
     /// Their sum. More than `kv_blocks` for a moment when a pipeline goes on with less KV.
     sum: u32,
+    /// How many of them could grow when they began.
+    growing: u32,
+    /// How they have by now, as the pipeline last said.
+    growth: Growth,
     held: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Promise {
+    blocks: u32,
+    may_grow: bool,
 }
 
 impl Account {
     fn can_hold(&self, sequence: &Sequence) -> bool {
         sequence.class().is_none_or(|class| class == self.class)
-            && sequence.blocks_needed() <= self.kv_blocks
+            && sequence.blocks_at_most() <= self.kv_blocks
+    }
+
+    fn used(&self) -> u32 {
+        let used = i64::from(self.sum).saturating_add(self.growth.blocks).max(0);
+        u32::try_from(used).unwrap_or(u32::MAX)
     }
 
     fn free(&self) -> u32 {
-        self.kv_blocks.saturating_sub(self.sum)
+        self.kv_blocks.saturating_sub(self.used())
+    }
+
+    /// One block for each that may grow, as the pipeline's scheduler keeps them.
+    fn kept_for_growth(&self, sequence: &Sequence) -> u32 {
+        let may_grow = sequence.may_outgrow(sequence.blocks_to_begin());
+        let growing = self.growing.saturating_sub(self.growth.grown_up);
+        growing + u32::from(may_grow && growing > 0)
     }
 
     fn has_room(&self, sequence: &Sequence, most_running: u32) -> bool {
         !self.held
-            && sequence.blocks_needed() <= self.free()
+            && sequence.blocks_to_begin() + self.kept_for_growth(sequence) <= self.free()
             && self.promised.len() < most_running as usize
     }
 }
@@ -62,6 +84,8 @@ impl Accounts {
             kv_blocks,
             promised: BTreeMap::new(),
             sum: 0,
+            growing: 0,
+            growth: Growth::default(),
             held: false,
         });
         (account.kv_blocks, account.class) = (kv_blocks, class);
@@ -149,24 +173,37 @@ impl Accounts {
         self.pipelines.values().filter(|account| !account.held).count()
     }
 
-    pub(super) fn promise(&mut self, pipeline: PipelineId, blocks: u32, sequence: SequenceId) {
+    /// Counts what a sequence begins with.
+    pub(super) fn promise(&mut self, pipeline: PipelineId, sequence: &mut Sequence) {
+        let blocks = sequence.promise();
+        let promise = Promise { blocks, may_grow: sequence.may_outgrow(blocks) };
         if let Some(account) = self.pipelines.get_mut(&pipeline) {
-            account.promised.insert(sequence, blocks);
+            account.promised.insert(sequence.id(), promise);
             account.sum += blocks;
+            account.growing += u32::from(promise.may_grow);
+        }
+    }
+
+    /// How those who run on a pipeline have grown since they began.
+    pub(super) fn set_growth(&mut self, pipeline: PipelineId, growth: Growth) {
+        if let Some(account) = self.pipelines.get_mut(&pipeline) {
+            account.growth = growth;
         }
     }
 
     pub(super) fn release(&mut self, pipeline: PipelineId, sequence: SequenceId) {
         if let Some(account) = self.pipelines.get_mut(&pipeline) {
-            let blocks = account.promised.remove(&sequence);
-            account.sum -= blocks.unwrap_or(0);
+            let Some(promise) = account.promised.remove(&sequence) else { return };
+            account.sum -= promise.blocks;
+            account.growing -= u32::from(promise.may_grow);
         }
     }
 
-    /// Blocks of all pipelines, and how many of them are promised.
+    /// Blocks of all pipelines, and how many of them are not free.
     pub(super) fn totals(&self) -> (u32, u32) {
-        self.pipelines.values().fold((0, 0), |(total, promised), account| {
-            (total.saturating_add(account.kv_blocks), promised.saturating_add(account.sum))
+        self.pipelines.values().fold((0, 0), |(total, used), account| {
+            let of_it = account.used().min(account.kv_blocks);
+            (total.saturating_add(account.kv_blocks), used.saturating_add(of_it))
         })
     }
 }

@@ -138,10 +138,10 @@ fn each_goes_where_most_is_free_in_proportion() {
     }
     assert_eq!(placed(&mut router), [(1, 1), (2, 2), (3, 2), (4, 1), (5, 2), (6, 2)]);
     let stats = router.stats();
-    assert_eq!((stats.kv_blocks_promised, stats.kv_blocks_total, stats.running), (12, 30, 6));
+    assert_eq!((stats.kv_blocks_used, stats.kv_blocks_total, stats.running), (12, 30, 6));
     router.ended(SequenceId(1));
     router.ended(SequenceId(1));
-    assert_eq!(router.stats().kv_blocks_promised, 10);
+    assert_eq!(router.stats().kv_blocks_used, 10);
     assert_eq!(router.pipeline_of(SequenceId(1)), None);
 }
 
@@ -333,12 +333,37 @@ fn those_of_a_held_pipeline_hide_nobody() {
 }
 
 #[test]
+fn one_begins_where_a_block_stays_free_for_each_that_grows() {
+    let mut router = router(Limits::default(), &[8]);
+    for _ in 0..4 {
+        take(&mut router, 1, 63, Tick::ZERO);
+    }
+    assert_eq!(
+        placed(&mut router),
+        [(1, 1), (2, 1), (3, 1), (4, 1)],
+        "one block each, and one kept"
+    );
+    take(&mut router, 1, 1, Tick::ZERO);
+    // Two of them took their second block, one of these has ended.
+    router.set_growth(PipelineId(1), Growth { blocks: 2, grown_up: 2 });
+    assert_eq!(placed(&mut router), [], "two blocks are left for two");
+    router.set_growth(PipelineId(1), Growth { blocks: 1, grown_up: 1 });
+    router.ended(SequenceId(2));
+    assert_eq!(router.stats().kv_blocks_used, 4);
+    assert_eq!(placed(&mut router), [(5, 1)], "four blocks are left for three");
+    // Their blocks are promised to nobody, whatever the report says.
+    router.set_growth(PipelineId(1), Growth { blocks: -100, grown_up: 100 });
+    assert_eq!(router.stats().kv_blocks_used, 0);
+}
+
+#[test]
 fn a_long_queue_is_sorted_in_portions_and_in_order() {
     const MANY: usize = 10 * SORTED_AT_ONCE;
     let limits = Limits { waiting_requests: MANY as u32, ..Limits::default() };
     let mut router = router(limits, &[10]);
     router.hold(PipelineId(1), true);
-    let ids: Vec<_> = (0..MANY).map(|_| take(&mut router, 100, 100, Tick::ZERO).0).collect();
+    // Each begins with seven blocks of ten: one at a time.
+    let ids: Vec<_> = (0..MANY).map(|_| take(&mut router, 200, 100, Tick::ZERO).0).collect();
     let sort = |router: &mut Router| {
         let mut portions = 1;
         while router.is_sorting() {

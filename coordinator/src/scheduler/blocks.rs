@@ -14,6 +14,8 @@ pub(super) struct BlockPool {
     /// First given back, first taken: a block rests as long as it can.
     free: VecDeque<BlockId>,
     blocks: Vec<Block>,
+    /// How many have an owner.
+    owned: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,6 +31,7 @@ impl BlockPool {
         Self {
             free: (0..count).map(BlockId).collect(),
             blocks: vec![Block::default(); count as usize],
+            owned: 0,
         }
     }
 
@@ -41,6 +44,7 @@ impl BlockPool {
         for &block in &taken {
             self.block(block).owned = true;
         }
+        self.owned += count;
         Some(taken)
     }
 
@@ -54,6 +58,7 @@ impl BlockPool {
                 self.free.push_back(id);
             }
         }
+        self.owned -= blocks.len() as u32;
     }
 
     /// A step that names them was sent.
@@ -73,6 +78,11 @@ impl BlockPool {
                 self.free.push_back(id);
             }
         }
+    }
+
+    /// Blocks that were given back and that a step on its way still names.
+    pub(super) fn returning_count(&self) -> u32 {
+        self.total() - self.owned - self.free_count()
     }
 
     /// Blocks that nobody holds.
@@ -103,9 +113,10 @@ mod tests {
         pool.pin(&mine[..1]);
         pool.give_back(&mine);
         assert_eq!(pool.free_count(), 1, "two steps are on their way");
+        assert_eq!(pool.returning_count(), 2);
         pool.unpin(&mine);
         assert_eq!(pool.free_count(), 2, "one still names the first block");
         pool.unpin(&mine[..1]);
-        assert_eq!((pool.free_count(), pool.total()), (3, 3));
+        assert_eq!((pool.free_count(), pool.returning_count(), pool.total()), (3, 0, 3));
     }
 }

@@ -3,7 +3,8 @@
 
 use super::epoch::Active;
 use super::{
-    Emission, EmissionEvent, PipelineScheduler, PipelineShape, Queue, Sequence, SequenceError,
+    Emission, EmissionEvent, Holders, PipelineScheduler, PipelineShape, Queue, Sequence,
+    SequenceError,
 };
 use crate::tick::Tick;
 
@@ -23,16 +24,18 @@ impl PipelineScheduler {
     /// The same pipeline goes on with another epoch: sequences are replayed from their token logs,
     /// and tokens that are known are not sampled again. Steps of the earlier epoch are fenced: their
     /// results are ignored, their blocks are free. Gives back those for which the new epoch has no
-    /// blocks, the last that arrived.
+    /// blocks to begin with: batch before interactive, then the last that arrived.
     pub fn switch(&mut self, shape: PipelineShape, now: Tick) -> Vec<Box<Sequence>> {
-        let ran = self.take_all(now);
+        let mut ran = self.take_all(now);
+        ran.sort_by_key(|sequence| (sequence.priority(), sequence.id()));
         self.active = Active::new(shape);
         self.last_row = None;
         self.proven = false;
         let mut free = shape.kv_blocks;
         let mut surplus = Vec::new();
         for sequence in ran {
-            match free.checked_sub(sequence.blocks_needed()).filter(|_| surplus.is_empty()) {
+            let fits = surplus.is_empty() && sequence.blocks_at_most() <= shape.kv_blocks;
+            match free.checked_sub(sequence.blocks_to_begin()).filter(|_| fits) {
                 Some(left) => {
                     free = left;
                     self.admit(sequence);
@@ -54,6 +57,8 @@ impl PipelineScheduler {
         if let Some(probe) = self.probe.take() {
             self.sequences.remove(&probe);
         }
+        (self.begin_demand, self.promised) = (0, 0);
+        self.holders = Holders::default();
         // A new pool: what the old one held is named by steps that count no more.
         self.active = Active::new(self.active.shape);
         let mut all = Vec::with_capacity(self.sequences.len());

@@ -1,4 +1,4 @@
-//! Who gets blocks, and whose rows go into the next step.
+//! Whose rows go into the next step.
 
 use bytes::Bytes;
 use proto::step::Row;
@@ -12,17 +12,6 @@ use crate::tick::Tick;
 const PREFILL_SHARE: usize = 4;
 
 impl PipelineScheduler {
-    /// Gives blocks to those who arrive, in their order.
-    pub(super) fn let_in(&mut self, now: Tick) {
-        while let Some(id) = self.arriving.front() {
-            let Some(sequence) = self.sequences.get_mut(&id) else { return };
-            let Some(blocks) = self.active.blocks.take(sequence.blocks_needed()) else { return };
-            sequence.admit(blocks, now);
-            self.arriving.pop_front();
-            self.enqueue(Stand::Prefilling, id);
-        }
-    }
-
     /// Rows to draw for, before all others: their sequences have waited for a whole round.
     pub(super) fn pick_draws(&mut self) -> (Vec<Row>, Bytes) {
         let most = (self.limits.step_tokens as usize).min(self.draw_ready.len());
@@ -37,7 +26,7 @@ impl PipelineScheduler {
     }
 
     /// Decode rows first, and how many they are; then prefill chunks in the order of admission.
-    pub(super) fn pick_rows(&mut self) -> (Vec<Row>, usize) {
+    pub(super) fn pick_rows(&mut self, now: Tick) -> (Vec<Row>, usize) {
         let mut budget = self.limits.step_tokens as usize;
         let is_prefilling = !self.prefilling.is_empty();
         // Not "everyone who is ready": sequences would clump into one step, and all stages but
@@ -51,14 +40,8 @@ impl PipelineScheduler {
         }
         let reserved = if is_prefilling { (budget / PREFILL_SHARE).max(1) } else { 0 };
         let share = decoding.div_ceil(steps);
-        let decode_rows = share.min(budget - reserved).min(self.decode_ready.len());
-
-        let mut rows = Vec::new();
-        for id in (0..decode_rows).map_while(|_| self.decode_ready.pop_front()) {
-            let sequence = self.sequences.get_mut(&id).expect("who is ready is known");
-            sequence.place = None;
-            rows.push(sequence.next_row(1));
-        }
+        let mut rows = self.pick_decodes(share.min(budget - reserved), now);
+        let decode_rows = rows.len();
         let prompts = self.prefilling.iter().map(|(_, id)| self.sequences[&id].tokens_to_feed());
         let chunk = chunk_tokens(&shape, prompts.sum(), self.limits.step_tokens as usize);
         budget = chunk.min(budget - rows.len());
@@ -82,5 +65,31 @@ impl PipelineScheduler {
             self.prefilling.remove(ticket);
         }
         (rows, decode_rows)
+    }
+
+    /// A row of each of the first of those that are ready, at most `most`; those that have to wait
+    /// for a block keep their places.
+    fn pick_decodes(&mut self, most: usize, now: Tick) -> Vec<Row> {
+        let mut picked = Vec::new();
+        let mut after = None;
+        while picked.len() < most
+            && let Some((ticket, id)) = self.decode_ready.next(after)
+        {
+            after = Some(ticket);
+            if self.grow(id, now) {
+                picked.push((ticket, id));
+            }
+        }
+        // Rows are made last: one that was picked may have had to give its blocks to another.
+        let rows = picked.into_iter().filter_map(|(ticket, id)| {
+            let sequence = self.sequences.get_mut(&id)?;
+            if sequence.place != Some((Stand::Decoding, ticket)) {
+                return None;
+            }
+            sequence.place = None;
+            self.decode_ready.remove(ticket);
+            Some(sequence.next_row(1))
+        });
+        rows.collect()
     }
 }

@@ -1,8 +1,11 @@
 //! Sequences in an order, any of which leaves at the same small price.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use proto::ids::SequenceId;
+
+use super::types::Priority;
 
 /// A place in a [`Queue`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +29,15 @@ impl Queue {
         Ticket(ticket)
     }
 
+    /// By priority, then by name, which is the order of arrival: a queue that is entered so has no
+    /// other order.
+    pub(super) fn insert_by_arrival(&mut self, priority: Priority, id: SequenceId) -> Ticket {
+        // Names leave the highest bit alone, but for those of probes, which do not arrive.
+        let ticket = (priority as u64) << 63 | id.0;
+        self.entries.insert(ticket, id);
+        Ticket(ticket)
+    }
+
     /// Before everyone.
     pub(super) fn push_front(&mut self, id: SequenceId) -> Ticket {
         let first = self.entries.first_key_value();
@@ -42,6 +54,13 @@ impl Queue {
     /// The first, who leaves.
     pub(super) fn pop_front(&mut self) -> Option<SequenceId> {
         self.entries.pop_first().map(|(_, id)| id)
+    }
+
+    /// The first behind `after`, who stays.
+    pub(super) fn next(&self, after: Option<Ticket>) -> Option<(Ticket, SequenceId)> {
+        let from = after.map_or(Bound::Unbounded, |Ticket(after)| Bound::Excluded(after));
+        let next = self.entries.range((from, Bound::Unbounded)).next();
+        next.map(|(&ticket, &id)| (Ticket(ticket), id))
     }
 
     /// Takes out who has this ticket.
@@ -75,6 +94,11 @@ mod tests {
         queue.push_front(SequenceId(1));
         queue.push_back(SequenceId(4));
         assert_eq!((queue.front(), queue.len()), (Some(SequenceId(1)), 4));
+        let first = queue.next(None).unwrap();
+        assert_eq!(
+            (first.1, queue.next(Some(first.0))),
+            (SequenceId(1), Some((two, SequenceId(2))))
+        );
         queue.remove(two);
         queue.remove(two);
         assert_eq!(queue.pop_front(), Some(SequenceId(1)));

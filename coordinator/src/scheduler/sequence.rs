@@ -24,8 +24,10 @@ pub struct Sequence {
     pub(super) request: Request,
     /// Tokens of the log whose rows were sent in this generation.
     pub(super) sent: usize,
-    /// Reserved; empty while it waits.
+    /// Held; empty while it waits.
     pub(super) blocks: Vec<BlockId>,
+    /// What the router counts for it until its pipeline says what it has.
+    promised: u32,
     pub(super) scoring: Scoring,
     /// Came before the last of the prompt's scores; goes out after them.
     pub(super) held_back: Option<Sampled>,
@@ -91,6 +93,7 @@ impl Sequence {
             request,
             sent: 0,
             blocks: Vec::new(),
+            promised: 0,
             scoring: Scoring::Done,
             held_back: None,
             state: None,
@@ -221,9 +224,36 @@ impl Sequence {
         Scoring::Collecting(vec![None; self.log.prompt().len() - 1])
     }
 
-    /// Blocks for prompt and answer together.
-    pub(crate) fn blocks_needed(&self) -> u32 {
+    /// Blocks for the prompt and the longest answer: what it holds at most.
+    pub(crate) fn blocks_at_most(&self) -> u32 {
         blocks_for(self.log.prompt().len(), self.request.max_tokens)
+    }
+
+    /// Blocks for the tokens that are known and the next one: what it begins with.
+    pub(crate) fn blocks_to_begin(&self) -> u32 {
+        blocks_for(self.log.tokens().len(), 1).min(self.blocks_at_most())
+    }
+
+    /// Whether it may need more blocks than `held` some day.
+    pub(crate) fn may_outgrow(&self, held: u32) -> bool {
+        held < self.blocks_at_most()
+    }
+
+    /// The router gives it a pipeline and counts what it begins with.
+    pub(crate) fn promise(&mut self) -> u32 {
+        self.promised = self.blocks_to_begin();
+        self.promised
+    }
+
+    /// What the router counts for it.
+    pub(super) fn promised(&self) -> u32 {
+        self.promised
+    }
+
+    /// Blocks that it lacks for its next token; only one that decodes lacks any.
+    pub(super) fn blocks_lacking(&self) -> u32 {
+        let needed = blocks_for(self.sent, 1);
+        needed.saturating_sub(self.blocks.len() as u32)
     }
 
     pub(super) fn admit(&mut self, blocks: Vec<BlockId>, now: Tick) {
@@ -248,8 +278,14 @@ impl Sequence {
 
     /// Forgets what the lost pipeline held of it. What was told stays told: the log is kept.
     pub(super) fn restart(&mut self, now: Tick) {
+        self.begin_again(now);
+        self.replays = 0;
+    }
+
+    /// Forgets what its pipeline holds of it, and stays there.
+    pub(super) fn begin_again(&mut self, now: Tick) {
         self.log.begin_generation();
-        (self.sent, self.replays) = (0, 0);
+        self.sent = 0;
         self.blocks.clear();
         self.place = None;
         self.held_back = None;

@@ -205,7 +205,8 @@ fn who_arrives_gets_blocks_once_no_step_names_them() {
     let step = send(&mut scheduler);
     assert!(scheduler.cancel(first));
     assert!(!scheduler.cancel(first), "it is gone");
-    let large = admit(&mut scheduler, request(64, 64));
+    // Its blocks are named by a step: three are free.
+    let large = admit(&mut scheduler, request(96, 32));
     let small = admit(&mut scheduler, request(1, 1));
     assert_eq!(scheduler.next_step(Tick::ZERO), None, "the blocks are named by a step");
     assert_eq!(scheduler.complete(result(&step, 1), Tick::ZERO), []);
@@ -372,9 +373,127 @@ fn a_switch_replays_what_is_known_and_samples_nothing_again() {
 fn a_smaller_epoch_gives_back_the_last_that_came() {
     let mut scheduler = serving(Limits::default(), 1, 10);
     let ids: Vec<_> = (0..3).map(|_| admit(&mut scheduler, request(40, 40)).0).collect();
-    let surplus = scheduler.switch(shape(1, 5), Tick::ZERO);
-    assert_eq!(surplus.iter().map(|sequence| sequence.id().0).collect::<Vec<_>>(), ids[1..]);
+    let given_back = |scheduler: &mut PipelineScheduler, kv_blocks| -> Vec<u64> {
+        let surplus = scheduler.switch(shape(1, kv_blocks), Tick::ZERO);
+        surplus.iter().map(|sequence| sequence.id().0).collect()
+    };
+    assert_eq!(given_back(&mut scheduler, 5), ids[2..], "two begin with two blocks each");
     assert_eq!(send(&mut scheduler).rows[0].sequence.0, ids[0]);
+    assert_eq!(given_back(&mut scheduler, 2), ids[..2], "its answer may need three");
+}
+
+/// The answers of sequences, and how often each began again.
+type Answers = BTreeMap<SequenceId, (Vec<u32>, u32)>;
+
+fn run_out(scheduler: &mut PipelineScheduler) -> Answers {
+    run_on(scheduler, Vec::new())
+}
+
+/// Completes those steps that were sent, and every other at once until nothing is left to do.
+fn run_on(scheduler: &mut PipelineScheduler, mut sent: Vec<Step>) -> Answers {
+    let mut answers = Answers::new();
+    while let Some(step) = sent.pop().or_else(|| Some(scheduler.next_step(Tick::ZERO)?.step)) {
+        for row in &step.rows {
+            answers.entry(row.sequence).or_default().1 = row.generation.0;
+        }
+        for emission in scheduler.complete(testing::result(&step, testing::of_history), Tick::ZERO)
+        {
+            let (tokens, _) = answers.entry(emission.sequence).or_default();
+            match emission.event {
+                EmissionEvent::Token { index, sampled } => {
+                    assert_eq!(index as usize, tokens.len(), "no gap, no double");
+                    tokens.push(sampled.token);
+                }
+                EmissionEvent::Finished { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(scheduler.is_idle());
+    let stats = scheduler.stats();
+    assert_eq!((stats.kv_blocks_used, stats.growth), (0, Growth::default()), "no block is lost");
+    answers
+}
+
+#[test]
+fn kv_grows_with_answers_and_the_last_that_came_makes_room() {
+    let alone = |request: Request| {
+        let mut scheduler = serving(Limits::default(), 1, 100);
+        admit(&mut scheduler, request);
+        run_out(&mut scheduler).into_values().next().unwrap().0
+    };
+    let mut scheduler = serving(Limits::default(), 1, 8);
+    let ids: Vec<_> = (0..3).map(|_| admit(&mut scheduler, request(32, 200))).collect();
+    let step = send(&mut scheduler);
+    let begun: Vec<_> = step.rows.iter().map(|row| row.sequence).collect();
+    assert_eq!(begun, ids[..2], "the third would leave nothing to grow into");
+    assert_eq!(scheduler.stats().kv_blocks_used, 4, "for what is known, not for 232 tokens");
+    let answers = run_on(&mut scheduler, vec![step]);
+    let whole = alone(request(32, 200));
+    assert_eq!(answers[&ids[0]].1, 0, "the first is never asked");
+    assert!(answers[&ids[1]].1 >= 1, "the second made room");
+    for id in ids {
+        assert_eq!(answers[&id].0, whole, "{id}");
+    }
+    let preempted = scheduler.stats().preempted;
+    assert!((1..=4).contains(&preempted), "{preempted}: nobody goes in and out");
+}
+
+/// Both are ready for the same step when the later one takes the blocks of the first, whose row must
+/// not be in it: a stage would write it into blocks of another.
+#[test]
+fn who_gives_blocks_back_has_no_row_in_the_same_step() {
+    // A step costs the same however many rows it has: they all go into one.
+    let line = Line { step_ns: 1_000_000, row_ns: 0 };
+    let shape = PipelineShape { cost: StepCost { decode: line, prompt: line }, ..shape(1, 4) };
+    let mut scheduler = PipelineScheduler::new(Limits::default(), shape);
+    let batch = Request { priority: Priority::Batch, ..request(33, 31) };
+    let batch = admit(&mut scheduler, batch);
+    let step = send(&mut scheduler);
+    scheduler.complete(testing::result(&step, testing::of_history), Tick::ZERO);
+    // It begins with the two blocks that are left, and needs a third for its third token.
+    let late = admit(&mut scheduler, request(63, 30));
+    let rows_sent = |scheduler: &mut PipelineScheduler| -> Vec<_> {
+        let step = send(scheduler);
+        scheduler.complete(testing::result(&step, testing::of_history), Tick::ZERO);
+        step.rows.iter().map(|row| (row.sequence, row.blocks.len())).collect()
+    };
+    assert_eq!(rows_sent(&mut scheduler), [(batch, 2), (late, 2)]);
+    assert_eq!(rows_sent(&mut scheduler), [(batch, 2), (late, 2)]);
+    assert_eq!(rows_sent(&mut scheduler), [(late, 3)]);
+    assert_eq!(scheduler.stats().preempted, 1);
+    while scheduler.stats().running > 0 {
+        rows_sent(&mut scheduler);
+    }
+}
+
+#[test]
+fn who_begins_again_comes_before_later_ones_of_his_priority_and_after_others() {
+    let mut scheduler = serving(Limits::default(), 1, 3);
+    let batch = Request { priority: Priority::Batch, ..request(33, 60) };
+    let batch = admit(&mut scheduler, batch);
+    let step = send(&mut scheduler);
+    // As when a stage lost what it held.
+    let late = Request { priority: Priority::Batch, ..request(33, 60) };
+    let late = admit(&mut scheduler, late);
+    let interactive = admit(&mut scheduler, request(33, 60));
+    scheduler.begin_again(batch, Tick::ZERO);
+    let order: Vec<_> = scheduler.arriving.iter().map(|(_, id)| id).collect();
+    assert_eq!(order, [interactive, batch, late]);
+    let answers = run_on(&mut scheduler, vec![step]);
+    assert_eq!(answers[&interactive].1, 0);
+    assert_eq!(answers[&batch].0, answers[&interactive].0, "whatever was sent before");
+    assert_eq!(answers[&late].0, answers[&interactive].0);
+}
+
+#[test]
+fn batch_makes_room_before_interactive() {
+    let mut scheduler = serving(Limits::default(), 1, 8);
+    let batch = Request { priority: Priority::Batch, ..request(32, 200) };
+    let [early, late] = [batch, request(32, 200)].map(|request| admit(&mut scheduler, request));
+    let answers = run_out(&mut scheduler);
+    assert_eq!((answers[&early].1 > 0, answers[&late].1), (true, 0));
+    assert_eq!(answers[&early].0, answers[&late].0);
 }
 
 #[test]

@@ -236,7 +236,7 @@ pub struct PipelineStats {
     pub running: u32,
     /// Blocks of the pipeline.
     pub kv_blocks_total: u32,
-    /// Blocks that are reserved or still named by a step on its way.
+    /// Blocks that are held or still named by a step on its way.
     pub kv_blocks_used: u32,
     /// Steps on their way.
     pub steps_in_flight: u32,
@@ -251,4 +251,18 @@ pub struct PipelineStats {
     pub failed: u64,
     /// Sequences whose client went away, since start.
     pub cancelled: u64,
+    /// Times that a sequence gave its blocks back, to begin again later, since start.
+    pub preempted: u64,
+    /// What the router has not counted.
+    pub growth: Growth,
+}
+
+/// How those who run on a pipeline have grown since the router sent them there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Growth {
+    /// Blocks that are taken, or that those who arrive will take at first, over those that the router
+    /// has counted for them.
+    pub blocks: i64,
+    /// Of those that began with fewer blocks than they may need, how many have all by now.
+    pub grown_up: u32,
 }
