@@ -291,7 +291,7 @@ async fn carry_steps(
     while let Some(reply) = replies.message().await.map_err(|status| status_words(&status))? {
         let reply =
             convert::decode_reply(reply).map_err(|error| node::Chain(&error).to_string())?;
-        // One for every step, and the lane awaits its result anyway.
+        // Workers of before answer every step; the lane awaits its result anyway.
         if reply.verdict == StepVerdict::Accepted {
             continue;
         }

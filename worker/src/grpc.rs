@@ -290,32 +290,37 @@ struct Edge {
 }
 
 impl Edge {
-    /// The next answer; `None` when the stream is over.
+    /// The next answer; `None` when the stream is over. A step that is taken has none, unless its
+    /// sender wants one.
     async fn next(&mut self) -> Option<Result<pb::StepReply, Status>> {
         if self.ended {
             return None;
         }
-        tokio::select! {
-            // What later stages say goes first: their steps came first.
-            biased;
-            () = self.service.closing().cancelled() => {
-                Some(Err(ServiceError::Closing.into()))
-            }
-            Some(reply) = self.queue.recv() => Some(Ok(encode_reply(&reply))),
-            message = self.inbound.message() => match message {
-                Ok(Some(message)) => Some(self.take(message).map_err(|error| {
-                    self.refusals.note("Steps", &error);
-                    error.into()
-                })),
-                Ok(None) => None,
+        loop {
+            let message = tokio::select! {
+                // What later stages say goes first: their steps came first.
+                biased;
+                () = self.service.closing().cancelled() => {
+                    return Some(Err(ServiceError::Closing.into()));
+                }
+                Some(reply) = self.queue.recv() => return Some(Ok(encode_reply(&reply))),
+                message = self.inbound.message() => message,
+            };
+            let error = match message {
+                Ok(Some(message)) => match self.take(message) {
+                    Ok(None) => continue,
+                    Ok(Some(reply)) => return Some(Ok(reply)),
+                    Err(error) => error,
+                },
+                Ok(None) => return None,
                 Err(status) => {
                     let error = UnreadableMessage::from(status);
                     telemetry::unreadable(&self.service.identity().id, error.cause);
-                    let error = ServiceError::from(error);
-                    self.refusals.note("Steps", &error);
-                    Some(Err(error.into()))
+                    error.into()
                 }
-            },
+            };
+            self.refusals.note("Steps", &error);
+            return Some(Err(error.into()));
         }
     }
 
@@ -347,10 +352,11 @@ impl Edge {
     }
 
     /// One step: its sender's key, then the checks in the order that [`crate::session`] gives.
-    fn take(&mut self, message: pb::StepMessage) -> Result<pb::StepReply, ServiceError> {
+    fn take(&mut self, message: pb::StepMessage) -> Result<Option<pb::StepReply>, ServiceError> {
         if self.service.acquaintance(self.key) == Acquaintance::Stranger {
             return Err(ServiceError::Key);
         }
+        let acknowledge = message.acknowledge;
         let pipeline = PipelineId(message.pipeline);
         let at = PipelineRef { id: pipeline, epoch: Epoch(message.epoch) };
         let at = (at, StepId(message.step));
@@ -358,14 +364,16 @@ impl Edge {
         let header = match decode_step_header(&message) {
             Ok(header) => header,
             Err(error) => {
-                return Ok(self.refuse(at, 0, corrupt, node::Chain(&error).to_string()));
+                let detail = node::Chain(&error).to_string();
+                return Ok(Some(self.refuse(at, 0, corrupt, detail)));
             }
         };
         let stage = match self.service.judge(&header) {
             Ok(stage) => stage,
             Err((refusal, speaks_as)) => {
                 let at = (PipelineRef { id: pipeline, epoch: refusal.epoch }, at.1);
-                return Ok(self.refuse(at, speaks_as, refusal.verdict, refusal.detail));
+                let refused = self.refuse(at, speaks_as, refusal.verdict, refusal.detail);
+                return Ok(Some(refused));
             }
         };
         if !stage.admits(self.key) {
@@ -381,11 +389,12 @@ impl Edge {
                     _ => StepVerdict::Invalid,
                 };
                 let detail = node::Chain(&error).to_string();
-                return Ok(self.refuse(at, stage.prepare().stage, verdict, detail));
+                return Ok(Some(self.refuse(at, stage.prepare().stage, verdict, detail)));
             }
         };
         match stage.arrive(step, &self.replies) {
-            Ok(reply) => Ok(encode_reply(&reply)),
+            Ok(reply) if reply.verdict == StepVerdict::Accepted && !acknowledge => Ok(None),
+            Ok(reply) => Ok(Some(encode_reply(&reply))),
             Err(_) => Err(ServiceError::EngineStopped),
         }
     }

@@ -223,6 +223,7 @@ fn hear(stage: &Stage, mut reply: StepReply) {
     reply.stage = reply.stage.max(next);
     let is_next = reply.stage == next;
     match reply.verdict {
+        // Workers of before say so of every step.
         StepVerdict::Accepted => {}
         StepVerdict::Corrupt if is_next && stage.repair(reply.step) => {}
         _ => stage.relay(reply),

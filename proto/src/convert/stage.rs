@@ -58,6 +58,7 @@ pub fn encode_step(step: &Step) -> pb::StepMessage {
         payload_crc32c,
         rows,
         activations: step.activations.clone(),
+        acknowledge: false,
     }
 }
 

@@ -331,7 +331,9 @@ impl Steps {
         self.send_message(encode_step(step)).await;
     }
 
+    /// Every step is answered, one that is taken too.
     pub(super) async fn send_message(&self, message: pb::StepMessage) {
+        let message = pb::StepMessage { acknowledge: true, ..message };
         soon(self.steps.send(message)).await.unwrap();
     }
 
