@@ -111,6 +111,9 @@ pub struct LimitsConfig {
     pub wait: Duration,
     /// Requests that may run at once on one pipeline, whatever its KV would hold.
     pub running_requests: u32,
+    /// Requests of all pipelines together, those that wait among them: more get 503. At least as many as
+    /// may wait and run on one pipeline.
+    pub open_requests: u32,
     /// Tokens in one step.
     pub step_tokens: u32,
     /// Blocks of 32 tokens in the KV cache, at most.
@@ -261,14 +264,16 @@ impl Default for LimitsConfig {
             wait: Duration::from_secs(45),
             // Beyond this a token costs the same and everyone only waits longer.
             running_requests: 256,
+            // 64 replicas of 32 answers each. What they hold of their texts stays below 64 MiB, but for large ones.
+            open_requests: 2048,
             // As the scheduler's own default: 640 KB of activations for a width of 2560.
             step_tokens: 64,
             // 128 Ki tokens: 32 contexts of 4096.
             kv_blocks: 4096,
             // A prompt of a whole context as token ids fits many times.
             body_bytes: ByteSize(4 << 20),
-            // Below the usual limit of 1024 open files.
-            connections: 400,
+            // One for each open request, as clients of HTTP/1 have.
+            connections: 2048,
             // The read timeout of OpenAI's own clients.
             request_deadline: Duration::from_secs(600),
             step_deadline: Duration::from_secs(30),
@@ -349,6 +354,19 @@ const LONGEST_STOP: Duration = Duration::from_secs(60 * 60);
 /// The most pipelines that may be asked for: more workers than that are no cluster of this kind.
 const MAX_PIPELINES: u64 = 1 << 10;
 
+impl LimitsConfig {
+    /// Requests that are here at once, whatever becomes of them.
+    pub(crate) fn requests(&self) -> usize {
+        self.open_requests.max(self.waiting_requests + self.running_requests) as usize
+    }
+
+    /// Open files that serving so many connections takes: those of both servers, and what the process has
+    /// open beside them.
+    pub(crate) fn descriptors(&self) -> u64 {
+        2 * u64::from(self.connections) + 512
+    }
+}
+
 impl Config {
     /// Checks everything that can be checked without touching the world.
     ///
@@ -368,6 +386,7 @@ impl Config {
             ("min_gain_percent", self.min_gain_percent.into(), 0, 100),
             ("limits.waiting_requests", limits.waiting_requests.into(), 1, 1 << 16),
             ("limits.running_requests", limits.running_requests.into(), 1, 1 << 16),
+            ("limits.open_requests", limits.open_requests.into(), 1, 1 << 20),
             ("limits.step_tokens", limits.step_tokens.into(), 1, proto::limits::STEP_TOKENS as u64),
             ("limits.kv_blocks", limits.kv_blocks.into(), 1, 1 << 24),
             ("limits.connections", limits.connections.into(), 1, 1 << 20),
@@ -416,6 +435,14 @@ mod tests {
     }
 
     #[test]
+    fn no_limit_is_below_what_one_pipeline_takes() {
+        let limits = LimitsConfig { open_requests: 5, ..LimitsConfig::default() };
+        assert_eq!(limits.requests(), 512, "those that wait and those that run on one pipeline");
+        let limits = LimitsConfig { open_requests: 5000, ..limits };
+        assert_eq!((limits.requests(), limits.descriptors()), (5000, 4608));
+    }
+
+    #[test]
     fn what_cannot_work_is_refused_by_name() {
         usable().validate().unwrap();
         let mut limits = LimitsConfig { step_tokens: 0, ..LimitsConfig::default() };
@@ -432,6 +459,10 @@ mod tests {
             (
                 limited(LimitsConfig { request_deadline: at_once, ..LimitsConfig::default() }),
                 "limits.request_deadline",
+            ),
+            (
+                limited(LimitsConfig { open_requests: 0, ..LimitsConfig::default() }),
+                "limits.open_requests must be from 1",
             ),
             (limited(LimitsConfig { wait: never, ..LimitsConfig::default() }), "limits.wait"),
             (Config { shutdown_grace: never, ..usable() }, "shutdown_grace"),

@@ -86,6 +86,7 @@ pub async fn run(
     let store = open_model(&config)?;
     let text = text::Text::open(&store)
         .map_err(|source| RunError::Text { path: config.model.clone(), source })?;
+    allow_descriptors(config.limits.descriptors());
     let grpc_listener = bind("gRPC", config.grpc)?;
     let http_listener = bind("HTTP", config.http)?;
     let admin_listener = match config.admin {
@@ -120,9 +121,7 @@ pub async fn run(
     let body_bytes = usize::try_from(config.limits.body_bytes.bytes()).unwrap_or(usize::MAX);
     let memory = memory::Memory::for_requests(body_bytes.max(proto::limits::CLIENT_MESSAGE_BYTES));
     let service = Arc::new(service::Service::new(model, text, handle, deadline, memory));
-    // What may wait, and run on one pipeline. More pipelines do not raise it, for it bounds the memory
-    // of requests that are here.
-    let requests = (config.limits.waiting_requests + config.limits.running_requests) as usize;
+    let requests = config.limits.requests();
     let http_limits = http::Limits {
         body_bytes,
         requests,
@@ -200,6 +199,20 @@ fn open_model(config: &Config) -> Result<model::Store, RunError> {
         Ok(store)
     };
     open().map_err(|source| RunError::Model { path: config.model.clone(), source })
+}
+
+/// Lets the process have so many files open, or says that it may not.
+fn allow_descriptors(wanted: u64) {
+    match node::descriptors::raise(wanted) {
+        Ok(allowed) if allowed < wanted => tracing::warn!(
+            allowed,
+            wanted,
+            "the hard limit of open files is below what limits.connections may take; raise it, or \
+             connections are refused before that"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, wanted, "the limit of open files cannot be raised"),
+    }
 }
 
 fn bind(service: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::request::RequestError;
 
 /// Bytes of a request that count as small. Small ones are bounded by the number of open requests
-/// alone, 512 x 32 KiB = 16 MiB by default, so that those who send large ones, however slowly,
+/// alone, 2048 x 32 KiB = 64 MiB by default, so that those who send large ones, however slowly,
 /// cannot shut out the others.
 pub(crate) const SMALL_BYTES: usize = 32 << 10;
 

@@ -4,6 +4,7 @@
 
 mod chain;
 pub mod config;
+pub mod descriptors;
 pub mod exit;
 pub mod hosts;
 pub mod membership;
