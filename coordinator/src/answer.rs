@@ -12,6 +12,7 @@ use proto::generate::{
 use proto::step::Sampled;
 use tracing::Span;
 
+use crate::compute::Compute;
 use crate::driver::{Admitted, DriverHandle, End, Tokens};
 use crate::request::RequestError;
 use crate::scheduler::Finish;
@@ -23,11 +24,12 @@ mod tests;
 /// What an answer is made with.
 pub(crate) struct AnswerParts {
     pub(crate) text: Arc<Text>,
+    pub(crate) compute: Arc<Compute>,
     pub(crate) driver: DriverHandle,
     pub(crate) model: String,
     pub(crate) request_id: String,
     pub(crate) seed: u64,
-    pub(crate) prompt: Vec<u32>,
+    pub(crate) prompt: Arc<[u32]>,
     /// The tokens that the client has.
     pub(crate) received: Vec<u32>,
     pub(crate) stop: Vec<String>,
@@ -140,7 +142,11 @@ impl Answer {
             }
         };
         if self.parts.score_prompt {
-            started.prompt_logprobs = self.prompt_logprobs(tokens.prompt_scores().await?);
+            let scores = tokens.prompt_scores().await?;
+            let (text, prompt) = (Arc::clone(&self.parts.text), Arc::clone(&self.parts.prompt));
+            let work = move || prompt_logprobs(text.tokenizer(), &prompt, scores);
+            started.prompt_logprobs =
+                self.parts.compute.on_answer(self.parts.prompt.len(), work).await?;
         }
         self.state = State::Streaming(tokens);
         Ok(GenerateEvent::Started(started))
@@ -231,20 +237,6 @@ impl Answer {
         }
     }
 
-    fn prompt_logprobs(&self, scores: Vec<f32>) -> Vec<Logprobs> {
-        let tokenizer = self.parts.text.tokenizer();
-        let later_tokens = self.parts.prompt.iter().skip(1);
-        later_tokens
-            .zip(scores)
-            .map(|(&token, logprob)| Logprobs {
-                token,
-                logprob,
-                token_bytes: token_bytes(tokenizer, token),
-                top: Vec::new(),
-            })
-            .collect()
-    }
-
     fn record_end(&self, finished: &Finished) {
         let span = &self.parts.span;
         span.record("gen_ai.response.id", self.parts.request_id.as_str());
@@ -257,6 +249,23 @@ impl Answer {
 /// The stop token in the schema's words; empty when none ended the answer.
 fn stop_reason(finish: Finish) -> String {
     finish.stop_token.map(|token| format!("<{token}>")).unwrap_or_default()
+}
+
+fn prompt_logprobs(
+    tokenizer: Option<&Tokenizer>,
+    prompt: &[u32],
+    scores: Vec<f32>,
+) -> Vec<Logprobs> {
+    let later_tokens = prompt.iter().skip(1);
+    later_tokens
+        .zip(scores)
+        .map(|(&token, logprob)| Logprobs {
+            token,
+            logprob,
+            token_bytes: token_bytes(tokenizer, token),
+            top: Vec::new(),
+        })
+        .collect()
 }
 
 fn token_bytes(tokenizer: Option<&Tokenizer>, token: u32) -> Vec<u8> {

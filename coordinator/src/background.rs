@@ -13,7 +13,7 @@ const NICENESS: i32 = 5;
 
 /// Threads, of all requests: more only take turns on the same cores, and each large request brings
 /// memory of its own.
-const THREADS: usize = 4;
+pub(crate) const THREADS: usize = 4;
 
 /// What all of them are called.
 pub(crate) const THREAD_NAME: &str = "tercet-large";

@@ -13,6 +13,7 @@ use futures::{Stream, stream};
 use node::serve::{CallLimits, Concurrency, Method, with_limits};
 use node::telemetry::propagation;
 use proto::convert;
+use proto::generate::GenerateEvent;
 use proto::pb;
 use proto::pb::inference_server::{Inference, InferenceServer};
 use proto::pb::operator_server::{Operator, OperatorServer};
@@ -24,6 +25,7 @@ use tracing::Instrument;
 
 use crate::answer::Answer;
 use crate::arrival;
+use crate::compute::Compute;
 use crate::driver::OrderError;
 use crate::metrics;
 use crate::request::RequestError;
@@ -152,11 +154,11 @@ impl Inference for InferenceApi {
         let started = async {
             // Of what was decoded; dropped when the texts are tokens.
             let _room = self.service.room_for(&request)?;
-            let prepared = self.service.prepare(request, Wanted::Answer).await?;
+            let prepared = self.service.prepare(request, Wanted::Answer, false).await?;
             self.service.start(&prepared, 0, span.clone()).await
         };
         let answer = started.instrument(span.clone()).await.map_err(|error| status_of(&error))?;
-        Ok(Response::new(Box::pin(events(answer))))
+        Ok(Response::new(Box::pin(events(answer, self.service.compute()))))
     }
 
     async fn status(
@@ -263,13 +265,29 @@ fn refusal_of(error: &OrderError) -> Status {
 }
 
 /// An answer's events; an error is the last of them.
-fn events(answer: Answer) -> impl Stream<Item = Result<pb::GenerateEvent, Status>> + Send {
-    stream::unfold(Some(answer), |answer| async move {
-        let mut answer = answer?;
-        Some(match answer.next().await? {
-            Ok(event) => (Ok(convert::encode_event(&event)), Some(answer)),
-            Err(error) => (Err(status_of(&error)), None),
-        })
+fn events(
+    answer: Answer,
+    compute: Arc<Compute>,
+) -> impl Stream<Item = Result<pb::GenerateEvent, Status>> + Send {
+    stream::unfold(Some(answer), move |answer| {
+        let compute = Arc::clone(&compute);
+        async move {
+            let mut answer = answer?;
+            let encoded = match answer.next().await? {
+                Ok(event) => {
+                    let cost = match &event {
+                        GenerateEvent::Started(started) => started.prompt_logprobs.len(),
+                        GenerateEvent::Delta(_) | GenerateEvent::Finished(_) => 0,
+                    };
+                    compute.on_answer(cost, move || convert::encode_event(&event)).await
+                }
+                Err(error) => Err(error),
+            };
+            Some(match encoded {
+                Ok(event) => (Ok(event), Some(answer)),
+                Err(error) => (Err(status_of(&error)), None),
+            })
+        }
     })
 }
 

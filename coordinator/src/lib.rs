@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 mod answer;
 mod arrival;
 mod background;
+mod compute;
 mod config;
 mod driver;
 mod error;
@@ -53,7 +54,7 @@ pub use config::{
 pub use error::RunError;
 #[doc(hidden)]
 pub use http::check_body;
-pub use text::{TemplateError, TextSetupError, TokenizerError, TrialError, try_text};
+pub use text::{PatternError, TemplateError, TextSetupError, TokenizerError, TrialError, try_text};
 pub use tokenize::{TokenizeError, tokenize};
 
 /// Where a coordinator listens, once it does.

@@ -99,8 +99,8 @@ impl RequestError {
         Self::Invalid { parameter: parameter.into(), message: message.into() }
     }
 
-    /// What a failed encoding means to the client.
-    pub(crate) fn of_text(error: TextError) -> Self {
+    /// What a failed encoding of the prompt in the field `prompt` means to the client.
+    pub(crate) fn of_text(error: TextError, prompt: &'static str) -> Self {
         match error {
             TextError::TooLong { context, .. } => {
                 Self::PromptBytes { context, detail: error.to_string() }
@@ -112,11 +112,14 @@ impl RequestError {
             TextError::Role { index, .. } => {
                 Self::invalid(format!("messages[{index}].role"), error.to_string())
             }
-            TextError::Arguments => Self::invalid("chat_template_kwargs", error.to_string()),
-            TextError::NoTemplate | TextError::PrivateUse | TextError::Template(_) => {
-                Self::invalid("messages", node::Chain(&error).to_string())
-            }
-            _ => Self::invalid("prompt", node::Chain(&error).to_string()),
+            TextError::Arguments => Self::invalid(TEMPLATE_ARGUMENTS, error.to_string()),
+            TextError::NoTemplate
+            | TextError::PrivateUse
+            | TextError::Template(_)
+            | TextError::NoTokenizer
+            | TextError::Pattern(_)
+            | TextError::Run { .. }
+            | TextError::TooMuch { .. } => Self::invalid(prompt, node::Chain(&error).to_string()),
         }
     }
 
@@ -135,6 +138,17 @@ impl RequestError {
             Self::SlowReader { .. } => "slow_reader",
             Self::Internal { .. } => "internal",
         }
+    }
+}
+
+/// What the schema calls the arguments of a chat template.
+pub(crate) const TEMPLATE_ARGUMENTS: &str = "template_arguments_json";
+
+/// The field that a prompt came in.
+pub(crate) fn field_of(prompt: &Prompt) -> &'static str {
+    match prompt {
+        Prompt::Text(_) | Prompt::Tokens(_) => "prompt",
+        Prompt::Conversation { .. } => "messages",
     }
 }
 
@@ -277,18 +291,19 @@ pub(crate) fn default_length(
     (!is_known_longer && u64::from(length) < room).then_some(length)
 }
 
-/// Checks the prompt's ids, and that prompt and answer fit the context.
+/// Checks the ids of the prompt in `field`, and that prompt and answer fit the context.
 ///
 /// # Errors
 ///
 /// [`RequestError::Invalid`] or [`RequestError::ContextLength`].
 pub(crate) fn check_lengths(
+    field: &'static str,
     prompt: &[u32],
     max_tokens: Option<u32>,
     model: &ServedModel,
 ) -> Result<(), RequestError> {
     if prompt.is_empty() {
-        return Err(RequestError::invalid("prompt", "the prompt has no tokens"));
+        return Err(RequestError::invalid(field, "the prompt has no tokens"));
     }
     let prompt_tokens = prompt.len() as u64;
     let requested = prompt_tokens + u64::from(max_tokens.unwrap_or(1));
@@ -297,7 +312,7 @@ pub(crate) fn check_lengths(
         return Err(RequestError::ContextLength { limit, prompt_tokens, requested });
     }
     // After the length, so that one that is too long is told so in the words that clients look for.
-    check_tokens("prompt", prompt, limits::PROMPT_TOKENS, model)
+    check_tokens(field, prompt, limits::PROMPT_TOKENS, model)
 }
 
 fn check_prompt(prompt: &Prompt) -> Result<(), RequestError> {
@@ -307,7 +322,7 @@ fn check_prompt(prompt: &Prompt) -> Result<(), RequestError> {
         Prompt::Tokens(_) => Ok(()),
         Prompt::Conversation { messages, template_arguments_json } => {
             check_length(
-                "chat_template_kwargs",
+                TEMPLATE_ARGUMENTS,
                 template_arguments_json.len(),
                 limits::TEMPLATE_ARGUMENT_BYTES,
             )?;

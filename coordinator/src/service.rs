@@ -7,29 +7,19 @@ use proto::generate::{GenerateRequest, Prompt};
 use proto::operator::{Drain, Drained, Planned};
 use proto::status::ClusterStatus;
 use proto::step::SamplingParameters;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tracing::Span;
 
 use crate::answer::{Answer, AnswerParts};
 use crate::arrival;
-use crate::background;
+use crate::compute::{Compute, Share};
 use crate::driver::{Check, DriverHandle, OrderError, Submission};
-use crate::memory::{Memory, Room, SMALL_BYTES};
+use crate::memory::{Memory, Room};
 use crate::planner::Problem;
 use crate::request::{self, Checked, RequestError, ServedModel};
 use crate::router::Wish;
 use crate::scheduler::{self, Priority, Sequence};
-use crate::text::Text;
-
-/// Prompts that are tokenised at once: more only take turns on the same cores.
-const ENCODING_AT_ONCE: usize = 8;
-
-/// A prompt takes one turn of [`ENCODING_AT_ONCE`] for each of these bytes, all turns at most: the
-/// tokenizer needs up to a hundred times as much memory while it works.
-const BYTES_FOR_A_TURN: usize = 512 << 10;
-
-/// Answers that are written at once, of those that are written as a whole.
-const RENDERING_AT_ONCE: usize = 4;
+use crate::text::{Echo, Rendered, Text};
 
 /// Bytes of a made-up idempotency key.
 const RANDOM_KEY_BYTES: usize = 16;
@@ -39,8 +29,7 @@ pub(crate) struct Service {
     pub(crate) model: ServedModel,
     text: Arc<Text>,
     driver: DriverHandle,
-    encoding: Arc<Semaphore>,
-    rendering: Arc<Semaphore>,
+    compute: Arc<Compute>,
     /// The longest that a request may take.
     request_deadline: Duration,
     memory: Arc<Memory>,
@@ -50,7 +39,9 @@ pub(crate) struct Service {
 pub(crate) struct Prepared {
     checked: Checked,
     /// In tokens.
-    prompt: Vec<u32>,
+    prompt: Arc<[u32]>,
+    /// If it was asked for.
+    pub(crate) echo: Option<Echo>,
     /// What each choice begins as.
     sequence: Sequence,
     seed: u64,
@@ -59,8 +50,8 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// The prompt in tokens.
-    pub(crate) fn prompt(&self) -> &[u32] {
-        &self.prompt
+    pub(crate) fn prompt(&self) -> Arc<[u32]> {
+        Arc::clone(&self.prompt)
     }
 
     /// With the id that its client is told.
@@ -91,19 +82,24 @@ impl Service {
             model,
             text: Arc::new(text),
             driver,
-            encoding: Arc::new(Semaphore::new(ENCODING_AT_ONCE)),
-            rendering: Arc::new(Semaphore::new(RENDERING_AT_ONCE)),
+            compute: Compute::new(),
             request_deadline,
             memory,
         }
     }
 
     /// Checks a request and tokenises its prompt, off the async threads: both may take
-    /// milliseconds.
+    /// milliseconds. `echo`: with its text, to begin the answer with.
+    ///
+    /// ```text
+    /// text ─────────────────────────────────▶ turns by its length ──tokenise──▶ ids
+    /// conversation ──one turn, template──▶ text ──▲  (the same turn, if it is enough)
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`RequestError`] for what is wrong with it.
+    /// [`RequestError`] for what is wrong with it; [`RequestError::NoMemory`] if its template makes
+    /// more of it than there is memory for.
     ///
     /// # Cancel safety
     ///
@@ -112,47 +108,51 @@ impl Service {
         &self,
         request: GenerateRequest,
         answer: Wanted,
+        echo: bool,
     ) -> Result<Prepared, RequestError> {
         let bytes = prompt_bytes(&request.prompt);
-        let turns = u32::try_from(1 + bytes / BYTES_FOR_A_TURN)
-            .unwrap_or(u32::MAX)
-            .min(ENCODING_AT_ONCE as u32);
-        let model = self.model.clone();
-        let request_id = hex(&rand::random::<[u8; RANDOM_KEY_BYTES]>());
-        let work = move |text: &Text| {
+        let share = match &request.prompt {
+            Prompt::Conversation { .. } => Share::of(bytes).single(),
+            Prompt::Text(_) | Prompt::Tokens(_) => Share::of(bytes),
+        };
+        let field = request::field_of(&request.prompt);
+        let (model, text) = (self.model.clone(), Arc::clone(&self.text));
+        let begin = move || {
             let mut checked = request::check(request, &model)?;
             if answer == Wanted::PromptOnly {
                 // The schema cannot say so: there a length of 0 is as many tokens as fit.
                 checked.max_tokens = Some(0);
             }
-            let prompt = match std::mem::take(&mut checked.prompt) {
-                Prompt::Tokens(tokens) => tokens,
-                prompt => text.encode(&prompt).map_err(RequestError::of_text)?,
-            };
-            request::check_lengths(&prompt, checked.max_tokens, &model)?;
-            checked.max_tokens =
-                checked.max_tokens.or_else(|| request::default_length(&checked, &prompt, &model));
-            let key = match &checked.idempotency_key {
-                key if key.is_empty() => &request_id,
-                key => key,
-            };
-            let seed = checked.seed.unwrap_or_else(|| seed_of(key));
-            let sequence = sequence(&checked, &prompt, seed)?;
-            Ok(Prepared { checked, prompt, sequence, seed, request_id })
+            let rendered = text
+                .render(std::mem::take(&mut checked.prompt))
+                .map_err(|error| RequestError::of_text(error, field))?;
+            let tokenise = Tokenise { text, model, checked, rendered, field, echo };
+            let needed = Share::of(tokenise.rendered.text().len());
+            if share.covers(needed) {
+                tokenise.run().map(|prepared| Stage::Done(Box::new(prepared)))
+            } else {
+                Ok(Stage::Waits(needed, Box::new(tokenise)))
+            }
         };
-        self.off_thread(&self.encoding, turns, bytes > SMALL_BYTES, work).await?
+        match self.compute.on_prompt(share, begin).await?? {
+            Stage::Done(prepared) => Ok(*prepared),
+            Stage::Waits(needed, tokenise) => {
+                // What the template added: the request's own bytes are counted already.
+                let more = tokenise.rendered.text().len().saturating_sub(bytes);
+                let mut room = Room::default();
+                room.grow(&self.memory, more)?;
+                let work = move || {
+                    let _room = room;
+                    tokenise.run()
+                };
+                self.compute.on_prompt(needed, work).await?
+            }
+        }
     }
 
-    /// Does what takes longer than an async thread may be held, such as writing a long answer.
-    ///
-    /// # Errors
-    ///
-    /// If it panics.
-    pub(crate) async fn compute<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Text) -> T + Send + 'static,
-    ) -> Result<T, RequestError> {
-        self.off_thread(&self.rendering, 1, false, work).await
+    /// Turns at what takes longer than an async thread may be held, such as writing a long answer.
+    pub(crate) fn compute(&self) -> Arc<Compute> {
+        Arc::clone(&self.compute)
     }
 
     /// What requests hold together.
@@ -181,32 +181,6 @@ impl Service {
         Arc::clone(&self.text)
     }
 
-    async fn off_thread<T: Send + 'static>(
-        &self,
-        turns: &Arc<Semaphore>,
-        count: u32,
-        is_large: bool,
-        work: impl FnOnce(&Text) -> T + Send + 'static,
-    ) -> Result<T, RequestError> {
-        let stopping =
-            |_| RequestError::Unavailable { reason: "the coordinator is stopping".into() };
-        let turn = Arc::clone(turns).acquire_many_owned(count).await.map_err(stopping)?;
-        let text = Arc::clone(&self.text);
-        let work = move || {
-            // Held until the work is done, whoever still waits for it.
-            let _turn = turn;
-            work(&text)
-        };
-        let work = match is_large {
-            true => background::spawn(work),
-            false => tokio::task::spawn_blocking(work),
-        };
-        work.await.map_err(|error| {
-            tracing::error!(%error, "work on a request panicked");
-            RequestError::Internal { message: "the server failed on this request".into() }
-        })
-    }
-
     /// Asks for one choice of a prepared request: it is in the queue when this returns.
     ///
     /// # Errors
@@ -222,11 +196,12 @@ impl Service {
         let deadline = checked.deadline.unwrap_or(Duration::MAX).min(self.request_deadline);
         let parts = AnswerParts {
             text: Arc::clone(&self.text),
+            compute: Arc::clone(&self.compute),
             driver: self.driver.clone(),
             model: self.model.name.clone(),
             request_id: prepared.request_id.clone(),
             seed: prepared.seed,
-            prompt: prepared.prompt.clone(),
+            prompt: Arc::clone(&prepared.prompt),
             received: checked.received.clone(),
             stop: checked.stop.clone(),
             include_stop: checked.include_stop,
@@ -236,12 +211,9 @@ impl Service {
             score_prompt: checked.score_prompt,
             span: span.clone(),
         };
-        let mut answer = if parts.received.is_empty() {
-            Answer::new(parts)
-        } else {
-            // All that the client has is replayed.
-            self.compute(move |_| Answer::new(parts)).await?
-        };
+        // All that the client has is replayed.
+        let replayed = parts.received.len();
+        let mut answer = self.compute.on_answer(replayed, move || Answer::new(parts)).await?;
         let mut sequence = Box::new(prepared.sequence.clone());
         sequence.set_choice(choice);
         sequence
@@ -319,8 +291,54 @@ impl Service {
     }
 }
 
+/// How far a prompt has come in its first turn.
+enum Stage {
+    Done(Box<Prepared>),
+    /// Its text needs more than it has.
+    Waits(Share, Box<Tokenise>),
+}
+
+/// A checked request whose prompt is not in tokens yet.
+struct Tokenise {
+    text: Arc<Text>,
+    model: ServedModel,
+    checked: Checked,
+    rendered: Rendered,
+    /// Where the prompt came in.
+    field: &'static str,
+    echo: bool,
+}
+
+impl Tokenise {
+    fn run(self) -> Result<Prepared, RequestError> {
+        let Self { text, model, mut checked, rendered, field, echo } = self;
+        let (prompt, echo) = if echo {
+            text.echo(rendered).map(|(tokens, echo)| (tokens, Some(echo)))
+        } else {
+            text.tokens(rendered).map(|tokens| (tokens, None))
+        }
+        .map_err(|error| RequestError::of_text(error, field))?;
+        request::check_lengths(field, &prompt, checked.max_tokens, &model)?;
+        checked.max_tokens =
+            checked.max_tokens.or_else(|| request::default_length(&checked, &prompt, &model));
+        let request_id = hex(&rand::random::<[u8; RANDOM_KEY_BYTES]>());
+        let key = match &checked.idempotency_key {
+            key if key.is_empty() => &request_id,
+            key => key,
+        };
+        let seed = checked.seed.unwrap_or_else(|| seed_of(key));
+        let sequence = sequence(&checked, field, &prompt, seed)?;
+        Ok(Prepared { checked, prompt: prompt.into(), echo, sequence, seed, request_id })
+    }
+}
+
 /// What every choice of a request begins as: its prompt is hashed here, once and for all of them.
-fn sequence(checked: &Checked, prompt: &[u32], seed: u64) -> Result<Sequence, RequestError> {
+fn sequence(
+    checked: &Checked,
+    field: &'static str,
+    prompt: &[u32],
+    seed: u64,
+) -> Result<Sequence, RequestError> {
     let request = scheduler::Request {
         prompt: prompt.to_vec(),
         forced: checked.received.clone(),
@@ -333,7 +351,7 @@ fn sequence(checked: &Checked, prompt: &[u32], seed: u64) -> Result<Sequence, Re
         deadline: None,
         traceparent: String::new(),
     };
-    Sequence::new(request).map_err(|error| RequestError::invalid("prompt", error.to_string()))
+    Sequence::new(request).map_err(|error| RequestError::invalid(field, error.to_string()))
 }
 
 /// Bytes that a prompt's text is made of, before the template.
@@ -365,7 +383,15 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proto::generate::ChatMessage;
+
     use super::*;
+    use crate::background;
+    use crate::memory::LARGE_BYTES;
+    use crate::text::tests::{SMALL_VOCAB, text_with_context};
+
+    /// Far longer than anything here takes.
+    const LONG: Duration = Duration::from_secs(60);
 
     #[test]
     fn a_key_always_gives_the_same_seed() {
@@ -373,5 +399,101 @@ mod tests {
         assert_ne!(seed_of("a"), seed_of("b"));
         // Written down: clients that retry after an upgrade must get the same tokens.
         assert_eq!(seed_of("key"), 16_130_938_569_539_944_529);
+    }
+
+    /// Gives back what its template makes of the first message.
+    fn service(template: &str, context: u32) -> Service {
+        let model = ServedModel {
+            name: "small".into(),
+            id: "ab".repeat(32),
+            layers: 1,
+            vocab: SMALL_VOCAB,
+            context,
+            bos_token: Some(0),
+            eos_tokens: vec![2],
+            sampling: Default::default(),
+            created_unix_s: 0,
+        };
+        let (driver, _) = crate::driver::testing::handle();
+        let text = text_with_context(template, context);
+        let memory = Memory::for_requests(4 << 20);
+        Service::new(model, text, driver, Duration::from_secs(1), memory)
+    }
+
+    fn chat(content: &str) -> GenerateRequest {
+        let message = ChatMessage { role: "user".into(), content: content.into() };
+        let prompt = Prompt::Conversation {
+            messages: vec![message],
+            template_arguments_json: String::new(),
+        };
+        GenerateRequest { prompt, ..GenerateRequest::default() }
+    }
+
+    fn plain(text: String) -> GenerateRequest {
+        GenerateRequest { prompt: Prompt::Text(text), ..GenerateRequest::default() }
+    }
+
+    /// Keeps the threads for large work busy until it is dropped.
+    struct Busy {
+        _threads: Vec<std::sync::mpsc::Sender<()>>,
+    }
+
+    impl Busy {
+        fn new() -> Self {
+            let threads = (0..background::THREADS).map(|_| {
+                let (free, until_freed) = std::sync::mpsc::channel::<()>();
+                drop(background::spawn(move || until_freed.recv()));
+                free
+            });
+            Self { _threads: threads.collect() }
+        }
+    }
+
+    #[tokio::test]
+    async fn large_prompts_make_no_small_one_wait() {
+        let service = service("{{ messages[0].content }}", 4096);
+        let busy = Busy::new();
+        let large = || plain("a ".repeat(2 << 20));
+        let mut waiting: Vec<_> =
+            (0..12).map(|_| Box::pin(service.prepare(large(), Wanted::Answer, false))).collect();
+        for prompt in &mut waiting {
+            assert!(futures::poll!(prompt.as_mut()).is_pending());
+        }
+        // Eight turns are one large prompt's, and eleven others wait in line.
+        for small in [plain("hi".into()), chat("hi"), plain("hi ".repeat(1000))] {
+            let prepared = service.prepare(small, Wanted::Answer, false);
+            let prepared = tokio::time::timeout(LONG, prepared).await.expect("waits");
+            assert!(!prepared.unwrap().prompt().is_empty());
+        }
+        drop((waiting, busy));
+    }
+
+    #[tokio::test]
+    async fn turns_are_taken_for_what_a_template_makes_of_a_prompt() {
+        let service = service("{{ messages[0].content * 200 }}", 1 << 20);
+        let busy = Busy::new();
+        // 20 KB are small, 120 KB are not.
+        let small = service.prepare(chat(&"a ".repeat(50)), Wanted::Answer, false);
+        let small = tokio::time::timeout(LONG, small).await.expect("waits").unwrap();
+        let mut large = Box::pin(service.prepare(chat(&"a ".repeat(300)), Wanted::Answer, false));
+        let tokenised = tokio::time::timeout(Duration::from_millis(300), large.as_mut()).await;
+        assert!(tokenised.is_err(), "it was tokenised as if it were small");
+        drop(busy);
+        let large = tokio::time::timeout(LONG, large).await.expect("waits").unwrap();
+        assert_eq!(small.prompt().len(), 1 + 200 * 100);
+        assert_eq!(large.prompt().len(), 1 + 200 * 600);
+    }
+
+    #[tokio::test]
+    async fn memory_of_what_templates_make_is_bounded() {
+        let service = service("{{ messages[0].content * 200 }}", 1 << 20);
+        let mut others = Room::default();
+        others.grow(&service.memory, LARGE_BYTES).unwrap();
+        // 100 KB: that much waits only if there is memory for it.
+        let request = || service.prepare(chat(&"a ".repeat(250)), Wanted::Answer, false);
+        let refused = request().await.err().expect("there is no memory");
+        assert!(matches!(refused, RequestError::NoMemory), "{refused}");
+        drop(others);
+        assert_eq!(request().await.unwrap().prompt().len(), 1 + 200 * 500);
     }
 }

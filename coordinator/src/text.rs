@@ -10,6 +10,7 @@
 mod detokenize;
 mod guard;
 mod jinja;
+mod patterns;
 mod stop;
 mod strftime;
 mod template;
@@ -24,6 +25,7 @@ use proto::generate::{ChatMessage, Prompt};
 pub(crate) use detokenize::Detokenizer;
 use guard::Guard;
 use jinja::Json;
+pub use patterns::PatternError;
 pub(crate) use stop::StopMatcher;
 pub use template::TemplateError;
 use template::{ChatTemplate, TemplateTexts};
@@ -72,6 +74,9 @@ pub(crate) enum TextError {
     /// The template refused, or ran into a limit.
     #[error("failed to render the chat template")]
     Template(#[from] TemplateError),
+    /// A pattern of the tokenizer took too long.
+    #[error("failed to tokenize the prompt")]
+    Pattern(#[source] PatternError),
     /// The tokenizer gave up.
     #[error("failed to tokenize the prompt")]
     Encode(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -108,8 +113,8 @@ impl Text {
             .as_deref()
             .map(|source| {
                 let texts = TemplateTexts {
-                    bos: manifest.bos_token_text.clone().unwrap_or_default(),
-                    eos: manifest.eos_token_text.clone().unwrap_or_default(),
+                    bos: manifest.bos_token_text.clone(),
+                    eos: manifest.eos_token_text.clone(),
                 };
                 ChatTemplate::compile(source, texts)
             })
@@ -144,34 +149,77 @@ impl Text {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// The text of a prompt, as it is tokenised; of such a length that it may be.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError`]
+    pub(crate) fn render(&self, prompt: Prompt) -> Result<Rendered, TextError> {
+        let rendered = match prompt {
+            Prompt::Tokens(ids) => return Ok(Rendered::Tokens(ids)),
+            Prompt::Text(text) => Rendered::Plain(text),
+            Prompt::Conversation { messages, template_arguments_json } => {
+                let tokenizer = self.needed_tokenizer()?;
+                let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
+                self.render_chat(tokenizer, template, &messages, &template_arguments_json)?
+            }
+        };
+        self.check_size(self.needed_tokenizer()?, rendered.text())?;
+        Ok(rendered)
+    }
+
     /// The tokens of a prompt. Text of the user never becomes a special token.
     ///
     /// # Errors
     ///
     /// [`TextError`]; ids are passed through unchecked.
-    pub(crate) fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, TextError> {
-        match prompt {
-            Prompt::Tokens(ids) => Ok(ids.clone()),
-            Prompt::Text(text) => {
-                let tokenizer = self.tokenizer.as_ref().ok_or(TextError::NoTokenizer)?;
-                self.check_size(tokenizer, text)?;
-                tokenizer.encode_plain(text)
-            }
-            Prompt::Conversation { messages, template_arguments_json } => {
-                let tokenizer = self.tokenizer.as_ref().ok_or(TextError::NoTokenizer)?;
-                let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
-                self.encode_chat(tokenizer, template, messages, template_arguments_json)
+    pub(crate) fn tokens(&self, rendered: Rendered) -> Result<Vec<u32>, TextError> {
+        match rendered {
+            Rendered::Tokens(ids) => Ok(ids),
+            Rendered::Plain(text) => self.needed_tokenizer()?.encode_plain(&text),
+            Rendered::Chat { text, guard } => {
+                self.needed_tokenizer()?.encode_rendered(&text, &guard)
             }
         }
     }
 
-    fn encode_chat(
+    /// The tokens of a prompt that its answer begins with, its text, and where in it they stand.
+    /// What the client gave as text comes back as it was given.
+    ///
+    /// # Errors
+    ///
+    /// As [`Text::tokens`].
+    pub(crate) fn echo(&self, rendered: Rendered) -> Result<(Vec<u32>, Echo), TextError> {
+        match rendered {
+            Rendered::Plain(text) => {
+                let (ids, offsets) = self.needed_tokenizer()?.encode_with_offsets(&text)?;
+                Ok((ids, Echo { text, offsets: Some(offsets) }))
+            }
+            rendered => {
+                let ids = self.tokens(rendered)?;
+                let text = self.decode(&ids);
+                Ok((ids, Echo { text, offsets: None }))
+            }
+        }
+    }
+
+    /// The tokens of a prompt, in one go.
+    #[cfg(test)]
+    pub(crate) fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, TextError> {
+        self.tokens(self.render(prompt.clone())?)
+    }
+
+    fn needed_tokenizer(&self) -> Result<&Tokenizer, TextError> {
+        self.tokenizer.as_ref().ok_or(TextError::NoTokenizer)
+    }
+
+    fn render_chat(
         &self,
         tokenizer: &Tokenizer,
         template: &ChatTemplate,
         messages: &[ChatMessage],
         arguments_json: &str,
-    ) -> Result<Vec<u32>, TextError> {
+    ) -> Result<Rendered, TextError> {
         for (index, message) in messages.iter().enumerate() {
             if !ROLES.contains(&message.role.as_str()) {
                 return Err(TextError::Role {
@@ -186,9 +234,8 @@ impl Text {
 
         let user_texts = messages.iter().map(|m| m.content.as_str()).chain([arguments_json]);
         let guard = Guard::new(tokenizer.special_texts(), user_texts)?;
-        let rendered = template.render(messages, &arguments, &guard)?;
-        self.check_size(tokenizer, &rendered)?;
-        tokenizer.encode_rendered(&rendered, &guard)
+        let text = template.render(messages, &arguments, &guard)?;
+        Ok(Rendered::Chat { text, guard })
     }
 
     fn check_bytes(&self, tokenizer: &Tokenizer, bytes: usize) -> Result<(), TextError> {
@@ -210,6 +257,35 @@ impl Text {
         }
         if longest > MAX_RUN_CHARS { Err(TextError::Run { chars: longest }) } else { Ok(()) }
     }
+}
+
+/// A prompt whose length is known: what is tokenised.
+pub(crate) enum Rendered {
+    /// Already.
+    Tokens(Vec<u32>),
+    /// A text as the client gave it.
+    Plain(String),
+    /// What the template made of a conversation.
+    Chat { text: String, guard: Guard },
+}
+
+impl Rendered {
+    /// What is left to tokenise.
+    pub(crate) fn text(&self) -> &str {
+        match self {
+            Self::Tokens(_) => "",
+            Self::Plain(text) | Self::Chat { text, .. } => text,
+        }
+    }
+}
+
+/// A prompt as its answer begins with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Echo {
+    /// The client's own, or that of its tokens as a whole.
+    pub(crate) text: String,
+    /// At which character of `text` each token begins; `None` for a prompt that came in tokens.
+    pub(crate) offsets: Option<Vec<u32>>,
 }
 
 /// Why a model's tokenizer or template cannot be used.

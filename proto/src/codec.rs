@@ -62,7 +62,7 @@ impl<U: Message + Default + 'static> Decoder for WalkedDecoder<U> {
         // Shares the buffer's memory.
         let message = buffer.copy_to_bytes(buffer.remaining());
         check::<U>(&message).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        U::decode(message).map(Some).map_err(|error| Status::internal(error.to_string()))
+        U::decode(message).map(Some).map_err(undecodable::<U>)
     }
 }
 
@@ -78,4 +78,34 @@ fn check<U: 'static>(message: &[u8]) -> Result<(), TooMany> {
         // What a step and a result carry is walked where it is decoded.
         () => Ok(()),
     }
+}
+
+const MALFORMED: &str = "the message is not a protobuf message of this schema";
+
+/// What a message `U` that cannot be built means to its sender.
+fn undecodable<U: 'static>(error: prost::DecodeError) -> Status {
+    let words = error.to_string();
+    // The library names the field; what stands before that is said in our words.
+    let detail = words.strip_prefix("failed to decode Protobuf message: ").unwrap_or(&words);
+    let words = format!("{MALFORMED}: {detail}");
+    if is_request::<U>() { Status::invalid_argument(words) } else { Status::internal(words) }
+}
+
+/// Whether a message begins a call: then it is the caller's fault if it cannot be read. Those of a
+/// stream of steps stay internal errors: workers tell by the code what broke the stream.
+fn is_request<U: 'static>() -> bool {
+    let requests = [
+        TypeId::of::<pb::GenerateRequest>(),
+        TypeId::of::<pb::StatusRequest>(),
+        TypeId::of::<pb::PrepareRequest>(),
+        TypeId::of::<pb::ActivateRequest>(),
+        TypeId::of::<pb::RetireRequest>(),
+        TypeId::of::<pb::DismissRequest>(),
+        TypeId::of::<pb::DescribeRequest>(),
+        TypeId::of::<pb::ResultsRequest>(),
+        TypeId::of::<pb::DrainRequest>(),
+        TypeId::of::<pb::PlanRequest>(),
+        TypeId::of::<pb::QuestionRequest>(),
+    ];
+    requests.contains(&TypeId::of::<U>())
 }

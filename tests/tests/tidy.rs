@@ -26,7 +26,7 @@ const ARROWS: [(&str, &str, &[&str]); 9] = [
 ];
 
 /// Dependency, the rooms whose shipped code may name it. `tests` may use everything.
-const HOMES: [(&str, &[&str]); 13] = [
+const HOMES: [(&str, &[&str]); 14] = [
     ("etcd-client", &["node"]),
     ("opentelemetry", &["node"]),
     ("opentelemetry_sdk", &["node"]),
@@ -37,6 +37,7 @@ const HOMES: [(&str, &[&str]); 13] = [
     ("memmap2", &["model"]),
     ("rayon", &["worker"]),
     ("tokenizers", &["coordinator"]),
+    ("fancy-regex", &["coordinator"]),
     ("axum", &["coordinator", "node"]),
     ("hyper-util", &["node"]),
     ("tonic", &["client", "coordinator", "node", "proto", "worker"]),

@@ -24,11 +24,12 @@ fn bench(change: impl FnOnce(&mut AnswerParts)) -> Bench {
     let (driver, commands) = handle();
     let mut parts = AnswerParts {
         text: Arc::new(text_with("")),
+        compute: Compute::new(),
         driver,
         model: "small".into(),
         request_id: "r".into(),
         seed: 7,
-        prompt: vec![0, 5],
+        prompt: [0, 5].into(),
         received: Vec::new(),
         stop: Vec::new(),
         include_stop: false,

@@ -11,7 +11,7 @@ use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Map, Value, json};
 
 use super::body::Held;
-use super::choices::{Choices, Wanted, WholeAnswer};
+use super::choices::{Choices, Wanted, WholeAnswer, delta_cost};
 use super::errors::ApiError;
 use super::json::{
     Boolean, Filled, FromBody, Integer, Items, List, Maybe, Object, Present, Shape, Skip, Text,
@@ -21,6 +21,7 @@ use super::logprobs;
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::{Arguments, Parameters, SHOWN_CHARS};
 use super::{Api, idempotency_key, named, new_id, now_unix_s};
+use crate::request::{RequestError, TEMPLATE_ARGUMENTS};
 
 /// Entries of `modalities`: OpenAI has two.
 const MAX_MODALITIES: usize = 8;
@@ -261,8 +262,10 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let options = body.parameters.stream_options.unwrap_or_default();
     let with_logprobs = body.logprobs.unwrap_or(false);
     let generate = body.request(idempotency_key(&headers))?;
-    let wanted = Wanted { requests: vec![generate], n, prompts_only: false, stream: streamed };
-    let choices = Choices::start(&api, &headers, new_id("chatcmpl-"), wanted).await?;
+    let wanted =
+        Wanted { requests: vec![generate], n, prompts_only: false, echo: false, stream: streamed };
+    let choices =
+        Choices::start(&api, &headers, new_id("chatcmpl-"), wanted).await.map_err(as_sent)?;
     // The texts are tokens now.
     drop(room);
     let id = choices.id.clone();
@@ -270,15 +273,27 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let model = api.service.model.name.clone();
     if streamed {
         let chunks = ChatChunks { id: id.clone(), logprobs: with_logprobs };
-        let response = sse::respond(choices.events(), chunks, model, prompt_tokens, options);
+        let stream = sse::Start { chunks, model, prompt_tokens, options };
+        let response = sse::respond(choices.events(), stream, api.service.compute());
         return Ok(named(response, &id));
     }
     let answers = choices.whole().await.map_err(ApiError::broke_off)?;
+    let cost = answers.iter().map(WholeAnswer::cost).sum();
     let name = id.clone();
-    let render = move |_: &_| {
-        Json(whole(&id, &model, with_logprobs, prompt_tokens, &answers)).into_response()
-    };
-    Ok(named(api.service.compute(render).await?, &name))
+    let render =
+        move || Json(whole(&id, &model, with_logprobs, prompt_tokens, &answers)).into_response();
+    Ok(named(api.service.compute().on_answer(cost, render).await?, &name))
+}
+
+/// The arguments of the template have another name here than in the schema.
+fn as_sent(error: RequestError) -> RequestError {
+    match error {
+        RequestError::Invalid { parameter, message } if parameter == TEMPLATE_ARGUMENTS => {
+            let name = "chat_template_kwargs";
+            RequestError::invalid(name, message.replace(TEMPLATE_ARGUMENTS, name))
+        }
+        other => other,
+    }
 }
 
 fn whole(
@@ -388,6 +403,13 @@ impl Chunks for ChatChunks {
 
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn cost(&self, _: usize, event: &GenerateEvent) -> usize {
+        match event {
+            GenerateEvent::Delta(delta) => delta_cost(delta),
+            GenerateEvent::Started(_) | GenerateEvent::Finished(_) => 0,
+        }
     }
 
     fn choice(&mut self, index: usize, event: &GenerateEvent) -> Option<Value> {

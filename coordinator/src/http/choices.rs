@@ -9,6 +9,7 @@ use tracing::Instrument;
 
 use super::Api;
 use crate::answer::Answer;
+use crate::compute::cost_of;
 use crate::request::RequestError;
 use crate::service::{self, Prepared};
 use crate::spans::request_span;
@@ -41,6 +42,8 @@ pub(super) struct Wanted {
     pub(super) n: u32,
     /// Only the prompts are looked at: answers are empty.
     pub(super) prompts_only: bool,
+    /// The answers begin with their prompts.
+    pub(super) echo: bool,
     /// As a stream; for the span.
     pub(super) stream: bool,
 }
@@ -57,7 +60,7 @@ impl Choices {
         id: String,
         wanted: Wanted,
     ) -> Result<Self, RequestError> {
-        let Wanted { requests, n, prompts_only, stream } = wanted;
+        let Wanted { requests, n, prompts_only, echo, stream } = wanted;
         let Some(first) = requests.first() else {
             return Err(RequestError::invalid("prompt", "there is no prompt"));
         };
@@ -73,7 +76,7 @@ impl Choices {
                 } else {
                     service::Wanted::Answer
                 };
-                let prepared = api.service.prepare(request, answer).await?;
+                let prepared = api.service.prepare(request, answer, echo).await?;
                 prompts.push(prepared.with_id(id.clone()));
             }
             let mut answers = Vec::with_capacity(choices);
@@ -114,6 +117,11 @@ impl Choices {
     }
 }
 
+/// What writing the log probabilities of a delta costs.
+pub(super) fn delta_cost(delta: &Delta) -> usize {
+    delta.logprobs.iter().map(|entry| 1 + entry.top.len()).sum()
+}
+
 async fn whole(mut answer: Answer) -> Result<WholeAnswer, RequestError> {
     let mut whole = WholeAnswer::default();
     while let Some(event) = answer.next().await {
@@ -133,6 +141,12 @@ impl WholeAnswer {
     /// In OpenAI's words; an answer that was read to its end has one.
     pub(super) fn finish_reason(&self) -> &'static str {
         self.finished.as_ref().map_or("stop", |finished| finished.reason.name())
+    }
+
+    /// What writing it costs: candidates of a token cost as much as the token.
+    pub(super) fn cost(&self) -> usize {
+        let entries = self.deltas.iter().map(delta_cost).sum();
+        cost_of(entries, self.text.len())
     }
 
     /// Length of the answer.

@@ -11,16 +11,18 @@ use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Value, json};
 
 use super::body::Held;
-use super::choices::{Choices, Wanted, WholeAnswer};
+use super::choices::{Choices, Wanted, WholeAnswer, delta_cost};
 use super::errors::ApiError;
 use super::json::{Boolean, FromBody, Integer, Items, Maybe, Number, Object, Shape, Text, Wrong};
 use super::logprobs::{ForCompletion, TextEnd};
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::Parameters;
 use super::{Api, idempotency_key, named, new_id, now_unix_s};
+use crate::compute::cost_of;
 use crate::memory::Room;
 use crate::request::RequestError;
-use crate::text::Text as ModelText;
+use crate::service::Prepared;
+use crate::text::{Echo, Text as ModelText};
 
 /// Prompts in one request: what evaluation harnesses send at once.
 const MAX_PROMPTS: usize = 64;
@@ -166,34 +168,20 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let prompts_only = body.parameters.max_tokens == Some(0);
     let (echo, logprobs) = (body.echo.unwrap_or(false), body.logprobs.is_some());
     let (requests, n) = body.requests(&idempotency_key(&headers))?;
-    let texts: Vec<Option<String>> = if echo {
-        let text = |request: &GenerateRequest| match &request.prompt {
-            Prompt::Text(text) => Some(text.clone()),
-            _ => None,
-        };
-        requests.iter().map(text).collect()
-    } else {
-        Vec::new()
-    };
-    let wanted = Wanted { requests, n, prompts_only, stream: streamed };
-    let choices = Choices::start(&api, &headers, new_id("cmpl-"), wanted).await.map_err(as_sent)?;
-    let tokens: Vec<Vec<u32>> = if echo {
-        choices.prompts.iter().map(|prompt| prompt.prompt().to_vec()).collect()
-    } else {
-        Vec::new()
-    };
-    let echoed = move |text: &_| {
-        let prompts = texts.into_iter().zip(tokens);
-        prompts.map(|(given, tokens)| EchoedPrompt::new(text, tokens, given)).collect()
-    };
-    let prompts = if echo { api.service.compute(echoed).await? } else { Vec::new() };
+    let wanted = Wanted { requests, n, prompts_only, echo, stream: streamed };
+    let mut choices =
+        Choices::start(&api, &headers, new_id("cmpl-"), wanted).await.map_err(as_sent)?;
     // Only an echo goes on holding the texts.
     let room = echo.then_some(room);
     let id = choices.id.clone();
+    let echoed = |prompt: &mut Prepared| {
+        let echo = prompt.echo.take()?;
+        Some(EchoedPrompt { echo, tokens: prompt.prompt() })
+    };
     let common = Common {
         id: choices.id.clone(),
         logprobs,
-        prompts,
+        prompts: choices.prompts.iter_mut().filter_map(echoed).collect(),
         n: choices.n,
         text: api.service.text(),
         _room: room,
@@ -203,12 +191,15 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     if streamed {
         let ends = vec![TextEnd::default(); choices.prompts.len() * choices.n];
         let chunks = CompletionChunks { common, ends };
-        let response = sse::respond(choices.events(), chunks, model, prompt_tokens, options);
+        let stream = sse::Start { chunks, model, prompt_tokens, options };
+        let response = sse::respond(choices.events(), stream, api.service.compute());
         return Ok(named(response, &id));
     }
     let answers = choices.whole().await.map_err(ApiError::broke_off)?;
-    let render = move |_: &_| Json(common.whole(&model, prompt_tokens, &answers)).into_response();
-    Ok(named(api.service.compute(render).await?, &id))
+    let echoes: usize = common.prompts.iter().map(EchoedPrompt::cost).sum();
+    let cost = answers.iter().map(WholeAnswer::cost).sum::<usize>() + echoes * common.n;
+    let render = move || Json(common.whole(&model, prompt_tokens, &answers)).into_response();
+    Ok(named(api.service.compute().on_answer(cost, render).await?, &id))
 }
 
 /// `logprobs` is another word here for what the schema calls `top_logprobs`.
@@ -263,15 +254,14 @@ impl Body {
 
 /// A prompt that stands before its answers.
 struct EchoedPrompt {
-    text: String,
-    tokens: Vec<u32>,
+    echo: Echo,
+    tokens: Arc<[u32]>,
 }
 
 impl EchoedPrompt {
-    /// `given` as the client wrote it, else the text of the tokens as a whole.
-    fn new(text: &ModelText, tokens: Vec<u32>, given: Option<String>) -> Self {
-        let text = given.unwrap_or_else(|| text.decode(&tokens));
-        Self { text, tokens }
+    /// What writing it costs.
+    fn cost(&self) -> usize {
+        cost_of(self.tokens.len(), self.echo.text.len())
     }
 }
 
@@ -306,19 +296,22 @@ impl Common {
 
     fn choice(&self, index: usize, answer: &WholeAnswer) -> Value {
         let prompt = self.prompts.get(index / self.n);
-        let mut end = TextEnd::default();
-        let mut lists = ForCompletion::new(&self.text, &mut end);
-        if let Some(prompt) = prompt {
-            lists.push_prompt(&prompt.tokens, &answer.started.prompt_logprobs);
-        }
-        for entry in answer.deltas.iter().flat_map(|delta| &delta.logprobs) {
-            lists.push_answer(entry);
-        }
-        let echoed = prompt.map_or("", |prompt| &prompt.text);
+        let lists = self.logprobs.then(|| {
+            let mut end = TextEnd::default();
+            let mut lists = ForCompletion::new(&self.text, &mut end);
+            if let Some(EchoedPrompt { echo, tokens }) = prompt {
+                lists.push_prompt(tokens, echo, &answer.started.prompt_logprobs);
+            }
+            for entry in answer.deltas.iter().flat_map(|delta| &delta.logprobs) {
+                lists.push_answer(entry);
+            }
+            lists.into_json()
+        });
+        let echoed = prompt.map_or("", |prompt| &prompt.echo.text);
         json!({
             "index": index,
             "text": format!("{echoed}{}", answer.text),
-            "logprobs": self.logprobs.then(|| lists.into_json()),
+            "logprobs": lists,
             "finish_reason": answer.finish_reason(),
         })
     }
@@ -338,13 +331,26 @@ impl Chunks for CompletionChunks {
         &self.common.id
     }
 
+    fn cost(&self, index: usize, event: &GenerateEvent) -> usize {
+        match event {
+            GenerateEvent::Started(_) => {
+                self.common.prompts.get(index / self.common.n).map_or(0, EchoedPrompt::cost)
+            }
+            GenerateEvent::Delta(delta) => delta_cost(delta),
+            GenerateEvent::Finished(_) => 0,
+        }
+    }
+
     fn choice(&mut self, index: usize, event: &GenerateEvent) -> Option<Value> {
         let mut lists = ForCompletion::new(&self.common.text, &mut self.ends[index]);
         let (text, finish_reason) = match event {
             GenerateEvent::Started(started) => {
-                let prompt = self.common.prompts.get(index / self.common.n)?;
-                lists.push_prompt(&prompt.tokens, &started.prompt_logprobs);
-                (prompt.text.as_str(), None)
+                let EchoedPrompt { echo, tokens } =
+                    self.common.prompts.get(index / self.common.n)?;
+                if self.common.logprobs {
+                    lists.push_prompt(tokens, echo, &started.prompt_logprobs);
+                }
+                (echo.text.as_str(), None)
             }
             GenerateEvent::Delta(delta) => {
                 if delta.text.is_empty() && delta.logprobs.is_empty() {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use proto::generate::Logprobs;
 use serde_json::{Value, json};
 
-use crate::text::{Detokenizer, Text};
+use crate::text::{Detokenizer, Echo, Text};
 
 /// For chat: one object for each token.
 pub(super) fn for_chat<'a>(logprobs: impl Iterator<Item = &'a Logprobs>) -> Value {
@@ -47,6 +47,11 @@ impl TextEnd {
         self.characters += self.detokenizer.push(bytes).chars().count();
     }
 
+    /// The text ends after so many characters, whatever its tokens tell.
+    fn ends_at(&mut self, characters: usize) {
+        *self = Self { characters, detokenizer: Detokenizer::default() };
+    }
+
     /// The text ends here: what was begun becomes a replacement character, in it as here.
     fn finish(&mut self) {
         self.characters += self.detokenizer.finish().chars().count();
@@ -79,8 +84,9 @@ impl<'a> ForCompletion<'a> {
 
     /// The tokens of the prompt, and the scores of those after the first, which has none. Their
     /// candidates are not known, and a list of the token alone would say that it is the most
-    /// probable one: evaluation harnesses read that as a greedy answer.
-    pub(super) fn push_prompt(&mut self, tokens: &[u32], scores: &[Logprobs]) {
+    /// probable one: evaluation harnesses read that as a greedy answer. A prompt that came as text is
+    /// echoed as it came, and its tokens stand where they do in that.
+    pub(super) fn push_prompt(&mut self, tokens: &[u32], echo: &Echo, scores: &[Logprobs]) {
         let mut scores = scores.iter();
         for (index, &token) in tokens.iter().enumerate() {
             let score = if index == 0 { None } else { scores.next() };
@@ -88,7 +94,14 @@ impl<'a> ForCompletion<'a> {
             self.push(token, name, score.map(|score| finite(score.logprob)), None);
         }
         // The answer's text begins with whole characters of its own.
-        self.end.finish();
+        match &echo.offsets {
+            None => self.end.finish(),
+            Some(offsets) => {
+                self.text_offset.truncate(self.text_offset.len() - tokens.len());
+                self.text_offset.extend(offsets.iter().map(|&offset| offset as usize));
+                self.end.ends_at(echo.text.chars().count());
+            }
+        }
     }
 
     /// A token of the answer.
@@ -139,14 +152,18 @@ mod tests {
     use proto::generate::Prompt;
 
     use super::*;
-    use crate::text::tests::text_with;
+    use crate::text::tests::{text_of_json, text_with};
 
     fn offsets(text: &Text, prompt: &[u32], answer: &[u32]) -> Vec<u64> {
+        offsets_of(text, prompt, &Echo::default(), answer)
+    }
+
+    fn offsets_of(text: &Text, prompt: &[u32], echo: &Echo, answer: &[u32]) -> Vec<u64> {
         let entry = |&token: &u32| Logprobs { token, ..Logprobs::default() };
         let scores: Vec<Logprobs> = prompt.iter().skip(1).map(entry).collect();
         let mut end = TextEnd::default();
         let mut lists = ForCompletion::new(text, &mut end);
-        lists.push_prompt(prompt, &scores);
+        lists.push_prompt(prompt, echo, &scores);
         // In a stream every token has lists of its own.
         let mut all = lists.into_json();
         for token in answer {
@@ -185,5 +202,40 @@ mod tests {
         let letters = text.encode(&Prompt::Text("ab".into())).unwrap();
         let [bos, a, b] = letters[..] else { panic!("{letters:?}") };
         assert_eq!(offsets(&text, &[bos, a], &[bos, bos, b, a]), [0, 0, 1, 1, 1, 2]);
+    }
+
+    #[test]
+    fn an_echoed_texts_offsets_are_places_in_the_clients_text() {
+        let byte_level = text_with("");
+        let blank_in_front = text_of_json(|json| {
+            json["normalizer"] = json!({"type": "Prepend", "prepend": " "});
+        });
+        let composed = text_of_json(|json| json["normalizer"] = json!({"type": "NFC"}));
+        let echoed = |text: &Text, given: &str| {
+            let rendered = text.render(Prompt::Text(given.into())).unwrap();
+            let (ids, echo) = text.echo(rendered).unwrap();
+            assert_eq!(echo.text, given);
+            assert_eq!(ids, text.encode(&Prompt::Text(given.into())).unwrap());
+            // An answer of two letters.
+            let answer = &text.encode(&Prompt::Text("ab".into())).unwrap()[1..];
+            let answer = &answer[answer.len() - 2..];
+            (ids.clone(), offsets_of(text, &ids, &echo, answer))
+        };
+        // As before: BOS, a, four bytes of one character, b, and the two of the answer.
+        assert_eq!(echoed(&byte_level, "a😀b").1, [0, 0, 1, 1, 1, 1, 2, 3, 4]);
+        // The blank in front is nobody's: "a" begins at 0, though the token's text is " a".
+        let (ids, found) = echoed(&blank_in_front, "ab c");
+        assert_eq!(found[found.len() - 5..], [1, 2, 3, 4, 5], "{ids:?} {found:?}");
+        assert!(found[..found.len() - 5].iter().all(|offset| *offset == 0), "{found:?}");
+        // Two characters of the client's are one of the tokenizer's, two bytes.
+        let (ids, found) = echoed(&composed, "e\u{301}xy");
+        assert_eq!(found, [0, 0, 0, 2, 3, 4, 5], "{ids:?}");
+        assert_eq!(composed.decode(&ids).chars().count(), 3);
+        // Given as tokens, the text is theirs.
+        let (again, echo) =
+            composed.echo(composed.render(Prompt::Tokens(ids.clone())).unwrap()).unwrap();
+        assert_eq!((again, echo.text.as_str()), (ids.clone(), "\u{e9}xy"));
+        assert_eq!(offsets_of(&composed, &ids, &echo, &[]), [0, 0, 0, 1, 2]);
+        assert_eq!(echoed(&byte_level, "").1, [0, 0, 1]);
     }
 }

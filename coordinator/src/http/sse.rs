@@ -2,6 +2,7 @@
 //! form and ends with `[DONE]`: clients take anything else for a complete answer.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::errors::ApiError;
 use super::types::StreamOptions;
+use crate::compute::Compute;
 use crate::request::RequestError;
 
 /// How often a quiet stream says that it lives: proxies give up after 30 to 60 s.
@@ -26,43 +28,52 @@ pub(super) trait Chunks: Send + 'static {
     /// `id` of every chunk.
     fn id(&self) -> &str;
 
+    /// What writing an event costs, in tokens.
+    fn cost(&self, index: usize, event: &GenerateEvent) -> usize;
+
     /// The choices that an event changes: none, one, or what comes before the answer.
     fn choice(&mut self, index: usize, event: &GenerateEvent) -> Option<Value>;
 }
 
-/// What is common to all chunks of one stream.
+/// What a stream begins with.
+pub(super) struct Start<C> {
+    pub(super) chunks: C,
+    pub(super) model: String,
+    pub(super) prompt_tokens: u64,
+    pub(super) options: StreamOptions,
+}
+
+/// One stream.
 struct Stream<C> {
     events: BoxStream<'static, (usize, Result<GenerateEvent, RequestError>)>,
-    chunks: C,
-    model: String,
-    created_unix_s: u64,
-    options: StreamOptions,
-    class: String,
-    prompt_tokens: u64,
-    completion_tokens: u64,
+    /// Away while a long chunk is written, and for good if that fails.
+    writer: Option<Writer<C>>,
+    compute: Arc<Compute>,
     /// Sent and not yet: what follows the answers.
     ending: Option<Vec<Event>>,
 }
 
-/// The response that streams `events`.
+/// What is common to all chunks of one stream.
+struct Writer<C> {
+    start: Start<C>,
+    created_unix_s: u64,
+    class: String,
+    completion_tokens: u64,
+}
+
+/// The response that streams `events`. Long chunks are written in turns of `compute`.
 pub(super) fn respond<C: Chunks>(
     events: BoxStream<'static, (usize, Result<GenerateEvent, RequestError>)>,
-    chunks: C,
-    model: String,
-    prompt_tokens: u64,
-    options: StreamOptions,
+    start: Start<C>,
+    compute: Arc<Compute>,
 ) -> Response {
-    let stream = Stream {
-        events,
-        chunks,
-        model,
+    let writer = Writer {
+        start,
         created_unix_s: super::now_unix_s(),
-        options,
         class: String::new(),
-        prompt_tokens,
         completion_tokens: 0,
-        ending: None,
     };
+    let stream = Stream { events, writer: Some(writer), compute, ending: None };
     let stream = stream::unfold(stream, |mut stream| async {
         let event = stream.next().await?;
         Some((Ok::<_, Infallible>(event), stream))
@@ -76,45 +87,72 @@ impl<C: Chunks> Stream<C> {
             if let Some(ending) = &mut self.ending {
                 return ending.pop();
             }
-            match self.events.next().await {
-                Some((index, Ok(event))) => {
-                    if let Some(event) = self.chunk(index, &event) {
-                        return Some(event);
-                    }
-                }
-                Some((_, Err(error))) => {
-                    let error = data(&ApiError::from(error).body());
-                    self.ending = Some(vec![done(), error]);
-                }
+            let written = match self.events.next().await {
+                Some((index, Ok(event))) => self.write(index, event).await,
+                Some((_, Err(error))) => Err(error),
                 None => {
                     let mut ending = vec![done()];
-                    if self.options.include_usage() {
-                        let usage = self.envelope(json!([]), Some(self.usage()));
-                        ending.push(data(&usage));
-                    }
+                    ending.extend(self.writer.as_ref().and_then(Writer::usage_chunk));
                     self.ending = Some(ending);
+                    continue;
+                }
+            };
+            match written {
+                Ok(Some(event)) => return Some(event),
+                Ok(None) => {}
+                Err(error) => {
+                    let error = data(&ApiError::from(error).body());
+                    self.ending = Some(vec![done(), error]);
                 }
             }
         }
     }
 
+    /// The chunk of an event, if it has one.
+    async fn write(
+        &mut self,
+        index: usize,
+        event: GenerateEvent,
+    ) -> Result<Option<Event>, RequestError> {
+        let Some(mut writer) = self.writer.take() else {
+            let message = "an earlier part of the stream could not be written".into();
+            return Err(RequestError::Internal { message });
+        };
+        let cost = writer.start.chunks.cost(index, &event);
+        let work = move || {
+            let chunk = writer.chunk(index, &event);
+            (writer, chunk)
+        };
+        let (writer, chunk) = self.compute.on_answer(cost, work).await?;
+        self.writer = Some(writer);
+        Ok(chunk)
+    }
+}
+
+impl<C: Chunks> Writer<C> {
     fn chunk(&mut self, index: usize, event: &GenerateEvent) -> Option<Event> {
         match event {
             GenerateEvent::Started(started) => self.class.clone_from(&started.class),
             GenerateEvent::Delta(delta) => self.completion_tokens += delta.tokens.len() as u64,
             GenerateEvent::Finished(_) => {}
         }
-        let choice = self.chunks.choice(index, event)?;
-        let usage = self.options.continuous_usage().then(|| self.usage());
+        let choice = self.start.chunks.choice(index, event)?;
+        let usage = self.start.options.continuous_usage().then(|| self.usage());
         Some(data(&self.envelope(json!([choice]), usage)))
+    }
+
+    /// What tells the usage at the end, if that is wanted.
+    fn usage_chunk(&self) -> Option<Event> {
+        let wanted = self.start.options.include_usage();
+        wanted.then(|| data(&self.envelope(json!([]), Some(self.usage()))))
     }
 
     fn envelope(&self, choices: Value, usage: Option<Value>) -> Value {
         let mut chunk = json!({
-            "id": self.chunks.id(),
+            "id": self.start.chunks.id(),
             "object": C::OBJECT,
             "created": self.created_unix_s,
-            "model": self.model,
+            "model": self.start.model,
             "system_fingerprint": fingerprint(&self.class),
             "choices": choices,
         });
@@ -125,7 +163,7 @@ impl<C: Chunks> Stream<C> {
     }
 
     fn usage(&self) -> Value {
-        usage(self.prompt_tokens, self.completion_tokens)
+        usage(self.start.prompt_tokens, self.completion_tokens)
     }
 }
 
@@ -155,4 +193,60 @@ fn data(value: &Value) -> Event {
 
 fn done() -> Event {
     Event::default().data("[DONE]")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::{self, ThreadId};
+
+    use super::*;
+
+    /// Notes which thread writes the choices, the first of which is long.
+    struct Noted(Arc<std::sync::Mutex<Vec<ThreadId>>>);
+
+    impl Chunks for Noted {
+        const OBJECT: &'static str = "test";
+
+        fn id(&self) -> &str {
+            "t"
+        }
+
+        fn cost(&self, index: usize, _: &GenerateEvent) -> usize {
+            if index == 0 { 100_000 } else { 1 }
+        }
+
+        fn choice(&mut self, index: usize, _: &GenerateEvent) -> Option<Value> {
+            assert!(index < 2, "a chunk that cannot be written");
+            self.0.lock().unwrap().push(thread::current().id());
+            Some(json!({ "index": index }))
+        }
+    }
+
+    fn stream(indices: &[usize]) -> (Stream<Noted>, Arc<std::sync::Mutex<Vec<ThreadId>>>) {
+        let noted = Arc::default();
+        let start = Start {
+            chunks: Noted(Arc::clone(&noted)),
+            model: "m".into(),
+            prompt_tokens: 1,
+            options: StreamOptions::default(),
+        };
+        let writer =
+            Writer { start, created_unix_s: 0, class: String::new(), completion_tokens: 0 };
+        let event = |&index: &usize| (index, Ok(GenerateEvent::Started(Started::default())));
+        let events = stream::iter(indices.iter().map(event).collect::<Vec<_>>()).boxed();
+        (Stream { events, writer: Some(writer), compute: Compute::new(), ending: None }, noted)
+    }
+
+    #[tokio::test]
+    async fn long_chunks_are_not_written_on_a_thread_of_the_runtime() {
+        let (mut stream, noted) = stream(&[0, 1, 0]);
+        for _ in 0..4 {
+            // The fourth is the end.
+            assert!(stream.next().await.is_some());
+        }
+        assert!(stream.next().await.is_none());
+        let here = thread::current().id();
+        let threads: Vec<bool> = noted.lock().unwrap().iter().map(|id| *id == here).collect();
+        assert_eq!(threads, [false, true, false]);
+    }
 }

@@ -120,7 +120,7 @@ fn lists_and_ids_keep_to_their_bounds() {
                 template_arguments_json: String::new(),
             }
         }),
-        ("chat_template_kwargs", |r| {
+        (TEMPLATE_ARGUMENTS, |r| {
             r.prompt = Prompt::Conversation {
                 messages: vec![ChatMessage::default()],
                 template_arguments_json: " ".repeat(limits::TEMPLATE_ARGUMENT_BYTES + 1),
@@ -143,7 +143,7 @@ fn lists_and_ids_keep_to_their_bounds() {
         let mut request = request();
         change(&mut request);
         let checked = check(request, &model()).and_then(|checked| match &checked.prompt {
-            Prompt::Tokens(tokens) => check_lengths(tokens, checked.max_tokens, &model()),
+            Prompt::Tokens(tokens) => check_lengths("prompt", tokens, checked.max_tokens, &model()),
             _ => Ok(()),
         });
         match checked.unwrap_err() {
@@ -180,10 +180,10 @@ fn the_model_goes_by_name_or_id() {
 
 #[test]
 fn too_long_is_said_in_the_words_that_clients_look_for() {
-    check_lengths(&[5; 15], None, &model()).unwrap();
-    check_lengths(&[5; 10], Some(6), &model()).unwrap();
+    check_lengths("prompt", &[5; 15], None, &model()).unwrap();
+    check_lengths("prompt", &[5; 10], Some(6), &model()).unwrap();
     for (prompt, max_tokens) in [(16, None), (10, Some(7)), (15, Some(u32::MAX))] {
-        let error = check_lengths(&vec![5; prompt], max_tokens, &model()).unwrap_err();
+        let error = check_lengths("prompt", &vec![5; prompt], max_tokens, &model()).unwrap_err();
         assert!(matches!(error, RequestError::ContextLength { .. }));
         let words = error.to_string();
         assert!(words.starts_with("This model's maximum context length is 16 tokens"), "{words}");
@@ -192,20 +192,42 @@ fn too_long_is_said_in_the_words_that_clients_look_for() {
 
 #[test]
 fn a_prompt_without_an_answer_may_fill_the_context() {
-    check_lengths(&[5; 16], Some(0), &model()).unwrap();
-    let error = check_lengths(&[5; 17], Some(0), &model()).unwrap_err();
+    check_lengths("prompt", &[5; 16], Some(0), &model()).unwrap();
+    let error = check_lengths("prompt", &[5; 17], Some(0), &model()).unwrap_err();
     assert!(matches!(error, RequestError::ContextLength { .. }));
 }
 
 #[test]
-fn what_is_wrong_with_a_conversation_is_said_of_the_field_that_was_sent() {
+fn what_is_wrong_with_a_prompt_is_said_of_the_field_that_was_sent() {
+    let conversation =
+        Prompt::Conversation { messages: Vec::new(), template_arguments_json: String::new() };
+    let prompts = [Prompt::Text(String::new()), Prompt::Tokens(Vec::new()), conversation];
+    for (field, prompt) in ["prompt", "prompt", "messages"].into_iter().zip(&prompts) {
+        assert_eq!(field_of(prompt), field);
+        for error in [
+            TextError::NoTokenizer,
+            TextError::Run { chars: 1 },
+            TextError::TooMuch { bytes: 2, most: 1 },
+        ] {
+            let RequestError::Invalid { parameter, .. } = RequestError::of_text(error, field)
+            else {
+                panic!("{field}");
+            };
+            assert_eq!(parameter, field);
+        }
+        for tokens in [&[][..], &[5, 100]] {
+            let error = check_lengths(field, tokens, None, &model()).unwrap_err();
+            let RequestError::Invalid { parameter, .. } = error else { panic!("{error:?}") };
+            assert_eq!(parameter, field, "{tokens:?}");
+        }
+    }
     for (error, name) in [
         (TextError::Role { index: 2, role: "bot".into() }, "messages[2].role"),
-        (TextError::Arguments, "chat_template_kwargs"),
+        (TextError::Arguments, TEMPLATE_ARGUMENTS),
         (TextError::NoTemplate, "messages"),
-        (TextError::NoTokenizer, "prompt"),
     ] {
-        let RequestError::Invalid { parameter, .. } = RequestError::of_text(error) else {
+        let RequestError::Invalid { parameter, .. } = RequestError::of_text(error, "messages")
+        else {
             panic!("{name}");
         };
         assert_eq!(parameter, name);

@@ -62,13 +62,14 @@ impl From<Failure> for TemplateError {
     }
 }
 
-/// The texts of tokens that a template may write.
+/// The texts of tokens that a template may write. One that the model has not is not defined there,
+/// as in `transformers`: templates ask `bos_token is defined`.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TemplateTexts {
     /// `bos_token`.
-    pub(crate) bos: String,
+    pub(crate) bos: Option<String>,
     /// `eos_token`.
-    pub(crate) eos: String,
+    pub(crate) eos: Option<String>,
 }
 
 /// A compiled chat template.
@@ -164,8 +165,10 @@ impl ChatTemplate {
         }
         // The last of a name counts.
         variables.push(("messages".into(), Json::List(messages.iter().map(turn).collect())));
-        variables.push(("bos_token".into(), text(&self.texts.bos)));
-        variables.push(("eos_token".into(), text(&self.texts.eos)));
+        let Self { texts: TemplateTexts { bos, eos }, .. } = self;
+        for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
+            variables.extend(token.as_deref().map(|token| (name.into(), text(token))));
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         on_own_stack(|| {
             self.program

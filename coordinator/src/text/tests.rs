@@ -88,9 +88,23 @@ fn tokenizer() -> &'static Tokenizer {
 }
 
 pub(crate) fn text_with(template: &str) -> Text {
-    let texts = TemplateTexts { bos: "<|begin_of_text|>".into(), eos: "<|eot_id|>".into() };
+    text_with_context(template, 4096)
+}
+
+pub(crate) fn text_with_context(template: &str, context: u32) -> Text {
+    let texts =
+        TemplateTexts { bos: Some("<|begin_of_text|>".into()), eos: Some("<|eot_id|>".into()) };
     let template = ChatTemplate::compile(template, texts).unwrap();
-    Text::new(Some(new_tokenizer()), Some(template), 4096)
+    Text::new(Some(new_tokenizer()), Some(template), context)
+}
+
+/// [`text_with`] without a template, of a tokenizer that is changed first.
+pub(crate) fn text_of_json(change: impl FnOnce(&mut Value)) -> Text {
+    let mut json = serde_json::from_slice(&small_tokenizer_json()).unwrap();
+    change(&mut json);
+    let json = serde_json::to_vec(&json).unwrap();
+    let tokenizer = Tokenizer::from_json(&json, SMALL_VOCAB, Some(BOS)).unwrap();
+    Text::new(Some(tokenizer), None, 4096)
 }
 
 fn conversation(turns: &[(&str, &str)]) -> Prompt {
@@ -341,6 +355,29 @@ fn templates_see_what_transformers_gives_them() {
     check("{% generation %}x{%- endgeneration -%} y", json!({}), "xy");
     check("{{ add_generation_prompt }}", json!({"add_generation_prompt": false}), "False");
     check("{{ strftime_now('%%') }}", json!({}), "%");
+}
+
+#[test]
+fn a_token_that_the_model_has_not_is_not_defined() {
+    let source = "{{ bos_token is defined }} {{ bos_token }}|{{ eos_token is defined }} {{ eos_token }}|\
+                  {{ unk_token is defined }}";
+    let texts = |bos: Option<&str>, eos: Option<&str>| TemplateTexts {
+        bos: bos.map(str::to_owned),
+        eos: eos.map(str::to_owned),
+    };
+    for (texts, want) in [
+        (texts(Some("<s>"), Some("</s>")), "True <s>|True </s>|False"),
+        (texts(None, Some("</s>")), "False |True </s>|False"),
+        (texts(None, None), "False |False |False"),
+        // There, and empty.
+        (texts(Some(""), None), "True |False |False"),
+    ] {
+        let template = ChatTemplate::compile(source, texts).unwrap();
+        assert_eq!(template.render(&[], &[], &Guard::default()).unwrap(), want);
+    }
+    // A template that adds a text to what is not there fails, as it does in Python.
+    let template = ChatTemplate::compile("{{ bos_token + 'x' }}", texts(None, None)).unwrap();
+    assert!(template.render(&[], &[], &Guard::default()).is_err());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! of the chat template itself.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use model::tokenizer::AddedToken;
 use model::{Bpe, TokenizerFile, TokenizerFileError, TokenizerModel};
@@ -10,14 +11,26 @@ use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::models::unigram::Unigram;
 use tokenizers::models::wordlevel::WordLevel;
-use tokenizers::{ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
+use tokenizers::{
+    DecoderWrapper, ModelWrapper, NormalizedString, Normalizer, PostProcessorWrapper,
+    PreTokenizedString, PreTokenizer, TokenizerImpl,
+};
 
 use super::TextError;
 use super::guard::Guard;
+use super::patterns::{self, PatternError, TimedNormalizer, TimedPreTokenizer};
 
 /// Bytes that normalizer and pre-tokenizer may make of one prompt: the library keeps some forty
 /// bytes for each. The longest prompt of the default body limit fits with the usual tokenizers.
 const EXPANDED_BYTES_MAX: usize = 32 << 20;
+
+/// How long the patterns of a tokenizer may take on one prompt, beside what its length gives:
+/// where processors are scarce, work that takes a millisecond may wait this long for its turn.
+const SPLIT_TIME: Duration = Duration::from_secs(2);
+
+/// Bytes that patterns are given a second for. Those in use do a third of a MB or more, of the texts that
+/// they like least, and a third of that without optimisation.
+const SPLIT_BYTES_PER_S: f64 = 32_768.0;
 
 /// Why a `tokenizer.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +72,7 @@ pub enum TokenizerError {
 
 /// Text to ids and ids to bytes.
 pub(crate) struct Tokenizer {
-    library: tokenizers::Tokenizer,
+    library: Library,
     /// Written at the beginning of every prompt, exactly once.
     bos: Option<u32>,
     /// Longest first, so that the first that fits is the longest.
@@ -72,6 +85,15 @@ pub(crate) struct Tokenizer {
     /// Bytes of text that are tokenised at once.
     text_bytes_max: usize,
 }
+
+/// The library's tokenizer with patterns that look at the clock.
+type Library = TokenizerImpl<
+    ModelWrapper,
+    TimedNormalizer,
+    TimedPreTokenizer,
+    PostProcessorWrapper,
+    DecoderWrapper,
+>;
 
 #[derive(Clone, Default)]
 struct Token {
@@ -160,8 +182,32 @@ impl Tokenizer {
     /// [`TextError::Encode`] if the library fails.
     pub(crate) fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::from_iter(self.bos);
-        self.encode_run(text, &mut ids)?;
+        within(split_time(text), || self.encode_run(text, &mut ids))?;
         Ok(ids)
+    }
+
+    /// The ids of a text that is completed as it is, and at which of its characters each begins. A
+    /// tokenizer may change a text before it cuts it (a blank in front, composed letters): these are
+    /// places in what it was given.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::encode_plain`].
+    pub(crate) fn encode_with_offsets(
+        &self,
+        text: &str,
+    ) -> Result<(Vec<u32>, Vec<u32>), TextError> {
+        let mut ids = Vec::from_iter(self.bos);
+        let mut offsets = vec![0; ids.len()];
+        if !text.is_empty() {
+            // In bytes: the library counts characters with a table of the whole text.
+            let encode = || self.library.encode(text, false).map_err(failed);
+            let encoding = within(split_time(text), encode)?;
+            ids.extend_from_slice(encoding.get_ids());
+            let starts = encoding.get_offsets().iter().map(|(start, _)| *start);
+            offsets.extend(characters_before(text, starts));
+        }
+        Ok((ids, offsets))
     }
 
     /// The ids of a rendered template whose users' texts went through `guard`. The template's
@@ -175,6 +221,10 @@ impl Tokenizer {
         rendered: &str,
         guard: &Guard,
     ) -> Result<Vec<u32>, TextError> {
+        within(split_time(rendered), || self.encode_runs(rendered, guard))
+    }
+
+    fn encode_runs(&self, rendered: &str, guard: &Guard) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
         let mut rest = rendered;
         while let Some((start, special)) = self.find_special(rest) {
@@ -196,6 +246,33 @@ impl Tokenizer {
             ids.insert(0, bos);
         }
         Ok(ids)
+    }
+
+    /// Normalises and cuts a text, in `time` by the clock: what the patterns do, without the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Pattern`] if it takes longer; [`TextError::Encode`].
+    pub(crate) fn cut_within(&self, time: Duration, text: &str) -> Result<(), TextError> {
+        within(time, || {
+            let mut text = NormalizedString::from(text);
+            if let Some(normalizer) = self.library.get_normalizer() {
+                normalizer.normalize(&mut text).map_err(failed)?;
+            }
+            let mut parts = PreTokenizedString::from(text);
+            match self.library.get_pre_tokenizer() {
+                Some(part) => part.pre_tokenize(&mut parts).map_err(failed),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// The regular expressions that texts go through.
+    pub(crate) fn patterns(&self) -> Vec<&str> {
+        let mut found = Vec::new();
+        self.library.get_normalizer().inspect(|part| part.patterns(&mut found));
+        self.library.get_pre_tokenizer().inspect(|part| part.patterns(&mut found));
+        found
     }
 
     /// The bytes that a token stands for; none for an id without a token.
@@ -245,27 +322,60 @@ impl Tokenizer {
 
     fn encode_run(&self, run: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
         if !run.is_empty() {
-            let encoding = self.library.encode_fast(run, false).map_err(TextError::Encode)?;
+            let encoding = self.library.encode_fast(run, false).map_err(failed)?;
             ids.extend_from_slice(encoding.get_ids());
         }
         Ok(())
     }
 }
 
+/// How long the patterns may take on this text, or part of one.
+pub(super) fn split_time(text: &str) -> Duration {
+    SPLIT_TIME + Duration::from_secs_f64(text.len() as f64 / SPLIT_BYTES_PER_S)
+}
+
+/// Does `work` with the library in `time` by the clock of its patterns.
+fn within<T>(time: Duration, work: impl FnOnce() -> Result<T, TextError>) -> Result<T, TextError> {
+    patterns::within(time, work).map_err(failed)?
+}
+
+fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> TextError {
+    match error.downcast::<PatternError>() {
+        Ok(error) => TextError::Pattern(*error),
+        Err(error) => TextError::Encode(error),
+    }
+}
+
+/// How many characters stand before each of `starts`, in bytes. Tokens stand in order: one that would
+/// begin before its predecessor shares its place.
+fn characters_before(text: &str, starts: impl Iterator<Item = usize>) -> impl Iterator<Item = u32> {
+    let (mut at, mut characters) = (0, 0);
+    starts.map(move |start| {
+        let mut start = start.min(text.len());
+        while !text.is_char_boundary(start) {
+            start -= 1;
+        }
+        if start > at {
+            characters += text[at..start].chars().count() as u32;
+            at = start;
+        }
+        characters
+    })
+}
+
 /// The library's tokenizer, of the parts that are used: never its truncation and padding, which
 /// would change a prompt in silence, nor its post-processor and decoder, whose work is done here.
-fn build(file: TokenizerFile) -> Result<tokenizers::Tokenizer, TokenizerError> {
+fn build(file: TokenizerFile) -> Result<Library, TokenizerError> {
     let part = |part| move |source| TokenizerError::Part { part, source };
     let TokenizerFile { model, added_tokens, normalizer, pre_tokenizer, .. } = file;
-    let mut library = tokenizers::Tokenizer::new(library_model(model).map_err(part("model"))?);
+    let mut library = Library::new(library_model(model).map_err(part("model"))?);
     if !normalizer.is_null() {
-        let normalizer: NormalizerWrapper =
-            serde_json::from_value(normalizer).map_err(|e| part("normalizer")(e.into()))?;
+        let normalizer = TimedNormalizer::from_json(&normalizer).map_err(part("normalizer"))?;
         library.with_normalizer(Some(normalizer)).map_err(part("normalizer"))?;
     }
     if !pre_tokenizer.is_null() {
-        let pre_tokenizer: PreTokenizerWrapper =
-            serde_json::from_value(pre_tokenizer).map_err(|e| part("pre-tokenizer")(e.into()))?;
+        let pre_tokenizer =
+            TimedPreTokenizer::from_json(&pre_tokenizer).map_err(part("pre-tokenizer"))?;
         library.with_pre_tokenizer(Some(pre_tokenizer));
     }
     let listed: Vec<(String, u32)> =

@@ -94,6 +94,29 @@ fn what_is_not_in_the_schema_is_bounded_too() {
     }
 }
 
+#[test]
+fn what_a_caller_sends_unreadably_is_its_own_fault() {
+    use tonic::Code;
+    // Field 2, text, whose byte is no UTF-8; and the same in a message of a conversation.
+    for (bytes, field) in [
+        (&[2 << 3 | 2, 1, 0xff][..], "GenerateRequest.prompt: "),
+        (&[4 << 3 | 2, 5, 1 << 3 | 2, 3, 2 << 3 | 2, 1, 0xff], "ChatMessage.content: "),
+    ] {
+        check_request(bytes).unwrap();
+        let error = pb::GenerateRequest::decode(bytes).unwrap_err();
+        let status = undecodable::<pb::GenerateRequest>(error);
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let words = status.message();
+        assert!(words.starts_with(MALFORMED) && words.contains(field), "{words}");
+        assert!(!words.contains("failed to decode"), "{words}");
+    }
+    let error = || pb::StatusRequest::decode(&[0x0a, 5][..]).unwrap_err();
+    assert_eq!(undecodable::<pb::StatusRequest>(error()).code(), Code::InvalidArgument);
+    assert_eq!(undecodable::<pb::PrepareRequest>(error()).code(), Code::InvalidArgument);
+    // A server's answer that cannot be read is nobody's argument.
+    assert_eq!(undecodable::<pb::GenerateEvent>(error()).code(), Code::Internal);
+}
+
 proptest! {
     #[test]
     fn what_passes_the_walk_is_small(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {

@@ -323,7 +323,7 @@ impl<'p> Renderer<'p> {
         Ok(match object {
             Object::Namespace(attributes) => {
                 let attributes = attributes.borrow();
-                self.meter.spend(attributes.len())?;
+                self.meter.look_up(name, attributes.iter().map(|(other, _)| &**other))?;
                 let found = attributes.iter().find(|(other, _)| &**other == name);
                 found.map(|(_, value)| value.clone())
             }

@@ -147,7 +147,7 @@ fn find(renderer: &mut Renderer<'_>, name: &str, source: &mut Source) -> Result<
     let found = match index {
         Some(index) => source.positional.get(index).cloned(),
         None => {
-            renderer.meter.spend(source.keyword.len())?;
+            renderer.meter.look_up(first, source.keyword.iter().map(|(other, _)| &**other))?;
             let found = source.keyword.iter().find(|(other, _)| &**other == first);
             found.map(|(_, value)| value.clone())
         }

@@ -61,6 +61,21 @@ impl Meter {
         self.spend(1 + bytes / UNIT_BYTES)
     }
 
+    /// Pays for looking for `name` among `names`: those of its length are compared.
+    pub(super) fn look_up<'n>(
+        &self,
+        name: &str,
+        names: impl Iterator<Item = &'n str>,
+    ) -> Result<(), Failure> {
+        let (mut count, mut bytes) = (0, 0_usize);
+        for other in names {
+            count += 1;
+            bytes += if other.len() == name.len() { name.len() } else { 0 };
+        }
+        self.spend(count)?;
+        self.scan(bytes)
+    }
+
     /// Takes memory; [`Meter::give_back`] returns it.
     fn take(&self, bytes: usize) -> Result<(), Failure> {
         let live = self.live_bytes.get().saturating_add(bytes);

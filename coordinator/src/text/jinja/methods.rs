@@ -199,7 +199,8 @@ fn of_text(
     given: Given,
 ) -> Result<Value, Failure> {
     let meter = Rc::clone(&renderer.meter);
-    for value in &given.positional {
+    let named = given.keyword.iter().map(|(_, value)| value);
+    for value in given.positional.iter().chain(named) {
         meter.scan(value.as_str().map_or(0, str::len))?;
     }
     match name {
@@ -279,13 +280,14 @@ fn of_text(
             let Some((_, window)) = window else { return Ok(Value::Bool(false)) };
             let has = |part: &Value| {
                 let part = text_of(Some(part), name)?;
+                // A longer one is not compared.
+                meter.scan(if part.len() <= window.len() { part.len() } else { 0 })?;
                 let starts = name == "startswith";
                 Ok(if starts { window.starts_with(part) } else { window.ends_with(part) })
             };
             match first {
                 Some(Value::Tuple(parts)) => {
                     for part in parts.iter() {
-                        meter.spend(1)?;
                         if has(part)? {
                             return Ok(Value::Bool(true));
                         }

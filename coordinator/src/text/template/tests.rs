@@ -261,6 +261,25 @@ const SHORT: Duration = Duration::from_millis(200);
 /// How late a rendering may end: the old renderer never did.
 const LATE: Duration = Duration::from_secs(10);
 
+#[test]
+fn what_is_compared_is_paid_for() {
+    let big = "{% set b = 'a' * 400000 %}";
+    for repeated in [
+        // A tuple of one text, as often as wanted.
+        "{{ (b ~ 'c').startswith((b ~ 'b',) * 2000) }}",
+        "{{ ('c' ~ b).endswith(('b' ~ b,) * 2000) }}",
+        "{% for i in range(2000) %}{{ 'x'.split(sep=b) }}{% endfor %}",
+    ] {
+        let template = compile(&format!("{big}{repeated}")).unwrap();
+        let message = ChatMessage { role: "user".into(), content: "x".into() };
+        let error = template.render_within(LATE, &[message], &[], &Guard::default()).unwrap_err();
+        assert!(error.to_string().contains("steps"), "{error}: {repeated}");
+    }
+    // Longer parts are never looked at.
+    let few = "{{ 'ab'.startswith((b,) * 100000) }}{{ 'ab'.endswith(('b', b)) }}";
+    assert_eq!(render(&format!("{big}{few}")).unwrap(), "FalseTrue");
+}
+
 /// A figure of this process, such as `VmHWM`, in bytes.
 #[cfg(target_os = "linux")]
 fn process_bytes(figure: &str) -> u64 {
