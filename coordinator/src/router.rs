@@ -57,7 +57,7 @@ pub struct Router {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
     /// The length of the answer is to be filled in: as many tokens as the context holds, and every
-    /// pipeline that has room for the prompt and [`ANSWER_TOKENS`].
+    /// pipeline that has room for the prompt and `ANSWER_TOKENS`.
     pub as_many_as_fit: bool,
     /// The class it must have.
     pub class: Option<NumericsClass>,
