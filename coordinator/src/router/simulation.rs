@@ -86,8 +86,10 @@ struct Client {
     scores: Option<Vec<f32>>,
     output: Vec<u32>,
     end: Option<End>,
-    /// Pipelines that died while they worked for it.
+    /// Pipelines that died while they worked for it, since its last token.
     deaths: u32,
+    /// How many tokens it had when that last happened.
+    died_at: usize,
     /// Rows of it that found nothing to go on from.
     overtaken: u32,
     /// The pipeline that has had rows of it since it was last given back.
@@ -206,6 +208,7 @@ impl World {
                 for emission in &lost.emissions {
                     let client = self.clients.get_mut(&emission.sequence).unwrap();
                     assert_eq!(client.deaths, 1, "once is forgiven");
+                    assert_eq!(client.died_at, client.output.len(), "so is what comes further");
                 }
                 self.hear(lost.emissions);
                 lost.returned
@@ -215,7 +218,12 @@ impl World {
         assert!(returned.is_sorted_by_key(|sequence| sequence.id()));
         for sequence in returned {
             let client = self.clients.get_mut(&sequence.id()).unwrap();
-            client.deaths += u32::from(dies && client.ran_on == Some(id));
+            if dies && client.ran_on == Some(id) {
+                let tokens = client.output.len();
+                client.deaths = if client.died_at == tokens { client.deaths + 1 } else { 1 };
+                client.died_at = tokens;
+                assert!(client.deaths <= 1, "a second time without a token is not forgiven");
+            }
             client.ran_on = None;
             self.router.returned(sequence);
         }
@@ -235,6 +243,7 @@ impl World {
                     output,
                     end: None,
                     deaths: 0,
+                    died_at: 0,
                     overtaken: 0,
                     ran_on: None,
                 };

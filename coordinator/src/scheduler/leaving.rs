@@ -8,7 +8,8 @@ use super::{
 };
 use crate::tick::Tick;
 
-/// A sequence whose pipeline is lost this often while it runs fails: it may be what kills them.
+/// A sequence whose pipeline is lost this often while it runs, without a token in between, fails: it
+/// may be what kills them.
 pub const MAX_DEATHS: u32 = 2;
 
 /// What a lost pipeline leaves.
@@ -70,10 +71,10 @@ impl PipelineScheduler {
     }
 
     /// The pipeline is lost: everyone goes back to the router, but for those that had run and to whom
-    /// this has now happened [`MAX_DEATHS`] times.
+    /// this has now happened [`MAX_DEATHS`] times without a token in between.
     pub fn lose(&mut self, reason: &str, now: Tick) -> Lost {
         for sequence in self.sequences.values_mut() {
-            sequence.deaths += u32::from(sequence.has_run());
+            sequence.pipeline_died();
         }
         let (returned, died): (Vec<_>, Vec<_>) =
             self.take_all(now).into_iter().partition(|sequence| sequence.deaths < MAX_DEATHS);

@@ -35,8 +35,10 @@ pub struct Sequence {
     pub(super) state: Option<Bytes>,
     /// In which of a scheduler's queues it is.
     pub(super) place: Option<(Stand, Ticket)>,
-    /// How often its pipeline was lost while it ran.
+    /// How often its pipeline was lost while it ran, since its last token.
     pub(super) deaths: u32,
+    /// How many tokens its answer had when that last happened.
+    died_at: Option<usize>,
     /// How often it was replayed since its last token, because a stage had lost what it held of it.
     pub(super) replays: u32,
     /// Of the prompt; counted once, here, because the prompt does not change.
@@ -99,6 +101,7 @@ impl Sequence {
             state: None,
             place: None,
             deaths: 0,
+            died_at: None,
             replays: 0,
             open_length: false,
             stopped_at,
@@ -274,6 +277,18 @@ impl Sequence {
     /// Whether this pipeline has worked for it.
     pub(super) fn has_run(&self) -> bool {
         self.sent > 0 || self.replays > 0
+    }
+
+    /// Its pipeline is lost. One that has got further since the last time was not what killed that.
+    pub(super) fn pipeline_died(&mut self) {
+        if !self.has_run() {
+            return;
+        }
+        let tokens = self.log.output().len();
+        self.deaths = match self.died_at.replace(tokens) {
+            Some(before) if before == tokens => self.deaths.saturating_add(1),
+            _ => 1,
+        };
     }
 
     /// Forgets what the lost pipeline held of it. What was told stays told: the log is kept.
