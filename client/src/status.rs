@@ -177,7 +177,15 @@ fn workers_table(workers: &[WorkerStatus]) -> String {
         ]
     };
     let head = ["WORKER", "ADDRESS", "ISA", "THREADS", "MEMORY", "INCARNATION", "STATE"];
-    columns(head.map(String::from), workers.iter().map(row))
+    if workers.iter().all(|worker| worker.rack.is_empty()) {
+        return columns(head.map(String::from), workers.iter().map(row));
+    }
+    let beside = |[id, address, isa, threads, memory, incarnation, state]: [String; 7],
+                  rack: &str| {
+        [id, address, rack.to_owned(), isa, threads, memory, incarnation, state]
+    };
+    let rows = workers.iter().map(|worker| beside(row(worker), &worker.rack));
+    columns(beside(head.map(String::from), "RACK"), rows)
 }
 
 fn pipeline_table(pipeline: &PipelineStatus) -> String {

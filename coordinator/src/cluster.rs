@@ -128,6 +128,7 @@ impl Cluster {
             return actions;
         }
         self.take(now, event, &mut actions);
+        self.fleet.infer_racks(now);
         self.advance(now, &mut actions);
         actions
     }

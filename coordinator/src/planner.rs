@@ -16,6 +16,7 @@ mod tests;
 mod words;
 
 use costs::Costs;
+pub(crate) use costs::{HOP_OTHER_RACK_NS, HOP_SAME_RACK_NS};
 pub use proto::plan::StepTime;
 use search::Search;
 

@@ -32,6 +32,12 @@ pub const HELD_STAGES: usize = 64;
 /// room to spare.
 pub const DESCRIPTION_BYTES: usize = 64 << 10;
 
+/// Workers whose distance one worker may tell: racks full of them, in a value of some kilobytes.
+pub const ROUND_TRIPS: usize = 256;
+
+/// The longest round trip that is told, in microseconds: a second, after which nobody is waited for.
+pub const ROUND_TRIP_US: u32 = 1_000_000;
+
 /// Sequences that one step may report as ended: more ended ones wait for the next step.
 pub const ENDED_SEQUENCES: usize = 4096;
 

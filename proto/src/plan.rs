@@ -7,6 +7,7 @@
 //! the changes, for people and for whoever must know what the writer knew. What every format looks
 //! like is in `proto/samples`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
@@ -19,6 +20,7 @@ use crate::ids::{
 use crate::limits;
 use crate::names::WorkerId;
 
+mod round_trips;
 mod step_time;
 #[cfg(test)]
 mod tests;
@@ -29,7 +31,7 @@ pub use step_time::StepTime;
 pub const LEADER_FORMAT: u32 = 2;
 
 /// Format of the [`WorkerRecord`]s that this version writes.
-pub const WORKER_FORMAT: u32 = 3;
+pub const WORKER_FORMAT: u32 = 4;
 
 /// Format of the [`Plan`]s that this version writes.
 pub const PLAN_FORMAT: u32 = 1;
@@ -116,6 +118,11 @@ pub struct WorkerRecord {
     pub stub: bool,
     /// Names the socket that it listens on, see [`is_successor`]; empty: unknown.
     pub socket: String,
+    /// The network's least round trips to other workers on other machines, in microseconds, by id: at
+    /// most [`limits::ROUND_TRIPS`], each from 1 to [`limits::ROUND_TRIP_US`]. Who is missing was not
+    /// reached, or not tried.
+    #[serde(deserialize_with = "round_trips::read")]
+    pub round_trips_us: BTreeMap<String, u32>,
 }
 
 /// Whether a process of incarnation `own` that listens on the socket `own_socket` proves by that that

@@ -119,6 +119,10 @@ pub struct WorkerStatus {
     pub memory_bytes: u64,
     /// Why it is not active, when that needs a reason.
     pub detail: String,
+    /// As its label says, or `~` and a worker of those that measured round trips put together; empty:
+    /// unknown.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub rack: String,
 }
 
 /// What is placed.

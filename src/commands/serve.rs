@@ -126,7 +126,7 @@ pub(crate) struct WorkerCommand {
     /// How others reach it, as host:port [default: where it listens]
     #[arg(long, value_name = "ADDR")]
     advertise: Option<String>,
-    /// Rack that the machine is in [default: unknown]
+    /// Rack that the machine is in [default: by measured round trips]
     #[arg(long, value_name = "NAME")]
     rack: Option<String>,
     /// Compute threads, at most the cores and whole CPUs of the quota [default: as many as those]

@@ -27,6 +27,7 @@ mod leaving;
 mod link;
 mod machine;
 pub mod measure;
+mod nearness;
 mod pace;
 mod record;
 mod reserve;

@@ -1,6 +1,7 @@
 //! One worker from its start to its end: proves its kernels, measures itself, registers, serves,
 //! drains.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +31,7 @@ use crate::measure::{measure_steps, measured_layers};
 use crate::record::{Published, encode, register};
 use crate::service::{Identity, Service, offered_bytes};
 use crate::witness::{RegistryKeys, Witness};
-use crate::{grpc, known_answer, machine, standby, stub, telemetry, verify, weights};
+use crate::{grpc, known_answer, machine, nearness, standby, stub, telemetry, verify, weights};
 
 /// How long the registry may take before that is said.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
@@ -95,6 +96,7 @@ pub async fn run(
         draining: false,
         stub: config.stub_compute.is_some(),
         socket: node::socket::name(address),
+        round_trips_us: BTreeMap::new(),
     };
     telemetry::describe();
     node::serve::describe();
@@ -186,6 +188,8 @@ pub async fn run(
     tasks.spawn("pace", |stop| {
         machine::watch_pace(at_start, watched, told, config.drift_time, stop)
     });
+    let (registry, workers, told) = (membership.clone(), keys.workers(), published.clone());
+    tasks.spawn("nearness", |stop| nearness::watch(registry, workers, told, stop));
     let leaving =
         Leaving { id: id.clone(), published, membership, keys, service, health, condition };
     tasks.spawn("drain", |stop| leaving.leave_after(stop, grace));

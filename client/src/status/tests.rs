@@ -14,6 +14,7 @@ fn sample() -> ClusterStatus {
         threads: 2,
         memory_bytes: 3 << 29,
         detail: detail.into(),
+        rack: String::new(),
     };
     let stage = StageStatus {
         worker: "w1".into(),
@@ -89,6 +90,20 @@ STAGE  WORKER  ADDRESS         LAYERS  PREDICTED       BUSY  COMPUTE  WAIT
 plan: one worker holds it all
 ";
     assert_eq!(table(&sample()), want);
+}
+
+#[test]
+fn racks_have_a_column_where_any_is_known() {
+    let mut status = sample();
+    status.workers[1].rack = "~w1".into();
+    let text = table(&status);
+    let lines: Vec<_> = text.lines().skip(6).take(3).collect();
+    let want = [
+        "WORKER    ADDRESS         RACK  ISA   THREADS  MEMORY   INCARNATION   STATE",
+        "w1        127.0.0.1:7071        avx2  2        1.5 GiB  0123456789ab  active",
+        "worker-2  127.0.0.1:7071  ~w1   avx2  2        1.5 GiB  0123456789ab  standby (came late)",
+    ];
+    assert_eq!(lines, want);
 }
 
 #[test]

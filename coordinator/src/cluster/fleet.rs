@@ -3,6 +3,7 @@
 
 mod class;
 mod probe;
+mod racks;
 mod standing;
 
 pub(super) use class::Candidate;
@@ -16,6 +17,7 @@ use proto::plan::{StagePlan, WorkerRecord};
 use super::types::{Action, Target};
 use crate::tick::Tick;
 use probe::{PROBE_INTERVAL, Probe};
+use racks::Racks;
 use standing::FlapHistories;
 
 /// Leases that end within one TTL count as ended at once.
@@ -36,6 +38,9 @@ pub(super) struct Fleet {
     last_change: Tick,
     /// Workers that compute nothing are planned with.
     allows_stubs: bool,
+    racks: Racks,
+    /// Somebody came, went, or measured anew since those were looked at.
+    racks_are_due: bool,
 }
 
 /// A worker that is in the registry, or was and has a stage still.
@@ -87,6 +92,8 @@ impl Fleet {
     /// A record came. Whether it is of a process start that was not known.
     pub(super) fn put(&mut self, now: Tick, record: WorkerRecord) -> bool {
         self.vanished.remove(&record.id);
+        let before = self.by_id.get(&record.id).map(|member| &member.record);
+        self.racks_are_due |= before.is_none_or(|before| !racks::stands_equally(before, &record));
         let is_new = match self.by_id.get_mut(&record.id) {
             Some(member) if member.record.incarnation == record.incarnation => {
                 if member.record.draining != record.draining || !member.has_lease {
@@ -221,7 +228,27 @@ impl Fleet {
 
     /// Drops those whose key is gone and who have no stage.
     pub(super) fn forget_gone(&mut self, has_stage: impl Fn(&str) -> bool) {
+        let before = self.by_id.len();
         self.by_id.retain(|id, member| member.has_lease || has_stage(id));
+        self.racks_are_due |= self.by_id.len() < before;
+    }
+
+    /// Looks at what workers measured, if that is another than it was. Once for all of an event: it
+    /// looks at every pair of them.
+    pub(super) fn infer_racks(&mut self, now: Tick) {
+        if !std::mem::take(&mut self.racks_are_due) {
+            return;
+        }
+        let (changed, _) = self.racks.infer(self.by_id.values().map(|member| &member.record));
+        if changed {
+            // They measure one after another: what all of them know is worth a plan.
+            self.last_change = now;
+        }
+    }
+
+    /// Where a worker stands: its label, or a rack that was inferred; empty: unknown.
+    pub(super) fn rack(&self, member: &Member) -> String {
+        self.racks.of(&member.record)
     }
 
     /// When the last process start came that was not known.
@@ -229,7 +256,7 @@ impl Fleet {
         self.last_arrival
     }
 
-    /// When a worker last came, went, failed, or began or ended to drain.
+    /// When a worker last came, went, failed, began or ended to drain, or was found in another rack.
     pub(super) fn last_change(&self) -> Tick {
         self.last_change
     }

@@ -129,17 +129,29 @@ enum Drift {
 }
 
 impl Basis {
-    /// The same workers with the same memory, whatever their speeds.
+    /// The same workers with the same memory in the same places, whatever their speeds.
     fn is_same_fleet(&self, other: &Self) -> bool {
         let same = |a: &Candidate, b: &Candidate| {
             a.spec.id == b.spec.id
                 && a.incarnation == b.incarnation
                 && a.spec.memory_bytes == b.spec.memory_bytes
-                && (&a.spec.machine, &a.spec.rack) == (&b.spec.machine, &b.spec.rack)
+                && a.spec.machine == b.spec.machine
         };
         self.class == other.class
             && self.candidates.len() == other.candidates.len()
             && self.candidates.iter().zip(&other.candidates).all(|(a, b)| same(a, b))
+            && self.has_equal_racks(other)
+    }
+
+    /// Of the same workers: whether the same stand together, whatever their racks are called. An inferred
+    /// one has its name from one of its workers, who may go.
+    fn has_equal_racks(&self, other: &Self) -> bool {
+        let (mut names, mut names_before) = (BTreeMap::new(), BTreeMap::new());
+        self.candidates.iter().zip(&other.candidates).all(|(before, now)| {
+            let (before, now) = (before.spec.rack.as_str(), now.spec.rack.as_str());
+            *names.entry(before).or_insert(now) == now
+                && *names_before.entry(now).or_insert(before) == before
+        })
     }
 
     /// Of the same fleet: by how much the speed that changed most did, if it counts.

@@ -13,6 +13,7 @@ use super::*;
 
 mod changes;
 mod losses;
+mod racks;
 mod registry;
 
 /// A cluster with the answers that a faultless world would give.

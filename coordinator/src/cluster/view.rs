@@ -179,6 +179,7 @@ impl Cluster {
             threads: record.threads,
             memory_bytes: record.memory_bytes,
             detail,
+            rack: self.fleet.rack(member),
         }
     }
 

@@ -52,6 +52,7 @@ const MEASURE_PIPELINES: Duration = Duration::from_secs(1);
 const LANES_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How something that the driver had started ended.
+#[expect(clippy::large_enum_variant, reason = "nearly all are events, and each is moved once")]
 pub(super) enum Outcome {
     /// The cluster is told this.
     Event(cluster::Event),

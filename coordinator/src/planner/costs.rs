@@ -16,10 +16,10 @@ const MOST_ROWS: u32 = 64;
 const HOP_SAME_MACHINE_NS: u64 = 100_000;
 
 /// The same between machines of a rack: a network card on either side, and a switch.
-const HOP_SAME_RACK_NS: u64 = 200_000;
+pub(crate) const HOP_SAME_RACK_NS: u64 = 200_000;
 
 /// The same between racks: more switches, and links that others use too.
-pub(super) const HOP_OTHER_RACK_NS: u64 = 400_000;
+pub(crate) const HOP_OTHER_RACK_NS: u64 = 400_000;
 
 /// From the coordinator to the first stage, or from the last one back. Nobody knows yet on which
 /// machine the coordinator will be, so all pipelines are as far from it.

@@ -291,6 +291,7 @@ pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
                 threads: worker.threads,
                 memory_bytes: worker.memory_bytes,
                 detail: worker.detail.clone(),
+                rack: worker.rack.clone(),
             })
             .collect(),
         pipelines: status.plan.pipelines.iter().map(encode_pipeline).collect(),
@@ -403,6 +404,7 @@ pub fn decode_status(status: pb::StatusResponse) -> ClusterStatus {
                 threads: worker.threads,
                 memory_bytes: worker.memory_bytes,
                 detail: worker.detail,
+                rack: worker.rack,
             })
             .collect(),
         plan: PlanStatus {

@@ -77,6 +77,13 @@ fn worker(format: u32) -> WorkerRecord {
             socket: "3f2a/net:[4026531840]/10.0.0.1:7071".to_owned(),
             ..worker(2)
         },
+        4 => WorkerRecord {
+            format: 4,
+            round_trips_us: [("rack1-7072", 140), ("rack2-7071", 180), ("rack9-7071", 900)]
+                .map(|(id, us)| (id.to_owned(), us))
+                .into(),
+            ..worker(3)
+        },
         _ => panic!("say here what the worker of format {format} is"),
     }
 }
@@ -215,6 +222,24 @@ fn plans_of_every_format_are_read_and_the_newest_is_written() {
     assert_eq!(plan(1).pipelines[1].at().to_string(), "2@42");
 }
 
+#[test]
+fn round_trips_that_nobody_measured_are_left_out() {
+    let read = |figures: Value| {
+        let record: WorkerRecord =
+            serde_json::from_value(json!({ "round_trips_us": figures })).unwrap();
+        record.round_trips_us.into_iter().collect::<Vec<_>>()
+    };
+    let odd = json!({
+        "a": 140, "b": 0, "c": -1, "d": 1.5, "e": 1_000_001, "f": "7", "g": [7], "h": null,
+        "i": 1_000_000, "": 7, "no/id": 7, "x".repeat(129): 7,
+    });
+    assert_eq!(read(odd), [("a".to_owned(), 140), ("i".to_owned(), 1_000_000)]);
+    let many: serde_json::Map<_, _> = (0..10_000).map(|i| (format!("w{i}"), json!(7))).collect();
+    assert_eq!(read(many.into()).len(), limits::ROUND_TRIPS);
+    let none = serde_json::from_value::<WorkerRecord>(json!({ "round_trips_us": [1, 2] }));
+    assert!(none.is_err(), "another meaning has another name");
+}
+
 fn step_time() -> impl Strategy<Value = StepTime> {
     any::<(u32, u64, u64)>().prop_map(|(rows, layer_ns, head_ns)| StepTime {
         rows,
@@ -228,8 +253,10 @@ fn any_worker() -> impl Strategy<Value = WorkerRecord> {
         .prop_map(|(id, steps)| WorkerModel { id: ModelId(id), steps });
     let numbers = any::<(u32, u32, u64, u32, bool, bool)>();
     let ids = any::<([u8; 16], [u8; 32])>();
-    (vec(any::<String>(), 7), numbers, ids, vec(model, 0..3)).prop_map(
-        |(texts, numbers, ids, models)| WorkerRecord {
+    let figure = ("[A-Za-z0-9._-]{1,128}", 1..=limits::ROUND_TRIP_US);
+    let lists = (vec(model, 0..3), vec(figure, 0..4));
+    (vec(any::<String>(), 7), numbers, ids, lists).prop_map(
+        |(texts, numbers, ids, (models, figures))| WorkerRecord {
             format: numbers.0,
             id: texts[0].clone(),
             incarnation: Incarnation(ids.0),
@@ -246,6 +273,7 @@ fn any_worker() -> impl Strategy<Value = WorkerRecord> {
             draining: numbers.4,
             stub: numbers.5,
             socket: texts[6].clone(),
+            round_trips_us: figures.into_iter().collect(),
         },
     )
 }

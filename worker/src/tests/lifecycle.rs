@@ -57,7 +57,11 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) async fn start(config: Config) -> Self {
-        let membership = Memory::new();
+        Self::start_in(Memory::new(), config).await
+    }
+
+    /// With a registry in which there are others.
+    async fn start_in(membership: Memory, config: Config) -> Self {
         let registry = membership.another();
         let keys = Keys::new("test");
         let mut watch = membership.watch(&keys.workers());
@@ -378,6 +382,50 @@ async fn a_rack_is_told() {
     let rack = Some("r7".parse().unwrap());
     let mut process = Process::start(Config { rack, ..config() }).await;
     assert_eq!(process.record().await.rack, "r7");
+    process.stop.cancel();
+    process.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_publishes_how_far_the_others_are() {
+    let membership = Memory::new();
+    let keys = Keys::new("test");
+    let (near, far) = (
+        TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        TcpListener::bind("127.0.0.1:0").await.unwrap(),
+    );
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut held = Vec::new();
+    for (id, listener) in [("w0", &near), ("w2", &far), ("w3", &gone)] {
+        let record = WorkerRecord {
+            id: id.to_owned(),
+            incarnation: Incarnation([7; 16]),
+            address: listener.local_addr().unwrap().to_string(),
+            machine: format!("the machine of {id}"),
+            ..WorkerRecord::default()
+        };
+        let value = encode(&record).unwrap();
+        held.push(membership.register(&keys.worker(id), value).await.unwrap());
+    }
+    drop(gone);
+    let mut process = Process::start_in(membership, config()).await;
+    let before = process.record().await;
+    assert_eq!(before.round_trips_us, [].into());
+    let told = loop {
+        // What an engine leaves of the memory may be told before.
+        let told = process.record().await;
+        if !told.round_trips_us.is_empty() {
+            break told;
+        }
+    };
+    assert_eq!(told.round_trips_us.keys().collect::<Vec<_>>(), ["w0", "w2"]);
+    assert!(told.round_trips_us.values().all(|&us| us > 0), "{told:?}");
+    let rest = WorkerRecord {
+        round_trips_us: before.round_trips_us.clone(),
+        memory_bytes: before.memory_bytes,
+        ..told
+    };
+    assert_eq!(rest, before, "nothing else is lost");
     process.stop.cancel();
     process.end().await.unwrap();
 }

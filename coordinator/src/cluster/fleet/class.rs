@@ -52,7 +52,7 @@ impl Fleet {
             let spec = WorkerSpec {
                 id: record.id.clone(),
                 machine: record.machine.clone(),
-                rack: record.rack.clone(),
+                rack: self.rack(member),
                 memory_bytes: record.memory_bytes,
                 steps,
             };
