@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use futures::StreamExt;
 use futures::future::{try_join, try_join_all};
@@ -162,7 +162,7 @@ pub async fn measure(
     });
     let stage_threads = stage_threads.collect();
 
-    let mut prompts = Prompts::new(0, args.vocab);
+    let mut prompts = Prompts::new(0, args.vocab).of_this_run();
     let total = u64::from(args.repeat) * (2 + args.batch.len() as u64) + 1;
     let mut done = 0;
     let mut next = |what: &str| {
@@ -356,12 +356,21 @@ fn rate(answers: &[Vec<Instant>]) -> f64 {
 pub struct Prompts {
     state: u64,
     vocab: u32,
+    cache_salt: String,
 }
 
 impl Prompts {
     /// Token ids below `vocab`; each seed gives prompts of its own.
     pub fn new(seed: u64, vocab: u32) -> Self {
-        Self { state: seed, vocab }
+        Self { state: seed, vocab, cache_salt: String::new() }
+    }
+
+    /// Nothing of these prompts is known to the cluster from an earlier run.
+    #[must_use]
+    pub fn of_this_run(self) -> Self {
+        let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let cache_salt = format!("bench {} {}", std::process::id(), since.as_nanos());
+        Self { cache_salt, ..self }
     }
 
     /// A greedy request that ends after exactly `generate` tokens.
@@ -371,6 +380,7 @@ impl Prompts {
             max_tokens: generate,
             sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
             ignore_eos: true,
+            cache_salt: self.cache_salt.clone(),
             ..GenerateRequest::default()
         }
     }
@@ -462,6 +472,9 @@ mod tests {
         assert_ne!(first, second);
         assert!(first.iter().chain(&second).all(|token| *token < 256));
         assert!(first.iter().any(|token| *token > 128) && first.iter().any(|token| *token < 128));
+        let [one, other] = [(); 2].map(|()| Prompts::new(0, 256).of_this_run().request(100, 3));
+        assert_eq!(one.prompt, other.prompt);
+        assert_ne!(one.cache_salt, other.cache_salt, "each run reads its prompts itself");
     }
 
     #[test]

@@ -243,7 +243,7 @@ fn note(completion: &Completion) {
 
 /// One line on how it went: `60 tokens, 41.3 tokens/s, first after 0.12 s`.
 fn summary(completion: &Completion) -> String {
-    let Timings { queue_us, prefill_us, decode_us } = completion.timings;
+    let Timings { queue_us, prefill_us, decode_us, .. } = completion.timings;
     let tokens = completion.usage.completion_tokens;
     let mut line = format!("[{tokens} tokens");
     // The first token is the prefill's work: the rate is that of the others.

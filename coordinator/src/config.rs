@@ -93,6 +93,8 @@ pub struct Config {
     pub drift_time: Duration,
     /// Plans with workers that compute nothing, for tests of many workers.
     pub allow_stub_compute: bool,
+    /// Prompts that begin alike share the KV of what they have in common.
+    pub prefix_cache: bool,
     /// Where the defaults of sampling come from.
     pub sampling_defaults: SamplingSource,
     /// Defaults of sampling that go over the model's.
@@ -248,6 +250,7 @@ impl Default for Config {
             // Longer than a neighbour's burst of work.
             drift_time: Duration::from_secs(60),
             allow_stub_compute: false,
+            prefix_cache: true,
             sampling_defaults: SamplingSource::Model,
             sampling: SamplingDefaults::default(),
             limits: LimitsConfig::default(),

@@ -265,6 +265,7 @@ fn scheduler_limits(config: &Config, model: &request::ServedModel) -> scheduler:
         step_tokens: config.limits.step_tokens,
         context_tokens: model.context,
         step_deadline: config.limits.step_deadline.get(),
+        prefix_cache: config.prefix_cache,
     }
 }
 

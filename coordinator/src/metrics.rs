@@ -43,6 +43,11 @@ pub(crate) fn describe() {
         "tercet_preemptions_total",
         "answers that gave their KV back, to go on later"
     );
+    describe_counter!(
+        "tercet_prefix_cache_queries_total",
+        "prompt tokens that were looked for in the prefix cache"
+    );
+    describe_counter!("tercet_prefix_cache_hits_total", "prompt tokens that were found there");
     describe_counter!("tercet_request_success_total", "answers that ended, by why");
     describe_counter!(
         "tercet_request_failure_total",
@@ -117,11 +122,13 @@ pub(crate) fn pipeline(slot: u32, at: PipelineRef, stats: &PipelineStats) {
     gauge!("tercet_pipeline_steps_in_flight", "pipeline" => slot).set(steps);
 }
 
-/// Tokens and preemptions of all pipelines since start.
+/// What all pipelines have done since start.
 pub(crate) fn tokens(counted: Counted) {
     counter!("tercet_prompt_tokens_total").absolute(counted.prompt_tokens);
     counter!("tercet_generation_tokens_total").absolute(counted.generated_tokens);
     counter!("tercet_preemptions_total").absolute(counted.preemptions);
+    counter!("tercet_prefix_cache_queries_total").absolute(counted.prefix_queries);
+    counter!("tercet_prefix_cache_hits_total").absolute(counted.prefix_hits);
 }
 
 /// Where the polls of a task of the driver are counted: `control` or `lane`.

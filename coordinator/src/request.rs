@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use model::SamplingDefaults;
 use proto::generate::{GenerateRequest, Prompt, Sampling};
-use proto::ids::NumericsClass;
+use proto::ids::{NumericsClass, PrefixHash};
 use proto::limits;
 use proto::step::SamplingParameters;
 
@@ -192,6 +192,8 @@ pub(crate) struct Checked {
     pub(crate) score_prompt: bool,
     /// From arrival to the last token; `None`: the server's limit.
     pub(crate) deadline: Option<Duration>,
+    /// Of the prompts that it may share KV with.
+    pub(crate) salt: PrefixHash,
 }
 
 /// Checks every parameter that does not need the prompt's length.
@@ -227,6 +229,8 @@ pub(crate) fn check(
         ));
     }
     check_length("idempotency_key", request.idempotency_key.len(), limits::NAME_BYTES)?;
+    check_length("cache_salt", request.cache_salt.len(), limits::CALLER_BYTES)?;
+    check_length("user", request.user.len(), limits::CALLER_BYTES)?;
     check_tokens("received_ids", &request.received_ids, limits::PROMPT_TOKENS, model)?;
     if request.resume_index != request.received_ids.len() as u64 {
         return Err(RequestError::invalid(
@@ -262,7 +266,22 @@ pub(crate) fn check(
         score_prompt: request.score_prompt,
         deadline: (request.deadline_ms != 0)
             .then(|| Duration::from_millis(request.deadline_ms.into())),
+        salt: salt_of(&request.cache_salt, &request.user),
     })
+}
+
+/// Whose prompts share KV: those of one `cache_salt`, else of one `user`, else of all who name neither.
+fn salt_of(cache_salt: &str, user: &str) -> PrefixHash {
+    let (kind, text) = match (cache_salt, user) {
+        ("", "") => return PrefixHash::EMPTY,
+        ("", user) => ("tercet cache of a user 1", user),
+        (salt, _) => ("tercet cache salt 1", salt),
+    };
+    let mut hasher = blake3::Hasher::new_derive_key(kind);
+    hasher.update(text.as_bytes());
+    let mut salt = PrefixHash::EMPTY;
+    hasher.finalize_xof().fill(&mut salt.0);
+    salt
 }
 
 /// What the request says, and the model's defaults where it says nothing.

@@ -20,6 +20,7 @@ use crate::scheduler::{
 use crate::tick::Tick;
 
 mod accounts;
+mod homes;
 mod queue;
 #[cfg(test)]
 mod simulation;
@@ -27,6 +28,7 @@ mod simulation;
 mod tests;
 
 use accounts::{Accounts, Room};
+use homes::Homes;
 use queue::Waiting;
 
 /// Of how many of those who wait it is told anew at once whether a pipeline takes them: each costs a look
@@ -40,6 +42,11 @@ const LOOK_AHEAD: usize = 64;
 /// all answers of a conversation end before.
 const ANSWER_TOKENS: u32 = 1024;
 
+/// So many more may run on the pipeline that computed the beginning of a prompt than on the freest one:
+/// then that computes it, too. A beginning costs as much as some answers' tokens, once. Nor is it filled
+/// by half of its KV more.
+const HOME_LEAD: usize = 8;
+
 /// The queue, and what is counted on every pipeline.
 #[derive(Debug)]
 pub struct Router {
@@ -48,6 +55,7 @@ pub struct Router {
     /// Who runs, and where.
     running: BTreeMap<SequenceId, PipelineId>,
     accounts: Accounts,
+    homes: Homes,
     last_sequence: SequenceId,
     closed: bool,
     failed: u64,
@@ -156,6 +164,7 @@ impl Router {
             waiting: Waiting::new(limits.wait),
             running: BTreeMap::new(),
             accounts: Accounts::new(limits.running_requests),
+            homes: Homes::default(),
             last_sequence: SequenceId(0),
             closed: false,
             failed: 0,
@@ -227,7 +236,8 @@ impl Router {
     }
 
     /// Gives to those who wait, in their order, the pipelines that have room: each goes to the one
-    /// with the most free KV in proportion. Nobody is overtaken on a pipeline that could hold him:
+    /// with the most free KV in proportion, or to the one that computed the longest beginning of its
+    /// prompt, if not many more run there. Nobody is overtaken on a pipeline that could hold him:
     /// a long request is never kept waiting for ever by short ones.
     pub fn assign(&mut self) -> Vec<Assigned> {
         let mut assigned = Vec::new();
@@ -240,8 +250,12 @@ impl Router {
         {
             let key = queue::key(sequence);
             match self.accounts.choose(sequence, &kept_free) {
-                Some(pipeline) => {
+                Some(freest) => {
+                    let pipeline = self.home_of(sequence, freest, &kept_free);
                     let Some(mut sequence) = self.waiting.take(key) else { break };
+                    if self.shares_prefixes() {
+                        self.homes.note(&sequence, pipeline);
+                    }
                     self.accounts.promise(pipeline, &mut sequence);
                     self.running.insert(sequence.id(), pipeline);
                     assigned.push(Assigned { sequence, pipeline });
@@ -254,6 +268,29 @@ impl Router {
             }
         }
         assigned
+    }
+
+    /// Where a sequence goes that may go to `freest`.
+    fn home_of(
+        &self,
+        sequence: &Sequence,
+        freest: PipelineId,
+        kept_free: &[PipelineId],
+    ) -> PipelineId {
+        let home = self.shares_prefixes().then(|| self.homes.find(sequence)).flatten();
+        let home = home.filter(|&home| {
+            let most_running = self.accounts.running_count(freest) + HOME_LEAD;
+            home == freest
+                || self.accounts.has_room(home, sequence, kept_free)
+                    && self.accounts.running_count(home) < most_running
+                    && !self.accounts.is_much_fuller(home, freest)
+        });
+        home.unwrap_or(freest)
+    }
+
+    /// Whether it matters where prompts were computed.
+    fn shares_prefixes(&self) -> bool {
+        self.limits.prefix_cache && self.accounts.count() > 1
     }
 
     /// A sequence has ended on its pipeline: what it began with is free. Unknown ones are

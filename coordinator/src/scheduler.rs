@@ -23,6 +23,7 @@ mod growing;
 mod leaving;
 mod microbatch;
 mod picking;
+mod prefix;
 mod queue;
 mod sequence;
 #[cfg(test)]
@@ -31,10 +32,12 @@ pub(crate) mod testing;
 mod tests;
 mod types;
 
+pub(crate) use blocks::BlockKey;
 use epoch::{Active, SentRow, Wants};
 use growing::Holders;
 pub use leaving::{Lost, MAX_DEATHS};
 pub use microbatch::{Line, StepCost, in_flight_limit};
+use prefix::Prefixes;
 use queue::Queue;
 use sequence::Scoring;
 pub use sequence::{NotASequence, Sequence};
@@ -79,6 +82,7 @@ pub struct PipelineScheduler {
     /// What the router counts for all who are here.
     promised: u64,
     holders: Holders,
+    prefixes: Prefixes,
 }
 
 /// Where a sequence stands while no row of it is on its way.
@@ -98,6 +102,8 @@ struct Totals {
     failed: u64,
     cancelled: u64,
     preempted: u64,
+    prefix_queries: u64,
+    prefix_hits: u64,
 }
 
 impl PipelineScheduler {
@@ -121,6 +127,7 @@ impl PipelineScheduler {
             begin_demand: 0,
             promised: 0,
             holders: Holders::default(),
+            prefixes: Prefixes::default(),
         }
     }
 
@@ -250,6 +257,7 @@ impl PipelineScheduler {
             let (status, detail) = (row.status, row.detail);
             return Err(SequenceError::Row { status, position: sent.position, detail });
         }
+        self.publish_prefix(sent.sequence, sent.position + sent.token_count);
         let sequence = self.sequences.get_mut(&sent.sequence).expect("the row is current");
         self.last_row = Some(now);
         if self.probe != Some(sent.sequence) {
@@ -292,6 +300,8 @@ impl PipelineScheduler {
             return false;
         }
         sequence.replays += 1;
+        // Whoever else goes on from them finds the same by himself.
+        self.active.blocks.forget(&sequence.blocks);
         self.begin_again(sent.sequence, now);
         true
     }
@@ -366,6 +376,7 @@ impl PipelineScheduler {
             self.deadlines.remove(&(deadline, id));
         }
         self.probe = self.probe.filter(|&probe| probe != id);
+        self.leave_prefix(&mut sequence);
         self.holders.take(&sequence);
         self.active.blocks.give_back(&sequence.blocks);
         self.promised -= u64::from(sequence.promised());
@@ -373,7 +384,7 @@ impl PipelineScheduler {
             self.begin_demand -= u64::from(sequence.blocks_to_begin());
         }
         // One that was preempted has had rows, too.
-        if sequence.sent > 0 || sequence.log.generation() != Generation(0) {
+        if sequence.sent > sequence.shared || sequence.log.generation() != Generation(0) {
             self.active.ended.push_back(id);
         }
         Some(sequence)
@@ -459,13 +470,16 @@ impl PipelineScheduler {
             failed: self.totals.failed,
             cancelled: self.totals.cancelled,
             preempted: self.totals.preempted,
+            prefix_queries: self.totals.prefix_queries,
+            prefix_hits: self.totals.prefix_hits,
             growth: self.growth(),
         }
     }
 
     /// Those that have been prefilled and go on token by token.
     fn decoding_count(&self) -> usize {
-        self.sequences.len() - self.arriving.len() - self.prefilling.len()
+        let begun = self.sequences.len() - self.arriving.len() - self.prefixes.awaiting_count();
+        begun - self.prefilling.len()
     }
 }
 

@@ -348,6 +348,7 @@ fn sequence(
         stop_tokens: checked.stop_tokens.clone(),
         score_prompt: checked.score_prompt,
         priority: Priority::Interactive,
+        salt: checked.salt,
         deadline: None,
         traceparent: String::new(),
     };

@@ -992,6 +992,55 @@ async fn http_speaks_as_openai_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn usage_says_what_was_known_of_a_prompt_and_salts_keep_callers_apart() {
+    let cluster = Cluster::start(1, 1).await;
+    cluster.until_ready(true).await;
+    // Three blocks and a part of one.
+    let prompt: Vec<u32> = (8..108).collect();
+    let ask = async |fields: &str| {
+        let body = format!(r#"{{"prompt":{prompt:?},"max_tokens":4,"logprobs":0{fields}}}"#);
+        http(cluster.bound.http, "POST", "/v1/completions", &body).await
+    };
+    let cached = |answer: &serde_json::Value| {
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let first = json_of(&ask("").await);
+    let second = json_of(&ask("").await);
+    assert_eq!((cached(&first), cached(&second)), (0, 96));
+    assert_eq!(first["choices"], second["choices"]);
+    for fields in [r#","user":"me""#, r#","cache_salt":"me""#, r#","cache_salt":"x","user":"me""#] {
+        let found = [json_of(&ask(fields).await), json_of(&ask(fields).await)];
+        assert_eq!([cached(&found[0]), cached(&found[1])], [0, 96], "{fields}");
+    }
+    let other = json_of(&ask(r#","cache_salt":"x","user":"you""#).await);
+    assert_eq!(cached(&other), 96, "whoever knows the salt");
+    let two = json_of(&ask(r#","n":2,"user":"two""#).await);
+    assert_eq!(cached(&two), 0, "one prompt, which was not known");
+    let scored = json_of(&ask(r#","echo":true"#).await);
+    assert_eq!(cached(&scored), 0);
+    let scores = scored["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert_eq!(scores.iter().filter(|score| **score == -1.5).count(), 99, "all were computed");
+    let streamed = ask(r#","stream":true,"stream_options":{"include_usage":true}"#).await;
+    let events = events_of(&streamed);
+    let usage: serde_json::Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
+    assert_eq!(cached(&usage), 96);
+    let refused = ask(r#","cache_salt":"""#).await;
+    assert!(refused.starts_with("HTTP/1.1 400") && refused.contains("cache_salt"), "{refused}");
+    let refused = ask(&format!(r#","user":"{}""#, "x".repeat(1025))).await;
+    assert!(refused.starts_with("HTTP/1.1 400") && refused.contains("user"), "{refused}");
+    cluster.end().await;
+
+    let cluster = Cluster::start_configured(1, 1, |config| config.prefix_cache = false).await;
+    cluster.until_ready(true).await;
+    let body = format!(r#"{{"prompt":{prompt:?},"max_tokens":4}}"#);
+    for _ in 0..2 {
+        let answer = http(cluster.bound.http, "POST", "/v1/completions", &body).await;
+        assert_eq!(cached(&json_of(&answer)), 0, "it is switched off");
+    }
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_name_of_somebody_else_is_refused() {
     let cluster = Cluster::start(0, 1).await;
     for (host, status) in [

@@ -37,6 +37,10 @@ pub struct GenerateRequest {
     pub score_prompt: bool,
     /// 0: the server's default.
     pub deadline_ms: u32,
+    /// Only prompts of the same salt share KV; empty: those of the same `user`.
+    pub cache_salt: String,
+    /// Who asks, in the client's words; empty: anybody.
+    pub user: String,
 }
 
 /// What to go on from.
@@ -201,4 +205,6 @@ pub struct Timings {
     pub prefill_us: u64,
     /// From the first token to the last.
     pub decode_us: u64,
+    /// Tokens of the prompt that took none: others had computed them.
+    pub cached_tokens: u32,
 }

@@ -72,6 +72,9 @@ pub const STOP_TOKENS: usize = 64;
 /// Bytes of a name, an address, an idempotency key or a trace parent.
 pub const NAME_BYTES: usize = 256;
 
+/// Bytes of what tells one caller's prompts from another's: `user`, `cache_salt`.
+pub const CALLER_BYTES: usize = 1024;
+
 /// Bytes of a text for people that travels with a status.
 pub const DETAIL_BYTES: usize = 1024;
 

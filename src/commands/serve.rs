@@ -105,6 +105,9 @@ pub(crate) struct CoordinatorCommand {
     /// Plan with workers that compute nothing (`tercet worker --stub-compute`), to test many of them
     #[arg(long)]
     allow_stub_compute: bool,
+    /// Compute every prompt from its beginning, whatever others began with
+    #[arg(long)]
+    no_prefix_cache: bool,
 }
 
 /// Starts a worker: computes the layers that a coordinator gives it.
@@ -195,6 +198,7 @@ impl CoordinatorCommand {
         flags.set("coordinator.min_gain_percent", min_gain_percent);
         let allow_stub_compute = self.allow_stub_compute.then_some(true);
         flags.set("coordinator.allow_stub_compute", allow_stub_compute);
+        flags.set("coordinator.prefix_cache", self.no_prefix_cache.then_some(false));
         flags.set("coordinator.sampling_defaults", text(self.sampling_defaults.as_ref()));
         flags
     }

@@ -112,6 +112,49 @@ fn chats_of_open_length_share_the_kv_of_four_contexts() {
     until_kv_is_free(&cluster);
 }
 
+/// What they have in common is computed once, and tokens and log probabilities are those of a cluster
+/// that computes everything.
+#[test]
+fn prompts_that_begin_alike_share_their_kv_to_the_bit() {
+    const MANY: u32 = 12;
+    const COMMON: u32 = 8 * proto::BLOCK_TOKENS;
+    let run = |flags: &str| {
+        let flags = format!("--stages {STAGES} {flags}");
+        let cluster = Cluster::start_flags(bundled_store(), STAGES, &flags, &[]);
+        let ask = |number: u32| {
+            let common = (0..COMMON).map(|index| 8 + index * index % 4000);
+            let prompt: Vec<_> = common.chain([100 + number, 200]).collect();
+            let request = json!({
+                "prompt": prompt, "max_tokens": 12, "logprobs": 3, "seed": number,
+                "temperature": 0.9, "ignore_eos": true,
+            });
+            let answer = http::post(cluster.http(), "/v1/completions", &request).unwrap();
+            assert_eq!(answer.status, 200, "{}", answer.body);
+            answer.json()["choices"].clone()
+        };
+        let answers: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = (0..MANY).map(|n| scope.spawn(move || ask(n))).collect();
+            running.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        // What is counted is told at the next tick.
+        let all = f64::from(MANY * (COMMON + 2));
+        let told = wait_for("all prompts to be counted", SETTLE, || {
+            let told = Scrape::of(cluster.http());
+            let hits = told.value("tercet_prefix_cache_hits_total");
+            let computed = told.value("tercet_prompt_tokens_total");
+            (hits + computed >= all).then_some((hits, computed))
+        });
+        assert_eq!(told.0 + told.1, all, "each token was computed or known");
+        (answers, told.0)
+    };
+    let (with, hits) = run("");
+    let (without, none) = run("--no-prefix-cache");
+    assert_eq!((hits, none), (f64::from((MANY - 1) * COMMON), 0.0));
+    for (number, (with, without)) in with.iter().zip(&without).enumerate() {
+        assert_eq!(with, without, "prompt {number}");
+    }
+}
+
 #[test]
 fn token_ids_go_through_the_pipeline_as_they_are() {
     let cluster = Cluster::start(bundled_store(), STAGES, STAGES);

@@ -86,7 +86,7 @@ fn the_json_has_the_fields_that_scripts_rely_on() {
         stop_reason: String::new(),
         prompt_tokens: 2,
         completion_tokens: 2,
-        timings: Timings { queue_us: 1, prefill_us: 20, decode_us: 300 },
+        timings: Timings { queue_us: 1, prefill_us: 20, decode_us: 300, cached_tokens: 2 },
     };
     for event in [
         GenerateEvent::Started(started),
@@ -102,7 +102,7 @@ fn the_json_has_the_fields_that_scripts_rely_on() {
         "text": "é",
         "finish_reason": "length",
         "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
-        "timings": {"queue_us": 1, "prefill_us": 20, "decode_us": 300},
+        "timings": {"queue_us": 1, "prefill_us": 20, "decode_us": 300, "cached_tokens": 2},
         "logprobs": [-0.5, -0.5],
         "top_logprobs": [top(7), top(8)],
     });
@@ -138,7 +138,12 @@ async fn a_stream_is_collected_to_its_end() {
 #[test]
 fn the_summary_counts_the_rate_without_the_first_token() {
     let usage = Usage { completion_tokens: 11, ..Usage::default() };
-    let timings = Timings { queue_us: 20_000, prefill_us: 100_000, decode_us: 2_000_000 };
+    let timings = Timings {
+        queue_us: 20_000,
+        prefill_us: 100_000,
+        decode_us: 2_000_000,
+        ..Timings::default()
+    };
     let completion = Completion { usage, timings, ..Completion::default() };
     assert_eq!(summary(&completion), "[11 tokens, 5.0 tokens/s, first after 0.12 s]");
     assert_eq!(summary(&Completion::default()), "[0 tokens, first after 0.00 s]");

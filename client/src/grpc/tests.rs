@@ -142,7 +142,7 @@ pub(crate) fn answer(text: &str) -> Events {
         stop_reason: String::new(),
         prompt_tokens: 3,
         completion_tokens: words.count() as u32,
-        timings: Timings { queue_us: 1, prefill_us: 2, decode_us: 3 },
+        timings: Timings { queue_us: 1, prefill_us: 2, decode_us: 3, cached_tokens: 4 },
     })));
     events
 }

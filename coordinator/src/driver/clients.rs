@@ -152,6 +152,8 @@ pub(crate) struct Totals {
     prompt_tokens: AtomicU64,
     generated_tokens: AtomicU64,
     preemptions: AtomicU64,
+    prefix_queries: AtomicU64,
+    prefix_hits: AtomicU64,
 }
 
 /// [`Totals`] at one moment.
@@ -162,6 +164,8 @@ pub(crate) struct Counted {
     pub(crate) prompt_tokens: u64,
     pub(crate) generated_tokens: u64,
     pub(crate) preemptions: u64,
+    pub(crate) prefix_queries: u64,
+    pub(crate) prefix_hits: u64,
 }
 
 impl Totals {
@@ -176,6 +180,12 @@ impl Totals {
         self.preemptions.fetch_add(preemptions, Relaxed);
     }
 
+    /// So many tokens of prompts more were looked for in the prefix cache, and found there.
+    pub(crate) fn count_prefixes(&self, queries: u64, hits: u64) {
+        self.prefix_queries.fetch_add(queries, Relaxed);
+        self.prefix_hits.fetch_add(hits, Relaxed);
+    }
+
     /// As they are now; nothing orders them with each other.
     pub(crate) fn counted(&self) -> Counted {
         Counted {
@@ -184,6 +194,8 @@ impl Totals {
             prompt_tokens: self.prompt_tokens.load(Relaxed),
             generated_tokens: self.generated_tokens.load(Relaxed),
             preemptions: self.preemptions.load(Relaxed),
+            prefix_queries: self.prefix_queries.load(Relaxed),
+            prefix_hits: self.prefix_hits.load(Relaxed),
         }
     }
 }

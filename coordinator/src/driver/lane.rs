@@ -480,6 +480,10 @@ impl Lane {
         );
         let preemptions = grown(stats.preempted, self.counted.preempted);
         self.config.totals.count_preemptions(preemptions);
+        self.config.totals.count_prefixes(
+            grown(stats.prefix_queries, self.counted.prefix_queries),
+            grown(stats.prefix_hits, self.counted.prefix_hits),
+        );
         self.counted = stats;
         self.ends.report.send_replace(LaneReport {
             at: self.at,

@@ -11,7 +11,7 @@ use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Map, Value, json};
 
 use super::body::Held;
-use super::choices::{Choices, Wanted, WholeAnswer, delta_cost};
+use super::choices::{Choices, Prompts, Wanted, WholeAnswer, delta_cost};
 use super::errors::ApiError;
 use super::json::{
     Boolean, Filled, FromBody, Integer, Items, List, Maybe, Object, Present, Shape, Skip, Text,
@@ -269,19 +269,18 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     // The texts are tokens now.
     drop(room);
     let id = choices.id.clone();
-    let prompt_tokens = choices.prompt_tokens();
+    let prompts = choices.count_prompts();
     let model = api.service.model.name.clone();
     if streamed {
         let chunks = ChatChunks { id: id.clone(), logprobs: with_logprobs };
-        let stream = sse::Start { chunks, model, prompt_tokens, options };
+        let stream = sse::Start { chunks, model, prompts, options };
         let response = sse::respond(choices.events(), stream, api.service.compute());
         return Ok(named(response, &id));
     }
     let answers = choices.whole().await.map_err(ApiError::broke_off)?;
     let cost = answers.iter().map(WholeAnswer::cost).sum();
     let name = id.clone();
-    let render =
-        move || Json(whole(&id, &model, with_logprobs, prompt_tokens, &answers)).into_response();
+    let render = move || Json(whole(&id, &model, with_logprobs, prompts, &answers)).into_response();
     Ok(named(api.service.compute().on_answer(cost, render).await?, &name))
 }
 
@@ -300,7 +299,7 @@ fn whole(
     id: &str,
     model: &str,
     with_logprobs: bool,
-    prompt_tokens: u64,
+    prompts: Prompts,
     answers: &[WholeAnswer],
 ) -> Value {
     let completion_tokens = answers.iter().map(WholeAnswer::completion_tokens).sum();
@@ -329,7 +328,7 @@ fn whole(
         "model": model,
         "system_fingerprint": fingerprint(class),
         "choices": listed,
-        "usage": usage(prompt_tokens, completion_tokens),
+        "usage": usage(prompts, prompts.cached(answers), completion_tokens),
     })
 }
 

@@ -90,9 +90,10 @@ impl Choices {
         started.instrument(span.clone()).await
     }
 
-    /// The length of all prompts together.
-    pub(super) fn prompt_tokens(&self) -> u64 {
-        self.prompts.iter().map(|prompt| prompt.prompt().len() as u64).sum()
+    /// What all prompts are together.
+    pub(super) fn count_prompts(&self) -> Prompts {
+        let tokens = self.prompts.iter().map(|prompt| prompt.prompt().len() as u64).sum();
+        Prompts { tokens, n: self.n }
     }
 
     /// Waits for all answers at once: none may fall behind while another is read.
@@ -114,6 +115,33 @@ impl Choices {
             .boxed()
         });
         stream::select_all(streams).boxed()
+    }
+}
+
+/// The prompts of one HTTP request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Prompts {
+    /// The length of all together.
+    pub(super) tokens: u64,
+    /// Answers to each.
+    pub(super) n: usize,
+}
+
+impl Prompts {
+    /// Tokens of its prompt that the answer number `index` found in the prefix cache; of several
+    /// answers to one prompt the first says it, for the others share with that.
+    pub(super) fn cached_by(self, index: usize, finished: &Finished) -> u64 {
+        let is_first = index.is_multiple_of(self.n.max(1));
+        if is_first { finished.timings.cached_tokens.into() } else { 0 }
+    }
+
+    /// The same of all answers together.
+    pub(super) fn cached(self, answers: &[WholeAnswer]) -> u64 {
+        let ends = answers
+            .iter()
+            .enumerate()
+            .filter_map(|(index, answer)| Some(self.cached_by(index, answer.finished.as_ref()?)));
+        ends.sum()
     }
 }
 

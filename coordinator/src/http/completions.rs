@@ -11,7 +11,7 @@ use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Value, json};
 
 use super::body::Held;
-use super::choices::{Choices, Wanted, WholeAnswer, delta_cost};
+use super::choices::{Choices, Prompts as Counted, Wanted, WholeAnswer, delta_cost};
 use super::errors::ApiError;
 use super::json::{Boolean, FromBody, Integer, Items, Maybe, Number, Object, Shape, Text, Wrong};
 use super::logprobs::{ForCompletion, TextEnd};
@@ -186,19 +186,19 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
         text: api.service.text(),
         _room: room,
     };
-    let prompt_tokens = choices.prompt_tokens();
+    let counted = choices.count_prompts();
     let model = api.service.model.name.clone();
     if streamed {
         let ends = vec![TextEnd::default(); choices.prompts.len() * choices.n];
         let chunks = CompletionChunks { common, ends };
-        let stream = sse::Start { chunks, model, prompt_tokens, options };
+        let stream = sse::Start { chunks, model, prompts: counted, options };
         let response = sse::respond(choices.events(), stream, api.service.compute());
         return Ok(named(response, &id));
     }
     let answers = choices.whole().await.map_err(ApiError::broke_off)?;
     let echoes: usize = common.prompts.iter().map(EchoedPrompt::cost).sum();
     let cost = answers.iter().map(WholeAnswer::cost).sum::<usize>() + echoes * common.n;
-    let render = move || Json(common.whole(&model, prompt_tokens, &answers)).into_response();
+    let render = move || Json(common.whole(&model, counted, &answers)).into_response();
     Ok(named(api.service.compute().on_answer(cost, render).await?, &id))
 }
 
@@ -278,7 +278,7 @@ struct Common {
 }
 
 impl Common {
-    fn whole(&self, model: &str, prompt_tokens: u64, answers: &[WholeAnswer]) -> Value {
+    fn whole(&self, model: &str, counted: Counted, answers: &[WholeAnswer]) -> Value {
         let completion_tokens = answers.iter().map(WholeAnswer::completion_tokens).sum();
         let class = class_of(answers.iter().map(|answer| &answer.started));
         let listed: Vec<Value> =
@@ -290,7 +290,7 @@ impl Common {
             "model": model,
             "system_fingerprint": fingerprint(class),
             "choices": listed,
-            "usage": usage(prompt_tokens, completion_tokens),
+            "usage": usage(counted, counted.cached(answers), completion_tokens),
         })
     }
 

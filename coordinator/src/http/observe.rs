@@ -20,13 +20,15 @@ use crate::{arrival, metrics};
 const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Our names and vLLM's, where the meaning is the same.
-const VLLM_NAMES: [(&str, &str); 15] = [
+const VLLM_NAMES: [(&str, &str); 17] = [
     ("tercet_requests_running", "vllm:num_requests_running"),
     ("tercet_requests_waiting", "vllm:num_requests_waiting"),
     ("tercet_kv_cache_usage_ratio", "vllm:kv_cache_usage_perc"),
     ("tercet_prompt_tokens_total", "vllm:prompt_tokens_total"),
     ("tercet_generation_tokens_total", "vllm:generation_tokens_total"),
     ("tercet_preemptions_total", "vllm:num_preemptions_total"),
+    ("tercet_prefix_cache_queries_total", "vllm:prefix_cache_queries_total"),
+    ("tercet_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"),
     ("tercet_request_success_total", "vllm:request_success_total"),
     ("tercet_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
     ("tercet_inter_token_latency_seconds", "vllm:inter_token_latency_seconds"),

@@ -12,6 +12,7 @@ use futures::stream::{self, BoxStream};
 use proto::generate::{GenerateEvent, Started};
 use serde_json::{Value, json};
 
+use super::choices::Prompts;
 use super::errors::ApiError;
 use super::types::StreamOptions;
 use crate::compute::Compute;
@@ -39,7 +40,7 @@ pub(super) trait Chunks: Send + 'static {
 pub(super) struct Start<C> {
     pub(super) chunks: C,
     pub(super) model: String,
-    pub(super) prompt_tokens: u64,
+    pub(super) prompts: Prompts,
     pub(super) options: StreamOptions,
 }
 
@@ -58,6 +59,7 @@ struct Writer<C> {
     start: Start<C>,
     created_unix_s: u64,
     class: String,
+    cached_tokens: u64,
     completion_tokens: u64,
 }
 
@@ -71,6 +73,7 @@ pub(super) fn respond<C: Chunks>(
         start,
         created_unix_s: super::now_unix_s(),
         class: String::new(),
+        cached_tokens: 0,
         completion_tokens: 0,
     };
     let stream = Stream { events, writer: Some(writer), compute, ending: None };
@@ -134,7 +137,9 @@ impl<C: Chunks> Writer<C> {
         match event {
             GenerateEvent::Started(started) => self.class.clone_from(&started.class),
             GenerateEvent::Delta(delta) => self.completion_tokens += delta.tokens.len() as u64,
-            GenerateEvent::Finished(_) => {}
+            GenerateEvent::Finished(finished) => {
+                self.cached_tokens += self.start.prompts.cached_by(index, finished);
+            }
         }
         let choice = self.start.chunks.choice(index, event)?;
         let usage = self.start.options.continuous_usage().then(|| self.usage());
@@ -163,16 +168,17 @@ impl<C: Chunks> Writer<C> {
     }
 
     fn usage(&self) -> Value {
-        usage(self.start.prompt_tokens, self.completion_tokens)
+        usage(self.start.prompts, self.cached_tokens, self.completion_tokens)
     }
 }
 
-/// `usage` of every kind of answer.
-pub(super) fn usage(prompt_tokens: u64, completion_tokens: u64) -> Value {
+/// `usage` of every kind of answer; `cached_tokens` are those of the prompts that others had computed.
+pub(super) fn usage(prompts: Prompts, cached_tokens: u64, completion_tokens: u64) -> Value {
     json!({
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompts.tokens,
         "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "total_tokens": prompts.tokens + completion_tokens,
+        "prompt_tokens_details": { "cached_tokens": cached_tokens },
     })
 }
 
@@ -227,11 +233,16 @@ mod tests {
         let start = Start {
             chunks: Noted(Arc::clone(&noted)),
             model: "m".into(),
-            prompt_tokens: 1,
+            prompts: Prompts { tokens: 1, n: 1 },
             options: StreamOptions::default(),
         };
-        let writer =
-            Writer { start, created_unix_s: 0, class: String::new(), completion_tokens: 0 };
+        let writer = Writer {
+            start,
+            created_unix_s: 0,
+            class: String::new(),
+            cached_tokens: 0,
+            completion_tokens: 0,
+        };
         let event = |&index: &usize| (index, Ok(GenerateEvent::Started(Started::default())));
         let events = stream::iter(indices.iter().map(event).collect::<Vec<_>>()).boxed();
         (Stream { events, writer: Some(writer), compute: Compute::new(), ending: None }, noted)

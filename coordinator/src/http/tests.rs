@@ -27,7 +27,7 @@ fn null_is_absent_and_unknown_fields_are_ignored() {
     let null = parameters(json!({
         "model": null, "max_tokens": null, "temperature": null, "stop": null, "seed": null,
         "n": null, "logit_bias": null, "stream": null, "stream_options": null,
-        "user": "me", "metadata": {"a": 1}, "store": false, "reasoning_effort": "low",
+        "user": null, "cache_salt": null, "metadata": {"a": 1}, "store": false, "reasoning_effort": "low",
     }));
     assert_eq!(null.choices().unwrap(), 1);
     assert_eq!(null.request().unwrap(), parameters(json!({})).request().unwrap());
@@ -45,6 +45,8 @@ fn fields_take_the_forms_that_clients_send() {
     assert_eq!(request.sampling.top_k, Some(0), "-1 is off, whatever the model's default is");
     assert_eq!(request.seed, Some(u64::MAX));
     assert_eq!(request.stop, ["x"]);
+    let callers = parameters(json!({"user": "me", "cache_salt": "ours"})).request().unwrap();
+    assert_eq!((&*callers.user, &*callers.cache_salt), ("me", "ours"));
     assert_eq!(request.sampling.logit_bias, [(7, -100.0), (5, 1.0)]);
     assert!(request.ignore_eos);
     let stops = parameters(json!({"stop": ["a", "b"], "seed": 7})).request().unwrap();

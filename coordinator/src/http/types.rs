@@ -52,6 +52,9 @@ pub(super) struct Parameters {
     class: Option<String>,
     best_of: Option<u32>,
     skip_special_tokens: Option<bool>,
+    /// vLLM's: who shares the prefix cache.
+    cache_salt: Option<String>,
+    user: Option<String>,
     /// The first field of guided decoding that was given.
     guided: Option<&'static str>,
 }
@@ -227,6 +230,8 @@ impl Parameters {
             }
             "class" => object.take("class", text(), &mut self.class),
             "best_of" => object.take("best_of", count(), &mut self.best_of),
+            "cache_salt" => object.take("cache_salt", text(), &mut self.cache_salt),
+            "user" => object.take("user", text(), &mut self.user),
             "skip_special_tokens" => {
                 object.take("skip_special_tokens", boolean(), &mut self.skip_special_tokens)
             }
@@ -273,6 +278,10 @@ impl Parameters {
             let what = "showing special tokens in the text";
             return Err(ApiError::unsupported("skip_special_tokens", what));
         }
+        if self.cache_salt.as_deref() == Some("") {
+            let message = "cache_salt must not be empty";
+            return Err(ApiError::invalid(Some("cache_salt"), message));
+        }
         // Zero and less mean off, as in vLLM.
         let top_k = self.top_k.map(|k| u32::try_from(k.max(0)).unwrap_or(u32::MAX));
         Ok(GenerateRequest {
@@ -296,6 +305,8 @@ impl Parameters {
             // The bits of a signed one: the range was checked with the shape.
             seed: self.seed.map(|seed| seed as u64),
             class: self.class.unwrap_or_default(),
+            cache_salt: self.cache_salt.unwrap_or_default(),
+            user: self.user.unwrap_or_default(),
             ..GenerateRequest::default()
         })
     }

@@ -142,11 +142,8 @@ impl Accounts {
         sequence: &Sequence,
         kept_free: &[PipelineId],
     ) -> Option<PipelineId> {
-        let candidates = self.pipelines.iter().filter(|(id, account)| {
-            account.can_hold(sequence)
-                && account.has_room(sequence, self.most_running)
-                && !kept_free.contains(id)
-        });
+        let candidates =
+            self.pipelines.iter().filter(|(id, _)| self.has_room(**id, sequence, kept_free));
         let freer = |a: &Account, b: &Account| {
             let of_a = u64::from(a.free()) * u64::from(b.kv_blocks);
             let of_b = u64::from(b.free()) * u64::from(a.kv_blocks);
@@ -157,6 +154,39 @@ impl Accounts {
             _ => best,
         });
         best.map(|(&id, _)| id)
+    }
+
+    /// Whether a sequence may go to a pipeline now.
+    pub(super) fn has_room(
+        &self,
+        pipeline: PipelineId,
+        sequence: &Sequence,
+        kept_free: &[PipelineId],
+    ) -> bool {
+        let account = self.pipelines.get(&pipeline);
+        let account = account.filter(|account| account.can_hold(sequence));
+        account.is_some_and(|account| account.has_room(sequence, self.most_running))
+            && !kept_free.contains(&pipeline)
+    }
+
+    /// Whether more of a pipeline's KV is taken than of another's, by half of it all.
+    pub(super) fn is_much_fuller(&self, pipeline: PipelineId, than: PipelineId) -> bool {
+        let of = |id| self.pipelines.get(&id).map(|account| (account.used(), account.kv_blocks));
+        let (Some((used, all)), Some((used_there, all_there))) = (of(pipeline), of(than)) else {
+            return false;
+        };
+        let [used, all, used_there, all_there] = [used, all, used_there, all_there].map(u128::from);
+        2 * used * all_there > 2 * used_there * all + all * all_there
+    }
+
+    /// How many run on a pipeline.
+    pub(super) fn running_count(&self, pipeline: PipelineId) -> usize {
+        self.pipelines.get(&pipeline).map_or(0, |account| account.promised.len())
+    }
+
+    /// How many pipelines there are.
+    pub(super) fn count(&self) -> usize {
+        self.pipelines.len()
     }
 
     /// Notes the pipelines on which nobody may overtake a sequence.

@@ -27,6 +27,7 @@ const LIMITS: Limits = Limits {
     step_tokens: 24,
     context_tokens: 300,
     step_deadline: Duration::from_secs(30),
+    prefix_cache: true,
 };
 
 fn number(hash: PrefixHash, salt: u64) -> u64 {
@@ -107,8 +108,9 @@ enum End {
 struct Pipe {
     scheduler: PipelineScheduler,
     shape: PipelineShape,
-    /// The KV of the toy: the token at each slot, as the last row wrote it.
-    kv: HashMap<(BlockId, u32), u32>,
+    /// The KV of the toy: the token at each slot, as the last row wrote it, and the salt of the
+    /// sequence that did.
+    kv: HashMap<(BlockId, u32), (u32, PrefixHash)>,
     /// Executed, result not delivered.
     open: BTreeMap<StepId, (Step, StepResult)>,
     delivered: Vec<StepResult>,
@@ -116,6 +118,7 @@ struct Pipe {
 
 struct World {
     router: Router,
+    limits: Limits,
     now: Tick,
     epoch: u64,
     cost: StepCost,
@@ -133,9 +136,10 @@ const CLASS: NumericsClass = NumericsClass([7; 32]);
 const MAX_OVERTAKEN: u32 = 8;
 
 impl World {
-    fn new(pipelines: u64, stages: u32, kv_blocks: u32, cost: StepCost) -> Self {
+    fn new(limits: Limits, pipelines: u64, stages: u32, kv_blocks: u32, cost: StepCost) -> Self {
         let mut world = Self {
-            router: Router::new(LIMITS),
+            router: Router::new(limits),
+            limits,
             now: Tick::ZERO,
             epoch: 0,
             cost,
@@ -171,7 +175,7 @@ impl World {
         self.router.set_pipeline(id, kv_blocks, CLASS);
         let Some(pipe) = self.pipes.get_mut(&id) else {
             let pipe = Pipe {
-                scheduler: PipelineScheduler::new(LIMITS, shape),
+                scheduler: PipelineScheduler::new(self.limits, shape),
                 shape,
                 kv: HashMap::new(),
                 open: BTreeMap::new(),
@@ -289,7 +293,8 @@ impl World {
                     self.clients.get_mut(&row.sequence).unwrap().ran_on = Some(id);
                 }
                 self.check_step(&pipe, &scheduled.step);
-                pipe.execute_step(scheduled.step);
+                let salt = |row: &Row| self.clients[&row.sequence].request.salt;
+                pipe.execute_step(scheduled.step, salt);
             }
             // Who was preempted begins again, here or elsewhere.
             for (&sequence, client) in &mut self.clients {
@@ -318,14 +323,26 @@ impl World {
         let decodes = |row: &&Row| self.is_decode(row) && !is_draw(row);
         let decode = step.rows.iter().filter(decodes).count() as u32;
         assert!(decode <= running.div_ceil(pipe.shape.stages), "{decode} of {running} clump");
+        // What a row reads or writes nobody else may write at the same time.
+        let is_known = |block: BlockId| pipe.scheduler.is_known(block);
+        let written = |row: &Row| match row.output {
+            Output::Draw(_) => Vec::new(),
+            _ => row.blocks[(row.position / BLOCK_TOKENS) as usize..].to_vec(),
+        };
         for row in &step.rows {
+            let known = written(row).into_iter().find(|&block| is_known(block));
+            assert_eq!(known, None, "{} writes what others may read", row.sequence);
             assert_eq!(step.rows.iter().filter(|other| other.sequence == row.sequence).count(), 1);
             assert!(!step.ended_sequences.contains(&row.sequence));
             let others = pipe.open.values().flat_map(|(step, _)| &step.rows);
             for other in others.chain(&step.rows) {
                 if other.sequence != row.sequence {
-                    let shared = row.blocks.iter().find(|block| other.blocks.contains(block));
-                    assert_eq!(shared, None, "{} and {}", row.sequence, other.sequence);
+                    let one = written(row).into_iter().find(|block| other.blocks.contains(block));
+                    assert_eq!(one, None, "{} writes, {} reads", row.sequence, other.sequence);
+                    // Whose result overtook that of an earlier row has shown that this was computed.
+                    let mut one = written(other).into_iter();
+                    let one = one.find(|&block| !is_known(block) && row.blocks.contains(&block));
+                    assert_eq!(one, None, "{} writes, {} reads", other.sequence, row.sequence);
                 } else if other.generation == row.generation && other.position != row.position {
                     assert!(other.position < row.position, "sent in order");
                     let samples = !matches!(other.output, Output::None | Output::Score(_));
@@ -443,7 +460,6 @@ impl World {
             assert!(stats.running <= LIMITS.running_requests);
             assert_eq!(stats.steps_in_flight as usize, pipe.open.len());
             pipe.scheduler.check_counts();
-            assert!(stats.growth.blocks >= 0, "nobody has less than was counted for him");
         }
         let live = self.clients.values().filter(|c| c.end.is_none()).count();
         assert_eq!((running + stats.waiting) as usize, live, "nobody is lost");
@@ -495,9 +511,9 @@ impl World {
 }
 
 impl Pipe {
-    fn execute_step(&mut self, step: Step) {
+    fn execute_step(&mut self, step: Step, salt: impl Fn(&Row) -> PrefixHash) {
         let mut states = step.activations.chunks(size_of::<PrefixHash>());
-        let rows = step.rows.iter().map(|row| self.execute(row, &mut states)).collect();
+        let rows = step.rows.iter().map(|row| self.execute(row, salt(row), &mut states)).collect();
         assert_eq!(states.next(), None, "a state for every row that is drawn from");
         let result = StepResult {
             epoch: step.header.epoch,
@@ -509,7 +525,12 @@ impl Pipe {
     }
 
     /// What the stages would do: check the prefix against the KV, write, answer.
-    fn execute<'s>(&mut self, row: &Row, states: &mut impl Iterator<Item = &'s [u8]>) -> RowResult {
+    fn execute<'s>(
+        &mut self,
+        row: &Row,
+        salt: PrefixHash,
+        states: &mut impl Iterator<Item = &'s [u8]>,
+    ) -> RowResult {
         let value = match &row.output {
             Output::Draw(sampling) => {
                 assert!(self.shape.first_draws);
@@ -518,7 +539,7 @@ impl Pipe {
                 let token = sample(row.prefix_hash_after, sampling);
                 RowValue::Sampled(Sampled { token, logprob: None, top: Vec::new() })
             }
-            _ => self.compute(row),
+            _ => self.compute(row, salt),
         };
         RowResult {
             sequence: row.sequence,
@@ -532,18 +553,20 @@ impl Pipe {
     }
 
     /// Of a row that goes through all layers.
-    fn compute(&mut self, row: &Row) -> RowValue {
+    fn compute(&mut self, row: &Row, salt: PrefixHash) -> RowValue {
         let mut hash = PrefixHash::EMPTY;
         for position in 0..row.position {
             let slot = (row.blocks[(position / BLOCK_TOKENS) as usize], position % BLOCK_TOKENS);
-            hash = hash.then(self.kv[&slot]);
+            let (token, of) = self.kv[&slot];
+            assert_eq!(of, salt, "{} reads what is not of its salt", row.sequence);
+            hash = hash.then(token);
         }
         assert_eq!(hash, row.prefix_hash_before, "NEED_STATE");
         let mut scores = Vec::new();
         for (i, &token) in row.tokens.iter().enumerate() {
             let position = row.position + i as u32;
             let slot = (row.blocks[(position / BLOCK_TOKENS) as usize], position % BLOCK_TOKENS);
-            self.kv.insert(slot, token);
+            self.kv.insert(slot, (token, salt));
             hash = hash.then(token);
             if let Output::Score(targets) = &row.output {
                 scores.push(score(hash, targets[i]));
@@ -589,10 +612,15 @@ fn arb_request() -> impl Strategy<Value = Request> {
     // Some answers grow by blocks and blocks.
     let max_tokens = prop_oneof![4 => 0u32..40, 1 => 40u32..150];
     let shape = (1usize..90, max_tokens, 0u32..6, 0usize..5, any::<(bool, bool, bool)>());
-    (shape, 0u32..4, any::<u32>()).prop_map(|(shape, penalties, seed)| {
+    // Prompts begin alike, for the length of blocks or not at all.
+    let alike = (prop_oneof![Just(0usize), 20usize..90], 0u8..3);
+    (shape, alike, 0u32..4, any::<u32>()).prop_map(|(shape, (alike, salt), penalties, seed)| {
         let (prompt, max_tokens, min_tokens, forced, (score_prompt, stops, batch)) = shape;
         let seed = u64::from(seed);
-        let token = |i: usize| ((seed + i as u64 * i as u64 * 7) % VOCAB) as u32;
+        let token = |i: usize| {
+            let of = if i < alike { 0 } else { seed };
+            ((of + i as u64 * i as u64 * 7) % VOCAB) as u32
+        };
         let mut request = Request {
             prompt: (0..prompt).map(token).collect(),
             forced: Vec::new(),
@@ -607,6 +635,8 @@ fn arb_request() -> impl Strategy<Value = Request> {
             stop_tokens: if stops { vec![STOP] } else { Vec::new() },
             score_prompt,
             priority: if batch { Priority::Batch } else { Priority::Interactive },
+            // One of three has the other salt.
+            salt: PrefixHash([salt / 2; 16]),
             deadline: None,
             traceparent: String::new(),
         };
@@ -636,13 +666,14 @@ proptest! {
     #[test]
     fn every_answer_is_that_of_a_solo_run(
         pipelines in 1u64..4, stages in 1u32..6, kv_blocks in 4u32..30, order: usize,
-        step_ns in 0u64..100_000_000, row_ns in 0u64..20_000_000,
+        step_ns in 0u64..100_000_000, row_ns in 0u64..20_000_000, prefix_cache: bool,
         ops in proptest::collection::vec(arb_op(), 1..120),
     ) {
         let line = Line { step_ns, row_ns };
         let cost = StepCost { decode: line, prompt: line };
         let run = || {
-            let mut world = World::new(pipelines, stages, kv_blocks, cost);
+            let limits = Limits { prefix_cache, ..LIMITS };
+            let mut world = World::new(limits, pipelines, stages, kv_blocks, cost);
             for op in ops.clone() {
                 world.now = world.now + Duration::from_millis(3);
                 world.does(op);

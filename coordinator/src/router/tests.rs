@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use proto::generate::FinishReason;
-use proto::ids::{Epoch, Incarnation};
+use proto::ids::{Epoch, Incarnation, PrefixHash};
 
 use super::*;
 use crate::scheduler::{PipelineScheduler, PipelineShape, Request, StepCost};
@@ -132,7 +132,9 @@ fn names_differ_from_reign_to_reign() {
 
 #[test]
 fn each_goes_where_most_is_free_in_proportion() {
-    let mut router = router(Limits::default(), &[10, 20]);
+    // Their prompts are equal.
+    let limits = Limits { prefix_cache: false, ..Limits::default() };
+    let mut router = router(limits, &[10, 20]);
     for _ in 0..6 {
         take(&mut router, 32, 32, Tick::ZERO);
     }
@@ -330,6 +332,32 @@ fn those_of_a_held_pipeline_hide_nobody() {
     assert_eq!(placed(&mut router), [(small, 2)]);
     router.hold(PipelineId(1), false);
     assert_eq!(placed(&mut router), [(large[0], 1)], "in their order");
+}
+
+#[test]
+fn a_prompt_goes_where_its_beginning_was_computed_unless_many_run_there() {
+    let mut router = router(Limits::default(), &[1000, 1000]);
+    let ask = |router: &mut Router, first: u32, salt: u8| {
+        let prompt = std::iter::once(first).chain(1..100).collect();
+        let request = Request { prompt, salt: PrefixHash([salt; 16]), ..request(0, 1) };
+        let sequence = Box::new(Sequence::new(request).unwrap());
+        router.submit(sequence, Wish::default(), Tick::ZERO).unwrap();
+        placed(router)[0].1
+    };
+    assert_eq!(ask(&mut router, 7, 0), 1);
+    assert_eq!(ask(&mut router, 7, 0), 1, "it is known there");
+    assert_eq!(ask(&mut router, 7, 1), 2, "not to those of another salt");
+    assert_eq!(ask(&mut router, 8, 0), 2, "not what begins otherwise");
+    let homes: Vec<_> = (0..20).map(|_| ask(&mut router, 7, 0)).collect();
+    assert_eq!(homes[..8], [1; 8]);
+    assert!(homes[8..].contains(&2), "the other computes it, too: {homes:?}");
+    // Four blocks each: one pipeline is not filled while the other is empty.
+    let mut router = super::tests::router(Limits::default(), &[16, 16]);
+    let homes: Vec<_> = (0..4).map(|_| ask(&mut router, 7, 0)).collect();
+    assert_eq!(homes, [1, 1, 1, 2]);
+    let off = Limits { prefix_cache: false, ..Limits::default() };
+    let mut router = super::tests::router(off, &[1000, 1000]);
+    assert_eq!([ask(&mut router, 7, 0), ask(&mut router, 7, 0)], [1, 2]);
 }
 
 #[test]

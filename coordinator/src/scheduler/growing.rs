@@ -6,8 +6,12 @@
 //! token log once there is room: with the same tokens. Whoever came first of the interactive ones is
 //! never asked, and the router takes none that needs more than there is, so somebody always ends.
 
+#[cfg(test)]
+use std::collections::BTreeMap;
+
 use proto::ids::SequenceId;
 
+use super::prefix::Prefix;
 use super::{Growth, PipelineScheduler, Sequence, Stand};
 use crate::tick::Tick;
 
@@ -38,18 +42,33 @@ impl PipelineScheduler {
     pub(super) fn let_in(&mut self, now: Tick) {
         while let Some(id) = self.arriving.front() {
             let Some(sequence) = self.sequences.get(&id) else { return };
-            let needed = sequence.blocks_to_begin();
-            let may_grow = sequence.may_outgrow(needed);
-            if needed + self.kept_for_growth(may_grow) > self.active.blocks.free_count() {
+            let Prefix { mut blocks, awaited } = self.find_prefix(sequence);
+            if let Some(key) = awaited {
+                self.await_prefix(id, key);
+                continue;
+            }
+            let begin = sequence.blocks_to_begin();
+            let needed = begin - blocks.len() as u32;
+            let kept = self.kept_for_growth(sequence.may_outgrow(begin));
+            let pool = &mut self.active.blocks;
+            if needed + kept + pool.free_among(&blocks) > pool.free_count() {
                 return;
             }
-            let Some(blocks) = self.active.blocks.take(needed) else { return };
+            let shared = blocks.len();
+            pool.share(&blocks);
+            let Some(own) = pool.take(needed) else { return pool.give_back(&blocks) };
+            blocks.extend(own);
             let Some(sequence) = self.sequences.get_mut(&id) else { return };
-            sequence.admit(blocks, now);
+            let (queried, hit) = sequence.admit(blocks, shared, now);
             self.holders.add(sequence);
-            self.begin_demand -= u64::from(needed);
+            if self.limits.prefix_cache {
+                self.totals.prefix_queries += u64::from(queried);
+                self.totals.prefix_hits += u64::from(hit);
+            }
+            self.begin_demand -= u64::from(begin);
             self.arriving.pop_front();
             self.enqueue(Stand::Prefilling, id);
+            self.compute_prefix(id, shared);
         }
     }
 
@@ -102,6 +121,7 @@ impl PipelineScheduler {
         if let Some((stand, ticket)) = sequence.place.take() {
             self.queue(stand).remove(ticket);
         }
+        self.leave_prefix(&mut sequence);
         self.holders.take(&sequence);
         self.active.blocks.give_back(&sequence.blocks);
         sequence.begin_again(now);
@@ -144,6 +164,12 @@ impl PipelineScheduler {
         assert_eq!(self.promised, sum(&|s| s.promised()));
         let begins = |s: &Sequence| if s.blocks.is_empty() { s.blocks_to_begin() } else { 0 };
         assert_eq!(self.begin_demand, sum(&begins));
+        let mut holders = BTreeMap::new();
+        for &block in self.sequences.values().flat_map(|sequence| &sequence.blocks) {
+            *holders.entry(block).or_default() += 1;
+        }
+        self.active.blocks.check(&holders);
+        self.check_prefixes();
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::epoch::Active;
 use super::{
-    Emission, EmissionEvent, Holders, PipelineScheduler, PipelineShape, Queue, Sequence,
+    Emission, EmissionEvent, Holders, PipelineScheduler, PipelineShape, Prefixes, Queue, Sequence,
     SequenceError,
 };
 use crate::tick::Tick;
@@ -59,7 +59,7 @@ impl PipelineScheduler {
             self.sequences.remove(&probe);
         }
         (self.begin_demand, self.promised) = (0, 0);
-        self.holders = Holders::default();
+        (self.holders, self.prefixes) = (Holders::default(), Prefixes::default());
         // A new pool: what the old one held is named by steps that count no more.
         self.active = Active::new(self.active.shape);
         let mut all = Vec::with_capacity(self.sequences.len());

@@ -10,6 +10,7 @@ use proto::ids::{BlockId, NumericsClass, SequenceId};
 use proto::step::{Output, Row, RowStatus, Sampled, SamplingParameters};
 
 use super::Stand;
+use super::blocks::BlockKey;
 use super::queue::Ticket;
 use super::types::{Finish, Priority, Request};
 use crate::tick::Tick;
@@ -22,10 +23,21 @@ pub struct Sequence {
     id: SequenceId,
     pub(super) log: TokenLog,
     pub(super) request: Request,
-    /// Tokens of the log whose rows were sent in this generation.
+    /// Tokens of the log that need no row any more in this generation: it was sent, or others have
+    /// computed them.
     pub(super) sent: usize,
+    /// Those of them that others have computed.
+    pub(super) shared: usize,
     /// Held; empty while it waits.
     pub(super) blocks: Vec<BlockId>,
+    /// Its first blocks, as many as are known to be full.
+    pub(super) published: usize,
+    /// Up to which block others wait for it to fill them.
+    pub(super) computes: usize,
+    /// The block that it waits for.
+    pub(super) awaits: Option<BlockKey>,
+    /// Tokens of the prompt that were shared when it first began.
+    cached_tokens: u32,
     /// What the router counts for it until its pipeline says what it has.
     promised: u32,
     pub(super) scoring: Scoring,
@@ -94,7 +106,12 @@ impl Sequence {
             log,
             request,
             sent: 0,
+            shared: 0,
             blocks: Vec::new(),
+            published: 0,
+            computes: 0,
+            awaits: None,
+            cached_tokens: 0,
             promised: 0,
             scoring: Scoring::Done,
             held_back: None,
@@ -259,9 +276,24 @@ impl Sequence {
         needed.saturating_sub(self.blocks.len() as u32)
     }
 
-    pub(super) fn admit(&mut self, blocks: Vec<BlockId>, now: Tick) {
+    /// It begins with these blocks, of which the first `shared` are full. Tokens of its prompt that
+    /// were looked for in the prefix cache, and that were found, when it begins for the first time.
+    pub(super) fn admit(&mut self, blocks: Vec<BlockId>, shared: usize, now: Tick) -> (u32, u32) {
         self.blocks = blocks;
-        self.admitted.get_or_insert(now);
+        self.shared = shared * BLOCK_TOKENS as usize;
+        self.sent = self.shared;
+        if self.admitted.is_some() || self.scores() {
+            self.admitted.get_or_insert(now);
+            return (0, 0);
+        }
+        self.admitted = Some(now);
+        self.cached_tokens = self.shared.min(self.log.prompt().len()) as u32;
+        (self.prompt_tokens(), self.cached_tokens)
+    }
+
+    /// Whether its prompt is still to be scored.
+    pub(super) fn scores(&self) -> bool {
+        self.scoring != Scoring::Done
     }
 
     /// Whether it has ever run: it was taken on by a pipeline.
@@ -276,7 +308,7 @@ impl Sequence {
 
     /// Whether this pipeline has worked for it.
     pub(super) fn has_run(&self) -> bool {
-        self.sent > 0 || self.replays > 0
+        self.sent > self.shared || self.replays > 0
     }
 
     /// Its pipeline is lost. One that has got further since the last time was not what killed that.
@@ -300,13 +332,14 @@ impl Sequence {
     /// Forgets what its pipeline holds of it, and stays there.
     pub(super) fn begin_again(&mut self, now: Tick) {
         self.log.begin_generation();
-        self.sent = 0;
+        (self.sent, self.shared) = (0, 0);
+        (self.published, self.computes, self.awaits) = (0, 0, None);
         self.blocks.clear();
         self.place = None;
         self.held_back = None;
         self.state = None;
         self.waiting_since = now;
-        if self.scoring != Scoring::Done {
+        if self.scores() {
             self.scoring = self.nothing_scored();
         }
     }
@@ -321,7 +354,7 @@ impl Sequence {
 
     /// Tokens that have to be computed before one is drawn.
     pub(super) fn tokens_to_feed(&self) -> usize {
-        self.feed_end()
+        self.feed_end() - self.shared
     }
 
     /// Tokens that are known and not sent.
@@ -408,6 +441,7 @@ impl Sequence {
             queue_us: micros(admitted.since(self.submitted)),
             prefill_us: micros(first_token.since(admitted)),
             decode_us: micros(now.since(first_token)),
+            cached_tokens: self.cached_tokens,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 
-use proto::ids::{Incarnation, NumericsClass, PipelineId, Term};
+use proto::ids::{Incarnation, NumericsClass, PipelineId, PrefixHash, Term};
 use proto::step::{Output, SamplingParameters, Step};
 
 use super::*;
@@ -21,7 +21,7 @@ fn shape(stages: u32, kv_blocks: u32) -> PipelineShape {
     }
 }
 
-fn serving(limits: Limits, stages: u32, kv_blocks: u32) -> PipelineScheduler {
+pub(super) fn serving(limits: Limits, stages: u32, kv_blocks: u32) -> PipelineScheduler {
     PipelineScheduler::new(limits, shape(stages, kv_blocks))
 }
 
@@ -31,7 +31,7 @@ thread_local! {
 }
 
 /// Admits a sequence as the router would: names ascend.
-fn admit(scheduler: &mut PipelineScheduler, request: Request) -> SequenceId {
+pub(super) fn admit(scheduler: &mut PipelineScheduler, request: Request) -> SequenceId {
     let id = SequenceId(NAMED.get() + 1);
     NAMED.set(id.0);
     let mut sequence = Box::new(Sequence::new(request).unwrap());
@@ -41,7 +41,7 @@ fn admit(scheduler: &mut PipelineScheduler, request: Request) -> SequenceId {
     id
 }
 
-fn request(prompt: usize, max_tokens: u32) -> Request {
+pub(super) fn request(prompt: usize, max_tokens: u32) -> Request {
     Request {
         prompt: (0..prompt as u32).collect(),
         forced: Vec::new(),
@@ -51,6 +51,7 @@ fn request(prompt: usize, max_tokens: u32) -> Request {
         stop_tokens: Vec::new(),
         score_prompt: false,
         priority: Priority::Interactive,
+        salt: PrefixHash::EMPTY,
         deadline: None,
         traceparent: String::new(),
     }
@@ -61,7 +62,7 @@ fn result(step: &Step, token: u32) -> StepResult {
     testing::result(step, |_| token)
 }
 
-fn send(scheduler: &mut PipelineScheduler) -> Step {
+pub(super) fn send(scheduler: &mut PipelineScheduler) -> Step {
     scheduler.next_step(Tick::ZERO).expect("there is work and room").step
 }
 
@@ -383,14 +384,14 @@ fn a_smaller_epoch_gives_back_the_last_that_came() {
 }
 
 /// The answers of sequences, and how often each began again.
-type Answers = BTreeMap<SequenceId, (Vec<u32>, u32)>;
+pub(super) type Answers = BTreeMap<SequenceId, (Vec<u32>, u32)>;
 
-fn run_out(scheduler: &mut PipelineScheduler) -> Answers {
+pub(super) fn run_out(scheduler: &mut PipelineScheduler) -> Answers {
     run_on(scheduler, Vec::new())
 }
 
 /// Completes those steps that were sent, and every other at once until nothing is left to do.
-fn run_on(scheduler: &mut PipelineScheduler, mut sent: Vec<Step>) -> Answers {
+pub(super) fn run_on(scheduler: &mut PipelineScheduler, mut sent: Vec<Step>) -> Answers {
     let mut answers = Answers::new();
     while let Some(step) = sent.pop().or_else(|| Some(scheduler.next_step(Tick::ZERO)?.step)) {
         for row in &step.rows {
@@ -452,7 +453,8 @@ fn who_gives_blocks_back_has_no_row_in_the_same_step() {
     let step = send(&mut scheduler);
     scheduler.complete(testing::result(&step, testing::of_history), Tick::ZERO);
     // It begins with the two blocks that are left, and needs a third for its third token.
-    let late = admit(&mut scheduler, request(63, 30));
+    let late = Request { prompt: (100..163).collect(), ..request(0, 30) };
+    let late = admit(&mut scheduler, late);
     let rows_sent = |scheduler: &mut PipelineScheduler| -> Vec<_> {
         let step = send(scheduler);
         scheduler.complete(testing::result(&step, testing::of_history), Tick::ZERO);

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use proto::generate::{FinishReason, Timings};
-use proto::ids::{Epoch, Incarnation, NumericsClass, PipelineId, SequenceId, StepId, Term};
+use proto::ids::{
+    Epoch, Incarnation, NumericsClass, PipelineId, PrefixHash, SequenceId, StepId, Term,
+};
 use proto::step::{RowStatus, Sampled, SamplingParameters, Step};
 
 use super::microbatch::StepCost;
@@ -24,6 +26,8 @@ pub struct Limits {
     pub context_tokens: u32,
     /// How long a step may be on its way before workers drop it.
     pub step_deadline: Duration,
+    /// Sequences go on from the KV of others that began with the same tokens.
+    pub prefix_cache: bool,
 }
 
 impl Default for Limits {
@@ -38,6 +42,7 @@ impl Default for Limits {
             step_tokens: 64,
             context_tokens: 4096,
             step_deadline: Duration::from_secs(30),
+            prefix_cache: true,
         }
     }
 }
@@ -97,6 +102,8 @@ pub struct Request {
     pub score_prompt: bool,
     /// Whose turn it is.
     pub priority: Priority,
+    /// Only sequences of the same salt go on from each other's KV.
+    pub salt: PrefixHash,
     /// When it is too late for the answer.
     pub deadline: Option<Tick>,
     /// W3C trace parent; empty when the request is not sampled.
@@ -115,6 +122,7 @@ impl Request {
             stop_tokens: Vec::new(),
             score_prompt: false,
             priority: Priority::Interactive,
+            salt: PrefixHash::EMPTY,
             deadline: None,
             traceparent: String::new(),
         }
@@ -253,6 +261,10 @@ pub struct PipelineStats {
     pub cancelled: u64,
     /// Times that a sequence gave its blocks back, to begin again later, since start.
     pub preempted: u64,
+    /// Tokens of prompts that were looked for in the prefix cache, since start.
+    pub prefix_queries: u64,
+    /// Those of them that were found.
+    pub prefix_hits: u64,
     /// What the router has not counted.
     pub growth: Growth,
 }

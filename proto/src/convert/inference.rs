@@ -65,6 +65,8 @@ pub fn encode_generate(request: &GenerateRequest) -> pb::GenerateRequest {
         include_stop: request.include_stop,
         deadline_ms: request.deadline_ms,
         score_prompt: request.score_prompt,
+        cache_salt: request.cache_salt.clone(),
+        user: request.user.clone(),
     }
 }
 
@@ -143,6 +145,8 @@ pub fn decode_generate(request: pb::GenerateRequest) -> Result<GenerateRequest, 
         top_logprobs: request.top_logprobs,
         score_prompt: request.score_prompt,
         deadline_ms: request.deadline_ms,
+        cache_salt: bounded_text("cache_salt", request.cache_salt, limits::CALLER_BYTES)?,
+        user: bounded_text("user", request.user, limits::CALLER_BYTES)?,
     })
 }
 
@@ -173,6 +177,7 @@ pub fn encode_event(event: &GenerateEvent) -> pb::GenerateEvent {
                 queue_us: finished.timings.queue_us,
                 prefill_us: finished.timings.prefill_us,
                 decode_us: finished.timings.decode_us,
+                cached_tokens: finished.timings.cached_tokens,
             }),
             stop_reason: finished.stop_reason.clone(),
         }),
@@ -225,6 +230,7 @@ pub fn decode_event(event: pb::GenerateEvent) -> Result<GenerateEvent, WireError
                     queue_us: timings.queue_us,
                     prefill_us: timings.prefill_us,
                     decode_us: timings.decode_us,
+                    cached_tokens: timings.cached_tokens,
                 },
             })
         }

@@ -115,7 +115,7 @@ pub(super) async fn measure(
     let wanted = if load.kind == Kind::Decode { load.requests } else { 1 };
     let asking = (0..load.requests).map(|index| {
         let seed = (load.seed << 32) | u64::from(index);
-        ask(client, load, Prompts::new(seed, VOCAB), &begun)
+        ask(client, load, Prompts::new(seed, VOCAB).of_this_run(), &begun)
     });
     let looking = async {
         let all = async {

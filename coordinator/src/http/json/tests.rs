@@ -67,6 +67,8 @@ fn every_field_says_what_it_must_be_and_what_was_found() {
         ("stream_options", "an object", &["object"]),
         ("class", "a string", &["string"]),
         ("best_of", "an integer", &["integer"]),
+        ("cache_salt", "a string", &["string"]),
+        ("user", "a string", &["string"]),
         ("skip_special_tokens", "true or false", &["boolean"]),
     ];
     let completions = [
@@ -109,7 +111,7 @@ fn every_field_says_what_it_must_be_and_what_was_found() {
     }
     // What no field wants may be anything.
     for (_, value, _) in kinds() {
-        taken(COMPLETIONS, &json!({ "metadata": value, "user": value }));
+        taken(COMPLETIONS, &json!({ "metadata": value, "store": value }));
         taken(CHAT, &json!({ "metadata": value, "guided_json": value, "audio": value }));
     }
 }
