@@ -18,6 +18,7 @@ mod read;
 mod suggest;
 #[cfg(test)]
 mod tests;
+mod text;
 mod tree;
 mod units;
 
@@ -27,6 +28,7 @@ pub use address::{
 };
 pub use listen::{ListenError, check_listen_address};
 pub use suggest::closest;
+pub use text::{TextError, read_text};
 pub use units::{ByteSize, Duration, UnitError};
 
 /// What the names of our variables begin with.
@@ -34,6 +36,9 @@ pub const PREFIX: &str = "TERCET_";
 
 /// Between the parts of a variable's name. One underscore is part of many keys.
 const SEPARATOR: &str = "__";
+
+/// The longest file that is taken for a configuration: a hundred times one with every key.
+const FILE_BYTES: ByteSize = ByteSize(1 << 20);
 
 /// Where a configuration comes from, the strongest last.
 #[derive(Clone, Debug, Default)]
@@ -56,8 +61,8 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// Why not.
+        source: TextError,
     },
     /// The file is no TOML.
     #[error("{}:{line} is not valid TOML: {message}", path.display())]
@@ -131,7 +136,7 @@ pub fn load<T: DeserializeOwned>(sources: &Sources<'_>) -> Result<T, ConfigError
 }
 
 fn file(path: &Path) -> Result<Node, ConfigError> {
-    let text = std::fs::read_to_string(path)
+    let text = read_text(path, FILE_BYTES)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");

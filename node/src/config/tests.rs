@@ -271,3 +271,14 @@ fn what_is_shown_reads_back() {
     assert!(shown.contains("memory = \"1536\""), "{shown}");
     assert_eq!(given(&shown, &[], "").load().unwrap(), config);
 }
+
+#[test]
+fn a_file_without_end_is_no_configuration() {
+    let sources = Sources { file: Some(Path::new("/dev/zero")), ..Sources::default() };
+    let error = load::<Config>(&sources).unwrap_err();
+    let words = "failed to read the configuration file /dev/zero: it is a device and not a file";
+    assert_eq!(Chain(&error).to_string(), words);
+    let long = given(&"#".repeat(FILE_BYTES.0 as usize + 1), &[], "").load().unwrap_err();
+    let words = Chain(&long).to_string();
+    assert!(words.ends_with("it has more than 1MiB, which is the most"), "{words}");
+}
