@@ -234,6 +234,7 @@ impl Cluster {
             self.retire(now, actions);
         }
         self.ledger.advance(now, actions);
+        self.give_way(now, actions);
         self.plan(now, actions);
         self.dismiss(now, actions);
         let mut wanted: BTreeSet<String> = self

@@ -26,6 +26,8 @@ const VANISH_WINDOW: Duration = Duration::from_secs(5);
 const FREEZE: Duration = Duration::from_secs(60);
 /// Who was told to end and is still there is told again after as long as such a call may take.
 const DISMISS_PAUSE: Duration = Duration::from_secs(5);
+/// The least time between two looks at where everybody stands.
+const INFER_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 pub(super) struct Fleet {
@@ -41,6 +43,8 @@ pub(super) struct Fleet {
     racks: Racks,
     /// Somebody came, went, or measured anew since those were looked at.
     racks_are_due: bool,
+    /// When they were inferred last.
+    racks_inferred: Option<Tick>,
 }
 
 /// A worker that is in the registry, or was and has a stage still.
@@ -236,9 +240,13 @@ impl Fleet {
     /// Looks at what workers measured, if that is another than it was. Once for all of an event: it
     /// looks at every pair of them.
     pub(super) fn infer_racks(&mut self, now: Tick) {
-        if !std::mem::take(&mut self.racks_are_due) {
+        // All figures are looked at: a fleet that starts, each of whom publishes his own, is not looked
+        // at for each of them.
+        let last = self.racks_inferred;
+        if !self.racks_are_due || last.is_some_and(|last| now.since(last) < INFER_EVERY) {
             return;
         }
+        (self.racks_are_due, self.racks_inferred) = (false, Some(now));
         let (changed, _) = self.racks.infer(self.by_id.values().map(|member| &member.record));
         if changed {
             // They measure one after another: what all of them know is worth a plan.
@@ -271,6 +279,11 @@ impl Fleet {
 
     pub(super) fn is_draining(&self, id: &str) -> bool {
         self.by_id.get(id).is_some_and(Member::is_draining)
+    }
+
+    /// Whether it ends by itself, with or without what is planned for it.
+    pub(super) fn ends(&self, id: &str) -> bool {
+        self.by_id.get(id).is_some_and(|member| member.record.draining)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Member> {

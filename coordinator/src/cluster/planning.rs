@@ -36,6 +36,14 @@ const BROKEN_LIMIT: Duration = Duration::from_secs(60);
 /// How long pipelines must serve well, at most, until what broke before is forgotten.
 const STABLE_LIMIT: Duration = Duration::from_secs(640);
 
+/// A worker that ends, and without which no plan is possible, serves on for so long: somebody who takes
+/// its place may be on the way, and most answers end meanwhile. Less than service managers wait until
+/// they kill it.
+const GIVE_WAY_AFTER: Duration = Duration::from_secs(10);
+
+/// Who ended so is waited for that long: a restart, and the reading of a large model.
+const EXPECTED_BACK: Duration = Duration::from_secs(60);
+
 /// Why a plan is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -93,6 +101,10 @@ pub(super) struct Planning {
     drift_since: Option<Tick>,
     /// Why no plan was possible, by the last decision.
     infeasible: Option<Waiting>,
+    /// Since when somebody ends without whom none is.
+    cannot_spare_since: Option<Tick>,
+    /// Until when one who ended so is expected back.
+    expected_back: Option<Tick>,
     /// Why the plan is as it is.
     pub(super) reason: String,
     /// Why who is in no pipeline, by the last plan.
@@ -211,6 +223,7 @@ impl Planning {
     /// A worker came: what was not possible may be, and what broke may work.
     pub(super) fn worker_came(&mut self) {
         self.infeasible = None;
+        self.cannot_spare_since = None;
         self.broken_until = Tick::ZERO;
     }
 
@@ -561,6 +574,41 @@ impl Cluster {
         self.planning.decide(asked.basis, !self.switches.is_empty());
         self.leave_as_it_is(now, asked.cause, actions);
         self.planning.infeasible = Some(Waiting { cause, detail });
+    }
+
+    /// Whoever ends by itself may, also where no plan is possible without it: its pipelines stop in order,
+    /// and what runs on them waits for somebody to go on with.
+    pub(super) fn give_way(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let ends = |pipeline: &&Pipeline| {
+            let mut stages = pipeline.placed.plan.stages.iter();
+            stages.any(|stage| self.fleet.ends(&stage.worker))
+        };
+        let cannot = self.planning.infeasible.is_some() && self.switches.is_empty();
+        let stuck: Vec<_> = match cannot {
+            true => self.pipelines.values().filter(ends).map(Pipeline::at).collect(),
+            false => Vec::new(),
+        };
+        if stuck.is_empty() {
+            self.planning.cannot_spare_since = None;
+            return;
+        }
+        let since = *self.planning.cannot_spare_since.get_or_insert(now);
+        if now.since(since) < GIVE_WAY_AFTER || !self.may_retire() {
+            return;
+        }
+        for at in stuck {
+            actions.push(Action::Leave { at });
+            self.pipelines.remove(&at.id);
+        }
+        self.planning.cannot_spare_since = None;
+        self.planning.lost = true;
+        self.planning.decided = None;
+        self.planning.expected_back = Some(now + EXPECTED_BACK);
+    }
+
+    /// Whether somebody who ended in order is expected back.
+    pub(super) fn expects_somebody(&self) -> bool {
+        self.planning.expected_back.is_some_and(|until| self.now < until)
     }
 
     /// The pipelines as they serve now, and as they will where they are changing.

@@ -84,7 +84,10 @@ impl Cluster {
             return starting("the workers are being listed".to_owned());
         }
         match self.infeasible() {
-            Some(waiting) if !self.planning.is_asking() => Availability::No(waiting.clone()),
+            Some(waiting) if !self.planning.is_asking() && !self.expects_somebody() => {
+                Availability::No(waiting.clone())
+            }
+            Some(waiting) if self.expects_somebody() => Availability::Soon(waiting.clone()),
             _ => Availability::Soon(self.why_not_planned()),
         }
     }

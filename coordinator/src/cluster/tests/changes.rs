@@ -143,7 +143,7 @@ fn a_drain_that_leaves_too_few_changes_nothing_and_says_so() {
     script.pass(20_000);
     script.take();
     let serving = script.at(1);
-    script.tell(Event::WorkerPut(draining(1)));
+    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true });
     script.pass(30_000);
     assert_eq!(script.take(), []);
     assert_eq!(script.at(1), serving);
@@ -153,6 +153,44 @@ fn a_drain_that_leaves_too_few_changes_nothing_and_says_so() {
     // A spare comes: at once, not after the hold-down.
     script.tell(Event::WorkerPut(record(3, 1)));
     assert_eq!(script.served(), [(1, vec!["w0", "w3"])]);
+}
+
+/// A worker that ends by itself is not held up until it kills what runs on it.
+#[test]
+fn a_worker_that_ends_and_cannot_be_spared_is_let_go_in_order_and_waited_for() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    script.take();
+    let serving = script.at(1);
+    script.tell(Event::WorkerPut(draining(1)));
+    script.pass(9_000);
+    assert_eq!(script.take(), [], "somebody may come");
+    assert_eq!(script.cluster.availability(), Availability::Serving);
+    script.pass(2_000);
+    let actions = script.take();
+    let position = |wanted: &dyn Fn(&Action) -> bool| actions.iter().position(wanted);
+    let leave = position(&|action| *action == Action::Leave { at: serving }).expect("it stops");
+    let told = |action: &Action| matches!(action, Action::Retire { at, target, .. } if *at == serving && target.worker == "w1");
+    assert!(leave < position(&told).expect("it may go"), "{actions:?}");
+    assert!(script.held["w1"].is_empty());
+    let waits = |script: &Script| matches!(script.cluster.availability(), Availability::Soon(_));
+    assert!(waits(&script), "{:?}", script.cluster.availability());
+    script.tell(Event::WorkerGone { worker: "w1".to_owned() });
+    script.pass(30_000);
+    assert!(waits(&script), "it is expected back: {:?}", script.cluster.availability());
+    script.tell(Event::WorkerPut(record(1, 2)));
+    script.pass(2_000);
+    assert_eq!(script.served(), [(1, vec!["w0", "w1"])]);
+    let actions = script.take();
+    let bad = |action: &&Action| matches!(action, Action::Fail { .. } | Action::Alarm { .. });
+    assert_eq!(actions.iter().find(bad), None, "nobody was lost");
+
+    // One that does not come back is not waited for for ever.
+    script.tell(Event::WorkerPut(WorkerRecord { draining: true, ..record(1, 2) }));
+    script.pass(11_000);
+    script.tell(Event::WorkerGone { worker: "w1".to_owned() });
+    script.pass(60_000);
+    assert!(matches!(script.cluster.availability(), Availability::No(_)));
 }
 
 #[test]
