@@ -97,7 +97,7 @@ impl Compute {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future drops the work, unless it began: then it runs to its end.
+    /// Dropping the future drops work that still waits for its turn; what has one runs to its end.
     pub(crate) async fn on_prompt<T: Send + 'static>(
         &self,
         share: Share,

@@ -12,7 +12,7 @@ use node::config::{
 };
 use proto::names::ClusterName;
 use proto::plan::KvType;
-use proto::ports;
+use proto::{BLOCK_TOKENS, ports};
 use serde::{Deserialize, Serialize};
 
 use crate::planner::Objective;
@@ -113,8 +113,8 @@ pub struct LimitsConfig {
     pub wait: Duration,
     /// Requests that may run at once on one pipeline, whatever its KV would hold.
     pub running_requests: u32,
-    /// Requests of all pipelines together, those that wait among them: more get 503. At least as many as
-    /// may wait and run on one pipeline.
+    /// Requests that each of the two servers works for at once, until their answer begins; more get 429.
+    /// At least as many as may wait and run on one pipeline.
     pub open_requests: u32,
     /// Tokens in one step.
     pub step_tokens: u32,
@@ -267,8 +267,8 @@ impl Default for LimitsConfig {
             wait: Duration::from_secs(45),
             // Beyond this a token costs the same and everyone only waits longer.
             running_requests: 256,
-            // 64 replicas of 32 answers each. What they hold of their texts stays below 64 MiB, but for large ones.
-            open_requests: 2048,
+            // 64 replicas of 16 answers each, on each server.
+            open_requests: 1024,
             // As the scheduler's own default: 640 KB of activations for a width of 2560.
             step_tokens: 64,
             // 128 Ki tokens: 32 contexts of 4096.
@@ -276,7 +276,7 @@ impl Default for LimitsConfig {
             // A prompt of a whole context as token ids fits many times.
             body_bytes: ByteSize(4 << 20),
             // One for each open request, as clients of HTTP/1 have.
-            connections: 2048,
+            connections: 1024,
             // The read timeout of OpenAI's own clients.
             request_deadline: Duration::from_secs(600),
             step_deadline: Duration::from_secs(30),
@@ -316,6 +316,30 @@ pub enum ConfigError {
         least: Duration,
         /// The most.
         most: Duration,
+    },
+    /// Fewer requests than one pipeline takes.
+    #[error(
+        "limits.open_requests is {found}, and limits.waiting_requests and limits.running_requests are \
+         {least} together"
+    )]
+    OpenRequests {
+        /// What was given.
+        found: u32,
+        /// What is needed.
+        least: u32,
+    },
+    /// More tokens than KV.
+    #[error(
+        "a context of {context} tokens needs {needed} KV blocks of 32, and limits.kv_blocks is \
+         {kv_blocks}"
+    )]
+    Context {
+        /// What was given.
+        context: u32,
+        /// Blocks for it.
+        needed: u32,
+        /// Blocks at most.
+        kv_blocks: u32,
     },
     /// A bound where the least is wanted.
     #[error(
@@ -360,7 +384,7 @@ const MAX_PIPELINES: u64 = 1 << 10;
 impl LimitsConfig {
     /// Requests that are here at once, whatever becomes of them.
     pub(crate) fn requests(&self) -> usize {
-        self.open_requests.max(self.waiting_requests + self.running_requests) as usize
+        self.open_requests as usize
     }
 
     /// Open files that serving so many connections takes: those of both servers, and what the process has
@@ -398,6 +422,15 @@ impl Config {
             if !(least..=most).contains(&found) {
                 return Err(ConfigError::Range { field, found, least, most });
             }
+        }
+        let least = limits.waiting_requests + limits.running_requests;
+        if limits.open_requests < least {
+            return Err(ConfigError::OpenRequests { found: limits.open_requests, least });
+        }
+        let needed = self.context.unwrap_or(1).div_ceil(BLOCK_TOKENS);
+        if needed > limits.kv_blocks {
+            let (context, kv_blocks) = (self.context.unwrap_or(1), limits.kv_blocks);
+            return Err(ConfigError::Context { context, needed, kv_blocks });
         }
         let none = Duration::default();
         self.objective.objective(self.token_time)?;
@@ -439,10 +472,14 @@ mod tests {
 
     #[test]
     fn no_limit_is_below_what_one_pipeline_takes() {
-        let limits = LimitsConfig { open_requests: 5, ..LimitsConfig::default() };
-        assert_eq!(limits.requests(), 512, "those that wait and those that run on one pipeline");
-        let limits = LimitsConfig { open_requests: 5000, ..limits };
-        assert_eq!((limits.requests(), limits.descriptors()), (5000, 4608));
+        let limits = LimitsConfig { open_requests: 511, ..LimitsConfig::default() };
+        let error = Config { limits, ..usable() }.validate().unwrap_err().to_string();
+        assert!(error.contains("open_requests is 511") && error.contains("are 512"), "{error}");
+        let limits = LimitsConfig { kv_blocks: 64, ..LimitsConfig::default() };
+        let config = Config { limits, context: Some(2049), ..usable() };
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains("needs 65 KV blocks") && error.contains("is 64"), "{error}");
+        Config { context: Some(2048), ..config }.validate().unwrap();
     }
 
     #[test]

@@ -227,7 +227,11 @@ fn local(service: &'static str, listener: &TcpListener) -> Result<SocketAddr, Ru
 
 /// Where operators reach the admin server: on this machine only if it listens there only.
 fn advertised_admin(config: &Config, bound: SocketAddr) -> String {
-    if bound.ip().is_loopback() { bound.to_string() } else { reached_at(config, bound) }
+    if bound.ip().to_canonical().is_loopback() {
+        bound.to_string()
+    } else {
+        reached_at(config, bound)
+    }
 }
 
 /// Where others reach another server than the gRPC one: by the name that they call that.

@@ -8,8 +8,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::request::RequestError;
 
 /// Bytes of a request that count as small. Small ones are bounded by the number of open requests
-/// alone, 2048 x 32 KiB = 64 MiB by default, so that those who send large ones, however slowly,
-/// cannot shut out the others.
+/// alone, 1024 x 32 KiB = 32 MiB over HTTP and as much over gRPC by default, so that those who send
+/// large ones, however slowly, cannot shut out the others.
 pub(crate) const SMALL_BYTES: usize = 32 << 10;
 
 /// Bytes beyond [`SMALL_BYTES`] of all requests together: twelve of the largest by default. A body

@@ -59,7 +59,7 @@ pub(crate) fn describe() {
     );
     describe_histogram!(
         "tercet_request_refusal_seconds",
-        "from the arrival of a request's head to its refusal, by cause"
+        "from the first byte of a request to its refusal, by cause"
     );
     describe_histogram!("tercet_request_queue_seconds", "from submission to the first KV blocks");
     describe_histogram!(
@@ -75,12 +75,12 @@ pub(crate) fn describe() {
     describe_counter!("tercet_request_cancelled_total", "answers whose clients went away");
     describe_histogram!(
         "tercet_time_to_first_token_seconds",
-        "from the arrival of a request's head to its first token"
+        "from the first byte of a request to its first token"
     );
     describe_histogram!("tercet_inter_token_latency_seconds", "between tokens of one answer");
     describe_histogram!(
         "tercet_e2e_request_latency_seconds",
-        "from the arrival of a request's head to its last token"
+        "from the first byte of a request to its last token"
     );
     describe_histogram!(
         "tercet_task_poll_seconds",
@@ -171,7 +171,7 @@ pub(crate) fn next_token(since_last: Duration) {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ended {
     pub(crate) reason: &'static str,
-    /// Since the request's head arrived.
+    /// Since the request's first byte arrived.
     pub(crate) since_arrival: Duration,
     pub(crate) timings: Timings,
     pub(crate) prompt_tokens: u32,

@@ -462,7 +462,7 @@ impl PipelineScheduler {
         PipelineStats {
             running: self.sequences.len() as u32 - probing,
             kv_blocks_total: blocks.total(),
-            kv_blocks_used: blocks.total() - blocks.free_count(),
+            kv_blocks_used: self.blocks_taken(),
             steps_in_flight: self.active.in_flight.len() as u32,
             prompt_tokens: self.totals.prompt_tokens,
             generated_tokens: self.totals.generated_tokens,

@@ -61,7 +61,7 @@ impl<U: Message + Default + 'static> Decoder for WalkedDecoder<U> {
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // Shares the buffer's memory.
         let message = buffer.copy_to_bytes(buffer.remaining());
-        check::<U>(&message).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        check::<U>(&message).map_err(|error| unreadable::<U>(error.to_string()))?;
         U::decode(message).map(Some).map_err(undecodable::<U>)
     }
 }
@@ -87,7 +87,11 @@ fn undecodable<U: 'static>(error: prost::DecodeError) -> Status {
     let words = error.to_string();
     // The library names the field; what stands before that is said in our words.
     let detail = words.strip_prefix("failed to decode Protobuf message: ").unwrap_or(&words);
-    let words = format!("{MALFORMED}: {detail}");
+    unreadable::<U>(format!("{MALFORMED}: {detail}"))
+}
+
+/// What is wrong with a message, as a fault of whoever sent it: a caller's argument, or a server's answer.
+fn unreadable<U: 'static>(words: String) -> Status {
     if is_request::<U>() { Status::invalid_argument(words) } else { Status::internal(words) }
 }
 

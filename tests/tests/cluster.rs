@@ -102,7 +102,7 @@ fn chats_of_open_length_share_the_kv_of_four_contexts() {
         while !running.iter().all(thread::ScopedJoinHandle::is_finished) {
             most = most.max(Scrape::of(address).value("tercet_requests_running"));
         }
-        assert!(most > 16.0, "only {most} of them ran at once");
+        assert!(most > 4.0, "no more of them than whole contexts ran at once: {most}");
         running.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     for (index, text) in together.iter().enumerate() {
@@ -250,7 +250,7 @@ fn a_client_that_goes_away_frees_its_kv() {
         &["generate", "--endpoint", &grpc, "--max-tokens", "490", "--ignore-eos", "Once"],
     );
     wait_for("the request to hold KV", SETTLE, || {
-        (cluster.status()["queue"]["kv_blocks_used"].as_u64()? > 0).then_some(())
+        (cluster.status()["queue"]["running"].as_u64()? > 0).then_some(())
     });
     client.kill();
     until_kv_is_free(&cluster);

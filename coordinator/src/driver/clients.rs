@@ -213,7 +213,7 @@ pub(crate) struct Clients {
 pub(crate) struct Client {
     events: mpsc::Sender<TokenEvent>,
     end: oneshot::Sender<Result<End, RequestError>>,
-    /// When the head of its request arrived.
+    /// When the first byte of its request arrived.
     arrived: Tick,
     last_token: Option<Tick>,
     prompt_tokens: u32,

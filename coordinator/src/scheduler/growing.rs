@@ -139,10 +139,19 @@ impl PipelineScheduler {
 
     /// What the router has not counted of those who are here.
     pub fn growth(&self) -> Growth {
-        let blocks = &self.active.blocks;
-        let taken = u64::from(blocks.total() - blocks.free_count()) + self.begin_demand;
+        let taken = u64::from(self.blocks_taken()) + self.begin_demand;
         let blocks = taken as i64 - self.promised as i64;
         Growth { blocks, grown_up: self.holders.grown_up }
+    }
+}
+
+impl PipelineScheduler {
+    /// Blocks that somebody holds. A probe's is none of them: it gives way to anybody.
+    pub(super) fn blocks_taken(&self) -> u32 {
+        let blocks = &self.active.blocks;
+        let probe = self.probe.and_then(|id| self.sequences.get(&id));
+        let probing = probe.map_or(0, |probe| probe.blocks.len() as u32);
+        (blocks.total() - blocks.free_count()).saturating_sub(probing)
     }
 }
 

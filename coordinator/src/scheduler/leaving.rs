@@ -12,6 +12,10 @@ use crate::tick::Tick;
 /// may be what kills them.
 pub const MAX_DEATHS: u32 = 2;
 
+/// So does one to which it happens this often in all: what kills pipelines one token after the other
+/// gets further each time.
+pub(super) const MAX_DEATHS_IN_ALL: u32 = 64;
+
 /// What a lost pipeline leaves.
 #[derive(Debug)]
 pub struct Lost {
@@ -71,13 +75,14 @@ impl PipelineScheduler {
     }
 
     /// The pipeline is lost: everyone goes back to the router, but for those that had run and to whom
-    /// this has now happened [`MAX_DEATHS`] times without a token in between.
+    /// this has now happened [`MAX_DEATHS`] times without a token in between, or
+    /// [`MAX_DEATHS_IN_ALL`] times.
     pub fn lose(&mut self, reason: &str, now: Tick) -> Lost {
         for sequence in self.sequences.values_mut() {
             sequence.pipeline_died();
         }
         let (returned, died): (Vec<_>, Vec<_>) =
-            self.take_all(now).into_iter().partition(|sequence| sequence.deaths < MAX_DEATHS);
+            self.take_all(now).into_iter().partition(|sequence| sequence.may_go_on());
         self.totals.failed += died.len() as u64;
         let failed = |sequence: Box<Sequence>| {
             let error = SequenceError::PipelineLost { reason: reason.to_owned() };

@@ -11,6 +11,7 @@ use proto::step::{Output, Row, RowStatus, Sampled, SamplingParameters};
 
 use super::Stand;
 use super::blocks::BlockKey;
+use super::leaving::{MAX_DEATHS, MAX_DEATHS_IN_ALL};
 use super::queue::Ticket;
 use super::types::{Finish, Priority, Request};
 use crate::tick::Tick;
@@ -49,6 +50,8 @@ pub struct Sequence {
     pub(super) place: Option<(Stand, Ticket)>,
     /// How often its pipeline was lost while it ran, since its last token.
     pub(super) deaths: u32,
+    /// The same since it was taken, whatever came in between.
+    pub(super) deaths_in_all: u32,
     /// How many tokens its answer had when that last happened.
     died_at: Option<usize>,
     /// How often it was replayed since its last token, because a stage had lost what it held of it.
@@ -118,6 +121,7 @@ impl Sequence {
             state: None,
             place: None,
             deaths: 0,
+            deaths_in_all: 0,
             died_at: None,
             replays: 0,
             open_length: false,
@@ -316,11 +320,17 @@ impl Sequence {
         if !self.has_run() {
             return;
         }
+        self.deaths_in_all = self.deaths_in_all.saturating_add(1);
         let tokens = self.log.output().len();
         self.deaths = match self.died_at.replace(tokens) {
             Some(before) if before == tokens => self.deaths.saturating_add(1),
             _ => 1,
         };
+    }
+
+    /// Whether it may be tried on another pipeline after those that it lost.
+    pub(super) fn may_go_on(&self) -> bool {
+        self.deaths < MAX_DEATHS && self.deaths_in_all < MAX_DEATHS_IN_ALL
     }
 
     /// Forgets what the lost pipeline held of it. What was told stays told: the log is kept.

@@ -41,9 +41,12 @@ pub enum PatternError {
 
 /// What this thread works on at present.
 struct Scope {
-    /// When its patterns must have ended.
+    /// Before this its patterns need not be asked how long they computed.
     until: Instant,
-    /// How long they were given.
+    /// How long this thread had computed when it began.
+    computed: Duration,
+    /// How long its patterns may compute: on a machine that is busy with other things a text is as good as
+    /// on one at rest.
     time: Duration,
     /// Why a normalizer failed, the first time.
     failed: Option<LibraryError>,
@@ -59,7 +62,7 @@ thread_local! {
     static SCOPE: RefCell<Option<Scope>> = const { RefCell::new(None) };
 }
 
-/// Does `work` on this thread; its patterns fail when `time` is over.
+/// Does `work` on this thread; its patterns fail when they have computed for `time`.
 ///
 /// # Errors
 ///
@@ -74,11 +77,19 @@ pub(super) fn within<T>(time: Duration, work: impl FnOnce() -> T) -> Result<T, L
         }
     }
 
-    let scope = Scope { until: Instant::now() + time, time, failed: None };
+    let (until, computed) = (Instant::now() + time, thread_cpu());
+    let scope = Scope { until, computed, time, failed: None };
     let _restore = Restore(SCOPE.replace(Some(scope)));
     let made = work();
     let failed = SCOPE.with_borrow_mut(|scope| scope.as_mut()?.failed.take());
     failed.map_or(Ok(made), Err)
+}
+
+/// How long this thread has computed so far.
+fn thread_cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    // Neither is ever negative.
+    Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
 }
 
 /// A regular expression with a clock.
@@ -90,7 +101,10 @@ pub(super) struct Timed {
 impl Timed {
     fn check_clock(&self) -> Result<(), PatternError> {
         SCOPE.with_borrow(|scope| match scope {
-            Some(Scope { until, time, .. }) if Instant::now() >= *until => {
+            // The usual clock costs no system call.
+            Some(Scope { until, computed, time, .. })
+                if Instant::now() >= *until && thread_cpu().saturating_sub(*computed) >= *time =>
+            {
                 let limit_ms = time.as_millis();
                 Err(PatternError::TimedOut { part: self.part, limit_ms })
             }
