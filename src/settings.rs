@@ -21,7 +21,7 @@ const TELEMETRY_PREFIX: &str = "TERCET_TELEMETRY__";
 const OTHER_VARIABLES: [&str; 1] = [client::endpoint::ENDPOINT_VARIABLE];
 
 /// Longest password file: a password, and an end of line.
-const PASSWORD_BYTES: u64 = 4096;
+const PASSWORD_MAX: node::config::ByteSize = node::config::ByteSize(4096);
 
 /// Everything that can be set for a coordinator or a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -108,16 +108,9 @@ impl EtcdSettings {
 }
 
 fn password(path: &std::path::Path) -> Result<String, Failure> {
-    use std::io::Read;
-    let mut text = String::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(PASSWORD_BYTES).read_to_string(&mut text))
-        .map_err(|error| {
-            Failure::config(format!(
-                "failed to read etcd.password_file {}: {error}",
-                path.display()
-            ))
-        })?;
+    let text = node::config::read_text(path, PASSWORD_MAX).map_err(|error| {
+        Failure::config(format!("failed to read etcd.password_file {}: {error}", path.display()))
+    })?;
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
 }
 

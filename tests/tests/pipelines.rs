@@ -81,6 +81,16 @@ fn restarting_every_worker_in_turn_costs_nobody_an_answer_without_a_spare() {
     });
 }
 
+/// The one pipeline that there can be stands still while a worker of it is restarted, and no longer.
+#[test]
+fn restarting_a_worker_that_cannot_be_spared_costs_nobody_an_answer() {
+    let flags = "--stages 3 --pipelines 1";
+    let mut cluster = Cluster::start_flags(bundled_store(), 3, flags, QUICK);
+    restart_all(&mut cluster, 1, "restart of a worker that cannot be spared", |placed| {
+        workers_placed(placed) == 3
+    });
+}
+
 fn restart_all(
     cluster: &mut Cluster,
     workers: usize,

@@ -8,8 +8,8 @@ use coordinator::planner::{StepTime, WorkerSpec};
 use node::config::ByteSize;
 use serde::Deserialize;
 
-/// Bytes of the largest file of nodes that is read: a thousand nodes written out in full are less.
-const FILE_BYTES_MAX: u64 = 1 << 20;
+/// The largest file of nodes that is read: a thousand nodes written out in full are less.
+const FILE_MAX: ByteSize = ByteSize(1 << 20);
 
 /// Workers that are planned for at most: racks full of them, and not a slip of the finger.
 pub(super) const WORKERS_MAX: usize = 1024;
@@ -20,10 +20,7 @@ pub(super) const WORKERS_MAX: usize = 1024;
 pub(crate) enum NodesError {
     /// The file cannot be read.
     #[error("failed to read {}", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
-    /// It is too long to be one.
-    #[error("{} has {bytes} bytes, a file of nodes has at most {FILE_BYTES_MAX}", path.display())]
-    TooLong { path: PathBuf, bytes: u64 },
+    Read { path: PathBuf, source: node::config::TextError },
     /// It is not TOML, or says what nobody asks for.
     #[error("{} is no file of nodes", path.display())]
     Parse { path: PathBuf, source: toml::de::Error },
@@ -74,12 +71,8 @@ struct Step {
 
 /// The workers that a file of nodes describes.
 pub(super) fn read(path: &Path) -> Result<Vec<WorkerSpec>, NodesError> {
-    let failed = |source| NodesError::Read { path: path.to_owned(), source };
-    let bytes = std::fs::metadata(path).map_err(failed)?.len();
-    if bytes > FILE_BYTES_MAX {
-        return Err(NodesError::TooLong { path: path.to_owned(), bytes });
-    }
-    let text = std::fs::read_to_string(path).map_err(failed)?;
+    let text = node::config::read_text(path, FILE_MAX)
+        .map_err(|source| NodesError::Read { path: path.to_owned(), source })?;
     let file = toml::from_str(&text)
         .map_err(|source| NodesError::Parse { path: path.to_owned(), source })?;
     workers(file)
