@@ -33,7 +33,7 @@ pub enum Hosts {
 impl Hosts {
     /// For a server at `listen` on a host that others know as `advertised`.
     pub fn of(listen: SocketAddr, advertised: Option<&str>) -> Self {
-        if !listen.ip().is_loopback() {
+        if !is_loopback(listen.ip()) {
             return Self::Any;
         }
         Self::Local { name: advertised.map(str::to_ascii_lowercase) }
@@ -54,10 +54,13 @@ impl Hosts {
     fn allow(&self, authority: &str) -> bool {
         let Self::Local { name } = self else { return true };
         let host = host_of(authority).to_ascii_lowercase();
-        host == "localhost"
-            || name.as_ref() == Some(&host)
-            || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+        host == "localhost" || name.as_ref() == Some(&host) || host.parse().is_ok_and(is_loopback)
     }
+}
+
+/// Whether an address is this machine alone, also as IPv6 writes one of IPv4.
+fn is_loopback(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
 }
 
 /// The host in `host`, `host:port`, `[address]` or `[address]:port`.
@@ -107,6 +110,7 @@ mod tests {
             "127.9.9.9",
             "[::1]:8080",
             "[::1]",
+            "[::ffff:127.0.0.1]:8080",
             "box.example:1",
         ] {
             assert!(local.allow(host), "{host}");
@@ -119,11 +123,14 @@ mod tests {
             "",
             "10.0.0.1",
             "[::2]:80",
+            "[::ffff:10.0.0.1]",
             "evil.test:localhost",
         ] {
             assert!(!local.allow(host), "{host}");
         }
-        assert!(!Hosts::of("[::1]:1".parse().unwrap(), None).allow("box.example"));
+        for listen in ["[::1]:1", "[::ffff:127.0.0.1]:8080"] {
+            assert!(!Hosts::of(listen.parse().unwrap(), None).allow("box.example"), "{listen}");
+        }
         assert!(Hosts::of("0.0.0.0:8080".parse().unwrap(), None).allow("evil.test"));
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! | signal | to a server | to a command that writes |
 //! |---|---|---|
-//! | SIGTERM, SIGINT, SIGHUP, SIGXCPU | the first asks it to stop well, the second ends it | ends it, with nothing half-written left |
+//! | SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGPWR | the first asks it to stop well, the second ends it | ends it, with nothing half-written left |
 //! | SIGHUP, where it was ignored at the start (`nohup`) | ignored still | ignored still |
 //! | SIGUSR1, SIGUSR2 | ignored, with a warning: log rotation sends them, and a worker must not leave a pipeline for that | as the system does |
+//! | SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGSTKFLT | ignored, with a warning: nothing here asks for them | as the system does |
 //! | SIGXFSZ | ignored: the write that went too far fails, and says so | the same |
 //! | SIGPIPE | ignored (Rust's own start does) | the same |
 //!
-//! All others do what the system does. SIGQUIT is for whoever wants a core dump at once; timers
-//! (SIGALRM, SIGVTALRM, SIGPROF) are never set here.
+//! All others do what the system does. SIGQUIT is for whoever wants a core dump at once.
 
 use std::io;
 use std::sync::Arc;
@@ -24,10 +24,19 @@ use tokio_util::sync::CancellationToken;
 const SIGNAL_BASE: i32 = 128;
 
 /// Which mean that the process is to stop.
-const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGXCPU];
+const STOPPING: [Signal; 5] =
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGXCPU, Signal::SIGPWR];
 
 /// Which mean nothing to a server.
-const MEANINGLESS: [Signal; 2] = [Signal::SIGUSR1, Signal::SIGUSR2];
+const MEANINGLESS: [Signal; 7] = [
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+    Signal::SIGVTALRM,
+    Signal::SIGPROF,
+    Signal::SIGIO,
+    Signal::SIGSTKFLT,
+];
 
 /// Lets writes beyond the limit on the size of files fail, in place of ending the process: their
 /// errors are told, and what was half written is removed. For every command, at its start; must be

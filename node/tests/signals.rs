@@ -87,12 +87,22 @@ fn the_first_signal_asks_and_the_second_ends() {
         (Signal::SIGTERM, Signal::SIGINT, 130),
         (Signal::SIGHUP, Signal::SIGTERM, 143),
         (Signal::SIGXCPU, Signal::SIGHUP, 129),
+        (Signal::SIGPWR, Signal::SIGPWR, 158),
     ] {
         let mut process = Process::start(&[]);
         // Of no meaning, and no end.
-        process.send(Signal::SIGUSR1);
-        process.send(Signal::SIGUSR2);
-        process.send(Signal::SIGXFSZ);
+        for signal in [
+            Signal::SIGUSR1,
+            Signal::SIGUSR2,
+            Signal::SIGALRM,
+            Signal::SIGVTALRM,
+            Signal::SIGPROF,
+            Signal::SIGIO,
+            Signal::SIGSTKFLT,
+            Signal::SIGXFSZ,
+        ] {
+            process.send(signal);
+        }
         process.send(first);
         process.wait_for(ASKED);
         assert!(process.child.try_wait().unwrap().is_none(), "{first} only asks");

@@ -63,8 +63,8 @@ struct State {
     pace: Pace,
     /// Numbers requests.
     calls: u64,
-    /// When it was accepted, or when it last began or ceased to have open requests. One more request
-    /// does not make it younger.
+    /// When it was accepted, or when it last began or ceased to have open requests, or such as have arrived.
+    /// One more request does not make it younger.
     since: Instant,
     /// When the client last took bytes: the rest of an answer whose request has ended may be on its way.
     written: Option<Instant>,
@@ -370,7 +370,9 @@ impl Call {
         state.pace.taken(part.unwrap_or(0), now);
         state.pace_changed(now);
         let is_idle = state.open == 0;
-        if is_idle {
+        // Else those that are still to come have had their time while others were answered, and the end of
+        // that answer would be cut off.
+        if is_idle || (arrived && state.arrived == 0) {
             state.since = now;
         }
         drop(state);

@@ -276,7 +276,7 @@ async fn a_request_begins_with_its_first_byte() {
     // The first of its connection, and a later one.
     for _ in 0..2 {
         stream.write_all(b"GE").await.unwrap();
-        sleep(Duration::from_millis(30)).await;
+        sleep(Duration::from_millis(300)).await;
         stream.write_all(b"T /since HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         let mut heard = Vec::new();
         while !heard.windows(4).any(|end| end == b"\r\n\r\n") || heard.ends_with(b"\n") {
@@ -284,7 +284,7 @@ async fn a_request_begins_with_its_first_byte() {
         }
         let text = String::from_utf8(heard).unwrap();
         let waited: u64 = text[text.len() - 5..].parse().unwrap();
-        assert!((20..20_000).contains(&waited), "{text}");
+        assert!((100..20_000).contains(&waited), "{text}");
         // What is between two requests counts for none.
         sleep(Duration::from_millis(1)).await;
     }
@@ -318,11 +318,21 @@ async fn a_newcomer_hears_at_once_that_every_other_is_busy() {
 
 #[tokio::test]
 async fn a_client_that_stops_reading_is_cut() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let opened = recorder.handle();
+    let _here = metrics::set_default_local_recorder(&recorder);
     let mut options = patient(4);
     options.timeouts.write = Duration::from_millis(20);
     let server = Running::start(options).await;
     let mut stream = server.send(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n").await;
-    sleep(Duration::from_millis(200)).await;
+    assert!(stream.read(&mut [0; 1024]).await.unwrap() > 0, "it is being answered");
+    // Not for a time: on a busy machine it would read again before the server looks.
+    let cut = async {
+        while !opened.render().contains("tercet_connections_open{server=\"test\"} 0") {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, cut).await.expect("it is cut");
     // What was in the buffers comes, then the end; not the whole answer.
     let mut heard = Vec::new();
     let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut heard)).await.unwrap();

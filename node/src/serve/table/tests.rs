@@ -351,3 +351,20 @@ async fn of_a_flood_of_silent_newcomers_the_oldest_goes_before_its_time() {
     assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
     assert!(places[1..].iter().all(|place| place.activity.cut().is_none()), "a flood no more");
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_an_answer_is_sent_whatever_else_is_still_to_come() {
+    let table = Table::new("test", 1, 5 * MOMENT);
+    let place = enter(&table);
+    let answered = Call::begin(&place.activity);
+    answered.arrived();
+    let _half = Call::begin(&place.activity);
+    tokio::time::advance(Duration::from_secs(100)).await;
+    assert!(matches!(table.admit(Instant::now()), Admission::Full));
+    answered.end_with(1000);
+    let Admission::Wait(until) = table.admit(Instant::now()) else { panic!("it is arriving") };
+    assert_eq!((until - Instant::now(), place.activity.cut()), (5 * MOMENT, None));
+    tokio::time::advance(5 * MOMENT).await;
+    assert!(matches!(table.admit(Instant::now()), Admission::Wait(_)));
+    assert_eq!(place.activity.cut(), Some(Cut::Room), "the half request has its time and no more");
+}
