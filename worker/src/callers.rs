@@ -2,6 +2,7 @@
 //! are refused.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -93,8 +94,11 @@ impl Refusals {
         Self { worker: worker.to_owned(), said: Mutex::default() }
     }
 
-    /// A call of `method` is refused with `error`.
+    /// A call of `method` ends with `error`, which mostly is a refusal.
     pub(crate) fn note(&self, method: &'static str, error: &ServiceError) {
+        if !error.is_refusal() {
+            return;
+        }
         let cause = error.cause();
         telemetry::call_refused(&self.worker, method, cause);
         let reason = node::Chain(error);
@@ -102,6 +106,11 @@ impl Refusals {
             tracing::info!(method, cause, %reason, "a call is refused");
             return;
         }
+        self.tell(method, cause, &reason);
+    }
+
+    /// Says now and then that what a stranger sends is refused.
+    pub(crate) fn tell(&self, method: &'static str, cause: &'static str, reason: &dyn Display) {
         let now = Instant::now();
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, others) = *said;
@@ -118,6 +127,24 @@ impl Refusals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::UnreadableMessage;
+
+    #[test]
+    fn what_is_refused_is_counted_and_what_broke_is_not() {
+        node::metrics::install().unwrap();
+        let refusals = Refusals::new("noted");
+        let ended = |status: tonic::Status| {
+            refusals.note("Steps", &UnreadableMessage::from(status).into());
+            let text = node::metrics::render();
+            let of_this = |line: &&str| {
+                line.starts_with("tercet_calls_refused_total{") && line.contains("\"noted\"")
+            };
+            text.lines().filter(of_this).map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert!(ended(tonic::Status::cancelled("the sender reset it")).is_empty());
+        let counted = ended(tonic::Status::aborted("it made room"));
+        assert!(counted.len() == 1 && counted[0].contains("cause=\"crowded\""), "{counted:?}");
+    }
 
     #[test]
     fn one_address_takes_not_every_place() {

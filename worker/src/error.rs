@@ -100,6 +100,10 @@ pub(crate) enum UnreadableCause {
     Oversize,
     /// Not of the schema, or compressed in a way that is not known.
     Undecodable,
+    /// It took too long.
+    Late,
+    /// It, or a call that sent none yet, made room for others.
+    Crowded,
     /// The stream was reset, or its connection broke.
     Broken,
 }
@@ -110,6 +114,8 @@ impl UnreadableCause {
         match self {
             Self::Oversize => "oversize",
             Self::Undecodable => "undecodable",
+            Self::Late => "late",
+            Self::Crowded => "crowded",
             Self::Broken => "broken",
         }
     }
@@ -120,7 +126,10 @@ impl From<Status> for UnreadableMessage {
     fn from(source: Status) -> Self {
         let is_of_the_connection = std::error::Error::source(&source).is_some();
         let cause = match source.code() {
-            Code::OutOfRange | Code::ResourceExhausted => UnreadableCause::Oversize,
+            Code::OutOfRange => UnreadableCause::Oversize,
+            Code::InvalidArgument => UnreadableCause::Undecodable,
+            Code::DeadlineExceeded => UnreadableCause::Late,
+            Code::Aborted | Code::ResourceExhausted => UnreadableCause::Crowded,
             Code::Internal | Code::Unimplemented if !is_of_the_connection => {
                 UnreadableCause::Undecodable
             }
@@ -191,7 +200,11 @@ impl ServiceError {
             Self::Witness(WitnessError::Registry { .. } | WitnessError::TimedOut { .. }) => {
                 "registry"
             }
-            Self::Witness(WitnessError::Crowded { .. }) | Self::Crowded { .. } => "crowded",
+            Self::Witness(WitnessError::Crowded { .. })
+            | Self::Crowded { .. }
+            | Self::Unreadable(UnreadableMessage { cause: UnreadableCause::Crowded, .. }) => {
+                "crowded"
+            }
             Self::NotThisWorker { .. } | Self::UnknownModel { .. } | Self::NoResults { .. } => {
                 "misdirected"
             }
@@ -209,6 +222,12 @@ impl ServiceError {
                 "failed"
             }
         }
+    }
+
+    /// Whether this worker refused or ended anything: a stream that broke was ended by its sender, or by the
+    /// network.
+    pub(crate) fn is_refusal(&self) -> bool {
+        !matches!(self, Self::Unreadable(UnreadableMessage { cause: UnreadableCause::Broken, .. }))
     }
 
     /// Whether anybody can have it said as often as he likes.
@@ -264,6 +283,8 @@ impl From<ServiceError> for Status {
             ServiceError::Unreadable(UnreadableMessage { cause, .. }) => match cause {
                 UnreadableCause::Oversize => Code::ResourceExhausted,
                 UnreadableCause::Undecodable => Code::InvalidArgument,
+                UnreadableCause::Late => Code::DeadlineExceeded,
+                UnreadableCause::Crowded => Code::Unavailable,
                 UnreadableCause::Broken => Code::Cancelled,
             },
             ServiceError::Closing => Code::Unavailable,
@@ -273,5 +294,31 @@ impl From<ServiceError> for Status {
             | ServiceError::EngineStopped => Code::Internal,
         };
         Self::new(code, Chain(&error).to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ended_a_stream_of_steps_is_told_apart() {
+        // As `node::serve` and the library say it, and a reset, which has a source.
+        let reset = || Status::from_error(io::Error::from(io::ErrorKind::ConnectionReset).into());
+        for (status, cause, counted, code) in [
+            (Status::aborted("room"), "crowded", "crowded", Code::Unavailable),
+            (Status::resource_exhausted("room"), "crowded", "crowded", Code::Unavailable),
+            (Status::deadline_exceeded("slow"), "late", "malformed", Code::DeadlineExceeded),
+            (Status::out_of_range("long"), "oversize", "malformed", Code::ResourceExhausted),
+            (Status::invalid_argument("cut"), "undecodable", "malformed", Code::InvalidArgument),
+            (Status::internal("none"), "undecodable", "malformed", Code::InvalidArgument),
+            (reset(), "broken", "malformed", Code::Cancelled),
+        ] {
+            let error = UnreadableMessage::from(status);
+            assert_eq!(error.cause.name(), cause);
+            let error = ServiceError::from(error);
+            assert_eq!(error.cause(), counted, "{error:?}");
+            assert_eq!(Status::from(error).code(), code);
+        }
     }
 }

@@ -26,13 +26,17 @@ use tonic_health::server::HealthReporter;
 
 use crate::bridge::IN_FLIGHT_MAX;
 use crate::callers::{Caller, Refusals};
-use crate::error::{RunError, ServiceError, UnreadableMessage};
+use crate::error::{RunError, ServiceError, UnreadableCause, UnreadableMessage};
 use crate::service::{Acquaintance, Service};
 use crate::stage::ResultReader;
 use crate::telemetry;
 
 /// Replies that may wait on one stream of steps; as many as steps may be in flight, twice.
 const REPLIES_MAX: usize = 2 * IN_FLIGHT_MAX as usize;
+
+/// Steps of one stream of a stranger that are answered FENCED before it ends: as many as a coordinator has in
+/// flight when another is elected, twice.
+const STRANGERS_FENCED: usize = REPLIES_MAX;
 
 /// Connections: a coordinator has a handful, the stage before and people one each.
 const CONNECTIONS: usize = 256;
@@ -201,6 +205,7 @@ impl Stage for StageService {
                 replies,
                 queue,
                 has_refused: false,
+                fences_left: STRANGERS_FENCED,
                 ended: false,
             };
             // Another's may be for a stage that is prepared in a moment.
@@ -285,6 +290,8 @@ struct Edge {
     queue: mpsc::Receiver<StepReply>,
     /// A refused step of one that is not known was logged.
     has_refused: bool,
+    /// So many more steps of a stranger are answered.
+    fences_left: usize,
     /// After an error nothing follows.
     ended: bool,
 }
@@ -316,6 +323,9 @@ impl Edge {
                 Err(status) => {
                     let error = UnreadableMessage::from(status);
                     telemetry::unreadable(&self.service.identity().id, error.cause);
+                    if error.cause == UnreadableCause::Broken && self.place.is_some() {
+                        tracing::info!(reason = %node::Chain(&error), "a stream of steps broke");
+                    }
                     error.into()
                 }
             };
@@ -351,10 +361,29 @@ impl Edge {
         encode_reply(&StepReply { at, step, stage, verdict, detail })
     }
 
-    /// One step: its sender's key, then the checks in the order that [`crate::session`] gives.
+    /// Answers a step of a stranger. It may be a coordinator that was deposed: each has a key of its own, and
+    /// one that hears FENCED lets go of its pipeline in place of trying again. Nobody learns more.
+    fn turn_away(&mut self, message: &pb::StepMessage) -> Result<pb::StepReply, ServiceError> {
+        let header = decode_step_header(message).map_err(|_| ServiceError::Key)?;
+        if self.fences_left == 0 || !self.service.outdates(&header) {
+            return Err(ServiceError::Key);
+        }
+        self.fences_left -= 1;
+        let verdict = StepVerdict::Fenced;
+        telemetry::refused(&self.service.identity().id, verdict);
+        if !std::mem::replace(&mut self.has_refused, true) {
+            self.refusals.tell("Steps", "fenced", &"its epoch or its term is over");
+        }
+        let at = PipelineRef { id: header.pipeline, epoch: header.epoch };
+        let detail = "its epoch or its term is over".into();
+        Ok(encode_reply(&StepReply { at, step: header.step, stage: 0, verdict, detail }))
+    }
+
+    /// One step: whether its sender's key is any that is known here, then the checks in the order that
+    /// [`crate::session`] gives.
     fn take(&mut self, message: pb::StepMessage) -> Result<Option<pb::StepReply>, ServiceError> {
         if self.service.acquaintance(self.key) == Acquaintance::Stranger {
-            return Err(ServiceError::Key);
+            return self.turn_away(&message).map(Some);
         }
         let acknowledge = message.acknowledge;
         let pipeline = PipelineId(message.pipeline);

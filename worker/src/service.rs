@@ -694,6 +694,11 @@ impl Service {
         Ok(running.expect("every epoch that is held runs").stage.clone())
     }
 
+    /// Whether a step is of an epoch or of a coordinator that is over.
+    pub(crate) fn outdates(&self, header: &StepHeader) -> bool {
+        self.held().epochs.outdates(header)
+    }
+
     /// Makes the caller the reader of a last stage's results.
     ///
     /// # Errors

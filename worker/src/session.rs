@@ -3,8 +3,9 @@
 //! The checks, in their order, and where each is made:
 //!
 //! ```text
-//! step ─▶ epoch, term, incarnation   epochs.rs   FENCED, NOT_PREPARED   the whole step
-//!      ─▶ who sends it               stage.rs    the stream ends        the whole step
+//! step ─▶ a key that is none's       grpc.rs     FENCED or the end      the whole step
+//!      ─▶ epoch, incarnation, term   epochs.rs   FENCED, NOT_PREPARED   the whole step
+//!      ─▶ the key of its stage       stage.rs    the stream ends        the whole step
 //!      ─▶ CRC32C                     grpc.rs     CORRUPT                the whole step
 //!      ─▶ contents, sizes            grpc.rs     INVALID                the whole step
 //!      ─▶ number, acknowledgement    ledger.rs   INVALID or CORRUPT     the whole step
@@ -15,6 +16,9 @@
 //!      ─▶ generation                 table.rs    STALE                  one row
 //!      ─▶ chain of blocks            blocks.rs   NEED_STATE             one row
 //! ```
+//!
+//! Who shows no key of a stage that is held hears FENCED if his epoch or term is over, as a coordinator that
+//! was deposed must; else his stream ends.
 //!
 //! A refused row travels on as its status; the others are computed. What a row wrote is recorded
 //! only after the engine computed it, in place of what its slots held before, and a row that
@@ -64,7 +68,9 @@ impl Sessions {
         Self {
             limits,
             blocks: Blocks::new(limits.kv_blocks),
-            // A live sequence holds at least one block, so those of all live ones have room.
+            // A bound on memory and no more: beyond as many sequences as there are blocks the one that was
+            // silent longest is forgotten, as one that was preempted may be. The chain of its blocks is
+            // judged all the same.
             generations: Table::new(limits.kv_blocks.max(1) as usize),
         }
     }

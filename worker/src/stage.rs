@@ -110,7 +110,8 @@ impl Stage {
         let (outcomes, finished) = mpsc::channel(in_flight);
         let stage = Arc::new(Self {
             metrics: StageMetrics::new(&prepare),
-            // A live sequence holds at least one block; those that just ended may linger.
+            // Those that compute hold a block; those that just ended or were preempted may linger, and are
+            // the first to be forgotten: nothing of theirs is due.
             draws: Mutex::new(Draws::new(2 * prepare.kv_blocks.max(1) as usize)),
             prepare,
             key: Mutex::new(with_digest(key)),

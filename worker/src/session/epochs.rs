@@ -345,6 +345,11 @@ impl Epochs {
         })
     }
 
+    /// Whether a step is of an epoch or of a coordinator that is over, whatever else can be said of it.
+    pub(crate) fn outdates(&self, header: &StepHeader) -> bool {
+        header.epoch <= self.over || header.term < self.term
+    }
+
     /// Judges who may read results.
     pub(crate) fn judge_reader(
         &self,

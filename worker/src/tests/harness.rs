@@ -62,7 +62,7 @@ impl Registry {
     }
 
     /// Says what the registry says from now on.
-    fn set(&self, change: impl FnOnce(&mut Reading)) {
+    pub(super) fn set(&self, change: impl FnOnce(&mut Reading)) {
         change(&mut self.0.lock().unwrap());
     }
 
@@ -339,6 +339,12 @@ impl Steps {
 
     pub(super) async fn reply(&mut self) -> StepReply {
         decode_reply(soon(self.replies.message()).await.unwrap().unwrap()).unwrap()
+    }
+
+    /// The next reply, or why there is none.
+    pub(super) async fn next(&mut self) -> Result<StepReply, tonic::Status> {
+        let reply = soon(self.replies.message()).await?;
+        Ok(decode_reply(reply.expect("it ends with a status")).unwrap())
     }
 
     /// Why the stream ended.

@@ -1,6 +1,8 @@
 //! What a stranger tries who reaches a worker's port and knows all that `Describe` and a plan say,
 //! but not the coordinator's key: nothing of it changes what the coordinator's own calls do.
 
+use std::time::Duration;
+
 use proto::convert::{encode_prepare, encode_step};
 use proto::ids::{Epoch, Incarnation, PrefixHash, StepId, Term};
 use proto::key::CoordinatorKey;
@@ -13,6 +15,8 @@ use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 
 use super::harness::{KEY, Steps, Worker, connect, prepare, row, soon, step};
+use crate::bridge::IN_FLIGHT_MAX;
+use crate::witness::Leader;
 
 const GUESS: CoordinatorKey = CoordinatorKey::new([7; 16]);
 
@@ -149,6 +153,56 @@ async fn a_stranger_sends_no_steps() {
     serves(&mut worker, &prepare, 2).await;
 }
 
+/// Another coordinator leads from term 2 on, with the key [`GUESS`], and asks again for what is held.
+async fn taken_over(worker: &mut Worker, prepare: &Prepare) {
+    let term = Term(2);
+    let leader = Leader { term, key_digest: Some(GUESS.digest()) };
+    worker.registry.set(|reading| reading.leader = Some(leader));
+    let again = encode_prepare(&Prepare { term, ..prepare.clone() });
+    soon(worker.client.prepare(GUESS.attach(again))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_coordinator_whose_stage_another_took_over_is_fenced() {
+    let (mut worker, prepare) = serving().await;
+    let mut open = worker.steps().await;
+    open.give(&step(&prepare, 2, vec![row(0, 1, 1, Output::None)])).await;
+    taken_over(&mut worker, &prepare).await;
+    // On the stream that it has, and on another; whatever it has in flight.
+    let mut anew = worker.steps().await;
+    for steps in [&mut open, &mut anew] {
+        for number in 3..=6 {
+            let reply = steps.ask(&step(&prepare, number, vec![])).await;
+            assert_eq!((reply.verdict, reply.step.0), (StepVerdict::Fenced, number), "{reply:?}");
+            assert_eq!(reply.at.epoch, prepare.epoch, "what it knows already");
+        }
+    }
+    // What it says of the new term is no coordinator's word, and nobody is told for ever.
+    let mut claims = step(&prepare, 3, vec![]);
+    claims.header.term = Term(2);
+    open.send(&claims).await;
+    assert_eq!(open.end().await.code(), Code::PermissionDenied);
+    let mut told = 4;
+    let refused = loop {
+        anew.send(&step(&prepare, 3, vec![])).await;
+        match soon(anew.next()).await {
+            Ok(_) => told += 1,
+            Err(status) => break status,
+        }
+    };
+    assert_eq!((refused.code(), told), (Code::PermissionDenied, 2 * IN_FLIGHT_MAX));
+    // Its reader and its calls hear the same in their words.
+    let code = |outcome: Result<_, Status>| outcome.err().map(|status: Status| status.code());
+    let failed = Some(Code::FailedPrecondition);
+    assert_eq!(code(worker.try_results(&prepare, 2).await.map(drop)), failed);
+    let old = KEY.attach(retire(&prepare, 5, 1));
+    assert_eq!(code(soon(worker.client.retire(old)).await.map(drop)), failed);
+    // The new one is served.
+    let mut steps = Steps::open_as(&mut worker.client, |steps| GUESS.attach(steps)).await;
+    claims.rows = vec![row(0, 2, 1, Output::None)];
+    steps.give(&claims).await;
+}
+
 /// A last stage, fed as its neighbour feeds it.
 async fn last_of_two() -> (Worker, Prepare) {
     let mut worker = Worker::start("b").await;
@@ -241,6 +295,28 @@ fn refused(worker: &str, method: &str, cause: &str) -> u64 {
             && labels.iter().all(|label| line.contains(label))
     });
     line.map_or(0, |line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+}
+
+#[tokio::test]
+async fn quiet_calls_that_made_room_are_counted() {
+    node::metrics::install().unwrap();
+    let worker = Worker::start("crowd").await;
+    // More than there is room for, on few connections: nobody is cut with his connection.
+    let mut open = Vec::new();
+    for _ in 0..5 {
+        let mut client = connect(&worker.address).await;
+        for _ in 0..60 {
+            let call = client.steps(tokio_stream::pending::<pb::StepMessage>());
+            open.push(soon(call).await.unwrap());
+        }
+    }
+    let counted = async {
+        while refused("crowd", "Steps", "crowded") < 300 - 256 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon(counted).await;
+    assert_eq!(refused("crowd", "Steps", "malformed"), 0);
 }
 
 #[tokio::test]
