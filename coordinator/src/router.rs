@@ -42,9 +42,13 @@ const LOOK_AHEAD: usize = 64;
 /// all answers of a conversation end before.
 const ANSWER_TOKENS: u32 = 1024;
 
-/// So many more may run on the pipeline that computed the beginning of a prompt than on the freest one:
-/// then that computes it, too. A beginning costs as much as some answers' tokens, once. Nor is it filled
-/// by half of its KV more.
+/// One more may run on the pipeline that computed the beginning of a prompt than on the freest one for
+/// each so many blocks that it has ...
+const HOME_BLOCKS: usize = 4;
+
+/// ... and so many more at most: then the other computes it, too. What is computed once costs as much as
+/// some answers' tokens; a beginning that all chats have draws nobody. Nor is it filled by half of its KV
+/// more.
 const HOME_LEAD: usize = 8;
 
 /// The queue, and what is counted on every pipeline.
@@ -277,15 +281,18 @@ impl Router {
         freest: PipelineId,
         kept_free: &[PipelineId],
     ) -> PipelineId {
-        let home = self.shares_prefixes().then(|| self.homes.find(sequence)).flatten();
-        let home = home.filter(|&home| {
-            let most_running = self.accounts.running_count(freest) + HOME_LEAD;
+        // Whose prompt is scored computes all of it.
+        let shares = self.shares_prefixes() && !sequence.scores();
+        let home = shares.then(|| self.homes.find(sequence)).flatten();
+        let home = home.filter(|&(home, blocks)| {
+            let lead = (blocks / HOME_BLOCKS).min(HOME_LEAD);
+            let most_running = self.accounts.running_count(freest) + lead;
             home == freest
                 || self.accounts.has_room(home, sequence, kept_free)
                     && self.accounts.running_count(home) < most_running
                     && !self.accounts.is_much_fuller(home, freest)
         });
-        home.unwrap_or(freest)
+        home.map_or(freest, |(home, _)| home)
     }
 
     /// Whether it matters where prompts were computed.
@@ -387,12 +394,14 @@ impl Router {
     /// A pipeline serves from now on, or goes on with other KV. What is counted on it stays so.
     pub fn set_pipeline(&mut self, pipeline: PipelineId, kv_blocks: u32, class: NumericsClass) {
         self.accounts.set(pipeline, kv_blocks, class);
+        self.homes.begins(pipeline);
         self.sort();
     }
 
     /// A pipeline is gone. Those who ran on it have been given back, or are forgotten here.
     pub fn remove_pipeline(&mut self, pipeline: PipelineId) {
         self.accounts.remove(pipeline);
+        self.homes.ends(pipeline);
         self.running.retain(|_, on| *on != pipeline);
         self.sort();
     }

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use proto::BLOCK_TOKENS;
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{Epoch, Generation, PipelineId, SequenceId, StepId, Term};
 use proto::step::{RowResult, RowStatus, RowValue, Sampled, StepResult};
@@ -300,8 +301,14 @@ impl PipelineScheduler {
             return false;
         }
         sequence.replays += 1;
-        // Whoever else goes on from them finds the same by himself.
-        self.active.blocks.forget(&sequence.blocks);
+        sequence.knew_nothing();
+        // Where its first own row finds nothing to go on from, what it shares is lost; else what it has
+        // computed itself, mostly because an earlier row is late. Whoever else goes on from blocks that
+        // are lost finds the same by himself.
+        let shared = sequence.shared / BLOCK_TOKENS as usize;
+        let (shared, own) = sequence.blocks.split_at(shared.min(sequence.blocks.len()));
+        let is_first = sent.position as usize == sequence.shared;
+        self.active.blocks.forget(if is_first { shared } else { own });
         self.begin_again(sent.sequence, now);
         true
     }

@@ -355,6 +355,7 @@ impl Lane {
         (self.flowing, self.told_flowing) = (false, None);
         self.path.switch(served.shape, served.stages);
         self.probe();
+        self.report();
     }
 
     fn leave(&mut self, returned: impl IntoIterator<Item = Box<Sequence>>) {

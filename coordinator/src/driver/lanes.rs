@@ -134,7 +134,12 @@ impl Lanes {
 
     /// How those who run on each pipeline have grown.
     pub(super) fn growth(&self) -> impl Iterator<Item = (PipelineId, Growth)> {
-        self.lanes.iter().map(|(&id, lane)| (id, lane.report.borrow().stats.growth))
+        self.lanes.iter().map(|(&id, lane)| {
+            let report = lane.report.borrow();
+            // Of the epoch before it says nothing of this one, whose KV is empty.
+            let growth = if report.at == lane.at { report.stats.growth } else { Growth::default() };
+            (id, growth)
+        })
     }
 
     /// A pipeline goes as planned: its sequences come back. Whether it was there.

@@ -19,6 +19,8 @@ pub(super) struct Homes {
     by_age: BTreeMap<u64, BlockKey>,
     /// Counts what was noted.
     clock: u64,
+    /// How far that was when a pipeline began with empty KV: what was noted of it before is void.
+    begun: BTreeMap<PipelineId, u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -45,10 +47,23 @@ impl Homes {
         }
     }
 
-    /// The pipeline that was last sent the longest beginning of a sequence.
-    pub(super) fn find(&self, sequence: &Sequence) -> Option<PipelineId> {
+    /// The pipeline that was last sent the longest beginning of a sequence, and how many blocks that is.
+    pub(super) fn find(&self, sequence: &Sequence) -> Option<(PipelineId, usize)> {
         let known = sequence.beginnings().map_while(|key| self.homes.get(&key));
-        known.last().map(|home| home.pipeline)
+        let (index, home) = known.enumerate().last()?;
+        let begun = self.begun.get(&home.pipeline).copied().unwrap_or(0);
+        // Each beginning is twice the one before.
+        (home.noted > begun).then_some((home.pipeline, 1 << index))
+    }
+
+    /// A pipeline begins, or begins anew.
+    pub(super) fn begins(&mut self, pipeline: PipelineId) {
+        self.begun.insert(pipeline, self.clock);
+    }
+
+    /// A pipeline is gone.
+    pub(super) fn ends(&mut self, pipeline: PipelineId) {
+        self.begun.remove(&pipeline);
     }
 }
 
@@ -66,8 +81,14 @@ mod tests {
         let mut homes = Homes::default();
         homes.note(&sequence(0..200), PipelineId(1));
         homes.note(&sequence((0..70).chain(500..600)), PipelineId(2));
-        assert_eq!(homes.find(&sequence(0..300)), Some(PipelineId(1)), "four blocks are his");
-        assert_eq!(homes.find(&sequence(0..80)), Some(PipelineId(2)), "the last that began so");
+        assert_eq!(homes.find(&sequence(0..300)), Some((PipelineId(1), 4)), "four blocks are his");
+        assert_eq!(
+            homes.find(&sequence(0..80)),
+            Some((PipelineId(2), 2)),
+            "the last that began so"
+        );
+        homes.begins(PipelineId(2));
+        assert_eq!(homes.find(&sequence(0..80)), None, "its KV is empty");
         assert_eq!(homes.find(&sequence(1..80)), None);
         assert_eq!(homes.find(&sequence(0..31)), None, "it fills no block");
         for number in 0..MOST as u32 {

@@ -338,7 +338,7 @@ fn those_of_a_held_pipeline_hide_nobody() {
 fn a_prompt_goes_where_its_beginning_was_computed_unless_many_run_there() {
     let mut router = router(Limits::default(), &[1000, 1000]);
     let ask = |router: &mut Router, first: u32, salt: u8| {
-        let prompt = std::iter::once(first).chain(1..100).collect();
+        let prompt = std::iter::once(first).chain(1..1100).collect();
         let request = Request { prompt, salt: PrefixHash([salt; 16]), ..request(0, 1) };
         let sequence = Box::new(Sequence::new(request).unwrap());
         router.submit(sequence, Wish::default(), Tick::ZERO).unwrap();
@@ -351,8 +351,8 @@ fn a_prompt_goes_where_its_beginning_was_computed_unless_many_run_there() {
     let homes: Vec<_> = (0..20).map(|_| ask(&mut router, 7, 0)).collect();
     assert_eq!(homes[..8], [1; 8]);
     assert!(homes[8..].contains(&2), "the other computes it, too: {homes:?}");
-    // Four blocks each: one pipeline is not filled while the other is empty.
-    let mut router = super::tests::router(Limits::default(), &[16, 16]);
+    // 35 blocks each: one pipeline is not filled while the other is empty.
+    let mut router = super::tests::router(Limits::default(), &[140, 140]);
     let homes: Vec<_> = (0..4).map(|_| ask(&mut router, 7, 0)).collect();
     assert_eq!(homes, [1, 1, 1, 2]);
     let off = Limits { prefix_cache: false, ..Limits::default() };

@@ -47,7 +47,7 @@ impl PipelineScheduler {
                 self.await_prefix(id, key);
                 continue;
             }
-            let begin = sequence.blocks_to_begin();
+            let (begin, priority) = (sequence.blocks_to_begin(), sequence.priority());
             let needed = begin - blocks.len() as u32;
             let kept = self.kept_for_growth(sequence.may_outgrow(begin));
             let pool = &mut self.active.blocks;
@@ -67,7 +67,10 @@ impl PipelineScheduler {
             }
             self.begin_demand -= u64::from(begin);
             self.arriving.pop_front();
-            self.enqueue(Stand::Prefilling, id);
+            // Whoever waited for another's blocks, or begins again, is not behind those who came since.
+            let ticket = self.prefilling.insert_by_arrival(priority, id);
+            self.sequences.get_mut(&id).expect("it was let in").place =
+                Some((Stand::Prefilling, ticket));
             self.compute_prefix(id, shared);
         }
     }

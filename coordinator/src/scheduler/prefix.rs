@@ -81,7 +81,7 @@ impl PipelineScheduler {
         if !self.limits.prefix_cache {
             return;
         }
-        sequence.computes = sequence.log.tokens().len() / TOKENS;
+        sequence.computes = sequence.feed_end() / TOKENS;
         for block in shared..sequence.computes {
             self.prefixes.computing.entry(sequence.key(block)).or_insert(id);
         }

@@ -11,8 +11,9 @@ use super::types::Priority;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ticket(u64);
 
-/// Tickets begin here, so that there are as many before the first as behind it.
-const MIDDLE: u64 = 1 << 63;
+/// The first ticket of those who queue up, behind that of who goes before everyone. Names, which are
+/// tickets too, begin with it.
+const FIRST: u64 = 1;
 
 /// Sequences in an order.
 #[derive(Debug, Default)]
@@ -24,7 +25,7 @@ impl Queue {
     /// Behind everyone.
     pub(super) fn push_back(&mut self, id: SequenceId) -> Ticket {
         let last = self.entries.last_key_value();
-        let ticket = last.map_or(MIDDLE, |(last, _)| last + 1);
+        let ticket = last.map_or(FIRST, |(last, _)| last + 1);
         self.entries.insert(ticket, id);
         Ticket(ticket)
     }
@@ -38,10 +39,9 @@ impl Queue {
         Ticket(ticket)
     }
 
-    /// Before everyone.
+    /// Before everyone, now and later; there may be one.
     pub(super) fn push_front(&mut self, id: SequenceId) -> Ticket {
-        let first = self.entries.first_key_value();
-        let ticket = first.map_or(MIDDLE, |(first, _)| first - 1);
+        let ticket = 0;
         self.entries.insert(ticket, id);
         Ticket(ticket)
     }
@@ -85,6 +85,19 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_arrives_stands_by_priority_and_name_behind_who_goes_before_everyone() {
+        let mut queue = Queue::default();
+        let before = queue.push_front(SequenceId(1 << 63 | 7));
+        queue.insert_by_arrival(Priority::Batch, SequenceId(2));
+        queue.insert_by_arrival(Priority::Interactive, SequenceId(9));
+        queue.insert_by_arrival(Priority::Interactive, SequenceId(1));
+        let ids: Vec<_> = queue.iter().map(|(_, id)| id.0).collect();
+        assert_eq!(ids, [1 << 63 | 7, 1, 9, 2]);
+        queue.remove(before);
+        assert_eq!(queue.pop_front(), Some(SequenceId(1)));
+    }
 
     #[test]
     fn whoever_leaves_the_others_keep_their_order() {

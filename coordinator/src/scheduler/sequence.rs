@@ -296,8 +296,15 @@ impl Sequence {
     }
 
     /// Whether its prompt is still to be scored.
-    pub(super) fn scores(&self) -> bool {
+    pub(crate) fn scores(&self) -> bool {
         self.scoring != Scoring::Done
+    }
+
+    /// What was known of it is computed after all.
+    pub(super) fn knew_nothing(&mut self) {
+        if self.first_token.is_none() {
+            self.cached_tokens = 0;
+        }
     }
 
     /// Whether it has ever run: it was taken on by a pipeline.
@@ -355,7 +362,7 @@ impl Sequence {
     }
 
     /// Where the tokens end that are to be sent: an answer of no tokens needs only the scores.
-    fn feed_end(&self) -> usize {
+    pub(super) fn feed_end(&self) -> usize {
         match self.request.max_tokens {
             0 => self.log.prompt().len() - 1,
             _ => self.log.tokens().len(),
