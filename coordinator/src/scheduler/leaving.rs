@@ -76,7 +76,7 @@ impl PipelineScheduler {
 
     /// The pipeline is lost: everyone goes back to the router, but for those that had run and to whom
     /// this has now happened [`MAX_DEATHS`] times without a token in between, or
-    /// [`MAX_DEATHS_IN_ALL`] times.
+    /// 64 times.
     pub fn lose(&mut self, reason: &str, now: Tick) -> Lost {
         for sequence in self.sequences.values_mut() {
             sequence.pipeline_died();
