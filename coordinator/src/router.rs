@@ -320,9 +320,9 @@ impl Router {
         self.waiting.withdraw(sequence)
     }
 
-    /// Fails what waited for too long, but for those that have run before: whatever their pipeline is
-    /// lost or drained for, they wait until their own deadline. `at_most` so many: call it several times a second, and again
-    /// if it gives so many.
+    /// Fails what waited for too long, but for those that have run before: however they lost their
+    /// pipeline, they wait until their own deadline. `at_most` so many: call it several times a second,
+    /// and again if it gives so many.
     pub fn expire(&mut self, now: Tick, at_most: usize) -> Vec<Emission> {
         let mut emissions = Vec::new();
         for _ in 0..at_most {

@@ -12,7 +12,7 @@ use super::{Report, Spread};
 use crate::random::Random;
 
 /// BitNet b1.58 2B4T with f16 KV.
-const MODEL: ModelCosts = ModelCosts {
+pub(crate) const MODEL: ModelCosts = ModelCosts {
     layers: 30,
     layer_bytes: 17_400_000,
     embedding_bytes: 656_700_000,

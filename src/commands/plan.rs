@@ -329,14 +329,7 @@ mod tests {
     fn example() -> Problem {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/nodes.toml");
         Problem {
-            model: planner::ModelCosts {
-                layers: 30,
-                layer_bytes: 17_400_000,
-                embedding_bytes: 656_700_000,
-                head_bytes: 656_700_000,
-                tied_head: true,
-                kv_block_layer_bytes: 81_920,
-            },
+            model: crate::bench::planning::MODEL,
             workers: nodes::read(&path).unwrap(),
             options: Options {
                 min_kv_blocks: 64,
