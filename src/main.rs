@@ -6,17 +6,15 @@ use std::time::Duration;
 use clap::Parser;
 use tercet::cli::Cli;
 
-/// Threads for network and timers; computing has its own.
-const NETWORK_THREADS: usize = 2;
-
 /// How long threads that block (a read from a terminal) may hold up the end: not at all worth
 /// waiting for.
 const BLOCKED_GRACE: Duration = Duration::from_millis(50);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // For network and timers; computing has its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(NETWORK_THREADS)
+        .worker_threads(node::threads::for_network())
         .thread_name("tercet-io")
         .enable_all()
         .build();

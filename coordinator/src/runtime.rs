@@ -5,10 +5,6 @@ use std::io;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// Two, so that one lane that takes results does not delay another one's steps. A thread that is not
-/// needed sleeps.
-const LANE_THREADS: usize = 2;
-
 /// A runtime for lanes; ends, with whatever runs in it, when it is dropped.
 pub(crate) struct LaneRuntime(Option<Runtime>);
 
@@ -20,7 +16,7 @@ impl LaneRuntime {
     /// What the operating system says.
     pub(crate) fn new() -> io::Result<Self> {
         let runtime = Builder::new_multi_thread()
-            .worker_threads(LANE_THREADS)
+            .worker_threads(node::threads::for_network())
             .thread_name("tercet-lane")
             .enable_all()
             .build()?;

@@ -15,6 +15,7 @@ pub mod signals;
 pub mod socket;
 mod supervisor;
 pub mod telemetry;
+pub mod threads;
 
 pub use chain::Chain;
 pub use supervisor::{Supervisor, SupervisorError, TaskError};

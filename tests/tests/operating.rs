@@ -31,6 +31,11 @@ fn stage(cluster: &Cluster, index: usize) -> String {
     placed(cluster).into_iter().next().unwrap()[index].clone()
 }
 
+/// A worker's place among the processes.
+fn number(id: &str) -> usize {
+    id.strip_prefix("worker-").unwrap().parse().unwrap()
+}
+
 fn until_standing_by(cluster: &Cluster, id: &str) {
     wait_for("the new process to stand by", SETTLE, || {
         (cluster.state_of(id)? == "standby").then_some(())
@@ -88,28 +93,27 @@ fn drain_slowness_and_roll_cost_nobody_an_answer() {
     };
 
     // A stage moves to the spare, the worker ends by itself; the next process is the spare, twice.
-    let mut quick_to_tell = String::new();
+    let drain = |cluster: &mut Cluster, id: &str| {
+        let index = number(id);
+        let mut old = cluster.take_worker(index);
+        let before = incarnations(cluster)[id].clone();
+        let report = json_of(&cluster.operate(&["drain", id]));
+        println!("drain: {report}");
+        assert_eq!((&report["worker"], &report["state"]), (&id.into(), &"gone".into()));
+        assert_eq!(report["incarnation"], before);
+        let status = old.wait(SETTLE);
+        assert!(status.success(), "{status}\n{}", old.log());
+        let more = [("TERCET_WORKER__DRIFT_TIME", DRIFT)];
+        let new = cluster.start_worker_with(id, cluster.store(), &more);
+        cluster.put_worker(index, new);
+        until_standing_by(cluster, id);
+        whole(cluster);
+    };
+    let quick_to_tell = stage(&cluster, 1);
     let found = streaming(&mut cluster, &expected, |cluster| {
-        for drained in [1, 0] {
-            let id = stage(cluster, drained);
-            let index: usize = id.strip_prefix("worker-").unwrap().parse().unwrap();
-            let mut old = cluster.take_worker(index);
-            let before = incarnations(cluster)[&id].clone();
-            let report = json_of(&cluster.operate(&["drain", &id]));
-            println!("drain: {report}");
-            assert_eq!((&report["worker"], &report["state"]), (&id.clone().into(), &"gone".into()));
-            assert_eq!(report["incarnation"], before);
-            let status = old.wait(SETTLE);
-            assert!(status.success(), "{status}\n{}", old.log());
-            let more = [("TERCET_WORKER__DRIFT_TIME", DRIFT)];
-            let new = cluster.start_worker_with(&id, cluster.store(), &more);
-            cluster.put_worker(index, new);
-            until_standing_by(cluster, &id);
-            whole(cluster);
-            if drained == 1 {
-                quick_to_tell = id;
-            }
-        }
+        drain(cluster, &quick_to_tell);
+        let first = stage(cluster, 0);
+        drain(cluster, &first);
         // Nothing is better than what serves, or it is changed: nobody notices either way.
         let planned = json_of(&cluster.operate(&["plan", "--apply"]));
         assert_eq!(planned["possible"], true);
@@ -118,12 +122,18 @@ fn drain_slowness_and_roll_cost_nobody_an_answer() {
     });
     assert_unharmed("two drains, and plan --apply", &found);
 
-    // The first of them has a stage again since the second was drained, and becomes slow.
-    assert!(placed(&cluster).iter().flatten().any(|id| *id == quick_to_tell));
+    // It got a stage when the other was drained, and becomes slow. Where other work on the machine has made
+    // it so already, the plan has done without it since: it takes the place of another that is drained.
+    let has_stage =
+        |cluster: &Cluster| placed(cluster).iter().flatten().any(|id| *id == quick_to_tell);
     let found = streaming(&mut cluster, &expected, |cluster| {
-        let index: usize = quick_to_tell.strip_prefix("worker-").unwrap().parse().unwrap();
+        if !has_stage(cluster) {
+            let other = stage(cluster, 0);
+            drain(cluster, &other);
+        }
+        assert!(has_stage(cluster));
         let began = Instant::now();
-        to_a_tenth(cluster.worker(index).id(), || {
+        to_a_tenth(cluster.worker(number(&quick_to_tell)).id(), || {
             wait_until_placed(cluster, "the slow worker to be out", |placed| {
                 workers_placed(placed) == 3
                     && !placed.iter().flatten().any(|id| *id == quick_to_tell)
