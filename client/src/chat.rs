@@ -111,6 +111,8 @@ impl Conversation {
             ignore_eos: self.answer.ignore_eos,
             seed: self.answer.seed,
             deadline_ms: self.answer.deadline_ms(),
+            priority: self.answer.priority(),
+            user: self.answer.user.clone().unwrap_or_default(),
             ..GenerateRequest::default()
         }
     }

@@ -75,6 +75,8 @@ impl GenerateArgs {
             deadline_ms: self.answer.deadline_ms(),
             idempotency_key: self.idempotency_key.clone().unwrap_or_default(),
             top_logprobs: self.top_logprobs,
+            priority: self.answer.priority(),
+            user: self.answer.user.clone().unwrap_or_default(),
             ..GenerateRequest::default()
         })
     }

@@ -1,7 +1,7 @@
 //! Flags that describe an answer, shared by `generate` and `chat`.
 
 use node::config::{Duration, UnitError};
-use proto::generate::Sampling;
+use proto::generate::{Priority, Sampling};
 
 /// How tokens are drawn and when the answer ends.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -45,6 +45,12 @@ pub struct AnswerArgs {
     /// Go on past the model's end tokens
     #[arg(long)]
     pub ignore_eos: bool,
+    /// Let everybody go first who waits for an answer: take what they leave
+    #[arg(long)]
+    pub batch: bool,
+    /// Who asks, for fair shares between callers and the prefix cache [default: this machine]
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
 }
 
 impl AnswerArgs {
@@ -52,6 +58,11 @@ impl AnswerArgs {
     pub fn deadline_ms(&self) -> u32 {
         let millis = self.timeout.map_or(0, |timeout| timeout.get().as_millis());
         u32::try_from(millis).unwrap_or(u32::MAX)
+    }
+
+    /// Whose turn it is when not all can be served.
+    pub fn priority(&self) -> Priority {
+        if self.batch { Priority::Batch } else { Priority::Interactive }
     }
 
     /// The part of a request that is about drawing.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use node::Chain;
 use proto::status::{
-    ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, StageStatus, WorkerStatus,
+    ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, StageStatus, StepBudget, WorkerStatus,
 };
 
 use crate::command::TextWriter;
@@ -147,8 +147,12 @@ pub fn table(status: &ClusterStatus) -> String {
 }
 
 fn queue_line(queue: &QueueStatus) -> String {
+    let tokens = match queue.waiting_tokens {
+        0 => String::new(),
+        tokens => format!(" ({tokens} tokens)"),
+    };
     format!(
-        "{} running, {} of {} waiting, {} of {} KV blocks in use",
+        "{} running, {} of {} waiting{tokens}, {} of {} KV blocks in use",
         queue.running,
         queue.waiting,
         queue.waiting_limit,
@@ -208,7 +212,31 @@ fn pipeline_table(pipeline: &PipelineStatus) -> String {
         ]
     });
     text.push_str(&columns(head, rows));
+    text.push_str(&budget_line(&pipeline.budget));
     text
+}
+
+/// How steps are sized, and by what; nothing where that is not known.
+fn budget_line(budget: &StepBudget) -> String {
+    if budget.target_ms == 0.0 {
+        return String::new();
+    }
+    let StepBudget { target_ms, chunk_tokens, chunk_tokens_last, .. } = budget;
+    let mut line = format!(
+        "steps read {chunk_tokens} tokens of a prompt, {chunk_tokens_last} at the end of the context: \
+         {target_ms} ms"
+    );
+    if budget.token_ms > 0.0 {
+        let (step_ms, token_ms) = (budget.step_ms, budget.token_ms);
+        let (scale, context_ms) = (budget.scale, budget.context_ms);
+        // Writing to a String cannot fail.
+        let _ = write!(
+            line,
+            " of ({step_ms:.2} ms + {token_ms:.2} ms a token) x {scale:.2}, and {context_ms:.3} ms a token \
+             for each 1000 before it"
+        );
+    }
+    line + "\n"
 }
 
 /// A prediction, if the coordinator has said one: older ones do not.

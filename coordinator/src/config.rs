@@ -109,6 +109,9 @@ pub struct Config {
 pub struct LimitsConfig {
     /// Requests that may wait for KV; more get 429.
     pub waiting_requests: u32,
+    /// Tokens that are expected of those who wait, prompts and answers; a request that would make them more
+    /// gets 429.
+    pub waiting_tokens: u64,
     /// The longest that a request waits for KV, or for a pipeline when there is none.
     pub wait: Duration,
     /// Requests that may run at once on one pipeline, whatever its KV would hold.
@@ -118,6 +121,8 @@ pub struct LimitsConfig {
     pub open_requests: u32,
     /// Tokens in one step.
     pub step_tokens: u32,
+    /// How long a step that reads prompts should take on the slowest stage: running answers wait for it.
+    pub step_time: Duration,
     /// Blocks of 32 tokens in the KV cache, at most.
     pub kv_blocks: u32,
     /// Bytes of one HTTP request's body.
@@ -263,6 +268,8 @@ impl Default for LimitsConfig {
         Self {
             // A minute of short answers on one small machine.
             waiting_requests: 256,
+            // As many contexts of 4096.
+            waiting_tokens: 1 << 20,
             // Less than the minute after which proxies commonly give up.
             wait: Duration::from_secs(45),
             // Beyond this a token costs the same and everyone only waits longer.
@@ -271,6 +278,8 @@ impl Default for LimitsConfig {
             open_requests: 1024,
             // As the scheduler's own default: 640 KB of activations for a width of 2560.
             step_tokens: 64,
+            // Five tokens a second of running answers are as fast as people read.
+            step_time: Duration::from_millis(200),
             // 128 Ki tokens: 32 contexts of 4096.
             kv_blocks: 4096,
             // A prompt of a whole context as token ids fits many times.
@@ -412,6 +421,7 @@ impl Config {
             ("context", self.context.unwrap_or(1).into(), 1, 1 << 24),
             ("min_gain_percent", self.min_gain_percent.into(), 0, 100),
             ("limits.waiting_requests", limits.waiting_requests.into(), 1, 1 << 16),
+            ("limits.waiting_tokens", limits.waiting_tokens, 1, 1 << 40),
             ("limits.running_requests", limits.running_requests.into(), 1, 1 << 16),
             ("limits.open_requests", limits.open_requests.into(), 1, 1 << 20),
             ("limits.step_tokens", limits.step_tokens.into(), 1, proto::limits::STEP_TOKENS as u64),
@@ -443,6 +453,7 @@ impl Config {
             ("drift_time", self.drift_time, none, LONGEST),
             ("limits.wait", limits.wait, none, LONGEST),
             ("limits.request_deadline", limits.request_deadline, SHORTEST, LONGEST),
+            ("limits.step_time", limits.step_time, SHORTEST_TOKEN, LONGEST),
             ("limits.step_deadline", limits.step_deadline, SHORTEST, LONGEST),
         ] {
             if !(least..=most).contains(&found) {

@@ -132,6 +132,36 @@ pub(crate) async fn report_health(health: HealthReporter, service: Arc<Service>)
     }
 }
 
+/// How long the client waits, as gRPC's own libraries say it when their user sets a deadline.
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+/// What that says: up to eight digits and a unit. `None` for anything else.
+fn timeout(value: &[u8]) -> Option<Duration> {
+    let (unit, digits) = value.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let count: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
+    Some(match unit {
+        b'H' => Duration::from_secs(count * 3600),
+        b'M' => Duration::from_secs(count * 60),
+        b'S' => Duration::from_secs(count),
+        b'm' => Duration::from_millis(count),
+        b'u' => Duration::from_micros(count),
+        b'n' => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+/// The earlier of two deadlines in milliseconds from now, of which 0 is none.
+pub(crate) fn earlier(deadline_ms: u32, timeout: Duration) -> u32 {
+    let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
+    match deadline_ms {
+        0 => timeout_ms,
+        deadline_ms => deadline_ms.min(timeout_ms),
+    }
+}
+
 struct InferenceApi {
     service: Arc<Service>,
 }
@@ -147,8 +177,13 @@ impl Inference for InferenceApi {
         request: Request<pb::GenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
         let (metadata, _, message) = request.into_parts();
-        let request = convert::decode_generate(message)
+        let mut request = convert::decode_generate(message)
             .map_err(|error| Status::invalid_argument(node::Chain(&error).to_string()))?;
+        if let Some(timeout) =
+            metadata.get(GRPC_TIMEOUT).and_then(|value| timeout(value.as_bytes()))
+        {
+            request.deadline_ms = earlier(request.deadline_ms, timeout);
+        }
         let span = request_span(&request, &self.service.model.name, 1, true);
         propagation::extract(&span, &metadata);
         let started = async {
@@ -333,12 +368,36 @@ fn status_of(error: &RequestError) -> Status {
         | RequestError::PromptBytes { .. } => Status::invalid_argument(message),
         RequestError::UnknownModel { .. } => Status::not_found(message),
         RequestError::ClassMismatch { .. } => Status::failed_precondition(message),
-        RequestError::Full { .. } | RequestError::NoMemory => Status::resource_exhausted(message),
+        RequestError::Full { .. } | RequestError::FullOfTokens { .. } | RequestError::NoMemory => {
+            Status::resource_exhausted(message)
+        }
         RequestError::Unavailable { .. } | RequestError::Lost { .. } => {
             Status::unavailable(message)
         }
         RequestError::TimedOut { .. } => Status::deadline_exceeded(message),
         RequestError::SlowReader { .. } => Status::aborted(message),
         RequestError::Internal { .. } => Status::internal(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deadline_of_a_call_is_that_of_its_request() {
+        let millis = |value: &str| timeout(value.as_bytes()).map(|timeout| timeout.as_millis());
+        assert_eq!(
+            ["2H", "3M", "4S", "5m", "6000u"].map(millis),
+            [7_200_000, 180_000, 4000, 5, 6].map(Some)
+        );
+        assert_eq!(timeout(b"99999999n"), Some(Duration::from_nanos(99_999_999)));
+        for wrong in ["", "S", "5", "5x", "-5S", "123456789S", "5 S"] {
+            assert_eq!(timeout(wrong.as_bytes()), None, "{wrong:?}");
+        }
+        assert_eq!(earlier(0, Duration::from_secs(2)), 2000);
+        assert_eq!(earlier(500, Duration::from_secs(2)), 500);
+        assert_eq!(earlier(5000, Duration::from_micros(2)), 1, "0 would be none");
+        assert_eq!(earlier(0, Duration::from_secs(1 << 40)), u32::MAX);
     }
 }

@@ -19,7 +19,7 @@ mod types;
 mod tests;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{FromRef, Request};
@@ -159,6 +159,22 @@ fn named(mut response: Response, id: &str) -> Response {
 fn idempotency_key(headers: &HeaderMap) -> String {
     let key = headers.get("idempotency-key").and_then(|value| value.to_str().ok());
     key.filter(|key| key.len() <= proto::limits::NAME_BYTES).unwrap_or_default().to_owned()
+}
+
+/// How long a client waits for a whole answer, in seconds; fractions count.
+const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout");
+
+/// The deadline that a client gave, in milliseconds from now; 0 if it gave none.
+fn deadline_ms(headers: &HeaderMap) -> Result<u32, ApiError> {
+    let Some(given) = headers.get(REQUEST_TIMEOUT) else { return Ok(0) };
+    let seconds = given.to_str().ok().and_then(|given| given.trim().parse::<f64>().ok());
+    let timeout = seconds.filter(|&seconds| seconds > 0.0);
+    let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let timeout = timeout.ok_or_else(|| {
+        let message = "x-request-timeout must be a number of seconds above 0";
+        ApiError::invalid(Some("x-request-timeout"), message)
+    })?;
+    Ok(grpc::earlier(0, timeout))
 }
 
 /// A new id for a response.

@@ -264,10 +264,12 @@ fn served_model(store: &model::Store, served: &Config) -> request::ServedModel {
 fn scheduler_limits(config: &Config, model: &request::ServedModel) -> scheduler::Limits {
     scheduler::Limits {
         waiting_requests: config.limits.waiting_requests,
+        waiting_tokens: config.limits.waiting_tokens,
         wait: config.limits.wait.get(),
         running_requests: config.limits.running_requests,
         step_tokens: config.limits.step_tokens,
         context_tokens: model.context,
+        step_time: config.limits.step_time.get(),
         step_deadline: config.limits.step_deadline.get(),
         prefix_cache: config.prefix_cache,
     }

@@ -8,7 +8,7 @@ use ::metrics::{
 
 use proto::generate::Timings;
 use proto::ids::PipelineRef;
-use proto::status::QueueStatus;
+use proto::status::{QueueStatus, StepBudget};
 
 use crate::driver::Counted;
 use crate::scheduler::PipelineStats;
@@ -18,6 +18,22 @@ pub(crate) fn describe() {
     describe_gauge!("tercet_build_info", "1; the version is a label");
     describe_gauge!("tercet_requests_running", "requests that were sent to a pipeline");
     describe_gauge!("tercet_requests_waiting", "requests that wait for KV or a pipeline");
+    describe_gauge!(
+        "tercet_waiting_tokens",
+        "tokens that are expected of requests that wait, prompts and answers"
+    );
+    describe_gauge!(
+        "tercet_pipeline_step_budget_tokens",
+        "tokens of a prompt's beginning that one of its steps reads at most"
+    );
+    describe_gauge!(
+        "tercet_pipeline_step_budget_seconds",
+        "how long such a step should take on its slowest stage"
+    );
+    describe_gauge!(
+        "tercet_pipeline_step_time_scale",
+        "how many times as long as its workers measured its steps take"
+    );
     describe_gauge!("tercet_kv_cache_usage_ratio", "share of the KV blocks that are taken");
     describe_gauge!("tercet_steps_in_flight", "steps between the coordinator and the last stage");
     describe_gauge!("tercet_pipeline_id", "which pipeline serves in a place, 0 if none does");
@@ -103,6 +119,7 @@ pub(crate) fn describe() {
 pub(crate) fn queue(queue: &QueueStatus, steps_in_flight: u32) {
     gauge!("tercet_requests_running").set(f64::from(queue.running));
     gauge!("tercet_requests_waiting").set(f64::from(queue.waiting));
+    gauge!("tercet_waiting_tokens").set(queue.waiting_tokens as f64);
     let total = f64::from(queue.kv_blocks_total.max(1));
     gauge!("tercet_kv_cache_usage_ratio").set(f64::from(queue.kv_blocks_used) / total);
     gauge!("tercet_steps_in_flight").set(f64::from(steps_in_flight));
@@ -120,6 +137,16 @@ pub(crate) fn pipeline(slot: u32, at: PipelineRef, stats: &PipelineStats) {
     gauge!("tercet_pipeline_kv_usage_ratio", "pipeline" => slot.clone()).set(used);
     let steps = f64::from(stats.steps_in_flight);
     gauge!("tercet_pipeline_steps_in_flight", "pipeline" => slot).set(steps);
+}
+
+/// How much of prompts the steps of the pipeline in a slot read, and how long that should take.
+pub(crate) fn step_budget(slot: u32, budget: &StepBudget) {
+    let slot = slot.to_string();
+    let tokens = f64::from(budget.chunk_tokens);
+    gauge!("tercet_pipeline_step_budget_tokens", "pipeline" => slot.clone()).set(tokens);
+    let seconds = budget.target_ms / 1e3;
+    gauge!("tercet_pipeline_step_budget_seconds", "pipeline" => slot.clone()).set(seconds);
+    gauge!("tercet_pipeline_step_time_scale", "pipeline" => slot).set(budget.scale);
 }
 
 /// What all pipelines have done since start.

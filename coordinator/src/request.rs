@@ -2,15 +2,17 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use model::SamplingDefaults;
-use proto::generate::{GenerateRequest, Prompt, Sampling};
+use proto::generate::{GenerateRequest, Priority, Prompt, Sampling};
 use proto::ids::{NumericsClass, PrefixHash};
 use proto::limits;
 use proto::step::SamplingParameters;
 
+use crate::scheduler::Caller;
 use crate::text::{TemplateError, TextError};
 
 #[cfg(test)]
@@ -69,7 +71,21 @@ pub(crate) enum RequestError {
     ClassMismatch { wanted: NumericsClass, served: NumericsClass },
     /// As many wait as may.
     #[error("{limit} requests are waiting already, the most that may; try again later")]
-    Full { limit: u32 },
+    Full {
+        limit: u32,
+        /// When those who wait now will have been served, as things are.
+        retry_after: Duration,
+    },
+    /// Those who wait will take as many tokens as may.
+    #[error(
+        "requests of {waiting} tokens are waiting already, of the {limit} that may; try again later"
+    )]
+    FullOfTokens {
+        waiting: u64,
+        limit: u64,
+        /// As above.
+        retry_after: Duration,
+    },
     /// Other requests hold all the memory that there is for them.
     #[error("other requests take all the memory there is for them; try again later")]
     NoMemory,
@@ -130,7 +146,7 @@ impl RequestError {
             Self::ContextLength { .. } | Self::PromptBytes { .. } => "context_length",
             Self::UnknownModel { .. } => "model_not_found",
             Self::ClassMismatch { .. } => "class_mismatch",
-            Self::Full { .. } => "queue_full",
+            Self::Full { .. } | Self::FullOfTokens { .. } => "queue_full",
             Self::NoMemory => "no_memory",
             Self::Unavailable { .. } => "unavailable",
             Self::Lost { .. } => "pipeline_lost",
@@ -194,6 +210,10 @@ pub(crate) struct Checked {
     pub(crate) deadline: Option<Duration>,
     /// Of the prompts that it may share KV with.
     pub(crate) salt: PrefixHash,
+    /// Who asks, if it says so.
+    pub(crate) caller: Option<Caller>,
+    /// Whose turn it is.
+    pub(crate) priority: Priority,
 }
 
 /// Checks every parameter that does not need the prompt's length.
@@ -267,7 +287,33 @@ pub(crate) fn check(
         deadline: (request.deadline_ms != 0)
             .then(|| Duration::from_millis(request.deadline_ms.into())),
         salt: salt_of(&request.cache_salt, &request.user),
+        caller: (!request.user.is_empty()).then(|| caller_of_user(&request.user)),
+        priority: request.priority,
     })
+}
+
+/// The caller that a request names.
+fn caller_of_user(user: &str) -> Caller {
+    caller("tercet caller by name 1", user.as_bytes())
+}
+
+/// The caller that a request comes from, if it names none. Of IPv6 a whole /64: that much one
+/// household or machine has.
+pub(crate) fn caller_of_peer(peer: Option<IpAddr>) -> Caller {
+    match peer.map(|peer| peer.to_canonical()) {
+        None => Caller::default(),
+        Some(IpAddr::V4(peer)) => caller("tercet caller by address 1", &peer.octets()),
+        Some(IpAddr::V6(peer)) => caller("tercet caller by address 1", &peer.octets()[..8]),
+    }
+}
+
+/// A hash: names may be long, and what is kept for each caller is not.
+fn caller(kind: &str, bytes: &[u8]) -> Caller {
+    let mut hasher = blake3::Hasher::new_derive_key(kind);
+    hasher.update(bytes);
+    let mut caller = Caller::default();
+    hasher.finalize_xof().fill(&mut caller.0);
+    caller
 }
 
 /// Whose prompts share KV: those of one `cache_salt`, else of one `user`, else of all who name neither.

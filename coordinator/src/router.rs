@@ -14,22 +14,25 @@ use proto::BLOCK_TOKENS;
 use proto::ids::{NumericsClass, PipelineId, SequenceId, Term};
 
 use crate::scheduler::{
-    Emission, EmissionEvent, Finish, Growth, Limits, Priority, Sequence, SequenceError,
-    first_of_term,
+    Caller, Charge, Emission, EmissionEvent, Finish, Growth, Limits, Priority, Sequence,
+    SequenceError, first_of_term,
 };
 use crate::tick::Tick;
 
 mod accounts;
 mod homes;
+#[cfg(test)]
+mod latency;
+mod lines;
 mod queue;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod tests;
 
-use accounts::{Accounts, Room};
+use accounts::{Accounts, Kept, Room, Seeker};
 use homes::Homes;
-use queue::Waiting;
+use queue::{Spot, Waiting};
 
 /// Of how many of those who wait it is told anew at once whether a pipeline takes them: each costs a look
 /// at every pipeline.
@@ -37,6 +40,14 @@ const SORTED_AT_ONCE: usize = 128;
 
 /// How many of those who wait are looked at for a pipeline that the first of them can never use.
 const LOOK_AHEAD: usize = 64;
+
+/// How many callers are looked at who have less than one for whom everything is kept free: each costs a look at
+/// every pipeline.
+const PASS_AHEAD: usize = 8;
+
+/// Those that are refused for one that comes, at most: one of a whole context takes the place of many short
+/// ones.
+const REFUSED_FOR_ONE: usize = 32;
 
 /// An answer of open length is given room for so many tokens at least, where a pipeline has it: nearly
 /// all answers of a conversation end before.
@@ -56,13 +67,22 @@ const HOME_LEAD: usize = 8;
 pub struct Router {
     limits: Limits,
     waiting: Waiting,
-    /// Who runs, and where.
-    running: BTreeMap<SequenceId, PipelineId>,
+    /// Who runs, where and for whom.
+    running: BTreeMap<SequenceId, Running>,
     accounts: Accounts,
     homes: Homes,
     last_sequence: SequenceId,
     closed: bool,
     failed: u64,
+    /// Were refused for newcomers, and were not told yet.
+    gave_way: Vec<Emission>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    pipeline: PipelineId,
+    priority: Priority,
+    caller: Caller,
 }
 
 /// What a sequence is to be submitted with.
@@ -95,6 +115,14 @@ pub enum Rejected {
     Full {
         /// How many may wait.
         limit: u32,
+    },
+    /// Those who wait will take as many tokens as may.
+    #[error("requests of {waiting} tokens are waiting already, of the {limit} that may")]
+    FullOfTokens {
+        /// How many tokens are expected of those who wait.
+        waiting: u64,
+        /// How many may be.
+        limit: u64,
     },
     /// It can never be served: longer than the model's context or than the largest KV cache.
     #[error(
@@ -150,6 +178,8 @@ pub struct Assigned {
 pub struct RouterStats {
     /// Those who wait.
     pub waiting: u32,
+    /// Tokens that are expected of those of them that have never run, prompts and answers.
+    pub waiting_tokens: u64,
     /// Those who run.
     pub running: u32,
     /// Blocks of all pipelines.
@@ -172,6 +202,7 @@ impl Router {
             last_sequence: SequenceId(0),
             closed: false,
             failed: 0,
+            gave_way: Vec::new(),
         }
     }
 
@@ -222,16 +253,52 @@ impl Router {
         if u64::from(prompt_tokens) + u64::from(max_tokens) > u64::from(limit) {
             return Err(Rejected::TooLong { prompt_tokens, max_tokens, limit });
         }
-        // Those who come back were taken before: they use up nobody's place.
-        if self.waiting.newcomers() >= self.limits.waiting_requests as usize {
-            return Err(Rejected::Full { limit: self.limits.waiting_requests });
-        }
+        sequence.set_open_length(wish.as_many_as_fit);
+        sequence.set_max_tokens(max_tokens);
+        self.make_place(&sequence)?;
         self.last_sequence.0 += 1;
         let id = self.last_sequence;
         sequence.submit(id, max_tokens, class, since);
-        sequence.set_open_length(wish.as_many_as_fit);
         self.wait(sequence);
         Ok(Taken { sequence: id, class, max_tokens })
+    }
+
+    /// Sees to it that a newcomer may wait. Others are refused for it: one of batch for an interactive one,
+    /// else the last of a caller for whom more wait.
+    fn make_place(&mut self, newcomer: &Sequence) -> Result<(), Rejected> {
+        let mut gave_way = Vec::new();
+        while let Some(full) = self.is_full(newcomer) {
+            let more = (gave_way.len() < REFUSED_FOR_ONE).then(|| self.waiting.pop_for(newcomer));
+            let Some(one) = more.flatten() else {
+                // In vain: nobody is refused for one that is not taken.
+                gave_way.into_iter().for_each(|sequence| self.wait(sequence));
+                return Err(full);
+            };
+            gave_way.push(one);
+        }
+        let limit = self.limits.waiting_requests;
+        self.failed += gave_way.len() as u64;
+        self.gave_way.extend(gave_way.into_iter().map(|sequence| {
+            let error = SequenceError::GaveWay { limit, retry_after: Duration::ZERO };
+            Emission { sequence: sequence.id(), event: EmissionEvent::Failed(error) }
+        }));
+        Ok(())
+    }
+
+    fn is_full(&self, newcomer: &Sequence) -> Option<Rejected> {
+        // Those who come back were taken before: they use up nobody's place.
+        if self.waiting.newcomers() >= self.limits.waiting_requests as usize {
+            return Some(Rejected::Full { limit: self.limits.waiting_requests });
+        }
+        let (waiting, limit) = (self.waiting.new_tokens(), self.limits.waiting_tokens);
+        // One alone may wait, however long it is.
+        let is_too_much = waiting > 0 && waiting.saturating_add(newcomer.tokens_expected()) > limit;
+        is_too_much.then_some(Rejected::FullOfTokens { waiting, limit })
+    }
+
+    /// Those who were refused for newcomers since this was last asked.
+    pub fn take_gave_way(&mut self) -> Vec<Emission> {
+        std::mem::take(&mut self.gave_way)
     }
 
     fn wait(&mut self, sequence: Box<Sequence>) {
@@ -241,70 +308,84 @@ impl Router {
 
     /// Gives to those who wait, in their order, the pipelines that have room: each goes to the one
     /// with the most free KV in proportion, or to the one that computed the longest beginning of its
-    /// prompt, if not many more run there. Nobody is overtaken on a pipeline that could hold him:
-    /// a long request is never kept waiting for ever by short ones.
+    /// prompt, if not many more run there. Where none has room he goes where others have to make it.
+    /// Nobody is overtaken on a pipeline that could hold him, but by callers who have less of it: a long
+    /// request is never kept waiting for ever by short ones.
     pub fn assign(&mut self) -> Vec<Assigned> {
         let mut assigned = Vec::new();
-        let mut kept_free = Vec::new();
+        let mut kept_free: Vec<Kept> = Vec::new();
         let mut looked_at = 0;
-        let mut after = None;
-        while looked_at < LOOK_AHEAD
-            && kept_free.len() < self.accounts.open_count()
-            && let Some(sequence) = self.waiting.next(after)
-        {
-            let key = queue::key(sequence);
-            match self.accounts.choose(sequence, &kept_free) {
-                Some(freest) => {
-                    let pipeline = self.home_of(sequence, freest, &kept_free);
-                    let Some(mut sequence) = self.waiting.take(key) else { break };
-                    if self.shares_prefixes() {
-                        self.homes.note(&sequence, pipeline);
-                    }
-                    self.accounts.promise(pipeline, &mut sequence);
-                    self.running.insert(sequence.id(), pipeline);
-                    assigned.push(Assigned { sequence, pipeline });
-                }
-                None => {
-                    self.accounts.keep_free_for(sequence, &mut kept_free);
-                    looked_at += 1;
-                    after = Some(key);
-                }
+        let mut passed = 0;
+        let mut after: Option<Spot> = None;
+        loop {
+            // Where everything is kept for those who were looked at, only callers are who have less.
+            let is_all_kept = kept_free.len() >= self.accounts.open_count();
+            let next = match after {
+                Some(after) if is_all_kept && passed < PASS_AHEAD => self.waiting.next_line(after),
+                _ if is_all_kept || looked_at >= LOOK_AHEAD => None,
+                after => self.waiting.next(after),
+            };
+            let Some((spot, sequence)) = next else { break };
+            passed += usize::from(is_all_kept);
+            let seeker = Seeker { sequence, home: self.home_of(sequence) };
+            let Some(freest) = self.accounts.choose(seeker, &kept_free) else {
+                self.accounts.keep_free_for(sequence, &mut kept_free);
+                looked_at += 1;
+                after = Some(spot);
+                continue;
+            };
+            let pipeline = self.settle(seeker, freest, &kept_free);
+            let (priority, caller) = (sequence.priority(), sequence.caller());
+            // What is computed again was paid for.
+            let tokens = if sequence.was_admitted() { 0 } else { sequence.known_tokens() };
+            let lines = self.waiting.lines(priority);
+            // Before he leaves the line, so that he is not forgotten in between.
+            lines.begin(caller);
+            lines.charge(caller, i64::from(tokens));
+            let Some(mut sequence) = self.waiting.take((priority, spot.id())) else { break };
+            if self.limits.prefix_cache {
+                self.homes.note(&sequence, pipeline);
             }
+            self.accounts.promise(pipeline, &mut sequence);
+            self.running.insert(sequence.id(), Running { pipeline, priority, caller });
+            assigned.push(Assigned { sequence, pipeline });
         }
         assigned
     }
 
-    /// Where a sequence goes that may go to `freest`.
-    fn home_of(
-        &self,
-        sequence: &Sequence,
-        freest: PipelineId,
-        kept_free: &[PipelineId],
-    ) -> PipelineId {
+    /// Where the beginning of its prompt was sent last, if that is of use to it.
+    fn home_of(&self, sequence: &Sequence) -> Option<(PipelineId, usize)> {
         // Whose prompt is scored computes all of it.
-        let shares = self.shares_prefixes() && !sequence.scores();
-        let home = shares.then(|| self.homes.find(sequence)).flatten();
-        let home = home.filter(|&(home, blocks)| {
+        let shares = self.limits.prefix_cache && !sequence.scores();
+        shares.then(|| self.homes.find(sequence)).flatten()
+    }
+
+    /// Where a sequence goes that may go to `freest`.
+    fn settle(&self, seeker: Seeker<'_>, freest: PipelineId, kept_free: &[Kept]) -> PipelineId {
+        let home = seeker.home.filter(|&(home, blocks)| {
             let lead = (blocks / HOME_BLOCKS).min(HOME_LEAD);
             let most_running = self.accounts.running_count(freest) + lead;
             home == freest
-                || self.accounts.has_room(home, sequence, kept_free)
+                || self.accounts.has_room(home, seeker, kept_free)
                     && self.accounts.running_count(home) < most_running
                     && !self.accounts.is_much_fuller(home, freest)
         });
         home.map_or(freest, |(home, _)| home)
     }
 
-    /// Whether it matters where prompts were computed.
-    fn shares_prefixes(&self) -> bool {
-        self.limits.prefix_cache && self.accounts.count() > 1
-    }
-
     /// A sequence has ended on its pipeline: what it began with is free. Unknown ones are
     /// ignored.
     pub fn ended(&mut self, sequence: SequenceId) {
-        if let Some(pipeline) = self.running.remove(&sequence) {
+        if let Some(Running { pipeline, priority, caller }) = self.running.remove(&sequence) {
             self.accounts.release(pipeline, sequence);
+            self.waiting.lines(priority).end(caller);
+        }
+    }
+
+    /// What those who run were served since that was last told.
+    pub fn charge(&mut self, charges: &[Charge]) {
+        for &Charge { priority, caller, tokens } in charges {
+            self.waiting.lines(priority).charge(caller, tokens);
         }
     }
 
@@ -402,7 +483,10 @@ impl Router {
     pub fn remove_pipeline(&mut self, pipeline: PipelineId) {
         self.accounts.remove(pipeline);
         self.homes.ends(pipeline);
-        self.running.retain(|_, on| *on != pipeline);
+        let ran: Vec<_> = self.running.extract_if(.., |_, on| on.pipeline == pipeline).collect();
+        for (_, Running { priority, caller, .. }) in ran {
+            self.waiting.lines(priority).end(caller);
+        }
         self.sort();
     }
 
@@ -425,7 +509,7 @@ impl Router {
 
     /// Where a sequence runs.
     pub fn pipeline_of(&self, sequence: SequenceId) -> Option<PipelineId> {
-        self.running.get(&sequence).copied()
+        self.running.get(&sequence).map(|running| running.pipeline)
     }
 
     /// Puts those aside whom no pipeline takes as they are now, and takes back the others: the first
@@ -462,6 +546,7 @@ impl Router {
         let (kv_blocks_total, kv_blocks_used) = self.accounts.totals();
         RouterStats {
             waiting: self.waiting.len() as u32,
+            waiting_tokens: self.waiting.new_tokens(),
             running: self.running.len() as u32,
             kv_blocks_total,
             kv_blocks_used,
@@ -470,5 +555,5 @@ impl Router {
     }
 }
 
-/// Orders those who wait: by priority, then by arrival.
+/// Names those who wait: by priority, then by arrival.
 type Key = (Priority, SequenceId);

@@ -9,12 +9,14 @@
 //! The rules and their reasons are in `docs/scheduling.md`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use bytes::Bytes;
 use proto::BLOCK_TOKENS;
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{Epoch, Generation, PipelineId, SequenceId, StepId, Term};
-use proto::step::{RowResult, RowStatus, RowValue, Sampled, StepResult};
+use proto::status::StepBudget;
+use proto::step::{Row, RowResult, RowStatus, RowValue, Sampled, StepResult};
 
 use crate::tick::Tick;
 
@@ -27,6 +29,8 @@ mod picking;
 mod prefix;
 mod queue;
 mod sequence;
+mod shares;
+mod sizing;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -34,17 +38,19 @@ mod tests;
 mod types;
 
 pub(crate) use blocks::BlockKey;
-use epoch::{Active, SentRow, Wants};
-use growing::Holders;
+use epoch::{Active, SentRow, StepKind, Wants};
 pub use leaving::{Lost, MAX_DEATHS};
 pub use microbatch::{Line, StepCost, in_flight_limit};
+use picking::Picked;
 use prefix::Prefixes;
 use queue::Queue;
 use sequence::Scoring;
 pub use sequence::{NotASequence, Sequence};
+use shares::Holders;
+use sizing::{Fit, Room};
 pub use types::{
-    Emission, EmissionEvent, Finish, Growth, Limits, PipelineShape, PipelineStats, Priority,
-    Request, ScheduledStep, SequenceError,
+    Caller, Charge, Emission, EmissionEvent, Finish, Growth, Limits, PipelineShape, PipelineStats,
+    Priority, Request, ScheduledStep, SequenceError,
 };
 
 /// Replays of one sequence without a token in between. A row that overtook the one before it, which
@@ -78,11 +84,18 @@ pub struct PipelineScheduler {
     /// The probe that is on its way.
     probe: Option<SequenceId>,
     probes: u32,
-    /// Blocks that those who arrive begin with.
-    begin_demand: u64,
-    /// What the router counts for all who are here.
-    promised: u64,
+    /// Blocks that those who arrive begin with, by class.
+    begin_demand: [u64; Priority::ALL.len()],
+    /// What the router counts for all who are here, by class.
+    promised: [u64; Priority::ALL.len()],
     holders: Holders,
+    /// Had to make room, and were not given back yet.
+    #[expect(clippy::vec_box, reason = "sequences are large, and go on as they are")]
+    pushed_out: Vec<Box<Sequence>>,
+    /// What callers were served since that was last told.
+    served: BTreeMap<(Priority, Caller), i64>,
+    /// What steps take, by what they took.
+    fit: Fit,
     prefixes: Prefixes,
 }
 
@@ -125,9 +138,12 @@ impl PipelineScheduler {
             proven: false,
             probe: None,
             probes: 0,
-            begin_demand: 0,
-            promised: 0,
+            begin_demand: [0; Priority::ALL.len()],
+            promised: [0; Priority::ALL.len()],
             holders: Holders::default(),
+            pushed_out: Vec::new(),
+            served: BTreeMap::new(),
+            fit: Fit::default(),
             prefixes: Prefixes::default(),
         }
     }
@@ -135,8 +151,9 @@ impl PipelineScheduler {
     /// Takes a sequence that the router has counted. It gets blocks in a later [`Self::next_step`],
     /// when there are enough that no step on its way names.
     pub fn admit(&mut self, sequence: Box<Sequence>) {
-        self.begin_demand += u64::from(sequence.blocks_to_begin());
-        self.promised += u64::from(sequence.promised());
+        let class = sequence.priority() as usize;
+        self.begin_demand[class] += u64::from(sequence.blocks_to_begin());
+        self.promised[class] += u64::from(sequence.promised());
         if let Some(deadline) = sequence.request.deadline {
             self.deadlines.insert((deadline, sequence.id()));
         }
@@ -153,7 +170,15 @@ impl PipelineScheduler {
     }
 
     fn enqueue(&mut self, stand: Stand, id: SequenceId) {
-        let ticket = self.queue(stand).push_back(id);
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        let (priority, caller) = (sequence.priority(), sequence.caller());
+        let ticket = match stand {
+            Stand::Decoding => {
+                let turn = self.holders.next_row(priority, caller);
+                self.decode_ready.push_turn(priority, turn, id)
+            }
+            _ => self.queue(stand).push_back(id),
+        };
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.place = Some((stand, ticket));
         }
@@ -178,6 +203,7 @@ impl PipelineScheduler {
     /// The next step to send, if there is work and room for one more in flight. Call it until it
     /// returns `None`, after everything that may have made work: admit, complete, resume.
     pub fn next_step(&mut self, now: Tick) -> Option<ScheduledStep> {
+        self.keep_places(now);
         if self.paused || !self.active.has_room() {
             return None;
         }
@@ -185,16 +211,27 @@ impl PipelineScheduler {
         let deadline = self.limits.step_deadline;
         let (rows, states) = self.pick_draws();
         if !rows.is_empty() {
-            let step = self.active.send(rows, states, true, now, deadline);
+            let takes = Duration::ZERO;
+            let kind = StepKind { decodes: true, only_batch: false, takes };
+            let step = self.active.send(rows, states, kind, now, deadline);
             return Some(ScheduledStep { step, deadline: now + deadline });
         }
-        let (mut rows, decode_rows) = self.pick_rows(now);
+        if !self.may_queue() {
+            return None;
+        }
+        let Picked { mut rows, decode_rows, room } = self.pick_rows(now);
         if rows.is_empty() {
             return None;
         }
+        let is_batch = |row: &Row| {
+            let sequence = self.sequences.get(&row.sequence);
+            sequence.is_some_and(|sequence| sequence.priority() == Priority::Batch)
+        };
+        let only_batch = rows.iter().all(is_batch);
         let decoding = self.decoding_count();
         self.active.share_draws(&mut rows, decoding);
-        let step = self.active.send(rows, Bytes::new(), decode_rows > 0, now, deadline);
+        let kind = StepKind { decodes: decode_rows > 0, only_batch, takes: room.spent() };
+        let step = self.active.send(rows, Bytes::new(), kind, now, deadline);
         Some(ScheduledStep { step, deadline: now + deadline })
     }
 
@@ -205,6 +242,7 @@ impl PipelineScheduler {
             return Vec::new();
         }
         let Some(step) = self.active.take_sent(result.step, now) else { return Vec::new() };
+        self.fit.learn(&self.active.shape.cost, &step.rows, &result.stage_times);
 
         let mut emissions = Vec::new();
         let (want, found) = (step.rows.len(), result.rows.len());
@@ -342,6 +380,7 @@ impl PipelineScheduler {
             return;
         }
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        *self.served.entry((sequence.priority(), sequence.caller())).or_default() += 1;
         let (index, finish) = sequence.append(sampled.token, now);
         self.totals.generated_tokens += 1;
         emissions.push(Emission { sequence: id, event: EmissionEvent::Token { index, sampled } });
@@ -375,26 +414,38 @@ impl PipelineScheduler {
     /// Takes a sequence out of everything. Its blocks return to the pool, now or with the last
     /// step that names them.
     fn remove(&mut self, id: SequenceId) -> Option<Box<Sequence>> {
-        let mut sequence = self.sequences.remove(&id)?;
-        if let Some((stand, ticket)) = sequence.place.take() {
-            self.queue(stand).remove(ticket);
+        let sequence = self.detach(id)?;
+        // One that was preempted has had rows, too.
+        if sequence.sent > sequence.shared || sequence.log.generation() != Generation(0) {
+            self.active.ended.push_back(id);
         }
+        Some(sequence)
+    }
+
+    /// The same, of one that may come back.
+    fn detach(&mut self, id: SequenceId) -> Option<Box<Sequence>> {
+        let mut sequence = self.sequences.remove(&id)?;
+        self.leave_place(&mut sequence);
         if let Some(deadline) = sequence.request.deadline {
             self.deadlines.remove(&(deadline, id));
         }
         self.probe = self.probe.filter(|&probe| probe != id);
         self.leave_prefix(&mut sequence);
         self.holders.take(&sequence);
+        self.holders.leave(&sequence);
         self.active.blocks.give_back(&sequence.blocks);
-        self.promised -= u64::from(sequence.promised());
+        let class = sequence.priority() as usize;
+        self.promised[class] -= u64::from(sequence.promised());
         if sequence.blocks.is_empty() {
-            self.begin_demand -= u64::from(sequence.blocks_to_begin());
-        }
-        // One that was preempted has had rows, too.
-        if sequence.sent > sequence.shared || sequence.log.generation() != Generation(0) {
-            self.active.ended.push_back(id);
+            self.begin_demand[class] -= u64::from(sequence.blocks_to_begin());
         }
         Some(sequence)
+    }
+
+    /// What is to be charged to callers since this was last asked.
+    pub fn take_charges(&mut self) -> Vec<Charge> {
+        let served = std::mem::take(&mut self.served).into_iter();
+        served.map(|((priority, caller), tokens)| Charge { priority, caller, tokens }).collect()
     }
 
     /// Fails those whose deadline passed. Call it several times a second.
@@ -480,6 +531,24 @@ impl PipelineScheduler {
             prefix_queries: self.totals.prefix_queries,
             prefix_hits: self.totals.prefix_hits,
             growth: self.growth(),
+        }
+    }
+
+    /// How much of prompts its steps read, and why.
+    pub fn budget(&self) -> StepBudget {
+        let Limits { step_time, step_tokens, context_tokens, .. } = self.limits;
+        let (cost, rate) = (self.active.shape.cost, self.fit.rate());
+        let room = Room::new(cost, rate, step_tokens as usize, step_time, None);
+        let chunk = |position| room.chunk(position, usize::MAX, true) as u32;
+        let ms = |ns: f64| ns / 1e6;
+        StepBudget {
+            target_ms: ms(step_time.as_nanos() as f64),
+            chunk_tokens: chunk(0),
+            chunk_tokens_last: chunk(context_tokens as usize),
+            step_ms: ms(cost.prompt.step_ns as f64),
+            token_ms: ms(cost.prompt.row_ns as f64),
+            scale: rate.scale,
+            context_ms: ms(1000.0 * rate.attention_ns),
         }
     }
 

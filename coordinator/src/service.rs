@@ -18,7 +18,7 @@ use crate::memory::{Memory, Room};
 use crate::planner::Problem;
 use crate::request::{self, Checked, RequestError, ServedModel};
 use crate::router::Wish;
-use crate::scheduler::{self, Priority, Sequence};
+use crate::scheduler::{self, Sequence};
 use crate::text::{Echo, Rendered, Text};
 
 /// Bytes of a made-up idempotency key.
@@ -117,8 +117,10 @@ impl Service {
         };
         let field = request::field_of(&request.prompt);
         let (model, text) = (self.model.clone(), Arc::clone(&self.text));
+        let peer = arrival::peer_of_this_request();
         let begin = move || {
             let mut checked = request::check(request, &model)?;
+            checked.caller.get_or_insert_with(|| request::caller_of_peer(peer));
             if answer == Wanted::PromptOnly {
                 // The schema cannot say so: there a length of 0 is as many tokens as fit.
                 checked.max_tokens = Some(0);
@@ -347,7 +349,8 @@ fn sequence(
         sampling: SamplingParameters { seed, ..checked.sampling.clone() },
         stop_tokens: checked.stop_tokens.clone(),
         score_prompt: checked.score_prompt,
-        priority: Priority::Interactive,
+        priority: checked.priority,
+        caller: checked.caller.unwrap_or_default(),
         salt: checked.salt,
         deadline: None,
         traceparent: String::new(),

@@ -39,8 +39,25 @@ pub struct GenerateRequest {
     pub deadline_ms: u32,
     /// Only prompts of the same salt share KV; empty: those of the same `user`.
     pub cache_salt: String,
-    /// Who asks, in the client's words; empty: anybody.
+    /// Who asks, in the client's words; empty: whoever has its address. Callers get fair shares.
     pub user: String,
+    /// Whose turn it is when not all can be served.
+    pub priority: Priority,
+}
+
+/// Whose turn it is when not all can be served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// Someone waits for the answer: always before `Batch`.
+    #[default]
+    Interactive,
+    /// Fills what is left.
+    Batch,
+}
+
+impl Priority {
+    /// In their order.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
 }
 
 /// What to go on from.

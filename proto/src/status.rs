@@ -151,6 +151,30 @@ pub struct PipelineStatus {
     pub steps: u64,
     /// From the sending of each to its result, in all.
     pub on_way_ms: f64,
+    /// How its steps are sized.
+    #[serde(default)]
+    pub budget: StepBudget,
+}
+
+/// How much of prompts one step of a pipeline reads, and what that was derived from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StepBudget {
+    /// How long a step that reads prompts should take on the slowest stage.
+    pub target_ms: f64,
+    /// Tokens of the beginning of a prompt that fit into that.
+    pub chunk_tokens: u32,
+    /// Tokens that fit at the end of the model's context.
+    pub chunk_tokens_last: u32,
+    /// Of a step, by what the workers measured: whatever is in it, and for each token of a prompt; 0:
+    /// unknown.
+    pub step_ms: f64,
+    /// As above.
+    pub token_ms: f64,
+    /// How many times as long steps take as that, by those that came back.
+    pub scale: f64,
+    /// What a token takes more for each thousand tokens before it, by those that came back.
+    pub context_ms: f64,
 }
 
 /// One stage.
@@ -188,6 +212,12 @@ pub struct QueueStatus {
     pub waiting: u32,
     /// The most that may wait.
     pub waiting_limit: u32,
+    /// Tokens that are expected of those who wait, prompts and answers.
+    #[serde(default)]
+    pub waiting_tokens: u64,
+    /// The most of them that may be.
+    #[serde(default)]
+    pub waiting_tokens_limit: u64,
     /// Of the KV cache.
     pub kv_blocks_total: u32,
     /// Reserved.

@@ -57,6 +57,8 @@ fn sample() -> ClusterStatus {
             running: 1,
             waiting: 2,
             waiting_limit: 64,
+            waiting_tokens: 0,
+            waiting_tokens_limit: 1000,
             kv_blocks_total: 100,
             kv_blocks_used: 7,
         },
@@ -90,6 +92,29 @@ STAGE  WORKER  ADDRESS         LAYERS  PREDICTED       BUSY  COMPUTE  WAIT
 plan: one worker holds it all
 ";
     assert_eq!(table(&sample()), want);
+}
+
+#[test]
+fn how_steps_are_sized_is_told_with_what_it_was_derived_from() {
+    let mut status = sample();
+    status.queue.waiting_tokens = 512;
+    status.plan.pipelines[0].budget = StepBudget {
+        target_ms: 200.0,
+        chunk_tokens: 64,
+        chunk_tokens_last: 24,
+        step_ms: 1.5,
+        token_ms: 2.25,
+        scale: 1.1,
+        context_ms: 0.75,
+    };
+    let text = table(&status);
+    assert!(text.contains("2 of 64 waiting (512 tokens), 7 of"), "{text}");
+    let want = "steps read 64 tokens of a prompt, 24 at the end of the context: 200 ms of \
+                (1.50 ms + 2.25 ms a token) x 1.10, and 0.750 ms a token for each 1000 before it\n";
+    assert!(text.contains(want), "{text}");
+    // Nobody measured.
+    status.plan.pipelines[0].budget.token_ms = 0.0;
+    assert!(table(&status).contains("at the end of the context: 200 ms\n"));
 }
 
 #[test]

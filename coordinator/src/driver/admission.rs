@@ -10,6 +10,7 @@ use super::control::{CHORES_AT_ONCE, Driver};
 use super::{Admitted, RequestError, Submission, stopping};
 use crate::cluster::Availability;
 use crate::router::{Rejected, Taken};
+use crate::scheduler::{EmissionEvent, SequenceError};
 use crate::tick::Tick;
 
 /// Requests that one look for gone clients asks, in a row of all of them.
@@ -100,7 +101,8 @@ impl Driver {
             let reason = self.why_unavailable();
             let _ = reply.send(Err(RequestError::Unavailable { reason }));
         } else if self.parking.len() >= limit as usize {
-            let _ = reply.send(Err(RequestError::Full { limit }));
+            let retry_after = self.retry_after();
+            let _ = reply.send(Err(RequestError::Full { limit, retry_after }));
         } else {
             self.parking.park(submission, reply, now, self.config.limits.wait);
         }
@@ -159,7 +161,9 @@ impl Driver {
         let prompt_tokens = sequence.prompt_tokens();
         let arrived = Tick(arrived.saturating_duration_since(self.started));
         // It has waited since then: waiting for a pipeline and for KV are one wait to its client.
-        match self.router.submit(sequence, wish, since) {
+        let outcome = self.router.submit(sequence, wish, since);
+        self.tell_gave_way();
+        match outcome {
             Ok(Taken { sequence, class, max_tokens }) => {
                 let tokens = self.clients.add(sequence, arrived, prompt_tokens);
                 Ok(Admitted { class, max_tokens, answer: Ok(tokens) })
@@ -167,8 +171,25 @@ impl Driver {
             Err(Rejected::Complete { finish, class, max_tokens }) => {
                 Ok(Admitted { class, max_tokens, answer: Err(finish) })
             }
-            Err(rejected) => Err(refused(rejected)),
+            Err(rejected) => Err(refused(rejected, self.retry_after())),
         }
+    }
+
+    /// Tells those who were refused for a newcomer.
+    fn tell_gave_way(&mut self) {
+        let mut emissions = self.router.take_gave_way();
+        if emissions.is_empty() {
+            return;
+        }
+        let wait = self.retry_after();
+        for emission in &mut emissions {
+            if let EmissionEvent::Failed(SequenceError::GaveWay { retry_after, .. }) =
+                &mut emission.event
+            {
+                *retry_after = wait;
+            }
+        }
+        self.emit(emissions);
     }
 }
 
@@ -185,9 +206,12 @@ fn too_late(waited: Duration, is_own: bool, why: &str) -> RequestError {
 }
 
 /// What the router's refusal means to a client.
-fn refused(rejected: Rejected) -> RequestError {
+fn refused(rejected: Rejected, retry_after: Duration) -> RequestError {
     match rejected {
-        Rejected::Full { limit } => RequestError::Full { limit },
+        Rejected::Full { limit } => RequestError::Full { limit, retry_after },
+        Rejected::FullOfTokens { waiting, limit } => {
+            RequestError::FullOfTokens { waiting, limit, retry_after }
+        }
         Rejected::TooLong { prompt_tokens, max_tokens, limit } => RequestError::ContextLength {
             limit: limit.into(),
             prompt_tokens: prompt_tokens.into(),

@@ -377,6 +377,7 @@ fn of_sequence(error: SequenceError, has_begun: bool) -> RequestError {
         SequenceError::WaitedTooLong { .. } | SequenceError::NoPipeline { .. } => {
             RequestError::Unavailable { reason: error.to_string() }
         }
+        SequenceError::GaveWay { limit, retry_after } => RequestError::Full { limit, retry_after },
         SequenceError::DeadlineExceeded { .. } => {
             RequestError::TimedOut { reason: error.to_string() }
         }

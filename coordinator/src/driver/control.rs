@@ -358,6 +358,7 @@ impl Driver {
         let is_current = self.lanes.is_current(at);
         let event = match says {
             LaneSays::Ended(sequence) => return self.router.ended(sequence),
+            LaneSays::Charged(charges) => return self.router.charge(&charges),
             LaneSays::Returned(sequences) => {
                 for (sequence, client) in sequences {
                     self.clients.put(sequence.id(), client);
@@ -475,8 +476,9 @@ impl Driver {
         if self.now().since(self.measured_pipelines) >= MEASURE_PIPELINES {
             self.measured_pipelines = self.now();
             for (slot, report) in self.lanes.slots() {
-                let LaneReport { at, stats, .. } = report.unwrap_or_default();
+                let LaneReport { at, stats, budget, .. } = report.unwrap_or_default();
                 metrics::pipeline(slot, at, &stats);
+                metrics::step_budget(slot, &budget);
             }
         }
         let term = self.leadership.as_ref().map_or(0, |leadership| leadership.term);

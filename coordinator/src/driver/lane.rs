@@ -19,13 +19,15 @@ use std::time::Duration;
 use proto::generate::Timings;
 use proto::ids::{NumericsClass, PipelineRef, SequenceId, Term};
 use proto::plan::StagePlan;
+use proto::status::StepBudget;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::clients::{Client, Clients, GONE_AT_ONCE, Then, Totals};
 use super::timed::{timed, wall_clock};
 use crate::scheduler::{
-    Emission, EmissionEvent, Limits, PipelineScheduler, PipelineShape, PipelineStats, Sequence,
+    Charge, Emission, EmissionEvent, Limits, PipelineScheduler, PipelineShape, PipelineStats,
+    Sequence,
 };
 use crate::tick::Tick;
 use crate::workers::{LINK_EVENTS, LinkEvent};
@@ -104,6 +106,8 @@ pub(super) struct LaneEvent {
 }
 
 pub(super) enum LaneSays {
+    /// What callers were served since that was last said.
+    Charged(Vec<Charge>),
     /// A sequence has ended; its client knows.
     Ended(SequenceId),
     /// These are to go on elsewhere.
@@ -138,6 +142,7 @@ pub(super) struct LaneReport {
     pub(super) stats: PipelineStats,
     pub(super) stages: Vec<StageMeans>,
     pub(super) trips: Trips,
+    pub(super) budget: StepBudget,
     /// When it last computed something, if it has sampled a token in this epoch; else when the epochs
     /// before it did, which it went on from.
     pub(super) proven: Option<Tick>,
@@ -173,7 +178,7 @@ pub(super) struct Lane {
     clients: Clients,
     ends: LaneEnds,
     link_events: mpsc::Receiver<LinkEvent>,
-    /// Not heard by the control task yet. At most one for each sequence, and [`UNHEARD`] more.
+    /// Not heard by the control task yet. At most two for each sequence, and [`UNHEARD`] more.
     unheard: VecDeque<LaneEvent>,
     /// Since when it is to pause, until it was said that it does.
     pausing: Option<Tick>,
@@ -269,12 +274,22 @@ impl Lane {
     }
 
     fn say(&mut self, says: LaneSays) {
-        if matches!(says, LaneSays::Ended(_)) {
-            // Its blocks are free before the router hears that it is.
+        if matches!(says, LaneSays::Ended(_) | LaneSays::Returned(_)) {
+            // Its blocks are free before the router hears that it is, and what it got is charged to a
+            // caller who is still known.
             let growth = self.scheduler.growth();
             self.ends.report.send_modify(|report| report.stats.growth = growth);
+            self.say_charges();
         }
         self.unheard.push_back(LaneEvent { at: self.at, says });
+    }
+
+    /// Says what callers were served, if anything.
+    fn say_charges(&mut self) {
+        let charges = self.scheduler.take_charges();
+        if !charges.is_empty() {
+            self.unheard.push_back(LaneEvent { at: self.at, says: LaneSays::Charged(charges) });
+        }
     }
 
     /// Says what will be said again, or follows from the last: not if nobody listens.
@@ -417,6 +432,9 @@ impl Lane {
         let is_due = self.told_flowing.is_none_or(|told| now.since(told) >= FLOWING_INTERVAL);
         if self.flowing && is_due {
             (self.flowing, self.told_flowing) = (false, Some(now));
+            if self.unheard.len() < UNHEARD {
+                self.say_charges();
+            }
             self.mention(LaneSays::Flowing);
         }
         self.path.retry();
@@ -448,6 +466,8 @@ impl Lane {
             let deadline = self.config.started + scheduled.deadline.0;
             self.path.send(scheduled.step, deadline);
         }
+        let pushed_out = self.scheduler.take_pushed_out();
+        self.give_back(pushed_out);
     }
 
     fn say_if_paused(&mut self, now: Tick) {
@@ -491,6 +511,7 @@ impl Lane {
             stats,
             stages: self.path.stage_times().to_vec(),
             trips: self.path.trips(),
+            budget: self.scheduler.budget(),
             proven: self.last_proven(),
         });
     }

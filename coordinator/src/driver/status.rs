@@ -1,6 +1,7 @@
 //! What the driver says of itself.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use proto::status::{ClusterStatus, QueueStatus, RateStatus};
@@ -60,6 +61,7 @@ impl Driver {
             let shown = view.plan.pipelines.iter_mut().find(is_it);
             let Some(shown) = shown else { continue };
             (shown.steps, shown.on_way_ms) = (report.trips.steps, report.trips.on_way_ms);
+            shown.budget = report.budget;
             for (stage, means) in shown.stages.iter_mut().zip(&report.stages) {
                 (stage.compute_ms, stage.wait_ms) = (means.compute_ms, means.wait_ms);
                 (stage.steps, stage.busy_ms) = (means.steps, means.busy_ms);
@@ -93,7 +95,30 @@ impl Driver {
     }
 }
 
+/// What a client is told at least and at most who is to come again: sooner costs more than it brings, and
+/// later nobody knows how things are.
+const RETRY_AFTER: RangeInclusive<u64> = 1..=60;
+
+/// The same while nothing was computed: nobody knows.
+const RETRY_AFTER_UNKNOWN: u64 = 10;
+
+/// How long it takes until so many tokens are computed, in whole seconds.
+fn retry_after(tokens: u64, per_second: f64) -> Duration {
+    let seconds = match per_second > 0.0 {
+        // More than any u64 reads as the largest.
+        true => (tokens as f64 / per_second).ceil() as u64,
+        false => RETRY_AFTER_UNKNOWN,
+    };
+    Duration::from_secs(seconds.clamp(*RETRY_AFTER.start(), *RETRY_AFTER.end()))
+}
+
 impl Driver {
+    /// When those who wait will have been served, at the rate of the last ten seconds.
+    pub(super) fn retry_after(&self) -> Duration {
+        let (read, generated) = self.rates.per_second();
+        retry_after(self.router.stats().waiting_tokens, read + generated)
+    }
+
     /// How full everything is, over all pipelines.
     pub(super) fn queue(&self) -> QueueStatus {
         let router = self.router.stats();
@@ -101,6 +126,8 @@ impl Driver {
             running: router.running,
             waiting: router.waiting + self.parking.len() as u32,
             waiting_limit: self.config.limits.waiting_requests,
+            waiting_tokens: router.waiting_tokens,
+            waiting_tokens_limit: self.config.limits.waiting_tokens,
             kv_blocks_total: router.kv_blocks_total,
             kv_blocks_used: router.kv_blocks_used,
         }
@@ -110,6 +137,15 @@ impl Driver {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_refused_is_told_how_long_those_who_wait_will_take() {
+        assert_eq!(retry_after(3000, 100.0), Duration::from_secs(30));
+        assert_eq!(retry_after(3001, 100.0), Duration::from_secs(31));
+        assert_eq!(retry_after(0, 100.0), Duration::from_secs(1));
+        assert_eq!(retry_after(u64::MAX, 1e-9), Duration::from_secs(60));
+        assert_eq!(retry_after(5, 0.0), Duration::from_secs(10), "nobody knows");
+    }
 
     #[test]
     fn rates_are_those_of_the_last_ten_seconds() {

@@ -20,7 +20,7 @@ use super::json::{
 use super::logprobs;
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::{Arguments, Parameters, SHOWN_CHARS};
-use super::{Api, idempotency_key, named, new_id, now_unix_s};
+use super::{Api, deadline_ms, idempotency_key, named, new_id, now_unix_s};
 use crate::request::{RequestError, TEMPLATE_ARGUMENTS};
 
 /// Entries of `modalities`: OpenAI has two.
@@ -261,7 +261,8 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let streamed = body.parameters.stream.unwrap_or(false);
     let options = body.parameters.stream_options.unwrap_or_default();
     let with_logprobs = body.logprobs.unwrap_or(false);
-    let generate = body.request(idempotency_key(&headers))?;
+    let mut generate = body.request(idempotency_key(&headers))?;
+    generate.deadline_ms = deadline_ms(&headers)?;
     let wanted =
         Wanted { requests: vec![generate], n, prompts_only: false, echo: false, stream: streamed };
     let choices =

@@ -17,7 +17,7 @@ use super::json::{Boolean, FromBody, Integer, Items, Maybe, Number, Object, Shap
 use super::logprobs::{ForCompletion, TextEnd};
 use super::sse::{self, Chunks, class_of, fingerprint, usage};
 use super::types::Parameters;
-use super::{Api, idempotency_key, named, new_id, now_unix_s};
+use super::{Api, deadline_ms, idempotency_key, named, new_id, now_unix_s};
 use crate::compute::cost_of;
 use crate::memory::Room;
 use crate::request::RequestError;
@@ -167,7 +167,9 @@ pub(super) async fn create(State(api): State<Api>, request: Request) -> Result<R
     let options = body.parameters.stream_options.unwrap_or_default();
     let prompts_only = body.parameters.max_tokens == Some(0);
     let (echo, logprobs) = (body.echo.unwrap_or(false), body.logprobs.is_some());
-    let (requests, n) = body.requests(&idempotency_key(&headers))?;
+    let (mut requests, n) = body.requests(&idempotency_key(&headers))?;
+    let deadline_ms = deadline_ms(&headers)?;
+    requests.iter_mut().for_each(|request| request.deadline_ms = deadline_ms);
     let wanted = Wanted { requests, n, prompts_only, echo, stream: streamed };
     let mut choices =
         Choices::start(&api, &headers, new_id("cmpl-"), wanted).await.map_err(as_sent)?;

@@ -5,14 +5,17 @@ use std::borrow::Cow;
 
 use axum::Json;
 use axum::body::Body;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::request::RequestError;
 
-/// When a client may come again after a full queue or a missing pipeline, in seconds.
-const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
+/// When a client may come again after a missing pipeline or memory, in seconds.
+const RETRY_AFTER_S: u64 = 1;
+
+/// Tells OpenAI's clients, who go by the status, that another try brings the same.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// For what is no field's fault.
 pub(super) const NO_FIELD: Option<&str> = None;
@@ -27,6 +30,10 @@ pub(crate) struct ApiError {
     message: String,
     /// An answer was taken and broke off: counted there, and no refusal.
     broke_off: bool,
+    /// When to come again, in seconds, where that is known better than by rule.
+    retry_after_s: Option<u64>,
+    /// Another try brings the same, whatever the status says.
+    final_answer: bool,
 }
 
 impl ApiError {
@@ -42,6 +49,8 @@ impl ApiError {
             parameter: parameter.map(Into::into),
             message: message.into(),
             broke_off: false,
+            retry_after_s: None,
+            final_answer: true,
         }
     }
 
@@ -80,6 +89,7 @@ impl ApiError {
             status: StatusCode::TOO_MANY_REQUESTS,
             kind: "rate_limit_error",
             code: Some("rate_limit_exceeded"),
+            final_answer: false,
             ..Self::invalid(NO_FIELD, message)
         }
     }
@@ -126,6 +136,7 @@ impl ApiError {
         Self {
             status: StatusCode::REQUEST_TIMEOUT,
             kind: "timeout_error",
+            final_answer: false,
             ..Self::invalid(NO_FIELD, "the body did not arrive in time")
         }
     }
@@ -173,7 +184,9 @@ impl From<RequestError> for ApiError {
             RequestError::ClassMismatch { .. } => {
                 (StatusCode::CONFLICT, "conflict_error", Some("class_mismatch"))
             }
-            RequestError::Full { .. } | RequestError::NoMemory => {
+            RequestError::Full { .. }
+            | RequestError::FullOfTokens { .. }
+            | RequestError::NoMemory => {
                 (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
             }
             RequestError::Unavailable { .. } | RequestError::Lost { .. } => {
@@ -191,8 +204,29 @@ impl From<RequestError> for ApiError {
             RequestError::UnknownModel { .. } => Some("model".into()),
             _ => None,
         };
+        let retry_after_s = match &error {
+            RequestError::Full { retry_after, .. }
+            | RequestError::FullOfTokens { retry_after, .. } => Some(retry_after.as_secs()),
+            _ => None,
+        };
+        let final_answer = match &error {
+            RequestError::Full { .. }
+            | RequestError::FullOfTokens { .. }
+            | RequestError::NoMemory
+            | RequestError::Unavailable { .. }
+            | RequestError::Lost { .. }
+            | RequestError::Internal { .. } => false,
+            // Its own deadline is as short the next time, and its client reads as slowly.
+            RequestError::TimedOut { .. } | RequestError::SlowReader { .. } => true,
+            RequestError::Invalid { .. }
+            | RequestError::ContextLength { .. }
+            | RequestError::PromptBytes { .. }
+            | RequestError::UnknownModel { .. }
+            | RequestError::ClassMismatch { .. } => true,
+        };
         let message = node::Chain(&error).to_string();
-        Self { status, kind, code, parameter, message, broke_off: false }
+        let broke_off = false;
+        Self { status, kind, code, parameter, message, broke_off, retry_after_s, final_answer }
     }
 }
 
@@ -203,7 +237,11 @@ impl IntoResponse for ApiError {
             if self.broke_off { Outcome::BrokeOff } else { Outcome::Refused(self.cause()) };
         response.extensions_mut().insert(refused);
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
+            let seconds = self.retry_after_s.unwrap_or(RETRY_AFTER_S);
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+        }
+        if self.final_answer {
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
     }

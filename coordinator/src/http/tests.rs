@@ -1,5 +1,7 @@
 //! Bodies as real clients send them, and errors as they expect them.
 
+use std::time::Duration;
+
 use serde::de::MapAccess;
 use serde_json::{Value, json};
 
@@ -76,6 +78,7 @@ fn what_would_change_the_answer_is_refused_by_name() {
 fn errors_have_the_type_that_makes_clients_do_the_right_thing() {
     let unavailable = RequestError::Unavailable { reason: "no worker".into() };
     let length = RequestError::ContextLength { limit: 16, prompt_tokens: 20, requested: 21 };
+    let full = RequestError::Full { limit: 3, retry_after: Duration::from_secs(17) };
     for (error, status, kind, code) in [
         (RequestError::invalid("top_p", "bad"), 400, "invalid_request_error", None),
         (length, 400, "invalid_request_error", Some("context_length_exceeded")),
@@ -85,7 +88,7 @@ fn errors_have_the_type_that_makes_clients_do_the_right_thing() {
             "not_found_error",
             Some("model_not_found"),
         ),
-        (RequestError::Full { limit: 3 }, 429, "rate_limit_error", Some("rate_limit_exceeded")),
+        (full, 429, "rate_limit_error", Some("rate_limit_exceeded")),
         (RequestError::NoMemory, 429, "rate_limit_error", Some("rate_limit_exceeded")),
         (unavailable, 503, "overloaded_error", Some("service_unavailable")),
         (RequestError::TimedOut { reason: "late".into() }, 504, "timeout_error", Some("timeout")),
@@ -97,5 +100,73 @@ fn errors_have_the_type_that_makes_clients_do_the_right_thing() {
         assert_eq!(body["error"]["type"], kind);
         assert_eq!(body["error"]["code"], json!(code));
         assert!(body["error"]["message"].is_string());
+    }
+}
+
+#[test]
+fn clients_are_told_when_to_come_again_and_when_that_is_in_vain() {
+    let full = |limit| RequestError::Full { limit, retry_after: Duration::from_secs(17) };
+    let tokens = Duration::from_secs(9);
+    let tokens = RequestError::FullOfTokens { waiting: 7, limit: 8, retry_after: tokens };
+    let length = RequestError::ContextLength { limit: 16, prompt_tokens: 20, requested: 21 };
+    let model = RequestError::UnknownModel { model: "x".into(), served: "y".into() };
+    let class = proto::ids::NumericsClass([1; 32]);
+    for (error, retry_after, should_retry) in [
+        (ApiError::from(full(3)), Some("17"), None),
+        (tokens.into(), Some("9"), None),
+        (RequestError::NoMemory.into(), Some("1"), None),
+        (RequestError::Unavailable { reason: "no worker".into() }.into(), Some("1"), None),
+        (ApiError::busy(8), Some("1"), None),
+        (ApiError::slow_body(), None, None),
+        (RequestError::Internal { message: "x".into() }.into(), None, None),
+        (RequestError::invalid("top_p", "bad").into(), None, Some("false")),
+        (length.into(), None, Some("false")),
+        (model.into(), None, Some("false")),
+        (RequestError::ClassMismatch { wanted: class, served: class }.into(), None, Some("false")),
+        (RequestError::TimedOut { reason: "late".into() }.into(), None, Some("false")),
+        (RequestError::SlowReader { limit: 9 }.into(), None, Some("false")),
+        (ApiError::not_found("nothing"), None, Some("false")),
+        (ApiError::too_large(9), None, Some("false")),
+    ] {
+        let words = format!("{error:?}");
+        let response = axum::response::IntoResponse::into_response(error);
+        let header = |name| response.headers().get(name).map(|value| value.to_str().unwrap());
+        assert_eq!(header("retry-after"), retry_after, "{words}");
+        assert_eq!(header("x-should-retry"), should_retry, "{words}");
+    }
+}
+
+#[test]
+fn a_client_may_say_how_long_it_waits() {
+    let headers = |value: &str| {
+        let mut headers = axum::http::HeaderMap::new();
+        headers.insert("x-request-timeout", value.parse().unwrap());
+        super::deadline_ms(&headers)
+    };
+    assert_eq!(super::deadline_ms(&axum::http::HeaderMap::new()).unwrap(), 0);
+    assert_eq!(
+        ["30", "0.25", " 1e9 ", "0.0000001"].map(|v| headers(v).unwrap()),
+        [30_000, 250, u32::MAX, 1]
+    );
+    for wrong in ["", "0", "-1", "NaN", "inf", "1e300", "10s", "1,5"] {
+        let error = headers(wrong).unwrap_err();
+        assert_eq!(error.status.as_u16(), 400, "{wrong}");
+        assert_eq!(error.body()["error"]["param"], "x-request-timeout");
+    }
+}
+
+#[test]
+fn who_may_wait_says_so_by_tier_or_priority() {
+    use proto::generate::Priority::{Batch, Interactive};
+    for (body, priority) in [
+        (json!({}), Interactive),
+        (json!({"service_tier": "auto"}), Interactive),
+        (json!({"service_tier": "default", "priority": 0}), Interactive),
+        (json!({"service_tier": "priority", "priority": -7}), Interactive),
+        (json!({"service_tier": "flex"}), Batch),
+        (json!({"priority": 1}), Batch),
+        (json!({"service_tier": null, "priority": null}), Interactive),
+    ] {
+        assert_eq!(parameters(body.clone()).request().unwrap().priority, priority, "{body}");
     }
 }

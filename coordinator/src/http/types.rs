@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use proto::generate::{GenerateRequest, Sampling};
+use proto::generate::{GenerateRequest, Priority, Sampling};
 use proto::limits;
 use serde::de::{MapAccess, SeqAccess};
 use serde_json::{Map, Value};
@@ -55,6 +55,10 @@ pub(super) struct Parameters {
     /// vLLM's: who shares the prefix cache.
     cache_salt: Option<String>,
     user: Option<String>,
+    /// OpenAI's: `flex` waits for what others leave.
+    service_tier: Option<String>,
+    /// vLLM's: above 0 is later than others.
+    priority: Option<i64>,
     /// The first field of guided decoding that was given.
     guided: Option<&'static str>,
 }
@@ -232,6 +236,8 @@ impl Parameters {
             "best_of" => object.take("best_of", count(), &mut self.best_of),
             "cache_salt" => object.take("cache_salt", text(), &mut self.cache_salt),
             "user" => object.take("user", text(), &mut self.user),
+            "service_tier" => object.take("service_tier", text(), &mut self.service_tier),
+            "priority" => object.take("priority", Maybe(Integer::new()), &mut self.priority),
             "skip_special_tokens" => {
                 object.take("skip_special_tokens", boolean(), &mut self.skip_special_tokens)
             }
@@ -271,6 +277,8 @@ impl Parameters {
     ///
     /// 400 for what is not supported.
     pub(super) fn request(self) -> Result<GenerateRequest, ApiError> {
+        // Tiers of other prices (auto, default, priority, scale) are all the same here.
+        let is_batch = self.service_tier.as_deref() == Some("flex") || self.priority > Some(0);
         if let Some(name) = self.guided {
             return Err(ApiError::unsupported(name, "structured output"));
         }
@@ -307,6 +315,10 @@ impl Parameters {
             class: self.class.unwrap_or_default(),
             cache_salt: self.cache_salt.unwrap_or_default(),
             user: self.user.unwrap_or_default(),
+            priority: match is_batch {
+                true => Priority::Batch,
+                false => Priority::Interactive,
+            },
             ..GenerateRequest::default()
         })
     }

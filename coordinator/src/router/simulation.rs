@@ -22,10 +22,12 @@ const VOCAB: u64 = 40;
 const STOP: u32 = 7;
 const LIMITS: Limits = Limits {
     waiting_requests: 6,
+    waiting_tokens: 1500,
     wait: Duration::from_secs(3600),
     running_requests: 12,
     step_tokens: 24,
     context_tokens: 300,
+    step_time: Duration::from_millis(200),
     step_deadline: Duration::from_secs(30),
     prefix_cache: true,
 };
@@ -236,7 +238,10 @@ impl World {
 
     fn submit(&mut self, request: Request) {
         let sequence = Box::new(Sequence::new(request.clone()).unwrap());
-        match self.router.submit(sequence, Wish::default(), self.now) {
+        let outcome = self.router.submit(sequence, Wish::default(), self.now);
+        let gave_way = self.router.take_gave_way();
+        self.hear(gave_way);
+        match outcome {
             Ok(taken) => {
                 let output = request.forced.clone();
                 let want = solo(&request);
@@ -265,6 +270,9 @@ impl World {
                 // More than the limit only where a pipeline's end sent runners back to the queue.
                 assert!(self.router.stats().waiting >= LIMITS.waiting_requests);
             }
+            Err(Rejected::FullOfTokens { waiting, limit }) => {
+                assert!(waiting > 0 && limit == LIMITS.waiting_tokens);
+            }
             Err(Rejected::TooLong { .. }) => {}
             Err(Rejected::NoPipeline) => assert!(self.pipes.is_empty()),
             Err(other) => panic!("{other}"),
@@ -273,7 +281,8 @@ impl World {
 
     /// Tells the router what the pipelines hold.
     fn report(&mut self) {
-        for (&id, pipe) in &self.pipes {
+        for (&id, pipe) in &mut self.pipes {
+            self.router.charge(&pipe.scheduler.take_charges());
             self.router.set_growth(id, pipe.scheduler.growth());
         }
     }
@@ -302,7 +311,12 @@ impl World {
                     client.ran_on = None;
                 }
             }
+            let pushed_out = pipe.scheduler.take_pushed_out();
             self.pipes.insert(id, pipe);
+            for sequence in pushed_out {
+                self.journal.push(format!("{} makes room on {id}", sequence.id()));
+                self.router.returned(sequence);
+            }
         }
     }
 
@@ -635,6 +649,7 @@ fn arb_request() -> impl Strategy<Value = Request> {
             stop_tokens: if stops { vec![STOP] } else { Vec::new() },
             score_prompt,
             priority: if batch { Priority::Batch } else { Priority::Interactive },
+            caller: Caller([(seed % 3) as u8; 16]),
             // One of three has the other salt.
             salt: PrefixHash([salt / 2; 16]),
             deadline: None,

@@ -373,14 +373,14 @@ fn one_begins_where_a_block_stays_free_for_each_that_grows() {
     );
     take(&mut router, 1, 1, Tick::ZERO);
     // Two of them took their second block, one of these has ended.
-    router.set_growth(PipelineId(1), Growth { blocks: 2, grown_up: 2 });
+    router.set_growth(PipelineId(1), Growth { blocks: 2, grown_up: 2, ..Growth::default() });
     assert_eq!(placed(&mut router), [], "two blocks are left for two");
-    router.set_growth(PipelineId(1), Growth { blocks: 1, grown_up: 1 });
+    router.set_growth(PipelineId(1), Growth { blocks: 1, grown_up: 1, ..Growth::default() });
     router.ended(SequenceId(2));
     assert_eq!(router.stats().kv_blocks_used, 4);
     assert_eq!(placed(&mut router), [(5, 1)], "four blocks are left for three");
     // Their blocks are promised to nobody, whatever the report says.
-    router.set_growth(PipelineId(1), Growth { blocks: -100, grown_up: 100 });
+    router.set_growth(PipelineId(1), Growth { blocks: -100, grown_up: 100, ..Growth::default() });
     assert_eq!(router.stats().kv_blocks_used, 0);
 }
 
@@ -448,4 +448,204 @@ fn a_queue_of_the_longest_kind_costs_no_more_for_each() {
     }
     let took = begin.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+fn of(caller: u8, prompt: usize, max_tokens: u32) -> Request {
+    Request { caller: Caller([caller; 16]), ..request(prompt, max_tokens) }
+}
+
+fn ask(router: &mut Router, request: Request) -> Result<u64, Rejected> {
+    let sequence = Box::new(Sequence::new(request).unwrap());
+    router.submit(sequence, Wish::default(), Tick::ZERO).map(|taken| taken.sequence.0)
+}
+
+#[test]
+fn callers_take_turns_however_many_requests_each_has() {
+    let mut router = router(Limits { running_requests: 1, ..Limits::default() }, &[1000]);
+    let many: Vec<_> = (0..50).map(|_| ask(&mut router, of(1, 100, 1)).unwrap()).collect();
+    let few: Vec<_> = (0..5).map(|_| ask(&mut router, of(2, 100, 1)).unwrap()).collect();
+    let mut order = Vec::new();
+    for _ in 0..10 {
+        let (id, _) = placed(&mut router)[0];
+        order.push(id);
+        router.ended(SequenceId(id));
+    }
+    for (turn, pair) in order.chunks(2).enumerate() {
+        assert_eq!(pair, [many[turn], few[turn]], "{order:?}");
+    }
+    // Answers count as they grow, and what others had computed does not.
+    let charge =
+        |tokens| Charge { priority: Priority::Interactive, caller: Caller([1; 16]), tokens };
+    (0..5).for_each(|_| {
+        ask(&mut router, of(2, 100, 1)).unwrap();
+    });
+    router.charge(&[charge(250)]);
+    let next = |router: &mut Router| {
+        let (id, _) = placed(router)[0];
+        router.ended(SequenceId(id));
+        many.contains(&id)
+    };
+    assert_eq!([(); 4].map(|()| next(&mut router)), [false, false, false, true]);
+    router.charge(&[charge(-100)]);
+    assert!(next(&mut router));
+}
+
+#[test]
+fn batch_makes_room_for_interactive_requests_and_goes_after_them() {
+    // Their prompts are equal.
+    let limits = Limits { running_requests: 3, prefix_cache: false, ..Limits::default() };
+    let mut router = router(limits, &[8]);
+    let batch = |prompt| Request { priority: Priority::Batch, ..of(1, prompt, 1) };
+    let large = ask(&mut router, batch(250)).unwrap();
+    assert_eq!(placed(&mut router), [(large, 1)], "all of it");
+    let waits = ask(&mut router, batch(1)).unwrap();
+    assert_eq!(placed(&mut router), []);
+    let first = ask(&mut router, of(1, 100, 1)).unwrap();
+    assert_eq!(placed(&mut router), [(first, 1)], "as if it were not there");
+    let second = ask(&mut router, of(1, 150, 1)).unwrap();
+    assert_eq!(placed(&mut router), [], "4 and 5 blocks are more than 8");
+    router.ended(SequenceId(first));
+    router.ended(SequenceId(large));
+    assert_eq!(placed(&mut router), [(second, 1), (waits, 1)]);
+    // The growth of batch is in nobody's way either.
+    router.set_growth(PipelineId(1), Growth { blocks: 2, batch_blocks: 2, ..Growth::default() });
+    let third = ask(&mut router, of(2, 90, 1)).unwrap();
+    assert_eq!(placed(&mut router), [(third, 1)]);
+    ask(&mut router, of(2, 40, 1)).unwrap();
+    assert_eq!(placed(&mut router), [], "with that it would have as much as the other");
+}
+
+#[test]
+fn a_caller_who_has_more_makes_room_for_one_who_has_less() {
+    let limits = Limits { running_requests: 4, prefix_cache: false, ..Limits::default() };
+    let mut router = router(limits, &[100]);
+    let many: Vec<_> = (0..6).map(|_| ask(&mut router, of(1, 1, 1)).unwrap()).collect();
+    let mut running = router.assign();
+    assert_eq!(running.len(), 4);
+    let other: Vec<_> = (0..4).map(|_| ask(&mut router, of(2, 1, 1)).unwrap()).collect();
+    assert_eq!(placed(&mut router), [(other[0], 1), (other[1], 1)]);
+    assert_eq!(placed(&mut router), [], "two of the first make room for them");
+    // The scheduler chose the last of those who have most.
+    for _ in 0..2 {
+        router.returned(running.pop().unwrap().sequence);
+    }
+    assert_eq!(placed(&mut router), [], "two each");
+    router.ended(SequenceId(many[0]));
+    router.ended(SequenceId(many[1]));
+    let next = placed(&mut router);
+    assert_eq!(next.len(), 2, "{next:?}");
+}
+
+#[test]
+fn a_full_queue_keeps_nobody_out_who_waits_for_less() {
+    let limits = Limits { waiting_requests: 4, ..Limits::default() };
+    let mut router = router(limits, &[2]);
+    let runs = ask(&mut router, of(1, 33, 1)).unwrap();
+    assert_eq!(placed(&mut router), [(runs, 1)]);
+    let batch = Request { priority: Priority::Batch, ..of(3, 33, 1) };
+    let batch = ask(&mut router, batch).unwrap();
+    let mine: Vec<_> = (0..3).map(|_| ask(&mut router, of(1, 33, 1)).unwrap()).collect();
+    let gave_way = |router: &mut Router| -> Vec<u64> {
+        router.take_gave_way().into_iter().map(|emission| emission.sequence.0).collect()
+    };
+    assert!(gave_way(&mut router).is_empty());
+    // Batch gives way to anybody, then the last of the caller who waits for most.
+    ask(&mut router, of(1, 33, 1)).unwrap();
+    assert_eq!(gave_way(&mut router), [batch]);
+    assert_eq!(ask(&mut router, of(1, 33, 1)), Err(Rejected::Full { limit: 4 }));
+    let late = Request { priority: Priority::Batch, ..of(4, 1, 1) };
+    assert_eq!(ask(&mut router, late), Err(Rejected::Full { limit: 4 }));
+    let first = ask(&mut router, of(2, 33, 1)).unwrap();
+    assert_eq!(gave_way(&mut router), [mine[2] + 1]);
+    let second = ask(&mut router, of(2, 33, 1)).unwrap();
+    assert_eq!(gave_way(&mut router), [mine[2]]);
+    assert_eq!(ask(&mut router, of(2, 33, 1)), Err(Rejected::Full { limit: 4 }), "two each");
+    assert!(gave_way(&mut router).is_empty());
+    assert!(first < second && router.stats().waiting == 4);
+}
+
+#[test]
+fn the_tokens_that_wait_are_bounded_too() {
+    let limits = Limits { waiting_tokens: 1000, context_tokens: 4096, ..Limits::default() };
+    let mut router = router(limits, &[128]);
+    // One alone may wait, however long it is.
+    let long = ask(&mut router, of(1, 2000, 1000)).unwrap();
+    assert_eq!(router.stats().waiting_tokens, 3000);
+    let full = Rejected::FullOfTokens { waiting: 3000, limit: 1000 };
+    assert_eq!(ask(&mut router, of(1, 1, 1)), Err(full.clone()));
+    assert_eq!(ask(&mut router, of(2, 1, 1)), Err(full), "it has one, and so has the other");
+    assert_eq!(router.stats().waiting, 1, "nobody was refused in vain");
+    router.withdraw(SequenceId(long)).unwrap();
+    for _ in 0..10 {
+        ask(&mut router, of(1, 50, 50)).unwrap();
+    }
+    ask(&mut router, of(2, 150, 100)).unwrap();
+    assert_eq!(router.take_gave_way().len(), 3);
+    assert_eq!(router.stats().waiting_tokens, 950);
+    // A length that nobody asked for is expected to be usual.
+    let wish = Wish { as_many_as_fit: true, class: None };
+    let sequence = Box::new(Sequence::new(Request { max_tokens: 0, ..of(3, 44, 1) }).unwrap());
+    let taken = router.submit(sequence, wish, Tick::ZERO).unwrap();
+    assert_eq!(taken.max_tokens, 4052);
+    assert_eq!(router.stats().waiting_tokens, 950 - 3 * 100 + 300);
+}
+
+#[test]
+fn what_is_shared_needs_no_room() {
+    // 20 blocks of a prompt are equal.
+    let mut router = router(Limits::default(), &[30]);
+    let ask = |router: &mut Router, last: u32| {
+        let prompt = (0..640).chain([last]).collect();
+        let request = Request { prompt, ..request(0, 1) };
+        router
+            .submit(Box::new(Sequence::new(request).unwrap()), Wish::default(), Tick::ZERO)
+            .unwrap();
+    };
+    (0..3).for_each(|last| ask(&mut router, last));
+    assert_eq!(placed(&mut router).len(), 2, "its own block and four that may not be known");
+    // As the scheduler says: 16 of them are one and the same.
+    router.set_growth(PipelineId(1), Growth { blocks: -20, ..Growth::default() });
+    assert_eq!(placed(&mut router).len(), 1);
+}
+
+/// As many as the configuration allows, of a caller with most of them and of a thousand others.
+#[test]
+fn a_tick_is_short_however_many_wait_and_for_however_many_callers() {
+    const MANY: u32 = 1 << 16;
+    let limits = Limits { waiting_requests: MANY, waiting_tokens: u64::MAX, ..Limits::default() };
+    let mut router = router(limits, &[64]);
+    let template = sequence(40, 8);
+    let mut names = Vec::new();
+    for number in 0..MANY {
+        let mut sequence = template.clone();
+        let of = if number % 4 == 0 { number % 1000 } else { 1 << 20 };
+        let mut caller = [0; 16];
+        caller[..4].copy_from_slice(&of.to_le_bytes());
+        sequence.set_caller(Caller(caller));
+        let taken = router.submit(sequence, Wish::default(), Tick::ZERO).unwrap();
+        names.push(taken.sequence);
+    }
+    let mut times = Vec::new();
+    let mut left = names.clone();
+    for tick in 0..400u32 {
+        let begin = std::time::Instant::now();
+        let now = Tick::from_millis(50 * u64::from(tick));
+        let assigned = router.assign();
+        for Assigned { sequence, .. } in &assigned {
+            let (priority, caller) = (sequence.priority(), sequence.caller());
+            router.charge(&[Charge { priority, caller, tokens: 8 }]);
+            router.ended(sequence.id());
+        }
+        assert!(router.expire(now, 32).is_empty());
+        // Clients go away at once.
+        for _ in 0..32 {
+            let gone = left.swap_remove((tick as usize * 7919) % left.len());
+            router.withdraw(gone);
+        }
+        times.push(begin.elapsed());
+    }
+    times.sort_unstable();
+    // Without optimisation, on a busy machine; what looked at everyone would take fifty times as long.
+    let middle = times[times.len() / 2];
+    assert!(middle < Duration::from_millis(3), "{middle:?}");
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use proto::BLOCK_TOKENS;
 use proto::ids::{BlockId, PrefixHash};
 
 /// What a full block holds: its tokens and all before them, of sequences that share a salt.
@@ -43,6 +44,8 @@ struct Block {
     pins: u32,
     /// What it holds, if `known` leads here.
     key: Option<BlockKey>,
+    /// Its tokens then: a key is a hash, which two prompts may share.
+    tokens: [u32; BLOCK_TOKENS as usize],
     /// Its place in `cached`.
     cached_at: Option<u64>,
 }
@@ -92,9 +95,10 @@ impl BlockPool {
         }
     }
 
-    /// The block that holds this.
-    pub(super) fn find(&self, key: &BlockKey) -> Option<BlockId> {
-        self.known.get(key).copied()
+    /// The block that holds this, and these tokens.
+    pub(super) fn find(&self, key: &BlockKey, tokens: &[u32]) -> Option<BlockId> {
+        let id = self.known.get(key).copied()?;
+        (self.blocks[id.0 as usize].tokens == *tokens).then_some(id)
     }
 
     /// How many of these are free.
@@ -119,10 +123,14 @@ impl BlockPool {
 
     /// A holder has filled a block with this; from now on others may share it. Nothing changes if
     /// another block is known to hold it, or this one already is.
-    pub(super) fn publish(&mut self, id: BlockId, key: BlockKey) {
+    pub(super) fn publish(&mut self, id: BlockId, key: BlockKey, tokens: &[u32]) {
         assert!(self.block(id).holders > 0, "block {id} was filled by nobody");
-        if self.block(id).key.is_none() && !self.known.contains_key(&key) {
+        if self.block(id).key.is_none()
+            && !self.known.contains_key(&key)
+            && let Ok(tokens) = tokens.try_into()
+        {
             self.block(id).key = Some(key);
+            self.block(id).tokens = tokens;
             self.known.insert(key, id);
         }
     }
@@ -251,14 +259,33 @@ mod tests {
         BlockKey { salt: PrefixHash::EMPTY, hash: PrefixHash([number; 16]) }
     }
 
+    /// Those of a block that this test says holds them.
+    fn tokens(number: u8) -> [u32; BLOCK_TOKENS as usize] {
+        [number.into(); BLOCK_TOKENS as usize]
+    }
+
+    #[test]
+    fn two_prompts_of_one_hash_share_nothing() {
+        let mut pool = BlockPool::new(2);
+        let mine = pool.take(2).unwrap();
+        pool.publish(mine[0], key(1), &tokens(1));
+        assert_eq!(pool.find(&key(1), &tokens(1)), Some(mine[0]));
+        assert_eq!(pool.find(&key(1), &tokens(2)), None, "another with the same hash");
+        pool.publish(mine[1], key(1), &tokens(2));
+        assert_eq!(pool.find(&key(1), &tokens(1)), Some(mine[0]), "the first stays");
+        pool.publish(mine[1], key(2), &tokens(2)[1..]);
+        assert_eq!(pool.find(&key(2), &tokens(2)), None, "one that is not full is not known");
+        pool.check(&mine.iter().map(|&block| (block, 1)).collect());
+    }
+
     #[test]
     fn a_block_that_is_known_is_shared_until_it_is_taken() {
         let mut pool = BlockPool::new(4);
         let mine = pool.take(3).unwrap();
         for (number, &block) in (0..).zip(&mine) {
-            pool.publish(block, key(number));
+            pool.publish(block, key(number), &tokens(number));
         }
-        assert_eq!(pool.find(&key(1)), Some(mine[1]));
+        assert_eq!(pool.find(&key(1), &tokens(1)), Some(mine[1]));
         pool.share(&mine[..1]);
         pool.give_back(&mine);
         assert_eq!((pool.free_count(), pool.returning_count()), (3, 0), "one has a reader");
@@ -269,10 +296,13 @@ mod tests {
         assert_eq!((pool.free_count(), pool.returning_count()), (3, 1), "a step names one");
         assert_eq!(pool.take(1).unwrap(), [BlockId(3)], "first those that hold nothing");
         assert_eq!(pool.take(1).unwrap(), [mine[2]], "then who was free longest");
-        assert_eq!((pool.find(&key(2)), pool.find(&key(0))), (None, Some(mine[0])));
+        assert_eq!(
+            (pool.find(&key(2), &tokens(2)), pool.find(&key(0), &tokens(0))),
+            (None, Some(mine[0]))
+        );
         pool.unpin(&mine[1..2]);
         assert_eq!(pool.take(2).unwrap(), [mine[0], mine[1]]);
-        assert_eq!(pool.find(&key(1)), None);
+        assert_eq!(pool.find(&key(1), &tokens(1)), None);
         pool.check(&(0..4).map(|block| (BlockId(block), 1)).collect());
     }
 
@@ -281,14 +311,14 @@ mod tests {
         let mut pool = BlockPool::new(3);
         let mine = pool.take(3).unwrap();
         for (number, &block) in (0..).zip(&mine) {
-            pool.publish(block, key(number));
+            pool.publish(block, key(number), &tokens(number));
         }
-        pool.publish(mine[0], key(9));
-        assert_eq!(pool.find(&key(9)), None, "it is known to hold something else");
+        pool.publish(mine[0], key(9), &tokens(9));
+        assert_eq!(pool.find(&key(9), &tokens(9)), None, "it is known to hold something else");
         pool.give_back(&mine);
         assert_eq!(pool.take(1).unwrap(), [mine[2]]);
         pool.forget(&mine[1..2]);
-        assert_eq!(pool.find(&key(1)), None);
+        assert_eq!(pool.find(&key(1), &tokens(1)), None);
         pool.check(&[(mine[2], 1)].into());
         assert_eq!(pool.take(2).unwrap(), [mine[1], mine[0]]);
     }

@@ -43,8 +43,18 @@ pub(super) struct Active {
 pub(super) struct SentStep {
     pub(super) sent: Tick,
     pub(super) rows: Vec<SentRow>,
+    kind: StepKind,
+}
+
+/// What a step holds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StepKind {
     /// Some of its rows go on with answers, each by one token.
-    decodes: bool,
+    pub(super) decodes: bool,
+    /// None of its rows is interactive.
+    pub(super) only_batch: bool,
+    /// How long it should take on the slowest stage; zero if nobody knows.
+    pub(super) takes: Duration,
 }
 
 /// What the result of a row must match.
@@ -97,15 +107,25 @@ impl Active {
 
     /// Steps on their way that go on with answers.
     pub(super) fn decoding_steps(&self) -> usize {
-        self.in_flight.values().filter(|step| step.decodes).count()
+        self.in_flight.values().filter(|step| step.kind.decodes).count()
     }
 
-    /// Makes a step of `rows`, with which answers go on if it `decodes`, and remembers what its result must match.
+    /// How long the last step should take that was sent and is on its way.
+    pub(super) fn last_took(&self) -> Duration {
+        self.in_flight.last_key_value().map_or(Duration::ZERO, |(_, step)| step.kind.takes)
+    }
+
+    /// Steps on their way that hold batch alone.
+    pub(super) fn batch_steps(&self) -> usize {
+        self.in_flight.values().filter(|step| step.kind.only_batch).count()
+    }
+
+    /// Makes a step of `rows`, and remembers what its result must match.
     pub(super) fn send(
         &mut self,
         rows: Vec<Row>,
         activations: Bytes,
-        decodes: bool,
+        kind: StepKind,
         now: Tick,
         deadline_remaining: Duration,
     ) -> Step {
@@ -124,7 +144,7 @@ impl Active {
         }
         let sent: Vec<_> = rows.iter().map(SentRow::of).collect();
         let is_draw = sent.iter().any(|row| row.is_draw);
-        self.in_flight.insert(header.step, SentStep { sent: now, rows: sent, decodes });
+        self.in_flight.insert(header.step, SentStep { sent: now, rows: sent, kind });
         // Later stages take no notice of a step that the first has drawn.
         let ended = if is_draw { 0 } else { self.ended.len().min(ENDED_PER_STEP) };
         Step {

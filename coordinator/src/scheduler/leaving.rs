@@ -3,8 +3,8 @@
 
 use super::epoch::Active;
 use super::{
-    Emission, EmissionEvent, Holders, PipelineScheduler, PipelineShape, Prefixes, Queue, Sequence,
-    SequenceError,
+    Emission, EmissionEvent, Fit, Holders, PipelineScheduler, PipelineShape, Prefixes, Queue,
+    Sequence, SequenceError,
 };
 use crate::tick::Tick;
 
@@ -36,6 +36,7 @@ impl PipelineScheduler {
         self.active = Active::new(shape);
         self.last_row = None;
         self.proven = false;
+        self.fit = Fit::default();
         let mut free = shape.kv_blocks;
         let mut surplus = Vec::new();
         for sequence in ran {
@@ -62,7 +63,7 @@ impl PipelineScheduler {
         if let Some(probe) = self.probe.take() {
             self.sequences.remove(&probe);
         }
-        (self.begin_demand, self.promised) = (0, 0);
+        (self.begin_demand, self.promised) = Default::default();
         (self.holders, self.prefixes) = (Holders::default(), Prefixes::default());
         // A new pool: what the old one held is named by steps that count no more.
         self.active = Active::new(self.active.shape);
@@ -70,6 +71,10 @@ impl PipelineScheduler {
         for mut sequence in std::mem::take(&mut self.sequences).into_values() {
             sequence.restart(now);
             all.push(sequence);
+        }
+        if !self.pushed_out.is_empty() {
+            all.append(&mut self.pushed_out);
+            all.sort_by_key(|sequence| sequence.id());
         }
         all
     }
@@ -95,6 +100,12 @@ impl PipelineScheduler {
     pub fn fail_all(&mut self, reason: &str) -> Vec<Emission> {
         let ids: Vec<_> = self.sequences.keys().copied().collect();
         let mut emissions = Vec::new();
+        for pushed_out in self.take_pushed_out() {
+            let error = SequenceError::PipelineLost { reason: reason.to_owned() };
+            let event = EmissionEvent::Failed(error);
+            self.totals.failed += 1;
+            emissions.push(Emission { sequence: pushed_out.id(), event });
+        }
         for id in ids {
             let error = SequenceError::PipelineLost { reason: reason.to_owned() };
             self.fail(id, error, &mut emissions);

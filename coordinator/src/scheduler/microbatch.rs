@@ -30,7 +30,7 @@ impl Line {
         Self { step_ns: one_ns - row_ns, row_ns }
     }
 
-    fn at(self, rows: u64) -> u64 {
+    pub(super) fn at(self, rows: u64) -> u64 {
         self.step_ns.saturating_add(self.row_ns.saturating_mul(rows))
     }
 }

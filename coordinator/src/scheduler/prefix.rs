@@ -52,7 +52,7 @@ impl PipelineScheduler {
         }
         for block in 0..sequence.shareable_blocks() {
             let key = sequence.key(block);
-            match self.active.blocks.find(&key) {
+            match self.active.blocks.find(&key, sequence.tokens_of(block)) {
                 Some(known) if found.awaited.is_none() => found.blocks.push(known),
                 _ if self.prefixes.computing.contains_key(&key) => found.awaited = Some(key),
                 _ => break,
@@ -64,9 +64,7 @@ impl PipelineScheduler {
     /// A sequence waits until `key` is known, or nobody computes it any more.
     pub(super) fn await_prefix(&mut self, id: SequenceId, key: BlockKey) {
         let Some(mut sequence) = self.sequences.remove(&id) else { return };
-        if let Some((stand, ticket)) = sequence.place.take() {
-            self.queue(stand).remove(ticket);
-        }
+        self.leave_place(&mut sequence);
         sequence.awaits = Some(key);
         self.prefixes.awaiting.insert((key, id));
         self.sequences.insert(id, sequence);
@@ -97,7 +95,8 @@ impl PipelineScheduler {
         let mut keys = Vec::with_capacity(full - sequence.published);
         for block in sequence.published..full {
             let key = sequence.key(block);
-            self.active.blocks.publish(sequence.blocks[block], key);
+            let tokens = sequence.tokens_of(block);
+            self.active.blocks.publish(sequence.blocks[block], key, tokens);
             keys.push(key);
         }
         sequence.published = full;
@@ -140,6 +139,11 @@ impl Sequence {
     /// What is known of its block number `block` once that is full.
     fn key(&self, block: usize) -> BlockKey {
         BlockKey { salt: self.request.salt, hash: self.log.hash_at((block + 1) * TOKENS) }
+    }
+
+    /// The tokens of its block number `block`, which is full.
+    fn tokens_of(&self, block: usize) -> &[u32] {
+        &self.log.tokens()[block * TOKENS..(block + 1) * TOKENS]
     }
 
     /// What its prompt begins with, shorter ones first: its first block, the first two, four, eight …

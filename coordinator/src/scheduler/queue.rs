@@ -8,45 +8,110 @@ use proto::ids::SequenceId;
 use super::types::Priority;
 
 /// A place in a [`Queue`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ticket(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ticket {
+    rank: Rank,
+    /// Of its caller.
+    turn: u64,
+    number: u64,
+}
 
-/// The first ticket of those who queue up, behind that of who goes before everyone. Names, which are
-/// tickets too, begin with it.
-const FIRST: u64 = 1;
+impl Ticket {
+    /// When its caller's turn was.
+    pub(super) fn turn(self) -> u64 {
+        self.turn
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// Before everyone.
+    Front,
+    Of(Priority),
+}
 
 /// Sequences in an order.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    entries: BTreeMap<u64, SequenceId>,
+    entries: BTreeMap<Ticket, SequenceId>,
+    /// The last number that was given to those who queue up.
+    last: u64,
 }
 
 impl Queue {
     /// Behind everyone.
     pub(super) fn push_back(&mut self, id: SequenceId) -> Ticket {
-        let last = self.entries.last_key_value();
-        let ticket = last.map_or(FIRST, |(last, _)| last + 1);
-        self.entries.insert(ticket, id);
-        Ticket(ticket)
+        self.push_turn(Priority::ALL[Priority::ALL.len() - 1], u64::MAX, id)
+    }
+
+    /// By priority, then by turn; of one turn in the order in which they come.
+    pub(super) fn push_turn(&mut self, priority: Priority, turn: u64, id: SequenceId) -> Ticket {
+        self.last += 1;
+        self.insert(Ticket { rank: Rank::Of(priority), turn, number: self.last }, id)
     }
 
     /// By priority, then by name, which is the order of arrival: a queue that is entered so has no
     /// other order.
     pub(super) fn insert_by_arrival(&mut self, priority: Priority, id: SequenceId) -> Ticket {
-        // Names leave the highest bit alone, but for those of probes, which do not arrive.
-        let ticket = (priority as u64) << 63 | id.0;
-        self.entries.insert(ticket, id);
-        Ticket(ticket)
+        self.insert_in_line(priority, 0, id)
+    }
+
+    /// By priority and line, in each by name.
+    pub(super) fn insert_in_line(
+        &mut self,
+        priority: Priority,
+        line: u64,
+        id: SequenceId,
+    ) -> Ticket {
+        self.insert(Ticket { rank: Rank::Of(priority), turn: line, number: id.0 }, id)
     }
 
     /// Before everyone, now and later; there may be one.
     pub(super) fn push_front(&mut self, id: SequenceId) -> Ticket {
-        let ticket = 0;
+        self.insert(Ticket { rank: Rank::Front, turn: 0, number: 0 }, id)
+    }
+
+    fn insert(&mut self, ticket: Ticket, id: SequenceId) -> Ticket {
         self.entries.insert(ticket, id);
-        Ticket(ticket)
+        ticket
+    }
+
+    /// Who goes before everyone.
+    pub(super) fn foremost(&self) -> Option<(Ticket, SequenceId)> {
+        let (&ticket, &id) = self.entries.first_key_value()?;
+        (ticket.rank == Rank::Front).then_some((ticket, id))
+    }
+
+    /// The first of a line behind `after`, who stays.
+    pub(super) fn next_in_line(
+        &self,
+        priority: Priority,
+        line: u64,
+        after: Option<Ticket>,
+    ) -> Option<(Ticket, SequenceId)> {
+        let rank = Rank::Of(priority);
+        let first = Ticket { rank, turn: line, number: 0 };
+        let last = Ticket { number: u64::MAX, ..first };
+        let from = after.map_or(Bound::Included(first), Bound::Excluded);
+        let next = self.entries.range((from, Bound::Included(last))).next();
+        next.map(|(&ticket, &id)| (ticket, id))
+    }
+
+    /// The first of a class behind `after`, who stays.
+    pub(super) fn next_of(
+        &self,
+        priority: Priority,
+        after: Option<Ticket>,
+    ) -> Option<(Ticket, SequenceId)> {
+        let first = Ticket { rank: Rank::Of(priority), turn: 0, number: 0 };
+        let last = Ticket { turn: u64::MAX, number: u64::MAX, ..first };
+        let from = after.map_or(Bound::Included(first), Bound::Excluded);
+        let next = self.entries.range((from, Bound::Included(last))).next();
+        next.map(|(&ticket, &id)| (ticket, id))
     }
 
     /// The first, who stays.
+    #[cfg(test)]
     pub(super) fn front(&self) -> Option<SequenceId> {
         self.entries.first_key_value().map(|(_, &id)| id)
     }
@@ -58,14 +123,14 @@ impl Queue {
 
     /// The first behind `after`, who stays.
     pub(super) fn next(&self, after: Option<Ticket>) -> Option<(Ticket, SequenceId)> {
-        let from = after.map_or(Bound::Unbounded, |Ticket(after)| Bound::Excluded(after));
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let next = self.entries.range((from, Bound::Unbounded)).next();
-        next.map(|(&ticket, &id)| (Ticket(ticket), id))
+        next.map(|(&ticket, &id)| (ticket, id))
     }
 
     /// Takes out who has this ticket.
     pub(super) fn remove(&mut self, ticket: Ticket) {
-        self.entries.remove(&ticket.0);
+        self.entries.remove(&ticket);
     }
 
     pub(super) fn len(&self) -> usize {
@@ -78,7 +143,7 @@ impl Queue {
 
     /// In order, with their tickets.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Ticket, SequenceId)> {
-        self.entries.iter().map(|(&ticket, &id)| (Ticket(ticket), id))
+        self.entries.iter().map(|(&ticket, &id)| (ticket, id))
     }
 }
 

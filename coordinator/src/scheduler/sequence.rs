@@ -9,13 +9,16 @@ use proto::generate::{FinishReason, Timings};
 use proto::ids::{BlockId, NumericsClass, SequenceId};
 use proto::step::{Output, Row, RowStatus, Sampled, SamplingParameters};
 
-use super::Stand;
 use super::blocks::BlockKey;
 use super::leaving::{MAX_DEATHS, MAX_DEATHS_IN_ALL};
 use super::queue::Ticket;
-use super::types::{Finish, Priority, Request};
+use super::types::{Caller, Finish, Priority, Request};
+use super::{PROBES, Stand};
 use crate::tick::Tick;
 use crate::token_log::TokenLog;
+
+/// An answer of open length is expected to have so many tokens: a few paragraphs.
+const OPEN_ANSWER_TOKENS: u32 = 256;
 
 /// A request as a log of tokens. It is made where prompts are tokenised (hashing a long one takes a
 /// while), waits in the router, runs on a pipeline, and goes back to the router when that is lost.
@@ -168,6 +171,11 @@ impl Sequence {
         self.waiting_since = since;
     }
 
+    /// Length of its answer at most.
+    pub(crate) fn set_max_tokens(&mut self, max_tokens: u32) {
+        self.request.max_tokens = max_tokens;
+    }
+
     /// Whether nobody asked for a length of the answer.
     pub(crate) fn set_open_length(&mut self, open_length: bool) {
         self.open_length = open_length;
@@ -193,6 +201,11 @@ impl Sequence {
         self.id
     }
 
+    /// Whether it only asks a pipeline whether it computes.
+    pub(super) fn is_probe(&self) -> bool {
+        self.id.0 & PROBES != 0
+    }
+
     /// Tokens of the prompt.
     pub fn prompt_tokens(&self) -> u32 {
         self.log.prompt().len() as u32
@@ -216,6 +229,29 @@ impl Sequence {
     /// Whose turn it is.
     pub fn priority(&self) -> Priority {
         self.request.priority
+    }
+
+    /// Who asks.
+    pub(crate) fn caller(&self) -> Caller {
+        self.request.caller
+    }
+
+    /// Another asks for it.
+    #[cfg(test)]
+    pub(crate) fn set_caller(&mut self, caller: Caller) {
+        self.request.caller = caller;
+    }
+
+    /// Tokens that are known: those of the prompt, and of the answer so far.
+    pub(crate) fn known_tokens(&self) -> u32 {
+        self.log.tokens().len() as u32
+    }
+
+    /// Tokens that it will probably take, prompt and answer.
+    pub(crate) fn tokens_expected(&self) -> u64 {
+        let answer = self.request.max_tokens;
+        let answer = if self.open_length { answer.min(OPEN_ANSWER_TOKENS) } else { answer };
+        u64::from(self.prompt_tokens()) + u64::from(answer)
     }
 
     /// When it is too late for the answer.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+pub use proto::generate::Priority;
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{
     Epoch, Incarnation, NumericsClass, PipelineId, PrefixHash, SequenceId, StepId, Term,
@@ -16,6 +17,9 @@ use crate::tick::Tick;
 pub struct Limits {
     /// Requests that may wait for KV; one more is refused.
     pub waiting_requests: u32,
+    /// Tokens that are expected of those who wait, prompts and answers; a request that would make them more
+    /// is refused.
+    pub waiting_tokens: u64,
     /// The longest that a request waits for KV before it fails.
     pub wait: Duration,
     /// Requests that may run at once on one pipeline, whatever its KV would hold.
@@ -24,6 +28,8 @@ pub struct Limits {
     pub step_tokens: u32,
     /// The longest sequence, prompt and answer, in tokens: the model's context.
     pub context_tokens: u32,
+    /// How long a step that reads prompts should take on the slowest stage.
+    pub step_time: Duration,
     /// How long a step may be on its way before workers drop it.
     pub step_deadline: Duration,
     /// Sequences go on from the KV of others that began with the same tokens.
@@ -35,12 +41,16 @@ impl Default for Limits {
         Self {
             // A minute of short answers on one small machine.
             waiting_requests: 256,
+            // As many contexts of 4096.
+            waiting_tokens: 1 << 20,
             wait: Duration::from_secs(60),
             // Beyond this a token costs the same and everyone only waits longer.
             running_requests: 256,
             // 640 KB of activations for a width of 2560: under the 1 MB that one message may be.
             step_tokens: 64,
             context_tokens: 4096,
+            // A running answer waits for every step: five tokens a second are as fast as people read.
+            step_time: Duration::from_millis(200),
             step_deadline: Duration::from_secs(30),
             prefix_cache: true,
         }
@@ -68,20 +78,9 @@ pub struct PipelineShape {
     pub cost: StepCost,
 }
 
-/// Whose turn it is when not all can be served.
+/// Who asks, by a hash of what tells callers apart: those of one class get equal shares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Priority {
-    /// Someone waits for the answer: always before `Batch`.
-    #[default]
-    Interactive,
-    /// Fills what is left.
-    Batch,
-}
-
-impl Priority {
-    /// In their order.
-    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
-}
+pub struct Caller(pub [u8; 16]);
 
 /// A request for one answer, in token ids.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,6 +101,8 @@ pub struct Request {
     pub score_prompt: bool,
     /// Whose turn it is.
     pub priority: Priority,
+    /// Who asks.
+    pub caller: Caller,
     /// Only sequences of the same salt go on from each other's KV.
     pub salt: PrefixHash,
     /// When it is too late for the answer.
@@ -122,6 +123,7 @@ impl Request {
             stop_tokens: Vec::new(),
             score_prompt: false,
             priority: Priority::Interactive,
+            caller: Caller::default(),
             salt: PrefixHash::EMPTY,
             deadline: None,
             traceparent: String::new(),
@@ -179,6 +181,14 @@ pub enum SequenceError {
         class: NumericsClass,
         /// How long.
         waited: Duration,
+    },
+    /// The queue was full, and others wait for fewer requests, or wait while this is batch.
+    #[error("{limit} requests are waiting, the most that may, and others go first")]
+    GaveWay {
+        /// How many may wait.
+        limit: u32,
+        /// When there may be room again, as far as whoever tells it knows.
+        retry_after: Duration,
     },
     /// Its deadline passed.
     #[error("the deadline of the request passed after {tokens} tokens of the answer")]
@@ -269,6 +279,17 @@ pub struct PipelineStats {
     pub growth: Growth,
 }
 
+/// What a caller was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Charge {
+    /// In which class.
+    pub priority: Priority,
+    /// Who.
+    pub caller: Caller,
+    /// Tokens of answers, less those of prompts that others had computed.
+    pub tokens: i64,
+}
+
 /// How those who run on a pipeline have grown since the router sent them there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Growth {
@@ -277,4 +298,8 @@ pub struct Growth {
     pub blocks: i64,
     /// Of those that began with fewer blocks than they may need, how many have all by now.
     pub grown_up: u32,
+    /// The part of `blocks` that is for batch.
+    pub batch_blocks: i64,
+    /// Those of `grown_up` that are batch.
+    pub batch_grown_up: u32,
 }

@@ -5,13 +5,13 @@ use bytes::Bytes;
 use super::{WireError, bounded, bounded_text};
 use crate::generate::{
     Candidate, ChatMessage, Delta, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    Logprobs, Prompt, Sampling, Started, Timings,
+    Logprobs, Priority, Prompt, Sampling, Started, Timings,
 };
 use crate::limits;
 use crate::pb;
 use crate::status::{
     ClusterStatus, ModelStatus, PipelineStatus, PlanStatus, QueueStatus, RateStatus, StageStatus,
-    WaitCause, Waiting, WorkerStatus,
+    StepBudget, WaitCause, Waiting, WorkerStatus,
 };
 
 /// A request as it goes over the wire.
@@ -67,6 +67,11 @@ pub fn encode_generate(request: &GenerateRequest) -> pb::GenerateRequest {
         score_prompt: request.score_prompt,
         cache_salt: request.cache_salt.clone(),
         user: request.user.clone(),
+        priority: match request.priority {
+            Priority::Interactive => pb::Priority::Interactive,
+            Priority::Batch => pb::Priority::Batch,
+        }
+        .into(),
     }
 }
 
@@ -147,7 +152,20 @@ pub fn decode_generate(request: pb::GenerateRequest) -> Result<GenerateRequest, 
         deadline_ms: request.deadline_ms,
         cache_salt: bounded_text("cache_salt", request.cache_salt, limits::CALLER_BYTES)?,
         user: bounded_text("user", request.user, limits::CALLER_BYTES)?,
+        priority: decode_priority(request.priority)?,
     })
+}
+
+fn decode_priority(priority: i32) -> Result<Priority, WireError> {
+    match pb::Priority::try_from(priority) {
+        Ok(pb::Priority::Unspecified | pb::Priority::Interactive) => Ok(Priority::Interactive),
+        Ok(pb::Priority::Batch) => Ok(Priority::Batch),
+        Err(_) => Err(WireError::Invalid {
+            field: "priority",
+            expected: "PRIORITY_INTERACTIVE or PRIORITY_BATCH",
+            found: priority.to_string(),
+        }),
+    }
 }
 
 /// An event as it goes over the wire.
@@ -305,6 +323,8 @@ pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
             running: status.queue.running,
             waiting: status.queue.waiting,
             waiting_limit: status.queue.waiting_limit,
+            waiting_tokens: status.queue.waiting_tokens,
+            waiting_tokens_limit: status.queue.waiting_tokens_limit,
             kv_blocks_total: status.queue.kv_blocks_total,
             kv_blocks_used: status.queue.kv_blocks_used,
         }),
@@ -376,6 +396,31 @@ fn encode_pipeline(pipeline: &PipelineStatus) -> pb::PipelineStatus {
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
         steps: pipeline.steps,
         on_way_ms: pipeline.on_way_ms,
+        budget: Some(encode_budget(&pipeline.budget)),
+    }
+}
+
+fn encode_budget(budget: &StepBudget) -> pb::StepBudget {
+    pb::StepBudget {
+        target_ms: budget.target_ms,
+        chunk_tokens: budget.chunk_tokens,
+        chunk_tokens_last: budget.chunk_tokens_last,
+        step_ms: budget.step_ms,
+        token_ms: budget.token_ms,
+        scale: budget.scale,
+        context_ms: budget.context_ms,
+    }
+}
+
+fn decode_budget(budget: pb::StepBudget) -> StepBudget {
+    StepBudget {
+        target_ms: budget.target_ms,
+        chunk_tokens: budget.chunk_tokens,
+        chunk_tokens_last: budget.chunk_tokens_last,
+        step_ms: budget.step_ms,
+        token_ms: budget.token_ms,
+        scale: budget.scale,
+        context_ms: budget.context_ms,
     }
 }
 
@@ -421,6 +466,8 @@ pub fn decode_status(status: pb::StatusResponse) -> ClusterStatus {
             running: queue.running,
             waiting: queue.waiting,
             waiting_limit: queue.waiting_limit,
+            waiting_tokens: queue.waiting_tokens,
+            waiting_tokens_limit: queue.waiting_tokens_limit,
             kv_blocks_total: queue.kv_blocks_total,
             kv_blocks_used: queue.kv_blocks_used,
         },
@@ -461,5 +508,6 @@ fn decode_pipeline(pipeline: pb::PipelineStatus) -> PipelineStatus {
         predicted_tokens_per_s: pipeline.predicted_tokens_per_s,
         steps: pipeline.steps,
         on_way_ms: pipeline.on_way_ms,
+        budget: decode_budget(pipeline.budget.unwrap_or_default()),
     }
 }

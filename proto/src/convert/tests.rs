@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::*;
-use crate::generate::{GenerateRequest, Prompt};
+use crate::generate::{GenerateRequest, Priority, Prompt};
 use crate::held::{Description, HeldStage, HeldState};
 use crate::ids::*;
 use crate::plan::{KvType, StagePlan};
@@ -346,9 +346,14 @@ fn a_request_survives_the_wire_and_a_wrong_resume_index_is_refused() {
         resume_index: 2,
         received_ids: vec![3, 4],
         top_logprobs: Some(0),
+        user: "me".into(),
+        priority: Priority::Batch,
         ..Default::default()
     };
     assert_eq!(decode_generate(encode_generate(&request)).unwrap(), request);
+    let unknown = pb::GenerateRequest { priority: 3, ..encode_generate(&request) };
+    let error = decode_generate(unknown).unwrap_err().to_string();
+    assert!(error.contains("priority") && error.contains('3'), "{error}");
     let wrong = GenerateRequest { resume_index: 1, ..request };
     let error = decode_generate(encode_generate(&wrong)).unwrap_err();
     assert_eq!(error.to_string(), "resume_index must be the number of received_ids, found 1 of 2");
@@ -461,6 +466,24 @@ fn a_status_arrives_as_it_was_sent() {
         predicted_tokens_per_s: 99.5,
         steps: 7,
         on_way_ms: 21.5,
+        budget: StepBudget {
+            target_ms: 200.0,
+            chunk_tokens: 64,
+            chunk_tokens_last: 24,
+            step_ms: 1.5,
+            token_ms: 2.5,
+            scale: 1.25,
+            context_ms: 0.75,
+        },
+    };
+    let queue = QueueStatus {
+        running: 1,
+        waiting: 2,
+        waiting_limit: 3,
+        waiting_tokens: 1 << 33,
+        waiting_tokens_limit: 1 << 34,
+        kv_blocks_total: 5,
+        kv_blocks_used: 4,
     };
     let rates = RateStatus {
         prompt_tokens_per_s: 10.0,
@@ -471,7 +494,8 @@ fn a_status_arrives_as_it_was_sent() {
         generated_tokens: 5,
     };
     let plan = PlanStatus { pipelines: vec![pipeline], reason: "r".into() };
-    let status = ClusterStatus { plan, rates, ready: true, term: 4, ..ClusterStatus::default() };
+    let status =
+        ClusterStatus { plan, rates, queue, ready: true, term: 4, ..ClusterStatus::default() };
     assert_eq!(decode_status(encode_status(&status)), status);
 }
 

@@ -164,7 +164,7 @@ impl World {
                 LaneSays::StreamBroken { stage, .. } => format!("{at} broke at {stage}"),
                 LaneSays::Fenced { .. } => format!("{at} fenced"),
                 LaneSays::StepOverdue => format!("{at} overdue"),
-                LaneSays::Flowing => continue,
+                LaneSays::Flowing | LaneSays::Charged(_) => continue,
                 LaneSays::Ready => format!("{at} ready"),
                 LaneSays::Left => format!("{at} left"),
             });
