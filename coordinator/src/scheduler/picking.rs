@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use proto::step::Row;
 
-use super::microbatch::{chunk_tokens, decode_steps};
+use super::microbatch::{chunk_tokens, decode_steps, in_flight_limit};
 use super::queue::Ticket;
 use super::shares::Crowd;
 use super::sizing::Room;
@@ -61,12 +61,12 @@ impl PipelineScheduler {
         let is_prefilling = !self.prefilling.is_empty();
         let fair = self.fair_ns(foremost, steps);
         // Where one has to be kept from taking more than his part of the time, the others are in every
-        // step, and none is between theirs: so is batch in those of interactive ones.
+        // step, and none is between theirs: so is batch in those of interactive ones on one stage.
         let is_kept = fair.is_some_and(|fair| {
             let whole = shape.cost.decode.at(decoding.div_ceil(steps) as u64);
             whole > fair || is_prefilling && u128::from(fair) < self.limits.step_time.as_nanos()
         });
-        let is_mixed = !is_alone && batch.begun > 0;
+        let is_mixed = stages == 1 && !is_alone && batch.begun > 0;
         let (steps, fair) = match is_kept || is_mixed {
             true if self.active.in_flight.len() >= stages => return Picked::default(),
             true => (stages, self.fair_ns(foremost, stages)),
@@ -101,18 +101,19 @@ impl PipelineScheduler {
     }
 
     /// Whether one more step of batch alone may be on its way: a first token of an interactive one waits for
-    /// those that are.
+    /// those that are. Several stages need theirs to be kept busy.
     fn may_send_batch(&self) -> bool {
-        let (sent, stages) = (self.active.batch_steps(), self.active.shape.stages as usize);
-        let is_long = self.active.last_took() >= LONG_STEP;
-        sent < stages || sent == stages && !is_long
+        let stages = self.active.shape.stages;
+        let is_long = stages == 1 && self.active.last_took() >= LONG_STEP;
+        let most = if is_long { 1 } else { in_flight_limit(stages) - 1 };
+        self.active.batch_steps() < most as usize
     }
 
-    /// Whether one more step may be on its way, as far as newcomers are concerned: beyond one more than
-    /// there are stages it only waits at the first of them, and they wait for it.
+    /// Whether one more step may be on its way, as far as newcomers are concerned: a stage alone has
+    /// enough to do with one more than it computes, and they wait for what waits there.
     pub(super) fn may_queue(&self) -> bool {
-        let stages = self.active.shape.stages as usize;
-        self.active.in_flight.len() <= stages || self.active.last_took() < LONG_STEP
+        let is_short = self.active.last_took() < LONG_STEP;
+        self.active.shape.stages > 1 || self.active.in_flight.len() <= 1 || is_short
     }
 
     /// How long a step may take for the sake of the callers who decode: as many times what the one with
