@@ -115,6 +115,7 @@ impl Text {
                 let texts = TemplateTexts {
                     bos: manifest.bos_token_text.clone(),
                     eos: manifest.eos_token_text.clone(),
+                    special: manifest.special_token_texts.clone(),
                 };
                 ChatTemplate::compile(source, texts)
             })

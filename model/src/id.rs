@@ -1,7 +1,8 @@
 //! A model's id: a hash of what it computes, never of how it is stored.
 //!
 //! ```text
-//! id       = BLAKE3(domain | shape | text | part("embed") | part("head")? | part("norm") | part("layer 0") | …)
+//! id       = BLAKE3(domain | shape | text | part("embed") | part("head")? | part("norm") | part("layer 0") | …
+//!                | special?)
 //! part(p)  = BLAKE3(tensor | tensor | …), tensors in the order of the store's shards
 //! tensor   = name | rows u64 | columns u64 | scale f32 bits | values, row by row
 //! values   = one signed byte per trit; f32 little-endian for floats, whatever type stores them
@@ -17,6 +18,7 @@ use kernels::{FloatMatrix, TernaryMatrix};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::config::{Activation, ModelConfig};
+use crate::special::SpecialTexts;
 
 /// Separates these hashes from all others; changes when the recipe does.
 const DOMAIN: &[u8] = b"tercet model id v1";
@@ -97,6 +99,8 @@ pub(crate) struct ContentText<'a> {
     pub(crate) chat_template: Option<&'a str>,
     pub(crate) bos_text: Option<&'a str>,
     pub(crate) eos_text: Option<&'a str>,
+    /// Those that the template names.
+    pub(crate) special: Option<&'a SpecialTexts>,
 }
 
 /// Combines what a model is into its id. `parts`: embed, head unless tied, norm, then the layers.
@@ -135,6 +139,15 @@ pub(crate) fn model_id(
     put_len(&mut hash, parts.len());
     for part in parts {
         hash.update(&part.0);
+    }
+    // Behind all else, and only where there are any: a model without them has the id that it always had.
+    if let Some(special) = text.special.filter(|special| !special.is_empty()) {
+        put_len(&mut hash, special.iter().count());
+        for (name, text) in special.iter() {
+            put_bytes(&mut hash, name.as_bytes());
+            put_len(&mut hash, text.texts().len());
+            text.texts().iter().for_each(|text| put_bytes(&mut hash, text.as_bytes()));
+        }
     }
     ModelId(hash.finalize().into())
 }

@@ -30,6 +30,7 @@ use crate::id::ModelId;
 use crate::manifest::Provenance;
 use crate::progress::Progress;
 use crate::safetensors::SafetensorsError;
+use crate::special::SpecialTexts;
 use crate::staging::WriteError;
 use crate::tokenizer::TokenizerFileError;
 use crate::writer::{Content, write_store};
@@ -37,7 +38,7 @@ use checkpoint::Checkpoint;
 
 /// Changes when an import of the same files gives another store: those in a cache are then made
 /// anew.
-pub const IMPORT_REVISION: u32 = 1;
+pub const IMPORT_REVISION: u32 = 2;
 
 /// The text of a model that is about to be imported.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +53,8 @@ pub struct TextToTry<'a> {
     pub bos_text: Option<&'a str>,
     /// Text of the EOS token, for the template.
     pub eos_text: Option<&'a str>,
+    /// Texts of other special tokens, for the template.
+    pub special: &'a SpecialTexts,
 }
 
 /// What came of trying a model's text.
@@ -400,12 +403,14 @@ fn tried(checkpoint: &mut Checkpoint<'_>, try_text: TryText) -> Result<(), Impor
         chat_template: text.chat_template.as_deref(),
         bos_text: text.bos_text.as_deref(),
         eos_text: text.eos_text.as_deref(),
+        special: &text.special,
     });
     let tried = tried.map_err(ImportError::Text)?;
     checkpoint.notes.extend(tried.notes);
     if let Some(reason) = tried.template_refused {
         checkpoint.notes.push(format!("chat template: left out, for it cannot be used: {reason}"));
         checkpoint.text.chat_template = None;
+        checkpoint.text.special = SpecialTexts::default();
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ pub mod safetensors;
 mod sampling;
 pub mod shard;
 mod sigbus;
+mod special;
 mod staging;
 pub mod store;
 pub mod synth;
@@ -45,6 +46,7 @@ pub use sampling::SamplingDefaults;
 pub use shard::{
     EmbeddingShard, HeadShard, LayerShard, LayerWeights, NormShard, ScreenShard, ShardError,
 };
+pub use special::{SpecialText, SpecialTexts};
 pub use staging::{WriteError, stop_writing};
 pub use store::{Store, StoreError, find_stores};
 pub use synth::{SynthError, SynthShape, synth};

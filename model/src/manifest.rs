@@ -9,13 +9,12 @@ use crate::config::{ConfigError, ModelConfig};
 use crate::id::{ModelId, parse_hash};
 use crate::layout::{LAYOUT, LAYOUT_VERSION, STORE_FORMAT, TOKENIZER_FILE, shard_files};
 use crate::sampling::SamplingDefaults;
+use crate::special::{SpecialTexts, TOKEN_TEXT_BYTES_MAX};
 
 /// Longest manifest: a model of 1024 layers needs under 1 MB, a chat template at most another.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
 /// Longest chat template: the longest in use has about 30 KB.
 pub const CHAT_TEMPLATE_BYTES_MAX: usize = 1 << 20;
-/// Longest text of a special token.
-const TOKEN_TEXT_BYTES_MAX: usize = 1024;
 
 /// A BLAKE3 hash of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -116,6 +115,10 @@ pub struct Manifest {
     pub bos_token_text: Option<String>,
     /// Text of the EOS token, for templates.
     pub eos_token_text: Option<String>,
+    /// Texts of other special tokens, those that the template names. Absent where there is none, and in
+    /// stores of before there was it.
+    #[serde(default, skip_serializing_if = "SpecialTexts::is_empty")]
+    pub special_token_texts: SpecialTexts,
     /// What requests get that do not say. Absent in stores of before there was it.
     #[serde(default, skip_serializing_if = "SamplingDefaults::is_empty")]
     pub sampling: SamplingDefaults,
@@ -181,6 +184,22 @@ pub enum ManifestError {
         field: &'static str,
         /// Its value.
         found: f32,
+    },
+    /// There are more texts of special tokens than there may be, or longer ones.
+    #[error("{what} is {found}, at most {most} is accepted")]
+    SpecialTexts {
+        /// What.
+        what: String,
+        /// How many or long.
+        found: usize,
+        /// The limit.
+        most: usize,
+    },
+    /// A template may not know a token by this name.
+    #[error("special_token_texts has {found:?}, expected names ending in _token, with a text each")]
+    SpecialName {
+        /// The name.
+        found: String,
     },
     /// A text is longer than it may be.
     #[error("{field} has {found_bytes} bytes, at most {most_bytes} are accepted")]
@@ -297,7 +316,15 @@ impl Manifest {
                 return Err(ManifestError::TooLong { field, found_bytes, most_bytes });
             }
         }
-        Ok(())
+        if let Some((what, found, most)) = self.special_token_texts.wrong() {
+            return Err(ManifestError::SpecialTexts { what, found, most });
+        }
+        match self.special_token_texts.wrong_name() {
+            Some(name) => {
+                Err(ManifestError::SpecialName { found: name.chars().take(64).collect() })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Names of all files of a store of this model, the manifest included.

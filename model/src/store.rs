@@ -370,6 +370,7 @@ impl Store {
             chat_template: self.manifest.chat_template.as_deref(),
             bos_text: self.manifest.bos_token_text.as_deref(),
             eos_text: self.manifest.eos_token_text.as_deref(),
+            special: Some(&self.manifest.special_token_texts),
         };
         let found = model_id(self.config(), text, &parts);
         if found != self.id() {

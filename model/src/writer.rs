@@ -17,6 +17,7 @@ use crate::manifest::{FileEntry, Layout, Manifest, Provenance};
 use crate::progress::Progress;
 use crate::safetensors::{self, NewTensor};
 use crate::sampling::SamplingDefaults;
+use crate::special::SpecialTexts;
 use crate::staging::{StagedFile, Staging, WriteError};
 
 /// The text that goes with a model.
@@ -27,6 +28,8 @@ pub(crate) struct ModelText {
     pub(crate) chat_template: Option<String>,
     pub(crate) bos_text: Option<String>,
     pub(crate) eos_text: Option<String>,
+    /// Of other tokens, those that the template names.
+    pub(crate) special: SpecialTexts,
     /// Not part of the content that is hashed.
     pub(crate) sampling: SamplingDefaults,
 }
@@ -38,6 +41,7 @@ impl ModelText {
             chat_template: self.chat_template.as_deref(),
             bos_text: self.bos_text.as_deref(),
             eos_text: self.eos_text.as_deref(),
+            special: Some(&self.special),
         }
     }
 }
@@ -142,6 +146,7 @@ pub(crate) fn write_store<C: Content>(
         chat_template: text.chat_template,
         bos_token_text: text.bos_text,
         eos_token_text: text.eos_text,
+        special_token_texts: text.special,
         sampling: text.sampling,
         provenance: content.provenance(),
         files,

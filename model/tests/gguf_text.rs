@@ -137,6 +137,68 @@ fn unknown_and_broken_tokenizers_are_refused() {
 }
 
 #[test]
+fn a_file_that_says_it_has_no_tokenizer_has_none() {
+    for model in ["none", "no_vocab"] {
+        let mut gguf = GgufWriter::of(&fixture("tiny_i2s.gguf"));
+        gguf.set("tokenizer.ggml.model", Meta::String(model.into()));
+        let stored = imported(&gguf);
+        assert_eq!(stored.store.manifest().tokenizer, None);
+        assert!(stored.notes(&format!("tokenizer.ggml.model is {model:?}")));
+        assert!(stored.notes("tokenizer: none, only token ids work"));
+    }
+}
+
+#[test]
+fn tokens_without_a_text_are_called_as_llama_cpp_calls_them() {
+    let mut gguf = GgufWriter::of(&fixture("tiny_i2s.gguf"));
+    with_byte_level_tokenizer(&mut gguf);
+    let tokens = |gguf: &mut GgufWriter, change: fn(&mut Vec<String>)| {
+        for (key, value) in &mut gguf.metadata {
+            match (key.as_str(), value) {
+                ("tokenizer.ggml.tokens", Meta::Strings(texts)) => change(texts),
+                ("tokenizer.ggml.token_type", Meta::I32s(types)) => types.resize(264, 1),
+                _ => {}
+            }
+        }
+    };
+    tokens(&mut gguf, |texts| texts.extend(["".into(), "".into()]));
+    let stored = imported(&gguf);
+    assert!(stored.notes("warning: tokenizer: tokens without a text (2, the first is 262)"));
+    let json = stored.store.tokenizer_json().unwrap().unwrap();
+    let tokenizer: tokenizers::Tokenizer = serde_json::from_slice(&json).unwrap();
+    assert_eq!(tokenizer.id_to_token(262).as_deref(), Some("[EMPTY_262]"));
+    assert_eq!(tokenizer.id_to_token(263).as_deref(), Some("[EMPTY_263]"));
+    // Equal texts llama.cpp refuses, and what is called as one without a text is equal to it.
+    for (change, text) in [
+        ((|texts| texts[263] = "he".into()) as fn(&mut Vec<String>), "\"he\""),
+        (|texts| texts[263] = "[EMPTY_262]".into(), "\"[EMPTY_262]\""),
+    ] {
+        let mut equal = gguf.clone();
+        tokens(&mut equal, change);
+        let refusal = model::import::check_gguf(&equal.bytes()).unwrap_err().to_string();
+        assert!(refusal.contains("have the same text") && refusal.contains(text), "{refusal}");
+    }
+}
+
+#[test]
+fn other_special_tokens_are_read_from_metadata() {
+    let mut gguf = GgufWriter::of(&fixture("tiny_i2s.gguf"));
+    with_byte_level_tokenizer(&mut gguf);
+    gguf.set(
+        "tokenizer.chat_template",
+        Meta::String("{{ unk_token ~ pad_token ~ sep_token }}".into()),
+    );
+    gguf.set("tokenizer.ggml.unknown_token_id", Meta::U32(65));
+    gguf.set("tokenizer.ggml.seperator_token_id", Meta::U32(261));
+    gguf.set("tokenizer.ggml.mask_token_id", Meta::U32(66));
+    gguf.set("tokenizer.ggml.padding_token_id", Meta::U32(9999));
+    let stored = imported(&gguf);
+    let special = serde_json::to_value(&stored.store.manifest().special_token_texts).unwrap();
+    assert_eq!(special, serde_json::json!({"unk_token": "A", "sep_token": "<|eot_id|>"}));
+    assert!(stored.notes("tokenizer.ggml.padding_token_id is 9999, which is no token: ignored"));
+}
+
+#[test]
 fn a_sentencepiece_tokenizer_is_built_from_metadata() {
     let mut tokens = vec!["<unk>".to_owned(), "<s>".into(), "</s>".into()];
     tokens.extend((0..=255u32).map(|byte| format!("<0x{byte:02X}>")));

@@ -334,6 +334,79 @@ fn tokens_that_only_other_files_name_are_added() {
     assert!(stored.notes("tokenizer_config.json gives the id 5 of another token: ignored"));
 }
 
+/// What transformers 4 makes of the same files: `tokenizer.special_tokens_map`, which it passes to every
+/// template, without BOS and EOS.
+#[test]
+fn templates_get_the_special_tokens_that_transformers_gives_them() {
+    const MAP: &str = "special_tokens_map.json";
+    let names = "unk_token sep_token pad_token cls_token mask_token image_token boi_token \
+                 additional_special_tokens";
+    let naming = || {
+        let template = names.split(' ').map(|name| format!("{{{{ {name} }}}}")).collect::<String>();
+        Variant::new().set(TOKENIZER, "chat_template", json!(template))
+    };
+    let special = |variant: &Variant| {
+        let stored = variant.import();
+        let texts = serde_json::to_value(&stored.store.manifest().special_token_texts).unwrap();
+        (texts, stored.store.id())
+    };
+    let (none, plain) = special(&naming());
+    assert_eq!(none, json!({}));
+
+    let object = json!({"content": "<pad>", "lstrip": false, "special": true});
+    let said = naming()
+        .set(TOKENIZER, "unk_token", json!("<unk>"))
+        .set(TOKENIZER, "pad_token", object.clone())
+        .set(TOKENIZER, "sep_token", Value::Null)
+        .set(TOKENIZER, "cls_token", json!(""))
+        .set(TOKENIZER, "additional_special_tokens", json!(["<a>", {"content": "<b>"}, "<a>"]))
+        .set(TOKENIZER, "model_specific_special_tokens", json!({"boi_token": "<boi>"}))
+        .set(TOKENIZER, "extra_special_tokens", json!({"image_token": "<image>", "messages": "x"}));
+    let (texts, id) = special(&said);
+    let want = json!({
+        "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<image>",
+        "boi_token": "<boi>",
+        "additional_special_tokens": ["<a>", "<b>"],
+    });
+    assert_eq!(texts, want);
+    assert_ne!(id, plain, "what a template writes is part of what a model is");
+    let other = naming().set(TOKENIZER, "unk_token", json!("<other>"));
+    assert_ne!(special(&other).1, special(&naming().set(TOKENIZER, "unk_token", object)).1);
+
+    // Old files: the map goes over the config, and its list behind that.
+    let old = |variant: Variant| {
+        variant
+            .set(TOKENIZER, "unk_token", json!("<unk>"))
+            .set(TOKENIZER, "additional_special_tokens", json!(["<a>"]))
+            .set(MAP, "unk_token", json!({"content": "<other>"}))
+            .set(MAP, "mask_token", json!("<mask>"))
+            .set(MAP, "additional_special_tokens", json!(["<b>"]))
+    };
+    let want = json!({
+        "unk_token": "<other>", "mask_token": "<mask>", "additional_special_tokens": ["<a>", "<b>"],
+    });
+    assert_eq!(special(&old(naming())).0, want);
+    // New ones name all there is in the config, and the map is not looked at.
+    let new = old(naming()).set(TOKENIZER, "added_tokens_decoder", json!({}));
+    let want = json!({ "unk_token": "<unk>", "additional_special_tokens": ["<a>"] });
+    assert_eq!(special(&new).0, want);
+
+    // A template that names none of them has the store and the id that it always had.
+    let silent = Variant::new().set(TOKENIZER, "unk_token", json!("<unk>"));
+    let (texts, id) = special(&silent);
+    assert_eq!((texts, id), (json!({}), Variant::new().import().store.id()));
+    // A token of the vocabulary that only stands there is one that a text is searched for.
+    let word = json!("\u{120}the");
+    let stored = Variant::new().set(TOKENIZER, "pad_token", word).import();
+    assert!(stored.notes("tokenizer.json lacks what the list of special tokens names: added"));
+
+    let many: Vec<String> = (0..4097).map(|number| format!("<{number}>")).collect();
+    let refusal = naming().set(TOKENIZER, "additional_special_tokens", json!(many)).refusal();
+    assert!(refusal.contains("number of additional_special_tokens is 4097"), "{refusal}");
+    let long = naming().set(TOKENIZER, "unk_token", json!("x".repeat(1025))).refusal();
+    assert!(long.contains("the length of unk_token in bytes is 1025"), "{long}");
+}
+
 #[test]
 fn a_field_of_another_type_is_named() {
     for (file, key, value, want) in [

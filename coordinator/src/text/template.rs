@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use model::{SpecialText, SpecialTexts};
 use proto::generate::ChatMessage;
 
 use super::guard::Guard;
@@ -70,6 +71,8 @@ pub(crate) struct TemplateTexts {
     pub(crate) bos: Option<String>,
     /// `eos_token`.
     pub(crate) eos: Option<String>,
+    /// Of others, by the names that the template uses.
+    pub(crate) special: SpecialTexts,
 }
 
 /// A compiled chat template.
@@ -165,9 +168,18 @@ impl ChatTemplate {
         }
         // The last of a name counts.
         variables.push(("messages".into(), Json::List(messages.iter().map(turn).collect())));
-        let Self { texts: TemplateTexts { bos, eos }, .. } = self;
+        let Self { texts: TemplateTexts { bos, eos, special }, .. } = self;
         for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
             variables.extend(token.as_deref().map(|token| (name.into(), text(token))));
+        }
+        for (name, token) in special.iter() {
+            let value = match token {
+                SpecialText::One(token) => text(token),
+                SpecialText::Several(tokens) => {
+                    Json::List(tokens.iter().map(|token| text(token)).collect())
+                }
+            };
+            variables.push((name.into(), value));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         on_own_stack(|| {

@@ -92,8 +92,11 @@ pub(crate) fn text_with(template: &str) -> Text {
 }
 
 pub(crate) fn text_with_context(template: &str, context: u32) -> Text {
-    let texts =
-        TemplateTexts { bos: Some("<|begin_of_text|>".into()), eos: Some("<|eot_id|>".into()) };
+    let texts = TemplateTexts {
+        bos: Some("<|begin_of_text|>".into()),
+        eos: Some("<|eot_id|>".into()),
+        ..TemplateTexts::default()
+    };
     let template = ChatTemplate::compile(template, texts).unwrap();
     Text::new(Some(new_tokenizer()), Some(template), context)
 }
@@ -364,6 +367,7 @@ fn a_token_that_the_model_has_not_is_not_defined() {
     let texts = |bos: Option<&str>, eos: Option<&str>| TemplateTexts {
         bos: bos.map(str::to_owned),
         eos: eos.map(str::to_owned),
+        ..TemplateTexts::default()
     };
     for (texts, want) in [
         (texts(Some("<s>"), Some("</s>")), "True <s>|True </s>|False"),
@@ -378,6 +382,19 @@ fn a_token_that_the_model_has_not_is_not_defined() {
     // A template that adds a text to what is not there fails, as it does in Python.
     let template = ChatTemplate::compile("{{ bos_token + 'x' }}", texts(None, None)).unwrap();
     assert!(template.render(&[], &[], &Guard::default()).is_err());
+}
+
+#[test]
+fn other_special_tokens_are_defined_where_the_model_has_them() {
+    let source = "{{ unk_token }}|{{ additional_special_tokens[1] }}|{{ pad_token is defined }}|\
+                  {{ additional_special_tokens | length }}";
+    let special = json!({ "unk_token": "<unk>", "additional_special_tokens": ["<a>", "<b>"] });
+    let special = serde_json::from_value(special).unwrap();
+    let texts = TemplateTexts { special, ..TemplateTexts::default() };
+    let template = ChatTemplate::compile(source, texts).unwrap();
+    let arguments = parse_arguments(r#"{"unk_token": "mine"}"#).unwrap();
+    let text = template.render(&[], &arguments, &Guard::default()).unwrap();
+    assert_eq!(text, "<unk>|<b>|False|2", "nor does a client replace them");
 }
 
 #[test]

@@ -102,6 +102,7 @@ fn trial(text: TextToTry<'_>) -> Result<TriedText, TrialError> {
         let texts = TemplateTexts {
             bos: text.bos_text.map(str::to_owned),
             eos: text.eos_text.map(str::to_owned),
+            special: text.special.clone(),
         };
         let tried_out =
             ChatTemplate::compile(source, texts).and_then(|template| template.try_out());
@@ -230,6 +231,7 @@ mod tests {
             chat_template: template.or(manifest.chat_template.as_deref()),
             bos_text: manifest.bos_token_text.as_deref(),
             eos_text: manifest.eos_token_text.as_deref(),
+            special: &manifest.special_token_texts,
         })
     }
 

@@ -1,8 +1,9 @@
 //! Builds a `tokenizer.json` from the metadata of a GGUF file, and takes its chat template.
 
-use std::collections::{BTreeMap, HashMap};
+mod vocabulary;
 
-use serde::ser::{Serialize, SerializeMap, Serializer};
+use std::collections::BTreeMap;
+
 use serde_json::{Value as Json, json};
 
 use super::gguf::Architecture;
@@ -10,7 +11,9 @@ use super::text::{self, Claims, SamplingSource};
 use super::{ImportError, LLAMA3_VOCAB};
 use crate::config::ModelConfig;
 use crate::gguf::{Metadata, Value};
+use crate::special::{SpecialText, SpecialTexts};
 use crate::writer::ModelText;
+use vocabulary::{Vocabulary, Words, token_texts};
 
 /// Splits text before BPE, as Llama 3 does.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -35,12 +38,22 @@ const SPACE: char = '\u{2581}';
 const END_KEYS: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
-/// `tokenizer.ggml.token_type` of special tokens.
-const CONTROL: u64 = 3;
-/// … of tokens added by users.
-const USER_DEFINED: u64 = 4;
+/// Keys of other special tokens, and the names that templates have for them. The first spelling of the
+/// separator's is the format's own.
+const OTHER_KEYS: [(&str, &str); 6] = [
+    ("tokenizer.ggml.unknown_token_id", "unk_token"),
+    ("tokenizer.ggml.separator_token_id", "sep_token"),
+    ("tokenizer.ggml.seperator_token_id", "sep_token"),
+    ("tokenizer.ggml.padding_token_id", "pad_token"),
+    ("tokenizer.ggml.cls_token_id", "cls_token"),
+    ("tokenizer.ggml.mask_token_id", "mask_token"),
+];
 
-/// Text of a GGUF file; completes `config`. Without `tokenizer.ggml.model` there is no tokenizer.
+/// What `tokenizer.ggml.model` is where there is no tokenizer, in llama.cpp.
+const NO_TOKENIZER: [&str; 2] = ["none", "no_vocab"];
+
+/// Text of a GGUF file; completes `config`. Without `tokenizer.ggml.model`, or where that says so, there
+/// is no tokenizer.
 pub(super) fn read(
     metadata: &Metadata<'_>,
     architecture: Architecture,
@@ -63,11 +76,16 @@ pub(super) fn read(
     let template_eos = eos.first(&mut Vec::new());
     let template = template(metadata, architecture, config, notes)?;
     let sampling = text::sampling_of(SamplingSource::Gguf(metadata), notes);
-    let Some(model) = metadata.string("tokenizer.ggml.model")? else {
+    let model = metadata.string("tokenizer.ggml.model")?;
+    let Some(model) = model.filter(|model| !NO_TOKENIZER.contains(model)) else {
+        if let Some(model) = model {
+            notes.push(format!("tokenizer: tokenizer.ggml.model is {model:?}"));
+        }
         text::finish(None, template.as_deref(), config, notes)?;
         return Ok(ModelText { chat_template: template, sampling, ..ModelText::default() });
     };
-    let vocabulary = Vocabulary::read(metadata)?;
+    let texts = token_texts(metadata, notes)?;
+    let vocabulary = Vocabulary::read(metadata, &texts)?;
     let add_bos = metadata.bool("tokenizer.ggml.add_bos_token")?;
     if metadata.bool("tokenizer.ggml.add_eos_token")? == Some(true) {
         notes.push("tokenizer: EOS is not added to text, which could not go on behind it".into());
@@ -95,13 +113,36 @@ pub(super) fn read(
     let file = text::parse_tokenizer(&json, config)?;
     text::finish(Some(&file), template.as_deref(), config, notes)?;
     let text_of = |id: Option<u32>| Some(vocabulary.tokens.get(id? as usize)?.text.to_owned());
+    let special = text::named_in(template.as_deref(), special(metadata, &vocabulary, notes)?)?;
     Ok(ModelText {
+        special,
         tokenizer: Some(json),
         chat_template: template,
         bos_text: text_of(config.bos_token),
         eos_text: text_of(template_eos.or_else(|| config.eos_tokens.first().copied())),
         sampling,
     })
+}
+
+/// Texts of special tokens beside BOS and EOS.
+fn special(
+    metadata: &Metadata<'_>,
+    vocabulary: &Vocabulary<'_>,
+    notes: &mut Vec<String>,
+) -> Result<SpecialTexts, ImportError> {
+    let mut texts = SpecialTexts::default();
+    for (key, name) in OTHER_KEYS {
+        let Some(id) = metadata.unsigned(key)? else { continue };
+        let token = usize::try_from(id).ok().and_then(|id| vocabulary.tokens.get(id));
+        match token {
+            Some(token) => texts.add(name, SpecialText::One(token.text.to_owned())),
+            // As llama.cpp, which takes its default then; no template is promised one.
+            None => {
+                notes.push(format!("special tokens: {key} is {id}, which is no token: ignored"))
+            }
+        }
+    }
+    Ok(texts)
 }
 
 /// The file's chat template, unless it is the wrong one that the official file carries.
@@ -223,7 +264,7 @@ fn default_tokens(
 ) {
     let control = |text: &str| {
         let id = vocabulary.ids.get(text).copied()?;
-        (vocabulary.tokens[id as usize].token_type == CONTROL).then_some(id)
+        vocabulary.tokens[id as usize].is_control().then_some(id)
     };
     if config.bos_token.is_none()
         && let Some(id) = control(bos)
@@ -236,99 +277,6 @@ fn default_tokens(
     {
         notes.push(format!("EOS: the metadata does not say, {eos} is {id}"));
         config.eos_tokens.push(id);
-    }
-}
-
-/// One word of a vocabulary.
-struct Token<'a> {
-    text: &'a str,
-    token_type: u64,
-}
-
-impl Token<'_> {
-    fn is_added(&self) -> bool {
-        matches!(self.token_type, CONTROL | USER_DEFINED)
-    }
-}
-
-/// `tokenizer.ggml.tokens` and `.token_type`; the id is the index.
-struct Vocabulary<'a> {
-    tokens: Vec<Token<'a>>,
-    ids: HashMap<&'a str, u32>,
-}
-
-impl<'a> Vocabulary<'a> {
-    fn read(metadata: &Metadata<'a>) -> Result<Self, ImportError> {
-        const TOKENS: &str = "tokenizer.ggml.tokens";
-        const TYPES: &str = "tokenizer.ggml.token_type";
-        let array = metadata.array(TOKENS)?;
-        let array = array
-            .ok_or_else(|| ImportError::MissingKey { file: "metadata", key: TOKENS.into() })?;
-        let texts = array.strings().ok_or_else(|| {
-            let found = array.element_type().name();
-            ImportError::Tokenizer(format!("{TOKENS} is an array of {found}, expected strings"))
-        })?;
-        let mut tokens: Vec<Token<'_>> = texts.map(|text| Token { text, token_type: 1 }).collect();
-        if let Some(types) = metadata.array(TYPES)? {
-            if types.len() != tokens.len() {
-                let (found, expected) = (types.len(), tokens.len());
-                return Err(ImportError::Tokenizer(format!(
-                    "{TYPES} has {found} elements for {expected} tokens"
-                )));
-            }
-            for (token, value) in tokens.iter_mut().zip(types.iter()) {
-                token.token_type = value.unsigned().ok_or_else(|| {
-                    ImportError::Tokenizer(format!("{TYPES} holds something other than integers"))
-                })?;
-            }
-        }
-        let mut ids = HashMap::new();
-        for (id, token) in tokens.iter().enumerate() {
-            if let Some(other) = ids.insert(token.text, id as u32) {
-                return Err(ImportError::Tokenizer(format!(
-                    "tokens {other} and {id} have the same text {:?}",
-                    token.text
-                )));
-            }
-        }
-        Ok(Self { tokens, ids })
-    }
-
-    /// Whether the added tokens come after all others: they then keep their ids without being
-    /// words of the vocabulary proper, as in Llama 3.
-    fn added_last(&self) -> bool {
-        self.tokens.is_sorted_by_key(Token::is_added)
-    }
-
-    fn added_tokens(&self) -> Json {
-        let added = self.tokens.iter().enumerate().filter(|(_, token)| token.is_added());
-        let entries = added.map(|(id, token)| {
-            json!({
-                "id": id, "content": token.text, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": token.token_type == CONTROL,
-            })
-        });
-        entries.collect()
-    }
-
-    fn words(&self) -> Words<'_> {
-        let added_last = self.added_last();
-        let is_word = |(_, token): &(usize, &Token<'_>)| !(added_last && token.is_added());
-        let tokens = self.tokens.iter().enumerate().filter(is_word);
-        Words(tokens.map(|(id, token)| (token.text, id)).collect())
-    }
-}
-
-/// A vocabulary as a JSON object in the order of ids.
-struct Words<'a>(Vec<(&'a str, usize)>);
-
-impl Serialize for Words<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (text, id) in &self.0 {
-            map.serialize_entry(text, id)?;
-        }
-        map.end()
     }
 }
 

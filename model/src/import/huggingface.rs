@@ -30,6 +30,7 @@ const PICKLED_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.
 const SENTENCE_PIECE_FILE: &str = "tokenizer.model";
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
 /// The stages of a model of sentence-transformers.
 const STAGES_FILE: &str = "modules.json";
 /// Longest JSON file beside the tokenizer: an index names every tensor.
@@ -122,7 +123,11 @@ impl Directory {
         let text = HuggingFaceText {
             tokenizer: read_optional(&path(TOKENIZER_FILE), TOKENIZER_BYTES_MAX)?,
             tokenizer_config: read_json(&path(TOKENIZER_CONFIG_FILE))?.unwrap_or_default(),
-            special_tokens_map: read_json(&path("special_tokens_map.json"))?.unwrap_or_default(),
+            special_tokens_map: read_json(&path(SPECIAL_TOKENS_FILE))?.unwrap_or_default(),
+            other_tokens: [
+                read_json(&path(TOKENIZER_CONFIG_FILE))?.unwrap_or_default(),
+                read_json(&path(SPECIAL_TOKENS_FILE))?.unwrap_or_default(),
+            ],
             generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
             template_json: read_json(&path("chat_template.json"))?.unwrap_or_default(),
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,

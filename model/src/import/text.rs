@@ -2,6 +2,7 @@
 //! several files can state is gathered here from all of them: `docs/models.md` has the table.
 
 mod added;
+mod others;
 mod sampling;
 mod special;
 mod template;
@@ -14,8 +15,10 @@ use serde_json::Value;
 use super::ImportError;
 use crate::config::{EOS_TOKENS_MAX, ModelConfig};
 use crate::sampling::SamplingDefaults;
+use crate::special::SpecialTexts;
 use crate::tokenizer::TokenizerFile;
 use crate::writer::ModelText;
+pub(super) use others::OtherTokens;
 pub(super) use sampling::SamplingSource;
 use special::SpecialToken;
 pub(super) use special::{Claims, TokenIds};
@@ -43,6 +46,8 @@ pub(super) struct HuggingFaceText {
     pub(super) tokenizer: Option<Vec<u8>>,
     pub(super) tokenizer_config: TokenizerConfig,
     pub(super) special_tokens_map: SpecialTokensMap,
+    /// What `tokenizer_config.json` and `special_tokens_map.json` say of other special tokens.
+    pub(super) other_tokens: [OtherTokens; 2],
     pub(super) generation_config: GenerationConfig,
     /// `chat_template.jinja`, which goes before all others.
     pub(super) template: Option<Vec<u8>>,
@@ -126,11 +131,16 @@ pub(super) fn from_hugging_face(
     let texts = |token: Option<SpecialToken>| token.map(SpecialToken::text);
     let bos_texts = [texts(tokenizer_config.bos_token), texts(files.special_tokens_map.bos_token)];
     let eos_texts = [texts(tokenizer_config.eos_token), texts(files.special_tokens_map.eos_token)];
+    let special = others::gather(files.other_tokens);
     let text_files = ["tokenizer_config.json", "special_tokens_map.json"];
     let elsewhere = added::Elsewhere {
         decoder: tokenizer_config.added_tokens_decoder,
         listed: files.added_tokens,
-        special: bos_texts.iter().chain(&eos_texts).flatten().map(String::as_str).collect(),
+        special: {
+            let first = bos_texts.iter().chain(&eos_texts).flatten().map(String::as_str);
+            let others = special.iter().flat_map(|(_, text)| text.texts()).map(String::as_str);
+            first.chain(others).collect()
+        },
     };
     let (tokenizer, file) = match (tokenizer, file) {
         (Some(json), Some(file)) => match added::merged(&file, elsewhere, config.vocab, notes) {
@@ -191,10 +201,27 @@ pub(super) fn from_hugging_face(
     Ok(ModelText {
         bos_text: bos_text.or_else(|| text_of(config.bos_token)),
         eos_text: eos_text.or_else(|| text_of(config.eos_tokens.first().copied())),
+        special: named_in(template.as_deref(), special)?,
         tokenizer,
         chat_template: template,
         sampling,
     })
+}
+
+/// Those special tokens' texts that a template names.
+pub(super) fn named_in(
+    template: Option<&str>,
+    mut special: SpecialTexts,
+) -> Result<SpecialTexts, ImportError> {
+    special.keep_named_in(template);
+    match special.wrong() {
+        None => Ok(special),
+        Some((key, found, most)) => Err(ImportError::Value {
+            key,
+            found: found.to_string(),
+            expected: format!("at most {most}"),
+        }),
+    }
 }
 
 /// Says what a post-processor would add that is not added here.
