@@ -166,7 +166,8 @@ fn advise_huge_pages(advise: impl FnOnce(Advice) -> io::Result<()>) {
 pub(crate) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
     // Looked at first, so that no device is opened, and once more when it is open: something else
     // may have taken the name in between, which must not make us wait either.
-    check_regular(fs::metadata(path)?.file_type())?;
+    let metadata = fs::metadata(path).map_err(|error| explained(path, error))?;
+    check_regular(metadata.file_type())?;
     let mut options = OpenOptions::new();
     options.read(true);
     #[cfg(unix)]
@@ -175,6 +176,35 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
     let metadata = file.metadata()?;
     check_regular(metadata.file_type())?;
     Ok((file, metadata.len()))
+}
+
+/// Whether its directory lists it: also a link that leads nowhere, which was meant to be something.
+///
+/// # Errors
+///
+/// What the operating system said, where it did not say that there is nothing.
+pub(crate) fn is_listed(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if is_nothing(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether an error says that there is nothing of that name.
+pub(crate) fn is_nothing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// The same error, and of a link that leads nowhere whither it leads.
+fn explained(path: &Path, error: io::Error) -> io::Error {
+    match fs::read_link(path) {
+        Ok(target) if is_nothing(&error) => {
+            let text = format!("it is a link to {}, which is not there", target.display());
+            io::Error::new(error.kind(), text)
+        }
+        _ => error,
+    }
 }
 
 fn check_regular(found: FileType) -> io::Result<()> {
@@ -220,6 +250,19 @@ pub fn read_limited(path: &Path, limit_bytes: u64) -> io::Result<Vec<u8>> {
     // The file may be growing, or be one of those under /proc that claim no length.
     file.take(limit_bytes + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit_bytes { too_long() } else { Ok(bytes) }
+}
+
+/// The same for a file that need not be there: `None` if its directory does not list it.
+///
+/// # Errors
+///
+/// As [`read_limited`], also for a link that leads nowhere.
+pub(crate) fn read_if_listed(path: &Path, limit_bytes: u64) -> io::Result<Option<Vec<u8>>> {
+    match read_limited(path, limit_bytes) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if is_nothing(&error) && !is_listed(path)? => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

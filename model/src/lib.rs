@@ -29,6 +29,7 @@ mod staging;
 pub mod store;
 pub mod synth;
 pub mod tokenizer;
+mod values;
 mod weights;
 mod writer;
 

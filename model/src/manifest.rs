@@ -10,9 +10,12 @@ use crate::id::{ModelId, parse_hash};
 use crate::layout::{LAYOUT, LAYOUT_VERSION, STORE_FORMAT, TOKENIZER_FILE, shard_files};
 use crate::sampling::SamplingDefaults;
 use crate::special::{SpecialTexts, TOKEN_TEXT_BYTES_MAX};
+use crate::values;
 
 /// Longest manifest: a model of 1024 layers needs under 1 MB, a chat template at most another.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
+/// Values and keys of a manifest: a model of 1024 layers has 8,000, and a list of special tokens 4,096.
+const VALUES_MAX: usize = 1 << 16;
 /// Longest chat template: the longest in use has about 30 KB.
 pub const CHAT_TEMPLATE_BYTES_MAX: usize = 1 << 20;
 
@@ -138,6 +141,9 @@ pub enum ManifestError {
     /// Not JSON, or not a manifest.
     #[error("it is not a manifest")]
     Json(#[source] serde_json::Error),
+    /// More than any manifest holds.
+    #[error("it has more than {VALUES_MAX} values")]
+    Values,
     /// Written by another version of this program.
     #[error(
         "the store has format {found}, this program reads {STORE_FORMAT}: import the model again"
@@ -228,6 +234,9 @@ impl Manifest {
     ///
     /// [`ManifestError`]; among them one for every older store.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
+        if values::exceed(json, VALUES_MAX) {
+            return Err(ManifestError::Values);
+        }
         let versions: Versions = serde_json::from_slice(json).map_err(ManifestError::Json)?;
         if versions.format != STORE_FORMAT {
             return Err(ManifestError::Format { found: versions.format });

@@ -6,12 +6,16 @@
 //!
 //! Nothing here knows what a tensor means.
 
+mod bounded;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+
+use bounded::Metadata;
 
 /// Longest header: sixteen times that of the largest checkpoint in use.
 pub const HEADER_BYTES_MAX: u64 = 16 << 20;
@@ -21,6 +25,8 @@ pub const TENSORS_MAX: usize = 65_536;
 pub const DIMENSIONS_MAX: usize = 8;
 /// Most entries of `__metadata__`.
 pub const METADATA_MAX: usize = 4_096;
+/// Most bytes of its texts: those who describe a quantization there write some 100 KB.
+pub const METADATA_BYTES_MAX: usize = 4 << 20;
 /// What a checkpoint begins with that was cloned without git-lfs.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
 /// Bytes of the header's length.
@@ -251,6 +257,7 @@ fn place(
 #[derive(Deserialize)]
 struct Entry {
     dtype: String,
+    #[serde(deserialize_with = "bounded::shape")]
     shape: Vec<u64>,
     data_offsets: [u64; 2],
 }
@@ -320,17 +327,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 if std::mem::replace(&mut has_metadata, true) {
                     return Err(A::Error::custom("__metadata__ occurs twice"));
                 }
-                let values = map.next_value::<Option<BTreeMap<String, serde_json::Value>>>()?;
-                let values = values.unwrap_or_default();
-                if values.len() > METADATA_MAX {
-                    return Err(A::Error::custom("__metadata__ has too many entries"));
-                }
-                // Nothing of a checkpoint's depends on them, so what is no text is passed over.
-                let texts = values.into_iter().filter_map(|(key, value)| match value {
-                    serde_json::Value::String(text) => Some((key, text)),
-                    _ => None,
-                });
-                header.metadata = texts.collect();
+                header.metadata = map.next_value::<Metadata>()?.0;
             } else if header.tensors.contains_key(&name) {
                 return Err(A::Error::custom(format!("tensor {name} occurs twice")));
             } else if header.tensors.len() == TENSORS_MAX {

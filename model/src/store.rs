@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::ModelConfig;
-use crate::file::{MappedFile, read_limited};
+use crate::file::{MappedFile, is_listed, read_limited};
 use crate::id::{ContentText, ModelId, model_id};
 use crate::identity::Identity;
 use crate::layout::{
@@ -153,7 +153,8 @@ impl Store {
         let path = dir.join(MANIFEST_FILE);
         let json = match read_limited(&path, MANIFEST_BYTES_MAX) {
             Ok(json) => json,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // A link that leads nowhere is there, and told of as what could not be read.
+            Err(_) if matches!(is_listed(&path), Ok(false)) => {
                 let path = dir.to_owned();
                 return Err(match dir.exists() {
                     true => StoreError::NotAStore { path },
@@ -445,7 +446,8 @@ impl Store {
 /// The stores that a directory names: itself if it is one, else those directly inside, by name.
 /// A directory that cannot be read holds none.
 pub fn find_stores(dir: &Path) -> Vec<PathBuf> {
-    let is_store = |dir: &Path| dir.join(MANIFEST_FILE).is_file();
+    // A manifest that cannot be read is told of by whoever opens its store.
+    let is_store = |dir: &Path| is_listed(&dir.join(MANIFEST_FILE)).unwrap_or(false);
     if is_store(dir) {
         return vec![dir.to_owned()];
     }

@@ -157,3 +157,60 @@ fn a_fifo_in_place_of_any_file_is_refused_at_once() {
         assert!(Store::open(&store).is_err(), "{name}");
     }
 }
+
+#[test]
+fn what_need_not_be_there_and_leads_nowhere_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = |folder: &Path, name: &str| {
+        std::os::unix::fs::symlink("../blobs/gone", folder.join(name)).unwrap();
+    };
+    for name in [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.json",
+        "chat_template.jinja",
+        "modules.json",
+        "additional_chat_templates",
+    ] {
+        let model = dir.path().join(name.replace('.', "-"));
+        copy(&fixture("tiny_packed"), &model);
+        let _ = fs::remove_file(model.join(name));
+        link(&model, name);
+        let text = refusal(&model);
+        assert!(text.contains(&model.join(name).display().to_string()), "{name}: {text}");
+    }
+    // As what must be there is.
+    for name in ["config.json", "model.safetensors"] {
+        let model = dir.path().join(format!("needed {name}"));
+        copy(&fixture("tiny_packed"), &model);
+        fs::remove_file(model.join(name)).unwrap();
+        link(&model, name);
+        check(&model, "it is a link to ../blobs/gone, which is not there");
+    }
+    let template = dir.path().join("template");
+    copy(&fixture("tiny_packed"), &template);
+    fs::create_dir(template.join("additional_chat_templates")).unwrap();
+    link(&template.join("additional_chat_templates"), "default.jinja");
+    check(&template, "additional_chat_templates/default.jinja: it is a link to");
+    // Nor is it taken for nothing in a store, or in a folder of stores.
+    let stores = dir.path().join("stores");
+    fs::create_dir_all(stores.join("one")).unwrap();
+    link(&stores.join("one"), "manifest.json");
+    assert_eq!(model::find_stores(&stores), [stores.join("one")]);
+    let error = Store::open(&stores.join("one")).unwrap_err();
+    assert!(matches!(error, model::StoreError::Read { .. }), "{error}");
+}
+
+#[test]
+fn more_values_than_any_file_has_are_refused_before_they_are_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    copy(&fixture("tiny_packed"), &model);
+    let config = fs::read_to_string(model.join("config.json")).unwrap();
+    let many = format!("{{\"x\":[{}0],{}", "0,".repeat(1 << 20), &config.trim_start()[1..]);
+    fs::write(model.join("config.json"), many).unwrap();
+    check(&model, "config.json is more than 1048576, expected fewer");
+}

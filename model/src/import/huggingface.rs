@@ -3,23 +3,26 @@
 mod config;
 mod json;
 mod rope;
+mod tensors;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::checkpoint::{Checkpoint, FLOAT_ACTIVATIONS, LayerTensors};
-use super::matrix::{FloatFormat, Floats, Matrix, Trits};
+use super::matrix::{Floats, Matrix, Trits};
 use super::text::{self, HuggingFaceText, NAMED_DEFAULT, NAMED_TEMPLATES};
 use super::{ImportError, ImportOptions, map, name_of};
 use crate::config::ModelConfig;
-use crate::file::{MappedFile, read_limited};
+use crate::file::{MappedFile, is_listed, is_nothing, read_if_listed, read_limited};
 use crate::layout::{Norm, Projection};
-use crate::safetensors::{Dtype, Table, Tensor};
+use crate::safetensors::Dtype;
 use crate::store::TOKENIZER_BYTES_MAX;
 use config::{HuggingFaceConfig, Weights};
+use tensors::{Tensors, is_buffer, wrong_tensor};
 
 pub(super) const CONFIG_FILE: &str = "config.json";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -59,20 +62,21 @@ struct Index {
 impl Directory {
     pub(super) fn open(path: &Path) -> Result<Self, ImportError> {
         let config = read(&path.join(CONFIG_FILE), JSON_BYTES_MAX)?;
-        let is_there = |name: &str| path.join(name).exists();
+        let is_there = |name: &str| listed(&path.join(name));
         // A single file goes before an index, which may be left over, as in transformers.
-        let is_single = is_there(SINGLE_FILE);
-        let ignores_index = is_single && is_there(INDEX_FILE);
+        let is_single = is_there(SINGLE_FILE)?;
+        let ignores_index = is_single && is_there(INDEX_FILE)?;
         let index: Option<Index> =
             if is_single { None } else { read_json(&path.join(INDEX_FILE))? };
         let index = index.map(|index| index.weight_map);
-        if index.is_none()
-            && !is_single
-            && let Some(pickled) = PICKLED_FILES.into_iter().find(|name| is_there(name))
-        {
-            return Err(ImportError::Unsupported(format!(
-                "{pickled} is not supported: save the model as safetensors first"
-            )));
+        if index.is_none() && !is_single {
+            for pickled in PICKLED_FILES {
+                if is_there(pickled)? {
+                    return Err(ImportError::Unsupported(format!(
+                        "{pickled} is not supported: save the model as safetensors first"
+                    )));
+                }
+            }
         }
         let names = match &index {
             None => {
@@ -85,7 +89,7 @@ impl Directory {
         for name in names {
             let directory = path;
             let path = directory.join(&name);
-            if index.is_some() && !path.exists() {
+            if index.is_some() && !listed(&path)? {
                 return Err(ImportError::Unsupported(format!(
                     "{} names {name}, which is not there: is the download complete?",
                     directory.join(INDEX_FILE).display()
@@ -131,11 +135,11 @@ impl Directory {
             generation_config: read_json(&path("generation_config.json"))?.unwrap_or_default(),
             template_json: read_json(&path("chat_template.json"))?.unwrap_or_default(),
             template: read_optional(&path("chat_template.jinja"), JSON_BYTES_MAX)?,
-            named_templates: template_names(&path(NAMED_TEMPLATES)),
+            named_templates: template_names(&path(NAMED_TEMPLATES))?,
             named_default: read_optional(&path(NAMED_DEFAULT), JSON_BYTES_MAX)?,
             added_tokens: read_json(&path("added_tokens.json"))?.unwrap_or_default(),
         };
-        if text.tokenizer.is_none() && path(SENTENCE_PIECE_FILE).exists() {
+        if text.tokenizer.is_none() && listed(&path(SENTENCE_PIECE_FILE))? {
             let note = format!("{SENTENCE_PIECE_FILE} is not read: save it as {TOKENIZER_FILE}");
             config.notes.push(note);
         }
@@ -196,7 +200,7 @@ fn file_names(path: &Path, index: &BTreeMap<String, String>) -> Result<Vec<Strin
 
 /// Refuses weights of which [`SINGLE_FILE`] is not the whole, with what is missing.
 fn refuse_parts(path: &Path) -> Result<(), ImportError> {
-    if path.join(SINGLE_FILE).exists() {
+    if listed(&path.join(SINGLE_FILE))? {
         return Ok(());
     }
     let entries = std::fs::read_dir(path)
@@ -224,116 +228,37 @@ fn read(path: &Path, limit_bytes: u64) -> Result<Vec<u8>, ImportError> {
 }
 
 fn read_optional(path: &Path, limit_bytes: u64) -> Result<Option<Vec<u8>>, ImportError> {
-    if path.exists() { read(path, limit_bytes).map(Some) } else { Ok(None) }
+    read_if_listed(path, limit_bytes)
+        .map_err(|source| ImportError::Read { path: path.to_owned(), source })
+}
+
+/// Whether something of that name is there, be it what it may.
+fn listed(path: &Path) -> Result<bool, ImportError> {
+    is_listed(path).map_err(|source| ImportError::Read { path: path.to_owned(), source })
 }
 
 /// The names of the templates in a folder, sorted; of a folder with very many only the first found.
-fn template_names(folder: &Path) -> Vec<String> {
+fn template_names(folder: &Path) -> Result<Vec<String>, ImportError> {
     const NAMES_MAX: usize = 256;
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let names = entries.filter_map(|entry| {
+    let read_error = |source| ImportError::Read { path: folder.to_owned(), source };
+    let entries = match std::fs::read_dir(folder) {
+        // No folder, or a file of that name, in which nothing can be.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => return Ok(Vec::new()),
+        Err(error) if is_nothing(&error) && !listed(folder)? => return Ok(Vec::new()),
+        entries => entries.map_err(read_error)?,
+    };
+    let names = entries.flatten().filter_map(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
         name.strip_suffix(".jinja").map(str::to_owned)
     });
     let mut names: Vec<String> = names.take(NAMES_MAX).collect();
     names.sort();
-    names
+    Ok(names)
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, ImportError> {
     let Some(json) = read_optional(path, JSON_BYTES_MAX)? else { return Ok(None) };
     json::parse(&json, path).map(Some)
-}
-
-/// Ends of names of tensors that are no weights: tables of RoPE, masks, numbers of positions.
-const BUFFERS: [&str; 7] = [
-    ".rotary_emb.inv_freq",
-    ".rotary_emb.original_inv_freq",
-    ".rotary_emb.cos_cached",
-    ".rotary_emb.sin_cached",
-    ".masked_bias",
-    ".causal_mask",
-    "position_ids",
-];
-
-fn is_buffer(name: &str) -> bool {
-    BUFFERS.iter().any(|end| name.ends_with(end))
-}
-
-/// The tensors of all files. Those that were asked for are taken out; what is left is unknown.
-#[derive(Default)]
-struct Tensors<'a> {
-    left: BTreeMap<String, (Tensor, &'a [u8])>,
-    files: BTreeMap<String, PathBuf>,
-}
-
-impl<'a> Tensors<'a> {
-    fn add(&mut self, path: &Path, file: &'a [u8]) -> Result<(), ImportError> {
-        let table = Table::parse(file)
-            .map_err(|source| ImportError::Safetensors { path: path.to_owned(), source })?;
-        for (name, tensor) in table.tensors {
-            let bytes = &file[tensor.range.clone()];
-            if self.left.insert(name.clone(), (tensor, bytes)).is_some() {
-                return Err(ImportError::DuplicateTensor { tensor: name });
-            }
-            self.files.insert(name, path.to_owned());
-        }
-        Ok(())
-    }
-
-    /// Drops the buffers of older models, which follow from the config and no reader loads, and
-    /// tensors without elements.
-    fn pass_over(&mut self, notes: &mut Vec<String>) {
-        let is_buffer =
-            |name: &str, tensor: &Tensor| self::is_buffer(name) || tensor.shape.contains(&0);
-        let all = self.left.len();
-        let first = self.left.iter().find(|(name, (tensor, _))| is_buffer(name, tensor));
-        let Some(first) = first.map(|(name, _)| name.clone()) else { return };
-        self.left.retain(|name, (tensor, _)| !is_buffer(name, tensor));
-        let dropped = all - self.left.len();
-        notes.push(format!("{dropped} tensors that are no weights were left out ({first})"));
-    }
-
-    fn take(&mut self, name: &str) -> Result<(Tensor, &'a [u8]), ImportError> {
-        self.left.remove(name).ok_or_else(|| ImportError::MissingTensor { tensor: name.to_owned() })
-    }
-
-    /// A float matrix, or a vector of one row.
-    fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Floats<'a>, ImportError> {
-        let (tensor, bytes) = self.take(name)?;
-        let format = float_format(tensor.dtype).filter(|_| tensor.shape == shape);
-        let Some(format) = format else {
-            return Err(wrong_tensor(name, &tensor, &format!("floats of {shape:?}")));
-        };
-        let cols = shape[shape.len() - 1];
-        let rows = shape[..shape.len() - 1].iter().product();
-        Ok(Floats { tensor: name.to_owned(), format, bytes, rows, cols })
-    }
-
-    /// A scale: one float.
-    fn scale(&mut self, name: &str) -> Result<Option<f32>, ImportError> {
-        let Some((tensor, bytes)) = self.left.remove(name) else { return Ok(None) };
-        let format = float_format(tensor.dtype).filter(|_| tensor.shape.iter().all(|d| *d == 1));
-        let Some(format) = format else {
-            return Err(wrong_tensor(name, &tensor, "one float (one scale per tensor)"));
-        };
-        let floats = Floats { tensor: name.to_owned(), format, bytes, rows: 1, cols: 1 };
-        Ok(Some(floats.vector()?[0]))
-    }
-}
-
-fn float_format(dtype: Dtype) -> Option<FloatFormat> {
-    match dtype {
-        Dtype::Bf16 => Some(FloatFormat::Bf16),
-        Dtype::F16 => Some(FloatFormat::F16),
-        Dtype::F32 => Some(FloatFormat::F32),
-        Dtype::U8 | Dtype::Other(..) => None,
-    }
-}
-
-fn wrong_tensor(name: &str, tensor: &Tensor, expected: &str) -> ImportError {
-    let found = format!("{} {:?}", tensor.dtype.name(), tensor.shape);
-    ImportError::Tensor { tensor: name.to_owned(), found, expected: expected.to_owned() }
 }
 
 /// Names of a layer's matrices behind `model.layers.N.`.

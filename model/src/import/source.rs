@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{ImportError, huggingface};
-use crate::file::{kind_of, read_limited};
+use crate::file::{is_listed, kind_of, read_limited};
 use crate::layout::MANIFEST_FILE;
 
 /// Longest `refs/main` of a hub cache: a commit's hash, and room for a name.
@@ -33,7 +33,11 @@ pub(super) fn find_gguf(source: &Path) -> Result<Option<PathBuf>, ImportError> {
         return Err(unrecognised(format!("it is {}", kind_of(metadata.file_type()))));
     }
     // Whatever it is: what is no regular file is refused by name when it is read.
-    if source.join(huggingface::CONFIG_FILE).exists() {
+    let is_there = |name: &str| {
+        let path = source.join(name);
+        is_listed(&path).map_err(|source| ImportError::Read { path, source })
+    };
+    if is_there(huggingface::CONFIG_FILE)? {
         return Ok(None);
     }
     let entries = fs::read_dir(source)
@@ -51,7 +55,7 @@ pub(super) fn find_gguf(source: &Path) -> Result<Option<PathBuf>, ImportError> {
             Err(unrecognised("it holds several GGUF files, name one of them".into()))
         }
         (None, _) if source.join(SNAPSHOTS).is_dir() => Err(unrecognised(hint_for_cache(source))),
-        (None, _) if source.join(MANIFEST_FILE).exists() => {
+        (None, _) if is_there(MANIFEST_FILE)? => {
             Err(unrecognised("it is a store already, and can be used as it is".into()))
         }
         (None, _) if with("safetensors") > 0 => {

@@ -39,6 +39,19 @@ fn a_written_header_reads_back() {
     assert_eq!(table.tensors["embed"].dtype, Dtype::Bf16);
 }
 
+/// Entries without the brace that closes them: whoever reads to the end misses it.
+fn many_entries(count: usize) -> String {
+    (0..count).map(|number| format!("\"{number}\":[0],")).collect()
+}
+
+#[test]
+fn metadata_that_is_no_text_is_passed_over() {
+    let values = r#"{"a":"b","n":1,"x":-1,"f":0.5,"t":true,"z":null,"l":[[]],"m":{"c":{}}}"#;
+    let table = Table::parse(&file(&format!(r#"{{"__metadata__":{values}}}"#), 0)).unwrap();
+    assert_eq!(table.metadata, BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    assert!(Table::parse(&file(r#"{"__metadata__":null}"#, 0)).unwrap().metadata.is_empty());
+}
+
 #[test]
 fn every_lie_is_named() {
     let t = |shape: &str, from: u64, to: u64| {
@@ -72,6 +85,20 @@ fn every_lie_is_named() {
         (file(r#"{"a":{"shape":[1],"data_offsets":[0,1]}}"#, 1), "missing field `dtype`"),
         (file(&format!(r#"{{"a":{0},"a":{0}}}"#, t("[1]", 0, 1)), 1), "tensor a occurs twice"),
         (file(r#"{"__metadata__":3}"#, 0), "invalid type"),
+        (file(r#"{"__metadata__":{"a":"b"},"__metadata__":null}"#, 0), "__metadata__ occurs twice"),
+        // Not built before it is counted: of a hundred thousand, the 4097th is the last that is read.
+        (
+            file(&format!(r#"{{"__metadata__":{{{}}}"#, many_entries(100_000)), 0),
+            "too many entries",
+        ),
+        (
+            file(&format!(r#"{{"__metadata__":{{"a":"{}"}}}}"#, "x".repeat(METADATA_BYTES_MAX)), 0),
+            "__metadata__ has more than 4194304 bytes",
+        ),
+        (
+            file(&one("a", &t(&format!("[{}1]", "1,".repeat(100_000)), 0, 1)), 1),
+            "impossible shape [1, 1, 1, 1, 1, 1, 1, 1, 1]",
+        ),
     ];
     for (bytes, expected) in cases {
         let text = refusal(&bytes);

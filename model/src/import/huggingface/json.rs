@@ -6,19 +6,32 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 
 use super::super::ImportError;
+use crate::values;
 
 /// What some editors put in front of UTF-8.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Numbers that Python writes and JSON does not have.
 const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 
+/// Values and keys of one file: an index of a model of 65,536 tensors has 131,072, a list of 100,000 added
+/// tokens 800,000. They take some 100 MiB at most.
+const VALUES_MAX: usize = 1 << 20;
+
 /// Reads the JSON of the file at `path`.
 ///
 /// # Errors
 ///
-/// [`ImportError::Json`], or [`ImportError::Value`] where there is a number that JSON does not have.
+/// [`ImportError::Json`], or [`ImportError::Value`] where there is a number that JSON does not have, or more
+/// than [`VALUES_MAX`] of anything.
 pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T, ImportError> {
     let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+    if values::exceed(bytes, VALUES_MAX) {
+        return Err(ImportError::Value {
+            key: format!("the number of values in {}", path.display()),
+            found: format!("more than {VALUES_MAX}"),
+            expected: "fewer".into(),
+        });
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let parsed = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let key = error.path().to_string();
