@@ -20,6 +20,15 @@ pub const SYNTH: &str = "synth:";
 /// The file that makes a directory a store.
 const MANIFEST: &str = "manifest.json";
 
+/// The file in a cached store that holds the warnings of its import, also those that came of its score.
+const WARNINGS: &str = "import-warnings.json";
+
+/// Longest such file: a few sentences.
+const WARNINGS_BYTES_MAX: u64 = 64 << 10;
+
+/// What a warning among an import's notes begins with.
+const WARNING: &str = "warning: ";
+
 /// Hexadecimal digits of a cached store's key: 64 bits tell apart what one machine ever imports.
 const KEY_DIGITS: usize = 16;
 
@@ -115,7 +124,12 @@ pub fn open(
             if found.is_dir() && path.join(MANIFEST).is_file() {
                 path.to_owned()
             } else {
-                imported(path, &cache_dir()?, progress)?
+                let (store, warnings) = imported(path, &cache_dir()?, progress)?;
+                // Nobody reads the notes of what is imported on the way, nor remembers them later.
+                for warning in warnings {
+                    tracing::warn!(model = %path.display(), "{warning}");
+                }
+                store
             }
         }
     };
@@ -147,33 +161,58 @@ pub fn cache_dir() -> Result<PathBuf, ModelsError> {
     }
 }
 
-/// The cached store of the checkpoint at `source`, imported now if it is not there.
+/// The cached store of the checkpoint at `source`, imported now if it is not there, and the warnings of
+/// its import.
 fn imported(
     source: &Path,
     cache: &Path,
     progress: &mut dyn FnMut(&Progress<'_>),
-) -> Result<PathBuf, ModelsError> {
+) -> Result<(PathBuf, Vec<String>), ModelsError> {
+    let found = |store: PathBuf| {
+        let warnings = warnings_of(&store)?;
+        Ok((store, warnings))
+    };
     let key = key_of(source)
         .map_err(|error| ModelsError::Look { path: source.to_owned(), source: error })?;
     let store = cache.join(key);
     if store.join(MANIFEST).is_file() {
-        return Ok(store);
+        return found(store);
     }
     let options =
         ImportOptions { try_text: Some(coordinator::try_text), ..ImportOptions::default() };
     match score::import_once(source, &store, &options, progress) {
         Ok(scored) => {
-            // Nobody reads the notes of what is imported on the way.
-            let notes = scored.imported.notes.iter();
-            notes.filter_map(|note| note.strip_prefix("warning: ")).for_each(|note| {
-                tracing::warn!(model = %source.display(), "{note}");
-            });
-            Ok(store)
+            let warnings = warnings_among(&scored.imported.notes);
+            // It is only less to say next time.
+            if let Err(error) = keep_warnings(&store, &warnings) {
+                tracing::warn!(%error, store = %store.display(), "the warnings of an import are not kept");
+            }
+            Ok((store, warnings))
         }
         // Somebody else was quicker: stores appear whole, so theirs is as good.
-        Err(_) if store.join(MANIFEST).is_file() => Ok(store),
+        Err(_) if store.join(MANIFEST).is_file() => found(store),
         Err(error) => Err(ModelsError::Import { path: source.to_owned(), source: error }),
     }
+}
+
+fn warnings_among(notes: &[String]) -> Vec<String> {
+    notes.iter().filter_map(|note| note.strip_prefix(WARNING)).map(str::to_owned).collect()
+}
+
+/// Writes the warnings of an import into its store, where they go when it goes.
+fn keep_warnings(store: &Path, warnings: &[String]) -> io::Result<()> {
+    let partial = store.join(format!(".{WARNINGS}-{}", std::process::id()));
+    fs::write(&partial, serde_json::to_vec(warnings)?)?;
+    fs::rename(partial, store.join(WARNINGS))
+}
+
+/// The warnings of a cached store's import. Where they are not kept, or not yet, what its manifest has.
+fn warnings_of(store: &Path) -> Result<Vec<String>, ModelsError> {
+    let kept = model::read_limited(&store.join(WARNINGS), WARNINGS_BYTES_MAX).ok();
+    if let Some(kept) = kept.and_then(|json| serde_json::from_slice(&json).ok()) {
+        return Ok(kept);
+    }
+    Ok(warnings_among(&open_store(store)?.manifest().provenance.notes))
 }
 
 /// The cached store of random weights of this shape (seed 0), made now if it is not there.
@@ -215,8 +254,12 @@ fn key_of(source: &Path) -> io::Result<String> {
         hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
     }
     for file in files {
-        // Follows links: a Hugging Face cache is made of them.
-        let found = fs::metadata(&file)?;
+        // Follows links: a Hugging Face cache is made of them. What is there and leads nowhere is for the
+        // import to name, if it needs it.
+        let found = match fs::metadata(&file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::symlink_metadata(&file)?,
+            found => found?,
+        };
         let changed = found.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
         let name = file.as_os_str().as_encoded_bytes();
         hasher.update(&(name.len() as u64).to_le_bytes()).update(name);
@@ -248,6 +291,31 @@ mod tests {
         assert_ne!(longer, first);
         fs::write(source.join("more"), "").unwrap();
         assert_ne!(key_of(&source).unwrap(), longer);
+    }
+
+    #[test]
+    fn the_warnings_of_an_import_are_said_whenever_its_store_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        // Without a tokenizer, so that nobody knows in which layout its I2_S is.
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny_i2s.gguf");
+        let (store, first) = imported(&source, dir.path(), &mut |_| {}).unwrap();
+        assert!(first.iter().any(|warning| warning.contains("whether I2_S is in the layout")));
+        let (again, warnings) = imported(&source, dir.path(), &mut |_| panic!("is there")).unwrap();
+        assert_eq!((&again, &warnings), (&store, &first));
+        // Of a store of which they are not kept, those that its manifest has.
+        fs::remove_file(store.join(WARNINGS)).unwrap();
+        let (_, warnings) = imported(&source, dir.path(), &mut |_| panic!("is there")).unwrap();
+        let notes = &open_store(&store).unwrap().manifest().provenance.notes.clone();
+        assert_eq!(warnings, warnings_among(notes));
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_keeps_no_checkpoint_from_having_a_key() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("config.json"), "{}").unwrap();
+        let without = key_of(dir.path()).unwrap();
+        std::os::unix::fs::symlink("/no/such/file", dir.path().join("tokenizer.json")).unwrap();
+        assert_ne!(key_of(dir.path()).unwrap(), without);
     }
 
     #[test]

@@ -134,7 +134,12 @@ pub fn import(
             }
         }
     }
-    Ok(noted(imported, verdict))
+    Ok(noted(imported, verdict, options))
+}
+
+/// What was imported and is not to be scored; its notes say what is not known for that.
+pub fn unscored(imported: Imported, options: &ImportOptions) -> Scored {
+    noted(imported, Verdict::Unknown("it was not asked for".into()), options)
 }
 
 /// Reads `source` into `dest` as [`model::import()`] does, and scores what came of it as it is: for a
@@ -151,7 +156,7 @@ pub fn import_once(
 ) -> Result<Scored, ImportError> {
     let imported = model::import(source, dest, options, progress)?;
     let verdict = judge(&imported);
-    Ok(noted(imported, verdict))
+    Ok(noted(imported, verdict, options))
 }
 
 /// Imports with another layout beside the store that this process has just made, and puts that in its
@@ -218,7 +223,7 @@ fn judge(imported: &Imported) -> Verdict {
 }
 
 /// Says what the score says.
-fn noted(mut imported: Imported, verdict: Verdict) -> Scored {
+fn noted(mut imported: Imported, verdict: Verdict, options: &ImportOptions) -> Scored {
     let is_i2s = imported.format.ends_with("I2_S");
     let (score, note) = match verdict {
         Verdict::Language(score) => {
@@ -244,11 +249,17 @@ fn noted(mut imported: Imported, verdict: Verdict) -> Scored {
             (score, text)
         }
         Verdict::Unknown(reason) => {
-            let layout = match is_i2s {
-                true => ", so whether I2_S is in the layout that was read is not known",
-                false => "",
+            let note = format!("score: none, for {reason}");
+            // Nothing in a file says which layout it has: read by the other one it is nonsense.
+            let is_guessed = is_i2s && options.i2s_layout.is_none();
+            let note = match is_guessed {
+                true => format!(
+                    "warning: {note}, so whether I2_S is in the layout that was read is not known \
+                     (see `tercet import --i2s-layout`)"
+                ),
+                false => note,
             };
-            (None, format!("score: none, for {reason}{layout}"))
+            (None, note)
         }
     };
     imported.notes.push(note);

@@ -80,7 +80,7 @@ pub(crate) fn run(command: &ImportCommand) -> Result<(), Failure> {
     let (source, store) = (&command.source, &command.store);
     let scored = match command.no_score {
         true => model::import(source, store, &options, &mut show)
-            .map(|imported| Scored { imported, score: None }),
+            .map(|imported| score::unscored(imported, &options)),
         false => score::import(source, store, &options, &mut show),
     };
     progress.finish();

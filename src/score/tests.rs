@@ -194,6 +194,23 @@ fn a_model_without_a_tokenizer_is_said_to_have_no_score() {
         let scored = import(&fixtures.join(name), &dest, &options, &mut |_| {}).unwrap();
         assert_eq!(scored.score, None);
         assert!(notes(&scored, "score: none, for there is no tokenizer to read a text with"));
-        assert_eq!(notes(&scored, "whether I2_S is in the layout"), layout, "{name}");
+        // What may be read wrongly is warned of, and not merely noted.
+        let unknown =
+            "warning: score: none, for there is no tokenizer to read a text with, so whether I2_S";
+        assert_eq!(notes(&scored, unknown), layout, "{name}");
+        assert_eq!(notes(&scored, "warning: score"), layout, "{name}");
+
+        let unscored = unscored(
+            model::import(&fixtures.join(name), &dest.with_extension("x"), &options, &mut |_| {})
+                .unwrap(),
+            &options,
+        );
+        assert_eq!(notes(&unscored, "warning: score: none, for it was not asked for, so"), layout);
     }
+    // Whoever chose the layout knows it.
+    let options =
+        ImportOptions { i2s_layout: Some(I2sLayout::Of64In16), ..ImportOptions::default() };
+    let dest = dir.path().join("chosen");
+    let scored = import(&fixtures.join("tiny_i2s.gguf"), &dest, &options, &mut |_| {}).unwrap();
+    assert!(!notes(&scored, "warning: score"), "{:?}", scored.imported.notes);
 }
