@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use model::SamplingDefaults;
 use node::config::{
-    ByteSize, Duration, HostPort, ListenError, check_listen_address, deserialize_listen,
-    deserialize_optional_listen,
+    ByteSize, Duration, HostPort, ListenError, TimeRange, TimeRangeError, check_listen_address,
+    deserialize_listen, deserialize_optional_listen,
 };
 use proto::names::ClusterName;
 use proto::plan::KvType;
@@ -315,17 +315,8 @@ pub enum ConfigError {
         most: u64,
     },
     /// A time that makes no sense.
-    #[error("{field} must be from {least} to {most}, found {found}")]
-    Span {
-        /// The key.
-        field: &'static str,
-        /// What was given.
-        found: Duration,
-        /// The least.
-        least: Duration,
-        /// The most.
-        most: Duration,
-    },
+    #[error(transparent)]
+    Time(#[from] TimeRangeError),
     /// Fewer requests than one pipeline takes.
     #[error(
         "limits.open_requests is {found}, and limits.waiting_requests and limits.running_requests are \
@@ -374,18 +365,6 @@ pub enum ConfigError {
         source: ListenError,
     },
 }
-
-/// The shortest time in which anything that goes over a network can be done.
-const SHORTEST: Duration = Duration::from_millis(10);
-
-/// No machine computes a token in less.
-const SHORTEST_TOKEN: Duration = Duration(std::time::Duration::from_micros(1));
-
-/// The longest that anybody waits, or that anything is put off: whoever means "for ever" means less.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-
-/// The longest that a stopping process goes on: service managers kill one that does not end in minutes.
-const LONGEST_STOP: Duration = Duration::from_secs(60 * 60);
 
 /// The most pipelines that may be asked for: more workers than that are no cluster of this kind.
 const MAX_PIPELINES: u64 = 1 << 10;
@@ -442,24 +421,19 @@ impl Config {
             let (context, kv_blocks) = (self.context.unwrap_or(1), limits.kv_blocks);
             return Err(ConfigError::Context { context, needed, kv_blocks });
         }
-        let none = Duration::default();
         self.objective.objective(self.token_time)?;
-        for (field, found, least, most) in [
-            ("token_time", self.token_time.unwrap_or(LONGEST), SHORTEST_TOKEN, LONGEST),
-            ("shutdown_grace", self.shutdown_grace, none, LONGEST_STOP),
-            ("lame_duck", self.lame_duck, none, LONGEST_STOP),
-            ("settle", self.settle, none, LONGEST),
-            ("hold_down", self.hold_down, none, LONGEST),
-            ("drift_time", self.drift_time, none, LONGEST),
-            ("limits.wait", limits.wait, none, LONGEST),
-            ("limits.request_deadline", limits.request_deadline, SHORTEST, LONGEST),
-            ("limits.step_time", limits.step_time, SHORTEST_TOKEN, LONGEST),
-            ("limits.step_deadline", limits.step_deadline, SHORTEST, LONGEST),
-        ] {
-            if !(least..=most).contains(&found) {
-                return Err(ConfigError::Span { field, found, least, most });
-            }
+        if let Some(token_time) = self.token_time {
+            TimeRange::TOKEN.check("token_time", token_time)?;
         }
+        TimeRange::STOP.check("shutdown_grace", self.shutdown_grace)?;
+        TimeRange::STOP.check("lame_duck", self.lame_duck)?;
+        TimeRange::PAUSE.check("settle", self.settle)?;
+        TimeRange::PAUSE.check("hold_down", self.hold_down)?;
+        TimeRange::DRIFT.check("drift_time", self.drift_time)?;
+        TimeRange::PAUSE.check("limits.wait", limits.wait)?;
+        TimeRange::DEADLINE.check("limits.request_deadline", limits.request_deadline)?;
+        TimeRange::TOKEN.check("limits.step_time", limits.step_time)?;
+        TimeRange::DEADLINE.check("limits.step_deadline", limits.step_deadline)?;
         let api = [("gRPC", "grpc", self.grpc), ("HTTP", "http", self.http)];
         let admin = self.admin.map(|address| ("admin", "admin", address));
         for (service, key, address) in api.into_iter().chain(admin) {

@@ -14,6 +14,7 @@ use tree::{Kind, Node, Origin, Problem, Wrong};
 
 mod address;
 mod listen;
+mod range;
 mod read;
 mod suggest;
 #[cfg(test)]
@@ -27,6 +28,7 @@ pub use address::{
     deserialize_optional_listen, deserialize_optional_url, listen_address, shown, without_secret,
 };
 pub use listen::{ListenError, check_listen_address};
+pub use range::{TimeRange, TimeRangeError};
 pub use suggest::closest;
 pub use text::{TextError, read_text};
 pub use units::{ByteSize, Duration, UnitError};

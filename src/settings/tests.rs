@@ -60,6 +60,87 @@ fn units_are_read_and_unknown_keys_are_named() {
     }
 }
 
+/// Every time of either role, the least and the most that it may be, and what lies beyond.
+const TIMES: [(&str, &str, &str, Option<&str>, &str); 12] = [
+    ("coordinator.token_time", "1us", "365d", Some("999ns"), "366d"),
+    ("coordinator.shutdown_grace", "0s", "1h", None, "61m"),
+    ("coordinator.lame_duck", "0s", "1h", None, "61m"),
+    ("coordinator.settle", "0s", "365d", None, "366d"),
+    ("coordinator.hold_down", "0s", "365d", None, "366d"),
+    ("coordinator.drift_time", "1s", "365d", Some("999ms"), "366d"),
+    ("coordinator.limits.wait", "0s", "365d", None, "366d"),
+    ("coordinator.limits.request_deadline", "10ms", "365d", Some("9ms"), "366d"),
+    ("coordinator.limits.step_time", "1us", "365d", Some("999ns"), "366d"),
+    ("coordinator.limits.step_deadline", "10ms", "365d", Some("9ms"), "366d"),
+    ("worker.shutdown_grace", "0s", "1h", None, "61m"),
+    ("worker.drift_time", "1s", "365d", Some("999ms"), "366d"),
+];
+
+/// The keys below `key` whose values are times.
+fn times_in(key: &str, value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::Table(table) => {
+            for (name, value) in table {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                times_in(&key, value, found);
+            }
+        }
+        Value::String(text) if text.parse::<node::config::Duration>().is_ok() => {
+            found.push(key.to_owned());
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn every_time_of_either_role_has_the_same_range_wherever_it_is_set() {
+    let base = "[coordinator]\nmodel = \"store\"\n[worker]\nid = \"w1\"\n";
+    let checked = |settings: Result<Settings, ConfigError>| -> Result<(), String> {
+        let settings = settings.map_err(|error| error.to_string())?;
+        settings.coordinator.validate().map_err(|error| error.to_string())?;
+        settings.worker.validate().map_err(|error| error.to_string())
+    };
+    let page = include_str!("../../docs/configuration.md");
+    for (key, least, most, below, above) in TIMES {
+        let (section, name) = key.rsplit_once('.').unwrap();
+        let variable = format!("TERCET_{}", key.to_uppercase().replace('.', "__"));
+        let set = |value: &str| {
+            let mut file: Table = toml::from_str(base).unwrap();
+            let mut table = &mut file;
+            for part in section.split('.') {
+                let below = table.entry(part).or_insert_with(|| Value::Table(Table::new()));
+                table = below.as_table_mut().unwrap();
+            }
+            table.insert(name.into(), value.into());
+            [
+                checked(load(&toml::to_string(&file).unwrap(), &[], Flags::default())),
+                checked(load(base, &[(variable.as_str(), value)], Flags::default())),
+                checked(load(base, &[], flags(key, value))),
+            ]
+        };
+        for value in [least, most] {
+            assert_eq!(set(value), [Ok(()), Ok(()), Ok(())], "{key} = {value}");
+        }
+        for value in below.into_iter().chain([above]) {
+            for refused in set(value) {
+                let error = refused.unwrap_err();
+                let range = format!("{name} must be from {least} to {most}, found {value}");
+                assert!(error.contains(&range), "{key} = {value}: {error}");
+            }
+        }
+        let range = format!("| `{key}` | {least} | {most} |");
+        assert!(page.contains(&range), "docs/configuration.md has no {range}");
+    }
+    // No time is left out.
+    let mut found = Vec::new();
+    times_in("", &Value::try_from(Settings::default()).unwrap(), &mut found);
+    found.push("coordinator.token_time".into());
+    found.sort();
+    let mut listed = TIMES.map(|(key, ..)| key.to_owned());
+    listed.sort();
+    assert_eq!(found, listed);
+}
+
 #[test]
 fn what_is_shown_reads_back() {
     let settings = load("cluster = \"rack1\"\n", &[], Flags::default()).unwrap();

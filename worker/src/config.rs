@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kernels::{Backend, Refusal};
-use node::config::{HostPort, deserialize_listen, deserialize_optional_listen};
+use node::config::{
+    ByteSize, HostPort, TimeRange, TimeRangeError, deserialize_listen, deserialize_optional_listen,
+};
 use proto::names::{RackName, WorkerId};
 use proto::ports;
 use serde::{Deserialize, Serialize};
@@ -34,9 +36,6 @@ const DEFAULT_SHUTDOWN_GRACE: Duration = Duration::from_secs(60);
 /// Longer than a neighbour's burst of work.
 const DEFAULT_DRIFT_TIME: Duration = Duration::from_secs(60);
 
-/// A twelfth of it is a window, and several steps of a model of ordinary size must fit into that.
-const LEAST_DRIFT_TIME: Duration = Duration::from_secs(1);
-
 /// More threads than any machine we know; a larger number is a mistake in a config file.
 const THREADS_MAX: usize = 1024;
 
@@ -61,7 +60,7 @@ pub struct Config {
     /// A store, or a directory that holds stores.
     pub store: PathBuf,
     /// Bytes that weights, KV and the working memory of steps may take together; written as `4GiB`
-    /// or a number.
+    /// or a number. More than machine and control groups give counts as not given.
     #[serde(rename = "memory", with = "as_size")]
     pub memory_bytes: u64,
     /// Name of the kernels to use; by default the fastest that this CPU runs.
@@ -135,14 +134,9 @@ pub enum ConfigError {
     /// No memory at all.
     #[error("memory must be more than zero")]
     Memory,
-    /// Nothing can be measured in so short a time.
-    #[error("drift_time must be {least} or more, found {found}")]
-    DriftTime {
-        /// What was given.
-        found: node::config::Duration,
-        /// The least.
-        least: node::config::Duration,
-    },
+    /// A time that makes no sense.
+    #[error(transparent)]
+    Time(#[from] TimeRangeError),
     /// The kernels asked for cannot be had on this machine.
     #[error("the kernels {found:?} cannot be used (this machine runs {available})")]
     Isa {
@@ -188,10 +182,8 @@ impl Config {
         if self.memory_bytes == 0 {
             return Err(ConfigError::Memory);
         }
-        if self.drift_time < LEAST_DRIFT_TIME {
-            let (found, least) = (self.drift_time.into(), LEAST_DRIFT_TIME.into());
-            return Err(ConfigError::DriftTime { found, least });
-        }
+        TimeRange::STOP.check("shutdown_grace", self.shutdown_grace.into())?;
+        TimeRange::DRIFT.check("drift_time", self.drift_time.into())?;
         self.backend()?;
         let listen = |what, key, address, insecure| {
             node::config::check_listen_address(address, insecure)
@@ -216,6 +208,17 @@ impl Config {
     /// [`ConfigError::NoId`] if it was not given one.
     pub fn worker_id(&self) -> Result<&WorkerId, ConfigError> {
         self.id.as_ref().ok_or(ConfigError::NoId)
+    }
+
+    /// Bytes that the worker takes, and why those are fewer than were asked for, if they are: more than
+    /// machine and control groups give would end the process once it is full. Reads their limits.
+    pub(crate) fn memory_in_force(&self) -> (u64, Option<String>) {
+        // Who computes nothing takes next to nothing.
+        let given = match self.stub_compute {
+            Some(_) => None,
+            None => memory::available_bytes(),
+        };
+        within(self.memory_bytes, given)
     }
 
     /// Which work is left out.
@@ -250,7 +253,28 @@ pub fn available_threads() -> usize {
 
 /// [`MEMORY_SHARE_PERCENT`] of what the machine or the control group gives.
 fn default_memory_bytes() -> u64 {
-    memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES) / 100 * MEMORY_SHARE_PERCENT
+    share_of(memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES))
+}
+
+/// What a worker takes of so many bytes.
+fn share_of(bytes: u64) -> u64 {
+    bytes / 100 * MEMORY_SHARE_PERCENT
+}
+
+/// As many bytes as were asked for, or the usual share of fewer that are given.
+fn within(asked: u64, given: Option<u64>) -> (u64, Option<String>) {
+    match given {
+        Some(given) if asked > given => {
+            let taken = share_of(given);
+            let [asked, given, shown] = [asked, given, taken].map(ByteSize);
+            let reason = format!(
+                "memory {asked} is more than the {given} that machine and control groups give: \
+                 {MEMORY_SHARE_PERCENT} % of those are taken, {shown}"
+            );
+            (taken, Some(reason))
+        }
+        _ => (asked, None),
+    }
 }
 
 /// A number of bytes, in a file as a size with a unit.

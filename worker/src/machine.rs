@@ -42,7 +42,8 @@ pub(crate) async fn watch_cpus(
 }
 
 /// Takes the number of threads that these limits allow, for engines that are built from now on, and says
-/// in the registry with how many this worker computes.
+/// in the registry with how many this worker computes, and how much longer that takes under a quota that
+/// gives them less than a CPU each.
 pub(crate) async fn follow(
     limits: CpuLimits,
     asked: Option<usize>,
@@ -56,22 +57,43 @@ pub(crate) async fn follow(
         service.set_threads(allowed);
     }
     // An engine keeps the threads that it was built with.
-    let now = u32::try_from(service.threads_in_use()).unwrap_or(u32::MAX);
+    let in_use = service.threads_in_use();
+    let now = u32::try_from(in_use).unwrap_or(u32::MAX);
     let memory_bytes = service.offered_bytes();
     let before = published.current();
-    if (before.threads, before.memory_bytes) == (now, memory_bytes) {
+    let (stretch_before, stretch) = (published.stretch(), stretch(&limits, in_use, service));
+    // Both were computed from whole numbers: equal limits give equal bits.
+    let is_as_quick = stretch.to_bits() == stretch_before.to_bits();
+    if (before.threads, before.memory_bytes) == (now, memory_bytes) && is_as_quick {
         return;
     }
-    tracing::info!(before = before.threads, now, "this worker computes with as many threads");
+    tracing::info!(
+        before = before.threads,
+        now,
+        stretch_before,
+        stretch,
+        "this worker computes with as many threads, and its quota makes steps so many times as long"
+    );
+    published.set_stretch(stretch);
     let told = published.change(|record| {
         record.threads = now;
         record.memory_bytes = memory_bytes;
         // Until they are measured: threads share the work evenly.
-        scale(&mut record.models, f64::from(before.threads.max(1)) / f64::from(now.max(1)));
+        let by_threads = f64::from(before.threads.max(1)) / f64::from(now.max(1));
+        scale(&mut record.models, by_threads * stretch / stretch_before);
         service.pace().publish(record.models.clone());
     });
     if let Err(error) = told.await {
         tracing::info!(error = %Chain(&*error), "the registry does not know it yet");
+    }
+}
+
+/// How many times as long as unhindered steps take with so many threads.
+fn stretch(limits: &CpuLimits, threads: usize, service: &Service) -> f64 {
+    match service.identity().stub {
+        // Who waits in place of computing waits as long under every quota.
+        Some(_) => 1.0,
+        None => limits.stretch(threads),
     }
 }
 
@@ -118,14 +140,15 @@ pub(crate) async fn measure_again(
     let measuring = service.clone();
     let measured = tokio::task::spawn_blocking(move || measure(&measuring)).await?;
     drop(resting);
-    let models = match measured {
-        Ok(models) => models,
+    let (models, stretch) = match measured {
+        Ok(measured) => measured,
         Err(error) => {
             tracing::warn!(error = %Chain(&error), "this worker could not measure itself again");
             return Ok(());
         }
     };
     tracing::info!("this worker has measured itself again");
+    published.set_stretch(stretch);
     let told = published.change(|record| {
         record.models = models;
         service.pace().publish(record.models.clone());
@@ -136,11 +159,12 @@ pub(crate) async fn measure_again(
     Ok(())
 }
 
-/// Times all models as at the start of this process. Blocks the caller for about a second for each.
-fn measure(service: &Service) -> Result<Vec<WorkerModel>, EngineError> {
+/// Times all models as at the start of this process, and says how many times as long as unhindered those
+/// times are. Blocks the caller for about a second for each.
+fn measure(service: &Service) -> Result<(Vec<WorkerModel>, f64), EngineError> {
     let identity = service.identity();
     let engine = EngineConfig { threads: service.threads(), ..identity.engine };
-    let stretch = CpuLimits::read().stretch(engine.threads);
+    let stretch = stretch(&CpuLimits::read(), engine.threads, service);
     let models = identity.stores.iter().map(|store| {
         let id = ModelId(store.id().0);
         let steps = match identity.stub {
@@ -148,13 +172,12 @@ fn measure(service: &Service) -> Result<Vec<WorkerModel>, EngineError> {
             None => measure_steps(store, &engine)?,
         };
         let mut model = WorkerModel { id, steps };
-        if identity.stub.is_none() {
-            // Steps were timed while they computed; under a quota they stand still besides.
-            scale(std::slice::from_mut(&mut model), stretch);
-        }
+        // Steps were timed while they computed; under a quota they stand still besides.
+        scale(std::slice::from_mut(&mut model), stretch);
         Ok(model)
     });
-    models.collect()
+    let models: Result<_, EngineError> = models.collect();
+    Ok((models?, stretch))
 }
 
 /// Multiplies all published times by `factor`.

@@ -11,15 +11,18 @@ use proto::plan::{WorkerRecord, is_successor};
 #[derive(Debug)]
 pub(crate) struct Published {
     record: Mutex<WorkerRecord>,
+    /// How many times as long as unhindered its times are, for the quota that they were made under.
+    stretch: Mutex<f64>,
     /// One writes at a time; `None` once the worker has left.
     registration: tokio::sync::Mutex<Option<Registration>>,
 }
 
 impl Published {
-    /// Of a record that was registered.
-    pub(crate) fn new(record: WorkerRecord, registration: Registration) -> Self {
+    /// Of a record that was registered, whose times are `stretch` times as long as unhindered.
+    pub(crate) fn new(record: WorkerRecord, registration: Registration, stretch: f64) -> Self {
         Self {
             record: Mutex::new(record),
+            stretch: Mutex::new(stretch),
             registration: tokio::sync::Mutex::new(Some(registration)),
         }
     }
@@ -27,6 +30,16 @@ impl Published {
     /// As it is now.
     pub(crate) fn current(&self) -> WorkerRecord {
         self.record().clone()
+    }
+
+    /// How many times as long as unhindered the record's times are.
+    pub(crate) fn stretch(&self) -> f64 {
+        *self.stretch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that of times that were changed, or are about to be.
+    pub(crate) fn set_stretch(&self, stretch: f64) {
+        *self.stretch.lock().unwrap_or_else(PoisonError::into_inner) = stretch;
     }
 
     /// Changes the record, and waits until the registry has it.

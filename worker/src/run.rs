@@ -70,7 +70,8 @@ pub async fn run(
         tracing::info!(worker = id, "stopped before its models were verified");
         return Ok(());
     };
-    let Checked { engine, known_answer, stores, models } = checked.map_err(RunError::StartUp)??;
+    let Checked { engine, known_answer, memory_bytes, stretch, stores, models } =
+        checked.map_err(RunError::StartUp)??;
     let listener = listen(config.listen)?;
     let address = listener.local_addr().map_err(|source| listen_error(config.listen, source))?;
     let observer = match config.http {
@@ -89,7 +90,7 @@ pub async fn run(
         version: env!("CARGO_PKG_VERSION").into(),
         isa: engine.backend.isa().into(),
         threads: u32::try_from(engine.threads).unwrap_or(u32::MAX),
-        memory_bytes: offered_bytes(config.memory_bytes, &stores, &engine),
+        memory_bytes: offered_bytes(memory_bytes, &stores, &engine),
         kernel_revision: KERNEL_REVISION,
         known_answer,
         models,
@@ -108,7 +109,7 @@ pub async fn run(
         id: id.clone(),
         incarnation,
         engine,
-        memory_bytes: config.memory_bytes,
+        memory_bytes,
         known_answer,
         stores,
         stub: config.stub_compute,
@@ -181,7 +182,7 @@ pub async fn run(
     let grace = config.shutdown_grace;
     let at_start = record.models.clone();
     service.pace().publish(at_start.clone());
-    let published = Arc::new(Published::new(record, registration));
+    let published = Arc::new(Published::new(record, registration, stretch));
     let (watched, told) = (service.clone(), published.clone());
     tasks.spawn("cpus", |stop| machine::watch_cpus(config.threads, watched, told, stop));
     let (watched, told) = (service.clone(), published.clone());
@@ -203,6 +204,10 @@ struct Checked {
     /// As large as any that a coordinator may ask for.
     engine: EngineConfig,
     known_answer: KnownAnswer,
+    /// Bytes that it may take for all that it does.
+    memory_bytes: u64,
+    /// How many times as long as unhindered everything takes under the quota.
+    stretch: f64,
     stores: Vec<Arc<Store>>,
     models: Vec<WorkerModel>,
 }
@@ -225,6 +230,12 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
     } else {
         tracing::info!("{reason}");
     }
+    let (memory_bytes, less) = config.memory_in_force();
+    if let Some(reason) = less {
+        tracing::warn!("{reason}");
+    }
+    // Who waits in place of computing waits as long under every quota.
+    let stretch = if config.stub_compute.is_some() { 1.0 } else { limits.stretch(threads) };
     let engine = EngineConfig {
         backend,
         threads,
@@ -281,16 +292,14 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
             }
         };
         let mut model = WorkerModel { id, steps };
-        if config.stub_compute.is_none() {
-            // Steps were timed while they computed; under a quota they stand still besides.
-            machine::scale(std::slice::from_mut(&mut model), limits.stretch(threads));
-        }
+        // Steps were timed while they computed; under a quota they stand still besides.
+        machine::scale(std::slice::from_mut(&mut model), stretch);
         let steps = &model.steps;
         tracing::info!(model = %id, path = %path.display(), ?steps, "store opened");
         models.push(model);
         stores.push(Arc::new(store));
     }
-    Ok(Checked { engine, known_answer, stores, models })
+    Ok(Checked { engine, known_answer, memory_bytes, stretch, stores, models })
 }
 
 fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {

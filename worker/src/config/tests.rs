@@ -24,6 +24,15 @@ fn each_wrong_field_is_named() {
     check(|c| c.threads = Some(0), "threads");
     check(|c| c.threads = Some(100_000), "threads");
     check(|c| c.memory_bytes = 0, "memory");
+    check(
+        |c| c.shutdown_grace = Duration::from_secs(3601),
+        "shutdown_grace must be from 0s to 1h, found 3601s",
+    );
+    check(
+        |c| c.drift_time = Duration::from_millis(999),
+        "drift_time must be from 1s to 365d, found 999ms",
+    );
+    check(|c| c.drift_time = Duration::MAX, "drift_time must be from 1s to 365d");
     check(|c| c.isa = Some("avx9".into()), "scalar");
     check(|c| c.listen = "10.0.0.1:1".parse().unwrap(), "stage service");
     check(|c| c.http = Some("10.0.0.1:1".parse().unwrap()), "metrics");
@@ -34,6 +43,23 @@ fn each_wrong_field_is_named() {
         },
         "advertised",
     );
+}
+
+#[test]
+fn more_memory_than_there_is_counts_as_not_given() {
+    const GIB: u64 = 1 << 30;
+    assert_eq!(within(8 * GIB, Some(10 * GIB)), (8 * GIB, None));
+    assert_eq!(within(GIB, Some(GIB)), (GIB, None), "who asks for all of it gets it");
+    assert_eq!(within(8 * GIB, None), (8 * GIB, None));
+    let (taken, reason) = within(8 * GIB, Some(GIB));
+    assert_eq!(taken, GIB / 100 * 80);
+    let reason = reason.unwrap();
+    assert!(reason.starts_with("memory 8GiB is more than the 1GiB that"), "{reason}");
+    let greedy = Config { memory_bytes: u64::MAX, ..good() };
+    assert!(memory::available_bytes().is_none() || greedy.memory_in_force().0 < u64::MAX);
+    let stub = Some(StubProfile { layer_us: 1, row_us: 1, head_us: 1 });
+    let stub = Config { stub_compute: stub, ..greedy };
+    assert_eq!(stub.memory_in_force(), (u64::MAX, None), "it only says so");
 }
 
 #[test]

@@ -271,7 +271,7 @@ async fn published(record: WorkerRecord) -> (Published, Watch) {
     let value = encode(&record).unwrap();
     let registration = membership.register(&keys.worker("w1"), value).await.unwrap();
     let Event::Put(_) = soon(watch.next()).await else { panic!("it is registered") };
-    (Published::new(record, registration), watch)
+    (Published::new(record, registration, 1.0), watch)
 }
 
 async fn next_record(watch: &mut Watch) -> WorkerRecord {
@@ -337,7 +337,7 @@ async fn threads_follow_the_limits_of_the_machine() {
     let value = encode(&record).unwrap();
     let registration = membership.register(&keys.worker("w1"), value).await.unwrap();
     let Event::Put(_) = soon(watch.next()).await else { panic!("it is registered") };
-    let published = Published::new(record, registration);
+    let published = Published::new(record, registration, 1.0);
 
     let mut limits = CpuLimits { logical: 8, physical: Some(4), quota: None };
     follow(limits, Some(3), &worker.service, &published).await;
@@ -348,7 +348,7 @@ async fn threads_follow_the_limits_of_the_machine() {
     assert_eq!(worker.service.threads(), 3);
     worker.serve_alone(1).await;
 
-    limits.quota = Some(500);
+    limits.quota = Some(1000);
     follow(limits, Some(3), &worker.service, &published).await;
     follow(limits, Some(3), &worker.service, &published).await;
     let Event::Put(entry) = soon(watch.next()).await else { panic!("it is told") };
@@ -374,6 +374,30 @@ async fn threads_follow_the_limits_of_the_machine() {
         }
     };
     assert_eq!(soon(spent).await.predicted_ns, 4 * 1800);
+    assert!(watch.next().now_or_never().is_none(), "what did not change is not written");
+}
+
+#[tokio::test]
+async fn a_quota_that_changes_at_as_many_threads_changes_the_published_times() {
+    let worker = Worker::start("w1").await;
+    let steps = vec![StepTime { rows: 1, layer_ns: 900, head_ns: 300 }];
+    let models = vec![WorkerModel { id: model_id(), steps }];
+    let memory_bytes = worker.service.offered_bytes();
+    let record = WorkerRecord { threads: 1, models, memory_bytes, ..WorkerRecord::default() };
+    let (published, mut watch) = published(record).await;
+    let mut limits = CpuLimits { logical: 8, physical: Some(4), quota: None };
+    for (quota, layer_ns) in [(Some(500), 1800), (Some(250), 3600), (Some(1500), 900), (None, 900)]
+    {
+        limits.quota = quota;
+        follow(limits, Some(1), &worker.service, &published).await;
+        // And not again for a quota that is still the same.
+        follow(limits, Some(1), &worker.service, &published).await;
+        let told = published.current();
+        assert_eq!((told.threads, told.models[0].steps[0].layer_ns), (1, layer_ns), "{quota:?}");
+    }
+    for layer_ns in [1800, 3600, 900] {
+        assert_eq!(next_record(&mut watch).await.models[0].steps[0].layer_ns, layer_ns);
+    }
     assert!(watch.next().now_or_never().is_none(), "what did not change is not written");
 }
 
