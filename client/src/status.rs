@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use node::Chain;
 use proto::status::{
-    ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, StageStatus, StepBudget, WorkerStatus,
+    ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, SamplingStatus, StageStatus,
+    StepBudget, WorkerStatus,
 };
 
 use crate::command::TextWriter;
@@ -119,6 +120,9 @@ pub fn table(status: &ClusterStatus) -> String {
         model.layers,
         model.context
     );
+    if model.sampling != SamplingStatus::default() {
+        let _ = writeln!(text, "sampling {}, unless a request says otherwise", model.sampling);
+    }
     if !status.class.is_empty() {
         let _ = writeln!(text, "class    {}", short(&status.class));
     }

@@ -2,6 +2,7 @@
 //! same requests as gRPC.
 
 mod arriving;
+mod asked;
 mod body;
 mod chat;
 mod choices;

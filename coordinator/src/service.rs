@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use model::SamplingDefaults;
 use proto::generate::{GenerateRequest, Prompt};
 use proto::operator::{Drain, Drained, Planned};
-use proto::status::ClusterStatus;
+use proto::status::{ClusterStatus, SamplingStatus};
 use proto::step::SamplingParameters;
 use tokio::sync::watch;
 use tracing::Span;
@@ -242,6 +243,7 @@ impl Service {
         status.model.layers = self.model.layers;
         status.model.context = self.model.context;
         status.model.has_tokenizer = self.text.tokenizer().is_some();
+        status.model.sampling = self.model.sampling_status();
         Ok(status)
     }
 
@@ -383,6 +385,21 @@ fn seed_of(idempotency_key: &str) -> u64 {
 /// Lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl ServedModel {
+    /// The defaults of sampling as they are shown.
+    pub(crate) fn sampling_status(&self) -> SamplingStatus {
+        let SamplingDefaults {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            max_new_tokens,
+        } = self.sampling;
+        SamplingStatus { temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens }
+    }
 }
 
 #[cfg(test)]

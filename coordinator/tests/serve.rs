@@ -619,6 +619,24 @@ fn tokens_of(event: pb::GenerateEvent) -> Vec<u32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn defaults_of_sampling_in_force_are_told() {
+    let cluster = Cluster::start_configured(1, 1, |config| {
+        config.sampling.temperature = Some(0.7);
+        config.sampling.top_k = Some(20);
+    })
+    .await;
+    cluster.until_ready(true).await;
+    let models = http(cluster.bound.http, "GET", "/v1/models", "").await;
+    let want = r#""sampling_defaults":{"temperature":0.7,"top_k":20}"#;
+    assert!(models.contains(want), "{models}");
+    let mut client = cluster.client().await;
+    let status = client.status(pb::StatusRequest {}).await.unwrap().into_inner();
+    let sampling = status.model.unwrap().sampling.unwrap();
+    assert_eq!((sampling.temperature, sampling.top_k, sampling.top_p), (Some(0.7), Some(20), None));
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_is_seen_before_anything_is_refused() {
     let cluster = Cluster::start_configured(1, 1, |config| {
         // Long enough for three requests on a busy machine.
@@ -851,6 +869,14 @@ async fn http_speaks_as_openai_does() {
     let ask = |method: &'static str, path: &'static str, body: &'static str| {
         http(cluster.bound.http, method, path, body)
     };
+    // What is wrong is called as it was sent, whatever it is called inside.
+    let body = r#"{"prompt":[9],"max_tokens":1,"logprobs":21}"#;
+    let refused = http(cluster.bound.http, "POST", "/v1/completions", body).await;
+    assert!(refused.starts_with("HTTP/1.1 400"), "{refused}");
+    let error = json_of(&refused)["error"].clone();
+    assert_eq!(error["param"], "logprobs");
+    assert!(!error["message"].as_str().unwrap().contains("top_logprobs"), "{error}");
+
     let models = json_of(&ask("GET", "/v1/models", "").await);
     let name = models["data"][0]["id"].as_str().unwrap().to_owned();
     assert_eq!((&models["object"], &models["has_more"]), (&"list".into(), &false.into()));

@@ -1,5 +1,7 @@
 //! The cluster as the coordinator sees it. Serialises to what `tercet status --json` prints.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// The whole.
@@ -98,6 +100,53 @@ pub struct ModelStatus {
     pub context: u32,
     /// Without one only token ids work.
     pub has_tokenizer: bool,
+    /// What is in force for requests that do not say how tokens are drawn.
+    #[serde(default)]
+    pub sampling: SamplingStatus,
+}
+
+/// Defaults of sampling in force: the model's, unless the coordinator was told otherwise. What is absent
+/// is not there: temperature 1, nothing cut or penalised, no length.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SamplingStatus {
+    /// Of the softmax.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
+    /// Only so many of the most probable tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// Only tokens that make up this much probability.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f32>,
+    /// Only tokens that are this probable, compared with the most probable one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
+    /// Divides what was there before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f32>,
+    /// Tokens of an answer, at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_new_tokens: Option<u32>,
+}
+
+impl fmt::Display for SamplingStatus {
+    /// Name and value of each that is there; nothing if none is.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |value: Option<f32>| value.map(|value| value.to_string());
+        let all = [
+            ("temperature", shown(self.temperature)),
+            ("top_k", self.top_k.map(|value| value.to_string())),
+            ("top_p", shown(self.top_p)),
+            ("min_p", shown(self.min_p)),
+            ("repetition_penalty", shown(self.repetition_penalty)),
+            ("max_new_tokens", self.max_new_tokens.map(|value| value.to_string())),
+        ];
+        let there = all.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        for (index, (name, value)) in there.enumerate() {
+            write!(f, "{}{name} {value}", if index > 0 { ", " } else { "" })?;
+        }
+        Ok(())
+    }
 }
 
 /// One worker.

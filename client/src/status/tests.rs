@@ -40,6 +40,7 @@ fn sample() -> ClusterStatus {
             layers: 6,
             context: 512,
             has_tokenizer: false,
+            ..ModelStatus::default()
         },
         workers: vec![worker("w1", "active", ""), worker("worker-2", "standby", "came late")],
         plan: PlanStatus {
@@ -70,6 +71,25 @@ fn sample() -> ClusterStatus {
             ..RateStatus::default()
         },
     }
+}
+
+#[test]
+fn defaults_of_sampling_are_shown_where_there_are_any() {
+    let mut status = sample();
+    let lines = |status: &ClusterStatus| {
+        let text = table(status);
+        text.lines()
+            .filter(|line| line.starts_with("sampling"))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(lines(&status), Vec::<String>::new());
+    status.model.sampling.temperature = Some(0.7);
+    status.model.sampling.top_k = Some(20);
+    let want = "sampling temperature 0.7, top_k 20, unless a request says otherwise";
+    assert_eq!(lines(&status), [want]);
+    let json = serde_json::to_string(&status).unwrap();
+    assert!(json.contains(r#""sampling":{"temperature":0.7,"top_k":20}"#), "{json}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Query, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -11,6 +11,7 @@ use proto::status::{WaitCause, Waiting};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::asked::AskedQuery;
 use super::errors::{Outcome, cause_of};
 use crate::driver::Check;
 use crate::service::Service;
@@ -55,7 +56,7 @@ pub(super) struct ReadyQuery {
 /// that is made of.
 pub(super) async fn ready(
     State(service): State<Arc<Service>>,
-    Query(query): Query<ReadyQuery>,
+    AskedQuery(query): AskedQuery<ReadyQuery>,
 ) -> Response {
     let is_ready = *service.readiness().borrow();
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -106,7 +107,7 @@ pub(super) struct MetricsQuery {
 }
 
 /// Prometheus's text; with `?compat=vllm` also under vLLM's names.
-pub(super) async fn metrics_page(Query(query): Query<MetricsQuery>) -> impl IntoResponse {
+pub(super) async fn metrics_page(AskedQuery(query): AskedQuery<MetricsQuery>) -> impl IntoResponse {
     let mut text = node::metrics::render();
     if query.compat.as_deref() == Some("vllm") {
         text.push_str(&vllm_aliases(&text));
@@ -300,6 +301,42 @@ mod tests {
                 && line.contains(&endpoint)
         });
         line.map_or(0, |line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_of_a_query_or_a_path_is_answered_as_every_error() {
+        use axum::Router;
+        use axum::body::{Body, to_bytes};
+        use axum::routing::get;
+        use tower::ServiceExt;
+
+        use super::super::asked::AskedName;
+
+        node::metrics::install().unwrap();
+        let router = Router::new()
+            .route("/metrics", get(metrics_page))
+            .route("/readyz", get(async |_: AskedQuery<ReadyQuery>| "ready"))
+            .route("/v1/models/{*id}", get(async |AskedName(name): AskedName| name));
+        let ask = async |path: &str| {
+            let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+            let response = router.clone().oneshot(request).await.unwrap();
+            let status = response.status().as_u16();
+            let body = to_bytes(response.into_body(), 1 << 20).await.unwrap();
+            (status, String::from_utf8(body.to_vec()).unwrap())
+        };
+        for path in [
+            "/metrics?compat=vllm&compat=x",
+            "/readyz?verbose&verbose",
+            "/readyz?verbose=1&x=2&verbose",
+            "/v1/models/%ff",
+        ] {
+            let (status, body) = ask(path).await;
+            let body: serde_json::Value = serde_json::from_str(&body).expect(path);
+            assert_eq!((status, &body["error"]["type"]), (400, &"invalid_request_error".into()));
+        }
+        for path in ["/metrics?compat=x&other&other", "/readyz?verbose", "/v1/models/a%2Fb"] {
+            assert_eq!(ask(path).await.0, 200, "{path}");
+        }
     }
 
     #[tokio::test]

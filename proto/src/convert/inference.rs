@@ -10,8 +10,8 @@ use crate::generate::{
 use crate::limits;
 use crate::pb;
 use crate::status::{
-    ClusterStatus, ModelStatus, PipelineStatus, PlanStatus, QueueStatus, RateStatus, StageStatus,
-    StepBudget, WaitCause, Waiting, WorkerStatus,
+    ClusterStatus, ModelStatus, PipelineStatus, PlanStatus, QueueStatus, RateStatus,
+    SamplingStatus, StageStatus, StepBudget, WaitCause, Waiting, WorkerStatus,
 };
 
 /// A request as it goes over the wire.
@@ -289,6 +289,24 @@ fn decode_logprobs(logprobs: pb::Logprobs) -> Logprobs {
     }
 }
 
+fn encode_sampling_defaults(sampling: &SamplingStatus) -> pb::SamplingDefaults {
+    let SamplingStatus { temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens } =
+        *sampling;
+    pb::SamplingDefaults { temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens }
+}
+
+fn decode_sampling_defaults(sampling: pb::SamplingDefaults) -> SamplingStatus {
+    let pb::SamplingDefaults {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        max_new_tokens,
+    } = sampling;
+    SamplingStatus { temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens }
+}
+
 /// The cluster's status as it goes over the wire.
 pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
     pb::StatusResponse {
@@ -302,6 +320,7 @@ pub fn encode_status(status: &ClusterStatus) -> pb::StatusResponse {
             layers: status.model.layers,
             context: status.model.context,
             has_tokenizer: status.model.has_tokenizer,
+            sampling: Some(encode_sampling_defaults(&status.model.sampling)),
         }),
         workers: status
             .workers
@@ -442,6 +461,7 @@ pub fn decode_status(status: pb::StatusResponse) -> ClusterStatus {
             layers: model.layers,
             context: model.context,
             has_tokenizer: model.has_tokenizer,
+            sampling: model.sampling.map(decode_sampling_defaults).unwrap_or_default(),
         },
         workers: status
             .workers

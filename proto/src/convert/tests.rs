@@ -494,8 +494,16 @@ fn a_status_arrives_as_it_was_sent() {
         generated_tokens: 5,
     };
     let plan = PlanStatus { pipelines: vec![pipeline], reason: "r".into() };
+    let sampling = SamplingStatus {
+        temperature: Some(0.0),
+        top_k: Some(0),
+        max_new_tokens: Some(7),
+        ..SamplingStatus::default()
+    };
+    let model = ModelStatus { name: "m".into(), sampling, ..ModelStatus::default() };
+    let (ready, term) = (true, 4);
     let status =
-        ClusterStatus { plan, rates, queue, ready: true, term: 4, ..ClusterStatus::default() };
+        ClusterStatus { plan, rates, queue, model, ready, term, ..ClusterStatus::default() };
     assert_eq!(decode_status(encode_status(&status)), status);
 }
 
