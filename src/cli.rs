@@ -1,6 +1,8 @@
 //! The tree of commands, flags and help texts.
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand};
+use node::config::{printable, shown};
 
 use crate::commands::{
     ask::{ChatCommand, GenerateCommand, StatusCommand},
@@ -38,6 +40,51 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// Characters of an argument that an error shows: enough to recognise it.
+const SHOWN_CHARS: usize = 200;
+
+impl Cli {
+    /// Reads the command line. Where that makes no sense the process ends with a sentence that says so; help
+    /// ends it too.
+    pub fn read() -> Self {
+        Self::try_parse().unwrap_or_else(|error| harmless(error).exit())
+    }
+}
+
+/// The same error, in which arguments give a terminal no orders and hold no password.
+fn harmless(mut error: clap::Error) -> clap::Error {
+    let context: Vec<(ContextKind, ContextValue)> =
+        error.context().map(|(kind, value)| (kind, value.clone())).collect();
+    let mut is_hostile = false;
+    for (kind, value) in context {
+        let ContextValue::String(text) = value else { continue };
+        let shown = argument(&text);
+        if shown != text {
+            is_hostile = true;
+            error.insert(kind, ContextValue::String(shown));
+        }
+    }
+    if is_hostile {
+        // "To pass … as a value": the same argument once more.
+        error.remove(ContextKind::Suggested);
+    }
+    error
+}
+
+/// An argument as an error shows it.
+fn argument(text: &str) -> String {
+    let whole = match text.contains('@') {
+        // Perhaps an address with a password; shown in quotes, which are there already.
+        true => shown(text).trim_matches('"').to_owned(),
+        false => printable(text),
+    };
+    let mut short: String = whole.chars().take(SHOWN_CHARS).collect();
+    if short.len() < whole.len() {
+        short.push('…');
+    }
+    short
 }
 
 /// Where logs and traces go.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use client::CommandError;
 use node::Chain;
+use node::config::printable;
 use node::exit::Exit;
 
 /// How long the last sentence may take to be written: nobody may be reading, and the exit code tells too.
@@ -73,7 +74,8 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "error: {}", Chain(&*self.error))
+        // It may repeat what the command line, a file or a server said.
+        write!(f, "error: {}", printable(&Chain(&*self.error).to_string()))
     }
 }
 
@@ -94,6 +96,12 @@ mod tests {
         assert_eq!((failure.to_string().as_str(), failure.exit()), (want, Exit::Failed));
         assert_eq!(Failure::usage("no").exit(), Exit::Usage);
         assert_eq!(Failure::config("no").to_string(), "error: no");
+    }
+
+    #[test]
+    fn a_failure_gives_no_orders_to_a_terminal() {
+        let failure = Failure::usage("no model at \u{1b}]0;x\u{7}\ny");
+        assert_eq!(failure.to_string(), r"error: no model at \u{1b}]0;x\u{7}\ny");
     }
 
     #[test]

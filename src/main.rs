@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
 use tercet::cli::Cli;
 
 /// How long threads that block (a read from a terminal) may hold up the end: not at all worth
@@ -11,7 +10,7 @@ use tercet::cli::Cli;
 const BLOCKED_GRACE: Duration = Duration::from_millis(50);
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     // For network and timers; computing has its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(node::threads::for_network())

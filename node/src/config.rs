@@ -14,6 +14,7 @@ use tree::{Kind, Node, Origin, Problem, Wrong};
 
 mod address;
 mod listen;
+mod printable;
 mod range;
 mod read;
 mod suggest;
@@ -28,6 +29,7 @@ pub use address::{
     deserialize_optional_listen, deserialize_optional_url, listen_address, shown, without_secret,
 };
 pub use listen::{ListenError, check_listen_address};
+pub use printable::printable;
 pub use range::{TimeRange, TimeRangeError};
 pub use suggest::closest;
 pub use text::{TextError, read_text};

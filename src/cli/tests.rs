@@ -63,6 +63,45 @@ fn the_flags_that_scripts_rely_on_exist() {
 }
 
 #[test]
+fn what_is_refused_gives_a_terminal_no_orders_and_shows_no_password() {
+    let hostile = "\u{1b}]0;x\u{7}\r\u{9b}2J\u{202e}";
+    let refused = |words: &[&str]| {
+        let error = Cli::try_parse_from(words).expect_err("it is refused");
+        harmless(error).render().ansi().to_string()
+    };
+    let mixed = format!("--{hostile}");
+    for words in [
+        ["tercet", "up", "--http", hostile],
+        ["tercet", "up", "--grpc", hostile],
+        ["tercet", "up", "--admin", hostile],
+        ["tercet", "up", "--workers", hostile],
+        ["tercet", "up", "--kv-type", hostile],
+        ["tercet", "up", "--sampling-defaults", hostile],
+        ["tercet", "up", "--x", &mixed],
+        ["tercet", "up", &mixed, "1"],
+        ["tercet", "up", "--once", &mixed],
+        ["tercet", "status", "--log-format", hostile],
+        ["tercet", "worker", "--memory", hostile],
+        ["tercet", "coordinator", "--hold-down", hostile],
+        ["tercet", "import", "--scales", hostile],
+        ["tercet", "model", hostile, "x"],
+        ["tercet", hostile, "x", "y"],
+    ] {
+        let text = refused(&words);
+        for order in ["\u{7}", "\r", "\u{9b}", "\u{202e}", "\u{1b}]"] {
+            assert!(!text.contains(order), "{words:?}: {text:?}");
+        }
+        assert!(text.contains("x") && text.len() < 2000, "{text}");
+    }
+    let long = "x".repeat(100_000);
+    assert!(refused(&["tercet", "up", "--http", &long]).len() < 1000);
+    for flag in ["--http", "--grpc", "--admin"] {
+        let text = refused(&["tercet", "up", flag, "http://me:secret@host:1"]);
+        assert!(text.contains("host:1") && !text.contains("secret"), "{text}");
+    }
+}
+
+#[test]
 fn wrong_usage_is_two() {
     for line in [
         "tercet",
