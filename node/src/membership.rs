@@ -129,6 +129,15 @@ pub enum MembershipError {
         /// The key.
         key: String,
     },
+    /// The key is there and belongs to no lease, so that it never goes by itself.
+    #[error(
+        "key {key} has no lease: no process holds it, somebody put it there by hand, and it stays until it \
+         is removed (etcdctl del {key})"
+    )]
+    NoLease {
+        /// The key.
+        key: String,
+    },
     /// The stop token fired while waiting.
     #[error("stopped while waiting for {key}")]
     Stopped {
@@ -165,7 +174,8 @@ pub trait Membership: Send + Sync + 'static {
     /// # Errors
     ///
     /// [`MembershipError::KeyTaken`] if the key was held by somebody else for longer than a lease
-    /// outlives its owner; otherwise if the store does not answer in time or refuses.
+    /// outlives its owner, [`MembershipError::NoLease`] if nobody holds it and it is there; otherwise if
+    /// the store does not answer in time or refuses.
     async fn register(&self, key: &str, value: Bytes) -> Result<Registration, MembershipError>;
 
     /// Every key that begins with `prefix`, as of now: no write that ended before is missing.
@@ -185,7 +195,8 @@ pub trait Membership: Send + Sync + 'static {
     /// # Errors
     ///
     /// [`MembershipError::Stopped`] if `stop` fires first, [`MembershipError::Refused`] if the
-    /// store will not have it. A store that is away is waited for.
+    /// store will not have it, [`MembershipError::NoLease`] if the key would be waited for in vain. A
+    /// store that is away is waited for.
     async fn campaign(
         &self,
         key: &str,

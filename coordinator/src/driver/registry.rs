@@ -23,6 +23,10 @@ const CAMPAIGN_PAUSE: Duration = Duration::from_secs(1);
 /// nobody does.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
+/// A refusal that is older is over: whoever was refused asked again meanwhile and waits for the answer. A
+/// few times the pause, for an answer takes its time.
+const STILL_REFUSES: Duration = Duration::from_secs(5);
+
 /// What the registry is given to hear that this coordinator leads no more; then the lease ends it.
 pub(super) const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -47,6 +51,8 @@ async fn clear_leader(membership: &dyn Membership, key: &str, record: &LeaderRec
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     said: Option<(Tick, String)>,
+    /// When it refused last.
+    last: Option<Tick>,
     /// Since that was said, or since there was none.
     times: u64,
 }
@@ -55,6 +61,7 @@ impl Refusals {
     /// It refused again. How often it has since this was last said, if it is to be said now.
     pub(super) fn count(&mut self, now: Tick, error: &str) -> Option<u64> {
         self.times += 1;
+        self.last = Some(now);
         let was_said = self
             .said
             .as_ref()
@@ -64,6 +71,12 @@ impl Refusals {
         }
         self.said = Some((now, error.to_owned()));
         Some(std::mem::take(&mut self.times))
+    }
+
+    /// Why it refuses, if it still does: it is asked again a moment after each refusal.
+    pub(super) fn current(&self, now: Tick) -> Option<&str> {
+        let is_current = self.last.is_some_and(|last| now.since(last) < STILL_REFUSES);
+        self.said.as_ref().filter(|_| is_current).map(|(_, error)| error.as_str())
     }
 
     /// It refuses no more.
@@ -284,6 +297,8 @@ mod tests {
         assert_eq!(lines, [1, 60, 60, 60]);
         assert_eq!(said(&mut refusals, 200, "not allowed"), Some(20), "another reason is news");
         assert_eq!(said(&mut refusals, 201, "not allowed"), None);
+        assert_eq!(refusals.current(Tick(Duration::from_secs(205))), Some("not allowed"));
+        assert_eq!(refusals.current(Tick(Duration::from_secs(206))), None, "it answers by now");
         refusals.end();
         assert_eq!(said(&mut refusals, 202, "not allowed"), Some(1), "it had worked");
     }

@@ -78,6 +78,13 @@ impl Driver {
             },
         });
         if waiting.cause == WaitCause::Leadership
+            && let Some(refusal) = self.refused_campaigns.current(self.now())
+        {
+            // Nobody need lead: it is the registry that keeps this one from it.
+            let detail = format!("this coordinator cannot lead: {refusal}");
+            return Some(Waiting { cause: WaitCause::Registry, detail });
+        }
+        if waiting.cause == WaitCause::Leadership
             && let Some(leader) = &self.leader
         {
             waiting.detail.push_str(&format!("; the one at {leader} does"));

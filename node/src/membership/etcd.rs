@@ -127,6 +127,10 @@ impl Etcd {
                 Some(holder) if holder.lease() == lease => {
                     return Ok(Some(revision(holder.create_revision())));
                 }
+                // No lease ends, so there is nothing to wait for.
+                Some(holder) if holder.lease() == 0 => {
+                    return Err(MembershipError::NoLease { key: key.to_owned() });
+                }
                 // Gone in between.
                 None => continue,
                 Some(_) => {}

@@ -20,7 +20,7 @@ use super::{
 
 mod state;
 
-use state::{ClientId, LeaseId, Seen, State};
+use state::{ClientId, LeaseId, Seen, State, Taken};
 
 /// How long `register` waits for a key that somebody else holds: a lease, and a second for
 /// whoever must notice that it ended.
@@ -151,13 +151,13 @@ impl Memory {
         Err(MembershipError::Unavailable { operation, key: key.to_owned(), source: None })
     }
 
-    /// Waits for `key` to be free, then takes it under a new lease.
+    /// Waits for `key` to be free, then takes it under a new lease; not for one that no lease ends.
     async fn take(
         &self,
         key: &str,
         value: Bytes,
         lost: Option<CancellationToken>,
-    ) -> (Revision, Arc<Lease>) {
+    ) -> Result<(Revision, Arc<Lease>), MembershipError> {
         let mut changed = self.store.changed.subscribe();
         let mut connected = self.client.connected.subscribe();
         loop {
@@ -167,9 +167,13 @@ impl Memory {
             let taken = self
                 .store
                 .change(|state| state.take(self.client.id, key, value.clone(), lost.clone()));
-            if let Some((revision, id)) = taken {
-                let lease = Lease { memory: self.clone(), key: key.to_owned(), id };
-                return (revision, Arc::new(lease));
+            match taken {
+                Taken::Ours(revision, id) => {
+                    let lease = Lease { memory: self.clone(), key: key.to_owned(), id };
+                    return Ok((revision, Arc::new(lease)));
+                }
+                Taken::NoLease => return Err(MembershipError::NoLease { key: key.to_owned() }),
+                Taken::Held => {}
             }
             let _ = changed.changed().await;
         }
@@ -204,7 +208,7 @@ impl Membership for Memory {
     async fn register(&self, key: &str, value: Bytes) -> Result<Registration, MembershipError> {
         self.check_connected("register", key)?;
         match tokio::time::timeout(TAKEN_WAIT, self.take(key, value, None)).await {
-            Ok((_, lease)) => Ok(Registration::new(Box::new(lease))),
+            Ok(taken) => Ok(Registration::new(Box::new(taken?.1))),
             Err(_) => Err(MembershipError::KeyTaken { key: key.to_owned() }),
         }
     }
@@ -237,7 +241,7 @@ impl Membership for Memory {
         let lost = CancellationToken::new();
         let elected = stop.run_until_cancelled(self.take(key, value, Some(lost.clone()))).await;
         let (term, lease) =
-            elected.ok_or_else(|| MembershipError::Stopped { key: key.to_owned() })?;
+            elected.ok_or_else(|| MembershipError::Stopped { key: key.to_owned() })??;
         Ok(Leadership::new(term, lost, Box::new(lease)))
     }
 

@@ -121,6 +121,25 @@ pub(crate) async fn a_key_that_another_process_holds_is_refused(world: impl Worl
     registration.leave().await.unwrap();
 }
 
+pub(crate) async fn a_key_that_no_lease_ends_is_not_waited_for(world: impl World) {
+    let (near, far) = (world.near(), world.far());
+    let stop = CancellationToken::new();
+    let by_hand = near.get_or_create("/t/leader", "somebody".into()).await.unwrap();
+    let within = Duration::from_secs(1);
+    let campaign = timeout(within, far.campaign("/t/leader", "me".into(), &stop)).await;
+    let error = campaign.expect("it is said at once").unwrap_err();
+    assert!(matches!(&error, MembershipError::NoLease { key } if key == "/t/leader"), "{error}");
+    assert!(error.to_string().contains("etcdctl del /t/leader") && !error.is_transient());
+    near.get_or_create(A, "somebody".into()).await.unwrap();
+    let registering = timeout(within, far.register(A, "me".into())).await;
+    let error = registering.expect("it is said at once").unwrap_err();
+    assert!(matches!(&error, MembershipError::NoLease { key } if key == A), "{error}");
+
+    assert!(near.remove("/t/leader", by_hand.mod_revision).await.unwrap());
+    let leadership = far.campaign("/t/leader", "me".into(), &stop).await.unwrap();
+    leadership.resign().await.unwrap();
+}
+
 pub(crate) async fn a_key_that_is_left_can_be_taken_by_the_one_who_waits(world: impl World) {
     let (near, far) = (world.near(), world.far());
     let first = near.register(A, "first".into()).await.unwrap();

@@ -25,6 +25,8 @@ pub(super) struct State {
     /// Counts what `revision` does not: changes that waiters must look at and that write nothing.
     wakes: u64,
     entries: BTreeMap<String, Entry>,
+    /// Keys that no lease ends.
+    unleased: BTreeSet<String>,
     leases: BTreeMap<LeaseId, Lease>,
     clients: BTreeMap<ClientId, Client>,
     /// The latest changes, in the order of their revisions.
@@ -43,6 +45,17 @@ pub(super) struct Backup {
     entries: BTreeMap<String, Entry>,
     /// Which of them were under a lease.
     leased: BTreeSet<String>,
+}
+
+/// What came of taking a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// It is under a new lease.
+    Ours(Revision, LeaseId),
+    /// It is under somebody else's.
+    Held,
+    /// It is under none.
+    NoLease,
 }
 
 /// How far a watch has read: the number of setbacks that it knows of, and a revision.
@@ -136,6 +149,8 @@ impl State {
     pub(super) fn restore(&mut self, backup: Backup) -> BTreeSet<String> {
         let Backup { revision, entries, leased } = backup;
         (self.revision, self.entries) = (revision, entries);
+        let is_unleased = |key: &&String| !leased.contains(*key);
+        self.unleased = self.entries.keys().filter(is_unleased).cloned().collect();
         self.history.clear();
         self.compacted = revision;
         self.setbacks += 1;
@@ -189,7 +204,10 @@ impl State {
     pub(super) fn get_or_create(&mut self, key: &str, value: Bytes) -> Entry {
         match self.entries.get(key) {
             Some(entry) => entry.clone(),
-            None => self.put(key, value),
+            None => {
+                self.unleased.insert(key.to_owned());
+                self.put(key, value)
+            }
         }
     }
 
@@ -200,9 +218,12 @@ impl State {
         key: &str,
         value: Bytes,
         lost: Option<CancellationToken>,
-    ) -> Option<(Revision, LeaseId)> {
+    ) -> Taken {
+        if self.unleased.contains(key) {
+            return Taken::NoLease;
+        }
         if self.entries.contains_key(key) {
-            return None;
+            return Taken::Held;
         }
         self.next_id += 1;
         let id = LeaseId(self.next_id);
@@ -211,7 +232,7 @@ impl State {
         let (present, stale, abandoned) = (true, false, false);
         let lease = Lease { client, key, value, present, stale, lost, abandoned };
         self.leases.insert(id, lease);
-        Some((revision, id))
+        Taken::Ours(revision, id)
     }
 
     /// Changes a lease's value: at once if its key is there and its owner connected.
@@ -259,6 +280,9 @@ impl State {
         let found = self.entries.get(key).map(|entry| entry.mod_revision);
         if !leads || found != previous {
             return WriteOutcome::Conflict;
+        }
+        if found.is_none() {
+            self.unleased.insert(key.to_owned());
         }
         WriteOutcome::Written(self.put(key, value).mod_revision)
     }
@@ -312,6 +336,7 @@ impl State {
 
     fn delete(&mut self, key: &str) {
         if self.entries.remove(key).is_some() {
+            self.unleased.remove(key);
             self.revision += 1;
             self.record(Event::Delete { key: key.to_owned(), revision: self.revision });
         }
