@@ -6,6 +6,7 @@
 //! | SIGHUP, where it was ignored at the start (`nohup`) | ignored still | ignored still |
 //! | SIGUSR1, SIGUSR2 | ignored, with a warning: log rotation sends them, and a worker must not leave a pipeline for that | as the system does |
 //! | SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGSTKFLT | ignored, with a warning: nothing here asks for them | as the system does |
+//! | real-time signals (SIGRTMIN to SIGRTMAX) | the same: service managers and debuggers send them | as the system does |
 //! | SIGXFSZ | ignored: the write that went too far fails, and says so | the same |
 //! | SIGPIPE | ignored (Rust's own start does) | the same |
 //!
@@ -79,6 +80,16 @@ impl Signals {
             listener.spawn(async move {
                 while heard.recv().await.is_some() {
                     tracing::warn!(signal = signal.as_str(), "a signal that means nothing here");
+                }
+            });
+        }
+        let first = nix::libc::SIGRTMIN();
+        for number in first..=nix::libc::SIGRTMAX() {
+            let mut heard = signal(SignalKind::from_raw(number))?;
+            let name = format!("SIGRTMIN+{}", number - first);
+            listener.spawn(async move {
+                while heard.recv().await.is_some() {
+                    tracing::warn!(signal = name, "a signal that means nothing here");
                 }
             });
         }

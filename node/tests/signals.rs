@@ -70,6 +70,16 @@ impl Process {
     fn send(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
     }
+
+    /// Every one of them, by way of a shell: those have no names of their own.
+    fn send_real_time_signals(&self) {
+        let (first, last) = (nix::libc::SIGRTMIN(), nix::libc::SIGRTMAX());
+        let id = self.child.id();
+        let script = format!(
+            "n={first}; while [ $n -le {last} ]; do kill -$n {id} || exit 1; n=$((n+1)); done"
+        );
+        assert!(Command::new("sh").args(["-c", &script]).status().unwrap().success());
+    }
 }
 
 impl Drop for Process {
@@ -103,6 +113,7 @@ fn the_first_signal_asks_and_the_second_ends() {
         ] {
             process.send(signal);
         }
+        process.send_real_time_signals();
         process.send(first);
         process.wait_for(ASKED);
         assert!(process.child.try_wait().unwrap().is_none(), "{first} only asks");
