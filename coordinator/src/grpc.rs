@@ -227,7 +227,8 @@ pub(crate) fn operator_router(service: Arc<Service>) -> Router {
     };
     let routes = Routes::new(operator).into_axum_router();
     let router = with_limits(routes, methods.map(method).into(), limits);
-    router.layer(middleware::from_fn(refuse_pages))
+    let router = router.layer(middleware::from_fn(refuse_pages));
+    router.layer(middleware::from_fn(count_refusals))
 }
 
 /// Refuses what is not declared to be gRPC. A web page that a person visits may have her browser send

@@ -109,6 +109,7 @@ pub(crate) fn admin_router(service: Arc<Service>, hosts: Hosts) -> Router {
         .route(grpc::OPERATOR_PATH, any_service(operator))
         .layer(middleware::from_fn_with_state(hosts, host::check))
         .layer(CatchPanicLayer::custom(|_| errors::panicked()))
+        .layer(middleware::from_fn(observe::count_refusals))
 }
 
 /// What watches a process. None of it waits for a request.

@@ -73,6 +73,55 @@ pub fn router(health: Health, hosts: Hosts) -> Router {
         .route("/health", get(report))
         .with_state(health)
         .layer(middleware::from_fn_with_state(hosts, check_host))
+        .layer(middleware::from_fn(count_refusals))
+}
+
+/// Says once what the metrics of this server mean.
+pub fn describe() {
+    metrics::describe_counter!(
+        "tercet_requests_refused_total",
+        "requests that were refused before an answer was taken, by cause, protocol and endpoint"
+    );
+}
+
+/// Counts a request that was refused, as a coordinator does.
+async fn count_refusals(request: Request, next: Next) -> Response {
+    let endpoint = match request.uri().path() {
+        "/metrics" | "/health" => "probes",
+        _ => "other",
+    };
+    let response = next.run(request).await;
+    // That it does not serve, 503, is what a probe asked for.
+    if response.status().is_client_error() {
+        metrics::counter!(
+            "tercet_requests_refused_total",
+            "cause" => refusal_cause(response.status()),
+            "protocol" => "http",
+            "endpoint" => endpoint,
+        )
+        .increment(1);
+    }
+    response
+}
+
+/// The cause of a refusal that says no more than its status, as it is counted: of a closed set.
+pub fn refusal_cause(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::BAD_REQUEST => "invalid_request",
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "not_authorized",
+        StatusCode::NOT_FOUND => "unknown_route",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        StatusCode::REQUEST_TIMEOUT => "body_timeout",
+        StatusCode::LENGTH_REQUIRED => "length_required",
+        StatusCode::PAYLOAD_TOO_LARGE => "body_too_large",
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => "media_type",
+        StatusCode::MISDIRECTED_REQUEST => "misdirected",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
+        StatusCode::SERVICE_UNAVAILABLE => "service_unavailable",
+        StatusCode::GATEWAY_TIMEOUT => "timeout",
+        status if status.is_server_error() => "internal",
+        _ => "other",
+    }
 }
 
 async fn check_host(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {

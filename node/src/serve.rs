@@ -216,7 +216,8 @@ pub fn describe() {
     );
     metrics::describe_counter!(
         "tercet_unreadable_requests_total",
-        "HTTP/1 requests refused because their head is no HTTP or too large, by server and cause"
+        "HTTP/1 requests whose head is no HTTP or too large, and HTTP/2 connections that broke the protocol or \
+         flooded, by server and cause"
     );
 }
 
@@ -511,14 +512,20 @@ enum Begun {
     Cut(Cut),
 }
 
-/// Why hyper refused the head of an HTTP/1 request, if that ended the connection: it answers such a
-/// request itself, so nobody behind it hears of it. What HTTP/2 refuses it does not tell us.
+/// Why hyper refused the head of an HTTP/1 request, or the whole of an HTTP/2 connection, if that ended
+/// the connection: it answers itself, so nobody behind it hears of it. Of a single request that HTTP/2
+/// resets it does not tell us.
 fn unreadable(error: &(dyn Error + Send + Sync + 'static)) -> Option<&'static str> {
     let error = error.downcast_ref::<hyper::Error>()?;
     match (error.is_parse_too_large(), error.is_parse()) {
         (true, _) => Some("head_too_large"),
         (_, true) => Some("malformed"),
-        _ => None,
+        // What the client said before it went away is no refusal of ours.
+        _ => match error.source()?.downcast_ref::<h2::Error>()? {
+            ended if !ended.is_library() => None,
+            ended if ended.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) => Some("flood"),
+            _ => Some("http2"),
+        },
     }
 }
 

@@ -64,6 +64,19 @@ async fn health_and_metrics_are_served_until_the_stop() {
         assert!(ask(address, "/metrics", page).await.starts_with("HTTP/1.1 400 "));
         assert!(ask(address, "/metrics", "evil.test").await.starts_with("HTTP/1.1 421 "));
         assert!(get(address, "/nothing").await.starts_with("HTTP/1.1 404 "));
+        // Each was counted, and that it did not serve was not.
+        let counted = get(address, "/metrics").await;
+        let of_refusals = |line: &&str| line.starts_with("tercet_requests_refused_total{");
+        let mut causes: Vec<&str> = counted.lines().filter(of_refusals).collect();
+        causes.sort_unstable();
+        let wanted =
+            [("invalid_request", "probes"), ("misdirected", "probes"), ("unknown_route", "other")];
+        assert_eq!(causes.len(), wanted.len(), "{causes:?}");
+        for (line, (cause, endpoint)) in causes.iter().zip(wanted) {
+            assert!(line.contains(&format!("cause=\"{cause}\"")), "{line}");
+            assert!(line.contains(&format!("endpoint=\"{endpoint}\"")), "{line}");
+            assert!(line.ends_with(" 1"), "{line}");
+        }
         stop.cancel();
     };
     let (outcome, ()) = tokio::join!(tasks.run(Duration::from_secs(30)), client);

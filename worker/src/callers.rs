@@ -99,14 +99,20 @@ impl Refusals {
         if !error.is_refusal() {
             return;
         }
-        let cause = error.cause();
-        telemetry::call_refused(&self.worker, method, cause);
+        let cause = self.count(method, error);
         let reason = node::Chain(error);
         if !error.is_of_strangers() {
             tracing::info!(method, cause, %reason, "a call is refused");
             return;
         }
         self.tell(method, cause, &reason);
+    }
+
+    /// Counts a call that this worker ends for a reason which was told already; its cause.
+    pub(crate) fn count(&self, method: &'static str, error: &ServiceError) -> &'static str {
+        let cause = error.cause();
+        telemetry::call_refused(&self.worker, method, cause);
+        cause
     }
 
     /// Says now and then that what a stranger sends is refused.

@@ -308,7 +308,9 @@ impl Edge {
                 // What later stages say goes first: their steps came first.
                 biased;
                 () = self.service.closing().cancelled() => {
-                    return Some(Err(ServiceError::Closing.into()));
+                    let error = ServiceError::Closing;
+                    self.refusals.count("Steps", &error);
+                    return Some(Err(error.into()));
                 }
                 Some(reply) = self.queue.recv() => return Some(Ok(encode_reply(&reply))),
                 message = self.inbound.message() => message,

@@ -101,6 +101,7 @@ pub async fn run(
     };
     telemetry::describe();
     node::serve::describe();
+    node::observe::describe();
     telemetry::build_info(&id, engine.backend.isa());
     let (failures, failed) = mpsc::channel(1);
     let watch_failures = failures.clone();

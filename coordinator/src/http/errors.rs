@@ -7,6 +7,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+pub(super) use node::observe::refusal_cause as cause_of;
 use serde_json::{Value, json};
 
 use crate::request::RequestError;
@@ -254,26 +255,6 @@ pub(super) enum Outcome {
     Refused(&'static str),
     /// One was, and broke off.
     BrokeOff,
-}
-
-/// The cause of a refusal that says no more than its status.
-pub(super) fn cause_of(status: StatusCode) -> &'static str {
-    match status {
-        StatusCode::BAD_REQUEST => "invalid_request",
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "not_authorized",
-        StatusCode::NOT_FOUND => "unknown_route",
-        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
-        StatusCode::REQUEST_TIMEOUT => "body_timeout",
-        StatusCode::LENGTH_REQUIRED => "length_required",
-        StatusCode::PAYLOAD_TOO_LARGE => "body_too_large",
-        StatusCode::UNSUPPORTED_MEDIA_TYPE => "media_type",
-        StatusCode::MISDIRECTED_REQUEST => "misdirected",
-        StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
-        StatusCode::SERVICE_UNAVAILABLE => "service_unavailable",
-        StatusCode::GATEWAY_TIMEOUT => "timeout",
-        status if status.is_server_error() => "internal",
-        _ => "other",
-    }
 }
 
 /// A handler panicked: the process lives on and says so.

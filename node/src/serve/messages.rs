@@ -40,7 +40,17 @@ struct Begun {
     bytes: usize,
     next: u64,
     /// Calls that never finished a message come first; of equals the oldest.
-    messages: BTreeMap<(bool, u64), (usize, CancellationToken)>,
+    messages: BTreeMap<(bool, u64), Message>,
+}
+
+/// One message that has begun.
+#[derive(Debug)]
+struct Message {
+    bytes: usize,
+    /// Tells its call that it made room for another.
+    cut: CancellationToken,
+    /// The request, where nobody may be reading that.
+    request: Option<Arrival>,
 }
 
 impl Unfinished {
@@ -54,13 +64,14 @@ impl Unfinished {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A message begins, of a call that has finished one before (`proven`) or has not.
-    fn begin(self: &Arc<Self>, proven: bool) -> Ticket {
+    /// A message begins, of a call that has finished one before (`proven`) or has not. `request` is that of a
+    /// call which nobody may be reading when it is cut.
+    fn begin(self: &Arc<Self>, proven: bool, request: Option<Arrival>) -> Ticket {
         let mut begun = self.begun();
         begun.next += 1;
         let key = (proven, begun.next);
         let cut = CancellationToken::new();
-        begun.messages.insert(key, (0, cut.clone()));
+        begun.messages.insert(key, Message { bytes: 0, cut: cut.clone(), request });
         self.cut_beyond_limits(&mut begun);
         Ticket { all: Arc::clone(self), key, cut: Box::pin(cut.cancelled_owned()) }
     }
@@ -69,9 +80,11 @@ impl Unfinished {
         while begun.messages.len() > 1
             && (begun.messages.len() > self.limit_messages || begun.bytes > self.limit_bytes)
         {
-            let Some((_, (bytes, cut))) = begun.messages.pop_first() else { return };
-            begun.bytes -= bytes;
-            cut.cancel();
+            let Some((_, message)) = begun.messages.pop_first() else { return };
+            begun.bytes -= message.bytes;
+            message.cut.cancel();
+            // A client that takes nothing of the answer keeps whoever serves it from hearing of that.
+            message.request.iter().for_each(Arrival::unwant);
         }
     }
 }
@@ -88,8 +101,8 @@ impl Ticket {
     /// More of it came.
     fn add(&self, more: usize) {
         let mut begun = self.all.begun();
-        let Some((bytes, _)) = begun.messages.get_mut(&self.key) else { return };
-        *bytes += more;
+        let Some(message) = begun.messages.get_mut(&self.key) else { return };
+        message.bytes += more;
         begun.bytes += more;
         self.all.cut_beyond_limits(&mut begun);
     }
@@ -98,8 +111,8 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut begun = self.all.begun();
-        if let Some((bytes, _)) = begun.messages.remove(&self.key) {
-            begun.bytes -= bytes;
+        if let Some(message) = begun.messages.remove(&self.key) {
+            begun.bytes -= message.bytes;
         }
     }
 }
@@ -119,7 +132,7 @@ struct Stranger {
 impl QuietCall {
     /// One more beside those of `strangers`.
     pub(super) fn begin(strangers: &Arc<Unfinished>, arrival: Option<Arrival>) -> Self {
-        let ticket = strangers.begin(false);
+        let ticket = strangers.begin(false, arrival.clone());
         Self(Arc::new(Mutex::new(Some(Stranger { ticket, arrival }))))
     }
 
@@ -224,7 +237,7 @@ impl Messages {
         all: &Arc<Unfinished>,
         arrival: Option<Arrival>,
     ) -> Self {
-        let ticket = limits.first.map(|_| all.begin(false));
+        let ticket = limits.first.map(|_| all.begin(false, None));
         let deadline = limits.first.map(|first| Box::pin(sleep(first)));
         Self {
             body,
@@ -363,7 +376,7 @@ impl Messages {
     /// The first byte of a message is here.
     fn begin(&mut self) {
         if self.ticket.is_none() {
-            self.ticket = Some(self.all.begin(self.proven));
+            self.ticket = Some(self.all.begin(self.proven, None));
         }
         let whole = self.limits.whole;
         match &mut self.deadline {

@@ -30,6 +30,11 @@ impl Arrival {
     pub(super) fn mark(&self) {
         self.0.arrived();
     }
+
+    /// The request is to end, and whoever serves it has been told.
+    pub(super) fn unwant(&self) {
+        self.0.unwant();
+    }
 }
 
 /// When the first byte of a request came: beside it, in its extensions. Over HTTP/2, where a connection's

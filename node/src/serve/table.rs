@@ -61,6 +61,9 @@ struct State {
     held: BTreeMap<u64, usize>,
     /// How slowly the client takes them.
     pace: Pace,
+    /// Those of the held parts whose request is not wanted any more, and since when that is so: whoever serves
+    /// it hears of that only when the client takes something.
+    stuck: BTreeMap<u64, Instant>,
     /// Numbers requests.
     calls: u64,
     /// When it was accepted, or when it last began or ceased to have open requests, or such as have arrived.
@@ -126,6 +129,7 @@ impl Activity {
             computing: 0,
             held: BTreeMap::new(),
             pace: Pace::default(),
+            stuck: BTreeMap::new(),
             calls: 0,
             since: now,
             written: None,
@@ -167,7 +171,9 @@ impl Activity {
         let state = self.state();
         if state.open > 0 {
             // One answer that is not read is its client's affair while it reads another.
-            return state.pace.until(timeouts.write).map(|at| (at, Cut::Unread));
+            let stuck = state.stuck.values().min().map(|since| *since + STALL);
+            let unread = state.pace.until(timeouts.write).into_iter().chain(stuck).min();
+            return unread.map(|at| (at, Cut::Unread));
         }
         if !state.proven {
             return Some((state.since + timeouts.first_request, Cut::Silent));
@@ -184,6 +190,18 @@ impl State {
         // Requests that are not here are the client's affair as well: they keep nothing from being read.
         let all_wait = self.computing == 0 && !self.held.is_empty();
         self.pace.changed(self.open > 0, all_wait, now);
+    }
+
+    /// A request that is not wanted waits for its client since then, or does no more.
+    fn mark_stuck(&mut self, request: u64, since: Option<Instant>) {
+        match since {
+            Some(since) => {
+                self.stuck.entry(request).or_insert(since);
+            }
+            None => {
+                self.stuck.remove(&request);
+            }
+        }
     }
 
     /// When its last request ended, or the client last took some of the answer.
@@ -277,6 +295,8 @@ struct Progress {
     arrived: bool,
     /// A part of its answer waits for the client.
     held: bool,
+    /// It is to end, and whoever serves it has been told.
+    unwanted: bool,
     ended: bool,
 }
 
@@ -329,8 +349,25 @@ impl Call {
             _ => {}
         }
         progress.held = part.is_some();
+        let is_stuck = progress.held && progress.unwanted;
+        state.mark_stuck(self.number, is_stuck.then_some(now));
         state.pace.taken(before.unwrap_or(0), now);
         state.pace_changed(now);
+        drop(state);
+        if is_stuck {
+            self.activity.changed.notify_one();
+        }
+    }
+
+    /// It is to end, and whoever serves it has been told. Where its answer waits for the client that is not
+    /// heard: then the connection ends, if the client takes nothing in a moment.
+    pub(super) fn unwant(&self) {
+        let mut progress = self.progress();
+        progress.unwanted = true;
+        if progress.held && !progress.ended {
+            self.activity.state().mark_stuck(self.number, Some(Instant::now()));
+            self.activity.changed.notify_one();
+        }
     }
 
     /// The request is here: from now on its connection makes no room for others while we answer.
@@ -366,6 +403,7 @@ impl Call {
         state.open -= 1;
         state.arrived -= u32::from(arrived);
         state.computing -= u32::from(arrived && !held);
+        state.mark_stuck(self.number, None);
         let (now, part) = (Instant::now(), state.held.remove(&self.number));
         state.pace.taken(part.unwrap_or(0), now);
         state.pace_changed(now);

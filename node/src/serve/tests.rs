@@ -470,6 +470,40 @@ async fn heads_that_cannot_be_read_are_answered_and_counted() {
 }
 
 #[tokio::test]
+async fn connections_that_break_http2_are_counted() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let counted = recorder.handle();
+    let _here = metrics::set_default_local_recorder(&recorder);
+    let server = Running::start(patient(8)).await;
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    // Its first frame is to be SETTINGS; DATA is of no stream; a window is opened by nothing.
+    let frames: [&[u8]; 3] = [
+        b"\0\0\x08\x06\0\0\0\0\x01pingpong",
+        b"\0\0\0\x04\0\0\0\0\0\0\0\x01\0\0\0\0\0\0x",
+        b"\0\0\0\x04\0\0\0\0\0\0\0\x04\x08\0\0\0\0\0\0\0\0\0",
+    ];
+    let line = "tercet_unreadable_requests_total{server=\"test\",cause=\"http2\"} ";
+    let count = || {
+        let text = counted.render();
+        let rest = text.lines().find_map(|found| found.strip_prefix(line));
+        rest.map_or(0, |count| count.parse::<u32>().unwrap())
+    };
+    for (number, frames) in (1..).zip(frames) {
+        until_closed(server.send(&[preface, frames].concat()).await, &[]).await;
+        let counting = async {
+            while count() < number {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, counting).await.expect("it is counted");
+    }
+    // One that just goes away broke nothing.
+    drop(server.send(&[preface, b"\0\0\0\x04\0\0\0\0\0".as_slice()].concat()).await);
+    assert!(server.hear().await.starts_with("HTTP/1.1 200"));
+    assert_eq!(count(), 3);
+}
+
+#[tokio::test]
 async fn stopping_waits_for_answers_and_not_for_silent_ones() {
     let mut server = Running::start(patient(8)).await;
     let _silent = server.send(b"").await;

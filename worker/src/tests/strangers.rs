@@ -320,6 +320,18 @@ async fn quiet_calls_that_made_room_are_counted() {
 }
 
 #[tokio::test]
+async fn streams_of_steps_that_a_closing_worker_ends_are_counted() {
+    node::metrics::install().unwrap();
+    let mut worker = Worker::start("closes").await;
+    worker.serve_alone(5).await;
+    let mut steps = worker.steps().await;
+    assert_eq!(refused("closes", "Steps", "closing"), 0);
+    worker.service.closing().cancel();
+    assert_eq!(steps.end().await.code(), Code::Unavailable);
+    assert_eq!(refused("closes", "Steps", "closing"), 1);
+}
+
+#[tokio::test]
 async fn the_key_is_judged_first_and_every_refusal_is_counted() {
     node::metrics::install().unwrap();
     let mut worker = Worker::start("counts").await;

@@ -361,3 +361,50 @@ async fn a_quiet_call_has_arrived_when_the_service_knows_its_caller() {
         assert_eq!(place.must_end().is_some(), !is_known);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stranger_who_opens_no_window_loses_its_connection_when_its_call_is_cut() {
+    /// As many as may be open.
+    const OTHERS: usize = 256;
+    let limits = CallLimits {
+        first_message: 5 * SECOND,
+        whole_message: 10 * SECOND,
+        unfinished_bytes: 10_000,
+        unfinished_messages: 1000,
+        answer: None,
+    };
+    // Whoever serves it hears of its messages when the client takes something of the answer.
+    let route = post(async |request: Request<Body>| Response::new(request.into_body()));
+    let methods = vec![Method::streaming("/s/Quiet", 1000).with_quiet_clients()];
+    let server = with_limits(Router::new().route("/s/Quiet", route), methods, limits);
+    let table = Table::new("test", 2, SECOND);
+    let connection = || {
+        let Admission::Entered(place) = table.admit(Instant::now()) else { panic!("it is empty") };
+        let peer = (None, "127.0.0.1:1".parse().unwrap());
+        let tracked = Tracked::new(server.clone(), Arc::clone(&place.activity), peer, SECOND);
+        (place, tracked)
+    };
+    let request = || {
+        let (sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+        (sender, Request::post("/s/Quiet").body(Body::from_stream(receiver)).unwrap())
+    };
+    let (shut, mut stranger) = connection();
+    let (_open, asked) = request();
+    // With a shut window nothing of it is asked for.
+    let _unread = tower::Service::call(&mut stranger, asked).await.unwrap();
+    let (reads, mut honest) = connection();
+    let mut calls = Vec::new();
+    for _ in 0..OTHERS {
+        let (sender, asked) = request();
+        let answer = tower::Service::call(&mut honest, asked).await.unwrap();
+        assert!(answer.status().is_success(), "no call is refused");
+        let mut body = answer.into_body();
+        let part = poll_fn(|context| Poll::Ready(Pin::new(&mut body).poll_frame(context))).await;
+        assert!(part.is_pending());
+        calls.push((sender, body));
+    }
+    let timeouts = super::super::Timeouts::USUAL;
+    let due = |place: &super::super::table::Place| place.activity.deadline(&timeouts);
+    assert_eq!(due(&shut).map(|(at, _)| at), Some(Instant::now() + SECOND));
+    assert_eq!(due(&reads), None);
+}

@@ -173,6 +173,40 @@ async fn a_client_that_takes_small_answers_one_by_one_is_cut_unless_it_is_quick(
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_connection_ends_whose_client_keeps_an_unwanted_call_from_hearing_of_it() {
+    let table = Table::new("test", 1, MOMENT);
+    let place = enter(&table);
+    let due = || place.activity.deadline(&Timeouts::USUAL);
+    let in_a_moment = || Some((Instant::now() + STALL, Cut::Unread));
+    let before = Call::begin(&place.activity);
+    before.handed_over(0);
+    a_moment().await;
+    let usual = due().expect("it is waited for").0;
+    assert!(usual > Instant::now() + 10 * STALL, "its client has time to open its window");
+    before.unwant();
+    assert_eq!(due(), in_a_moment());
+    // It opens: whoever serves the call hears that it was cut.
+    before.taken();
+    assert_eq!(due(), None);
+    drop(before);
+    // Nothing was there yet when it was cut.
+    let after = Call::begin(&place.activity);
+    after.unwant();
+    assert_eq!(due(), None);
+    a_moment().await;
+    after.handed_over(0);
+    assert_eq!(due(), in_a_moment());
+    // Another that is answered keeps it not from ending.
+    let other = Call::begin(&place.activity);
+    other.arrived();
+    assert_eq!(due(), in_a_moment());
+    drop(after);
+    assert_eq!(due(), None);
+    drop(other);
+    assert_eq!(due().map(|(_, why)| why), Some(Cut::Idle));
+}
+
+#[tokio::test(start_paused = true)]
 async fn deadlines_run_from_the_first_byte_and_bytes_do_not_move_them() {
     let timeouts = Timeouts {
         first_request: Duration::from_secs(5),
