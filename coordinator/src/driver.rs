@@ -233,7 +233,7 @@ pub(crate) mod testing {
         /// Whether the answer is still wanted after this.
         pub(crate) fn tell(&mut self, event: EmissionEvent) -> bool {
             let emission = Emission { sequence: SequenceId(1), event };
-            self.0.tell(emission, Tick::ZERO) == Then::GoOn
+            self.0.tell(emission, Tick::ZERO) != Then::Cancel
         }
     }
 }

@@ -98,9 +98,9 @@ pub(crate) enum RequestError {
     /// It took too long.
     #[error("{reason}")]
     TimedOut { reason: String },
-    /// The client read too slowly.
-    #[error("the client fell {limit} tokens behind the answer, the most that are kept for it")]
-    SlowReader { limit: usize },
+    /// The client read nothing for too long.
+    #[error("the client does not read its answer: {behind} tokens wait for it")]
+    SlowReader { behind: usize },
     /// Something that should not happen did.
     #[error("{message}")]
     Internal { message: String },

@@ -23,6 +23,7 @@ use crate::tick::Tick;
 mod blocks;
 mod epoch;
 mod growing;
+mod holding;
 mod leaving;
 mod microbatch;
 mod picking;
@@ -172,6 +173,9 @@ impl PipelineScheduler {
     fn enqueue(&mut self, stand: Stand, id: SequenceId) {
         let Some(sequence) = self.sequences.get(&id) else { return };
         let (priority, caller) = (sequence.priority(), sequence.caller());
+        if stand == Stand::Decoding && sequence.is_held {
+            return self.park(id);
+        }
         let ticket = match stand {
             Stand::Decoding => {
                 let turn = self.holders.next_row(priority, caller);
@@ -555,7 +559,7 @@ impl PipelineScheduler {
     /// Those that have been prefilled and go on token by token.
     fn decoding_count(&self) -> usize {
         let begun = self.sequences.len() - self.arriving.len() - self.prefixes.awaiting_count();
-        begun - self.prefilling.len()
+        begun - self.prefilling.len() - self.holders.parked()
     }
 }
 

@@ -6,6 +6,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use proto::generate::{FinishReason, Timings};
 use proto::ids::{NumericsClass, SequenceId};
@@ -18,9 +19,18 @@ use crate::request::RequestError;
 use crate::scheduler::{Emission, EmissionEvent, Finish, SequenceError};
 use crate::tick::Tick;
 
-/// Tokens that a client may fall behind. Socket buffers hold many more; a client that is this
-/// late reads no more, and its KV is better used by another.
+/// Tokens that a client may be behind, whatever comes: what is kept for it is bounded. One that is held
+/// gets nowhere near.
 pub(crate) const MAX_TOKENS_BEHIND: usize = 1024;
+
+/// A client that is behind by so many tokens reads nothing at present, or is a slow one: others get the
+/// rows of its answer until it is behind by half as many. Half of them last it for longer than it takes to
+/// find out (50 ms) at 300 tokens per second, which is more than anybody reads.
+const HELD_BEHIND: usize = 32;
+
+/// A client that reads not one token for so long reads no more, and its KV is better used by another; as
+/// long as a connection may stand still.
+pub(crate) const HELD_MOST: Duration = Duration::from_secs(30);
 
 /// A request that the router took.
 pub(crate) struct Admitted {
@@ -200,6 +210,15 @@ impl Totals {
     }
 }
 
+/// How a client gets on whose answer is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// It has caught up.
+    Reads,
+    /// It has not read so many tokens yet.
+    IsBehind(usize),
+}
+
 /// Those who wait for answers, of one task: of the control task while they are in the queue, of a
 /// lane while they run.
 pub(crate) struct Clients {
@@ -226,6 +245,11 @@ impl Client {
         self.events.is_closed()
     }
 
+    /// Tokens that it was told and has not read.
+    fn behind(&self) -> usize {
+        self.events.max_capacity() - self.events.capacity()
+    }
+
     fn ended(&self, reason: FinishReason, timings: Timings, now: Tick) -> metrics::Ended {
         metrics::Ended {
             reason: reason.name(),
@@ -243,6 +267,8 @@ impl Client {
 pub(crate) enum Then {
     /// Nothing.
     GoOn,
+    /// It has not read what it was told: there is no hurry with more.
+    Hold,
     /// Nobody wants the rest: cancel it.
     Cancel,
 }
@@ -339,14 +365,36 @@ impl Clients {
         gone
     }
 
+    /// How the client of a sequence that is held gets on; one who is not here wants nothing more.
+    pub(crate) fn look_at(&self, sequence: SequenceId) -> Reader {
+        let Some(client) = self.waiting.get(&sequence) else { return Reader::Reads };
+        match client.behind() {
+            few if few <= HELD_BEHIND / 2 => Reader::Reads,
+            behind => Reader::IsBehind(behind),
+        }
+    }
+
+    /// The client of a sequence has read nothing for too long: it gets no more.
+    pub(crate) fn give_up(&mut self, sequence: SequenceId) {
+        if let Some(client) = self.waiting.remove(&sequence) {
+            metrics::cancelled();
+            tracing::info!(%sequence, "client reads nothing, its answer is cut off");
+            let behind = client.behind();
+            // It may have gone.
+            let _ = client.end.send(Err(RequestError::SlowReader { behind }));
+        }
+    }
+
     fn pass_on(&mut self, sequence: SequenceId, event: TokenEvent) -> Then {
         let Some(client) = self.waiting.get(&sequence) else { return Then::GoOn };
-        let Err(error) = client.events.try_send(event) else { return Then::GoOn };
+        let Err(error) = client.events.try_send(event) else {
+            return if client.behind() >= HELD_BEHIND { Then::Hold } else { Then::GoOn };
+        };
         if let Some(client) = self.waiting.remove(&sequence) {
             metrics::cancelled();
             if matches!(error, mpsc::error::TrySendError::Full(_)) {
                 tracing::info!(%sequence, "client reads too slowly, its answer is cut off");
-                let late = RequestError::SlowReader { limit: MAX_TOKENS_BEHIND };
+                let late = RequestError::SlowReader { behind: MAX_TOKENS_BEHIND };
                 let _ = client.end.send(Err(late));
             }
         }

@@ -12,7 +12,7 @@ mod path;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use proto::status::StepBudget;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::clients::{Client, Clients, GONE_AT_ONCE, Then, Totals};
+use super::clients::{Client, Clients, GONE_AT_ONCE, HELD_MOST, Reader, Then, Totals};
 use super::timed::{timed, wall_clock};
 use crate::scheduler::{
     Charge, Emission, EmissionEvent, Limits, PipelineScheduler, PipelineShape, PipelineStats,
@@ -194,6 +194,8 @@ pub(super) struct Lane {
     /// There are more clients who went away than were looked for at once.
     more_gone: bool,
     left: bool,
+    /// Their clients read nothing at present: since when, and how many tokens they are behind.
+    held: BTreeMap<SequenceId, (Tick, usize)>,
     /// As of the last report.
     counted: PipelineStats,
 }
@@ -225,6 +227,7 @@ impl Lane {
             last_probe: Tick::ZERO,
             more_gone: false,
             left: false,
+            held: BTreeMap::new(),
             counted: PipelineStats::default(),
         }
     }
@@ -420,6 +423,7 @@ impl Lane {
     fn on_tick(&mut self) {
         let now = self.now();
         self.cancel_gone();
+        self.release_readers(now);
         let expired = self.scheduler.expire(now);
         self.emit(expired, now);
         if self.left {
@@ -456,6 +460,33 @@ impl Lane {
         }
     }
 
+    /// Lets the answers go on that are read again, and ends those that are not for too long. Whoever has
+    /// ended or left is forgotten here.
+    fn release_readers(&mut self, now: Tick) {
+        let mut given_up = Vec::new();
+        let (clients, scheduler) = (&self.clients, &mut self.scheduler);
+        self.held.retain(|&sequence, (since, least)| match clients.look_at(sequence) {
+            Reader::Reads => {
+                scheduler.release(sequence);
+                false
+            }
+            Reader::IsBehind(behind) => {
+                if behind < *least {
+                    (*since, *least) = (now, behind);
+                }
+                let is_over = now.since(*since) >= HELD_MOST;
+                given_up.extend(is_over.then_some(sequence));
+                !is_over
+            }
+        });
+        for sequence in given_up {
+            self.clients.give_up(sequence);
+            if self.scheduler.cancel(sequence) {
+                self.say(LaneSays::Ended(sequence));
+            }
+        }
+    }
+
     fn probe(&mut self) {
         self.last_probe = self.now();
         self.scheduler.probe(self.config.first_token);
@@ -485,6 +516,10 @@ impl Lane {
             let ended =
                 matches!(emission.event, EmissionEvent::Finished { .. } | EmissionEvent::Failed(_));
             let then = self.clients.tell(emission, now);
+            if then == Then::Hold {
+                self.scheduler.hold(sequence);
+                self.held.entry(sequence).or_insert((now, usize::MAX));
+            }
             let cancelled = then == Then::Cancel && self.scheduler.cancel(sequence);
             if ended || cancelled {
                 self.say(LaneSays::Ended(sequence));

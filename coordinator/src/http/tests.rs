@@ -124,7 +124,7 @@ fn clients_are_told_when_to_come_again_and_when_that_is_in_vain() {
         (model.into(), None, Some("false")),
         (RequestError::ClassMismatch { wanted: class, served: class }.into(), None, Some("false")),
         (RequestError::TimedOut { reason: "late".into() }.into(), None, Some("false")),
-        (RequestError::SlowReader { limit: 9 }.into(), None, Some("false")),
+        (RequestError::SlowReader { behind: 9 }.into(), None, Some("false")),
         (ApiError::not_found("nothing"), None, Some("false")),
         (ApiError::too_large(9), None, Some("false")),
     ] {

@@ -16,6 +16,8 @@ use proto::ids::SequenceId;
 
 use super::prefix::Prefix;
 use super::queue::Ticket;
+#[cfg(test)]
+use super::shares::Share;
 use super::{Caller, Growth, PipelineScheduler, Priority, Sequence, Stand};
 use crate::tick::Tick;
 
@@ -257,7 +259,8 @@ impl PipelineScheduler {
         let least = others.max_by_key(|sequence| {
             let (priority, caller) = (sequence.priority(), sequence.caller());
             let held = self.holders.share(priority, caller).own_blocks;
-            (priority, held, caller, sequence.id())
+            // Who is not read loses nothing by it.
+            (sequence.is_parked, priority, held, caller, sequence.id())
         });
         Some(least.map_or(first.1, |sequence| sequence.id()))
     }
@@ -280,6 +283,9 @@ impl PipelineScheduler {
 
     /// A sequence stands in no queue any more.
     pub(super) fn leave_place(&mut self, sequence: &mut Sequence) {
+        if std::mem::take(&mut sequence.is_parked) {
+            self.holders.unpark(sequence.priority(), sequence.caller());
+        }
         if let Some((stand, ticket)) = sequence.place.take() {
             self.queue(stand).remove(ticket);
             if stand == Stand::Prefilling && !sequence.is_probe() {
@@ -351,17 +357,19 @@ impl PipelineScheduler {
 
     fn check_shares(&self) {
         let begun = self.sequences.values().filter(|s| !s.blocks.is_empty() && !s.is_probe());
-        let mut found = BTreeMap::<_, (u32, u32, u32)>::new();
+        let mut found = BTreeMap::<_, (u32, u32, u32, u32)>::new();
         for sequence in begun {
             let share = found.entry((sequence.priority(), sequence.caller())).or_default();
             let reads = matches!(sequence.place, Some((Stand::Prefilling, _)));
             share.0 += 1;
             share.1 += u32::from(reads);
             share.2 += sequence.own_blocks();
+            share.3 += u32::from(sequence.is_parked);
         }
         let counted = Priority::ALL.into_iter().flat_map(|priority| {
             self.holders.callers(priority).map(move |(caller, share)| {
-                ((priority, caller), (share.begun, share.prefilling, share.own_blocks))
+                let Share { begun, prefilling, own_blocks, parked, .. } = share;
+                ((priority, caller), (begun, prefilling, own_blocks, parked))
             })
         });
         assert_eq!(counted.collect::<BTreeMap<_, _>>(), found, "shares of callers");

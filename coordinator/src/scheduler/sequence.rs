@@ -51,6 +51,10 @@ pub struct Sequence {
     pub(super) state: Option<Bytes>,
     /// In which of a scheduler's queues it is.
     pub(super) place: Option<(Stand, Ticket)>,
+    /// Its client reads nothing at present.
+    pub(super) is_held: bool,
+    /// It would get a row of its answer if it were not held.
+    pub(super) is_parked: bool,
     /// How often its pipeline was lost while it ran, since its last token.
     pub(super) deaths: u32,
     /// The same since it was taken, whatever came in between.
@@ -123,6 +127,8 @@ impl Sequence {
             held_back: None,
             state: None,
             place: None,
+            is_held: false,
+            is_parked: false,
             deaths: 0,
             deaths_in_all: 0,
             died_at: None,
@@ -380,6 +386,8 @@ impl Sequence {
     pub(super) fn restart(&mut self, now: Tick) {
         self.begin_again(now);
         self.replays = 0;
+        // Where it goes on next is found again whether its client reads.
+        self.is_held = false;
     }
 
     /// Forgets what its pipeline holds of it, and stays there.
@@ -389,6 +397,7 @@ impl Sequence {
         (self.published, self.computes, self.awaits) = (0, 0, None);
         self.blocks.clear();
         self.place = None;
+        self.is_parked = false;
         self.held_back = None;
         self.state = None;
         self.waiting_since = now;

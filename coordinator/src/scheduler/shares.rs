@@ -25,6 +25,8 @@ pub(super) struct Class {
     pub(super) grown_up: u32,
     /// Blocks that are not shared with those who were here before.
     pub(super) own_blocks: u32,
+    /// Those whose clients read nothing at present.
+    parked: u32,
     /// The turn of the last decode row that was taken.
     row_turn: u64,
     /// The turn of the last whose prompt was worked on.
@@ -40,6 +42,8 @@ pub(super) struct Share {
     pub(super) begun: u32,
     /// Those of them that have tokens to be read.
     pub(super) prefilling: u32,
+    /// And those whose clients read nothing at present.
+    pub(super) parked: u32,
     pub(super) own_blocks: u32,
     /// Of his next decode row, in virtual time: rows of callers who decode at once alternate.
     row_turn: u64,
@@ -50,11 +54,11 @@ pub(super) struct Share {
 impl Share {
     /// Sequences that go on token by token.
     pub(super) fn decoding(&self) -> usize {
-        self.begun.saturating_sub(self.prefilling) as usize
+        self.begun.saturating_sub(self.prefilling + self.parked) as usize
     }
 }
 
-/// Those of one class who have begun.
+/// Those of one class who have begun, but for those whose clients read nothing at present.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Crowd {
     pub(super) callers: usize,
@@ -97,8 +101,12 @@ impl Holders {
         let mut crowd = Crowd { fewest: usize::MAX, ..Crowd::default() };
         for (_, share) in self.callers(priority) {
             let decoding = share.decoding();
+            let begun = share.begun.saturating_sub(share.parked) as usize;
+            if begun == 0 {
+                continue;
+            }
             crowd.callers += 1;
-            crowd.begun += share.begun as usize;
+            crowd.begun += begun;
             crowd.prefilling += share.prefilling as usize;
             crowd.decoding += decoding;
             match decoding {
@@ -165,6 +173,28 @@ impl Holders {
         if let Some(share) = self.callers.get_mut(&(priority, caller)) {
             share.prefilling = share.prefilling.saturating_sub(1);
         }
+    }
+
+    /// One of a caller's could go on, but its client reads nothing at present.
+    pub(super) fn park(&mut self, priority: Priority, caller: Caller) {
+        self.classes[priority as usize].parked += 1;
+        if let Some(share) = self.callers.get_mut(&(priority, caller)) {
+            share.parked += 1;
+        }
+    }
+
+    /// It is parked no more.
+    pub(super) fn unpark(&mut self, priority: Priority, caller: Caller) {
+        let class = &mut self.classes[priority as usize];
+        class.parked = class.parked.saturating_sub(1);
+        if let Some(share) = self.callers.get_mut(&(priority, caller)) {
+            share.parked = share.parked.saturating_sub(1);
+        }
+    }
+
+    /// Those of both classes who could go on, but are held.
+    pub(super) fn parked(&self) -> usize {
+        self.classes.iter().map(|class| class.parked as usize).sum()
     }
 
     /// Rows of a caller's that cost so much are in a step, of prompts or answers.

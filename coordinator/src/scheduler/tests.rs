@@ -569,3 +569,33 @@ fn a_step_is_overdue_by_the_pace_of_the_last_ones() {
     assert_eq!(scheduler.overdue(Tick::from_millis(900)), None);
     assert_eq!(scheduler.overdue(Tick::from_millis(901)), Some(StepId(2)), "8 times 100 ms");
 }
+
+#[test]
+fn one_that_is_held_gets_no_rows_and_counts_for_no_step() {
+    let mut scheduler = serving(Limits::default(), 2, 100);
+    let ids: Vec<_> = (0..3).map(|_| admit(&mut scheduler, request(1, 50))).collect();
+    let first = send(&mut scheduler);
+    // One whose row is on its way, and two that are ready.
+    scheduler.hold(ids[0]);
+    scheduler.complete(result(&first, 1), Tick::ZERO);
+    scheduler.hold(ids[1]);
+    scheduler.check_counts();
+    for _ in 0..4 {
+        let step = send(&mut scheduler);
+        let rows: Vec<_> = step.rows.iter().map(|row| row.sequence).collect();
+        assert_eq!(rows, [ids[2]]);
+        assert_eq!(scheduler.next_step(Tick::ZERO), None);
+        scheduler.complete(result(&step, 1), Tick::ZERO);
+    }
+    scheduler.release(ids[0]);
+    scheduler.release(ids[0]);
+    scheduler.cancel(ids[1]);
+    scheduler.release(ids[1]);
+    scheduler.check_counts();
+    let mut rows = Vec::new();
+    while let Some(scheduled) = scheduler.next_step(Tick::ZERO) {
+        rows.extend(scheduled.step.rows.iter().map(|row| (row.sequence, row.position)));
+    }
+    rows.sort();
+    assert_eq!(rows, [(ids[0], 1), (ids[2], 5)], "each goes on where it was");
+}

@@ -210,8 +210,11 @@ async fn undisturbed(tokens: u32) -> Vec<u32> {
     let mut world = World::new();
     world.lanes.serve(served(1, 1));
     let mut client = world.assign(1, 1, request(tokens));
-    while world.serve_steps(1).await > 0 {}
-    read(&mut client)
+    let mut found = Vec::new();
+    while world.serve_steps(1).await > 0 {
+        found.extend(read(&mut client));
+    }
+    found
 }
 
 /// What has come.
@@ -223,11 +226,12 @@ fn read(client: &mut Tokens) -> Vec<u32> {
 async fn that_results_flow_is_told_of_twice_a_second_however_many_come() {
     let mut world = World::new();
     world.lanes.serve(served(1, 10));
-    let _client = world.assign(1, 1, request(2000));
+    let mut client = world.assign(1, 1, request(2000));
     let ticks = (5 * FLOWING_INTERVAL).as_millis() / TICK.as_millis();
     let mut told = 0;
     for _ in 0..ticks {
         assert!(world.serve_steps(1).await > 0, "results come all the time");
+        read(&mut client);
         tokio::time::advance(TICK).await;
         while let Ok(event) = world.said.try_recv() {
             told += u32::from(matches!(event.says, LaneSays::Flowing));
@@ -476,4 +480,60 @@ async fn no_poll_of_a_lane_computes_for_long() {
     timed(hashes, cpu_time, move |took| *observed.lock().unwrap() = took).await;
     let hashing = *longest.lock().unwrap();
     assert!(hashing > LONGEST_POLL, "hashing took {hashing:?}: it would not have been seen");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_nobody_reads_waits_and_slows_down_none_that_is_read() {
+    let want = undisturbed(100).await;
+    let mut world = World::new();
+    world.lanes.serve(served(1, 10));
+    let mut unread = world.assign(1, 1, request(100));
+    let mut client = world.assign(1, 2, request(100));
+    let mut found = Vec::new();
+    while world.serve_steps(1).await > 0 {
+        found.extend(read(&mut client));
+    }
+    assert_eq!(found, want);
+    let ended = |world: &mut World| -> Vec<String> {
+        world.hear().into_iter().filter(|words| words.contains("ended")).collect()
+    };
+    assert_eq!(ended(&mut world), ["1@10 ended 2"], "the other waits for its client");
+
+    // It goes on when it is read, wherever it is by then, with the same tokens.
+    let mut found = read(&mut unread);
+    assert!((30..40).contains(&found.len()), "{}", found.len());
+    let wait = |span| async move {
+        tokio::time::advance(span).await;
+        tokio::task::yield_now().await;
+    };
+    wait(TICK).await;
+    assert!(world.serve_steps(1).await > 0);
+    while world.serve_steps(1).await > 0 {}
+    world.lanes.fail(at(1, 10), "a stage died");
+    world.turn().await;
+    let (_, mut returned) = world.hear_returned();
+    world.lanes.left(PipelineId(1));
+    world.lanes.serve(served(1, 11));
+    let (sequence, its_client) = returned.remove(0);
+    assert!(world.lanes.assign(PipelineId(1), sequence, its_client).is_ok());
+    for _ in 0..20 {
+        while world.serve_steps(1).await > 0 {}
+        found.extend(read(&mut unread));
+        wait(TICK).await;
+    }
+    assert_eq!(found, want);
+    assert_eq!(ended(&mut world), ["1@11 ended 1"]);
+
+    // One that is read now and then is slow, one that never is has ended.
+    let mut slow = world.assign(1, 3, request(100));
+    let never = world.assign(1, 4, request(100));
+    for _ in 0..4 {
+        while world.serve_steps(1).await > 0 {}
+        slow.try_next();
+        wait(HELD_MOST / 2).await;
+    }
+    world.turn().await;
+    assert_eq!(ended(&mut world), ["1@11 ended 4"]);
+    let error = never.end().await.unwrap_err().to_string();
+    assert!(error.starts_with("the client does not read its answer: "), "{error}");
 }
