@@ -20,6 +20,13 @@ const SEARCH_WORK: u64 = 1_300_000;
 /// What the partitions of workers cost for each set of them, in the same unit.
 const PARTITION_WORK: usize = 8;
 
+/// What is compared coarsely may be off by some of this many per cent: what is nearer to the best than that
+/// is looked at exactly in the end.
+const NEAR_PERCENT: f64 = 6.0;
+
+/// For each set of workers, by number of pipelines: the most that they are worth, and one group of those.
+type Most = Vec<Vec<Option<(f64, usize)>>>;
+
 /// How many pipelines of how many stages are wanted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
@@ -39,8 +46,9 @@ pub(super) struct Grouping<'a> {
     single_limit_ns: u64,
     /// By worker, layers that its memory holds with the least KV. Whoever holds none is in no group.
     rooms: Vec<u64>,
-    /// By the kinds of the members.
+    /// By the kinds of the members, with either care.
     known: BTreeMap<Vec<usize>, Option<f64>>,
+    known_exactly: BTreeMap<Vec<usize>, Option<f64>>,
     /// The work at which enough was looked at.
     enough_work: u64,
 }
@@ -54,6 +62,7 @@ impl<'a> Grouping<'a> {
             single_limit_ns,
             rooms: all.map(|w| costs.room(w, MIDDLE, costs.min_kv_blocks)).collect(),
             known: BTreeMap::new(),
+            known_exactly: BTreeMap::new(),
             enough_work: costs.work().saturating_add(SEARCH_WORK),
         }
     }
@@ -119,7 +128,7 @@ impl<'a> Grouping<'a> {
     }
 
     /// What a group is worth, nothing if it can be no pipeline; computed once for every kind of it.
-    fn worth(&mut self, members: &[usize]) -> Option<f64> {
+    fn worth(&mut self, members: &[usize], care: Care) -> Option<f64> {
         if !self.is_wanted(members.len()) {
             return None;
         }
@@ -127,11 +136,19 @@ impl<'a> Grouping<'a> {
         kinds.sort_unstable();
         // Looking it up takes time too, where most groups are alike.
         self.costs.worked(members.len());
-        if let Some(&known) = self.known.get(&kinds) {
+        let known = match care {
+            Care::Coarse => &self.known,
+            Care::Exact => &self.known_exactly,
+        };
+        if let Some(&known) = known.get(&kinds) {
             return known;
         }
-        let found = self.offer(members, Care::Coarse).map(|offer| offer.worth);
-        self.known.insert(kinds, found);
+        let found = self.offer(members, care).map(|offer| offer.worth);
+        let known = match care {
+            Care::Coarse => &mut self.known,
+            Care::Exact => &mut self.known_exactly,
+        };
+        known.insert(kinds, found);
         found
     }
 
@@ -161,12 +178,37 @@ impl<'a> Grouping<'a> {
         let worth: Vec<_> = (0..sets)
             .map(|set| match care {
                 Care::Exact => self.offer(&members(workers, set), care).map(|offer| offer.worth),
-                Care::Coarse => self.worth(&members(workers, set)),
+                Care::Coarse => self.worth(&members(workers, set), care),
             })
             .collect();
-        // From each set, by number of pipelines where one is wanted: the most that they are worth,
-        // and the group with the first of the set, nobody if that is left out.
-        let counts = self.counts();
+        self.groups(workers, &self.most(&worth))
+    }
+
+    /// The same, but exactly only for groups of partitions that are nearly the best.
+    fn every_near_partition(&mut self, workers: &[usize]) -> Option<Vec<Members>> {
+        let sets = 1_usize << workers.len();
+        self.costs.worked(2 * sets * PARTITION_WORK);
+        let worth: Vec<_> =
+            (0..sets).map(|set| self.worth(&members(workers, set), Care::Coarse)).collect();
+        let most = self.most(&worth);
+        let (all, count) = (sets - 1, self.counts() - 1);
+        let (best, _) = most[count][all]?;
+        let before = self.before(count)?;
+        let near: Vec<_> = (0..sets)
+            .map(|set| {
+                let (others, _) = most[before][all ^ set]?;
+                let is_near = worth[set]? + others >= best * (1.0 - NEAR_PERCENT / 100.0);
+                let is_looked_at = is_near && !self.is_enough();
+                is_looked_at.then(|| self.worth(&members(workers, set), Care::Exact))?
+            })
+            .collect();
+        self.groups(workers, &self.most(&near))
+    }
+
+    /// From each set, by number of pipelines where one is wanted: the most that they are worth, and the
+    /// group with the first of the set, nobody if that is left out.
+    fn most(&self, worth: &[Option<f64>]) -> Most {
+        let (sets, counts) = (worth.len(), self.counts());
         let mut most = vec![vec![None; sets]; counts];
         most[0][0] = Some((0.0, 0));
         for set in 1..sets {
@@ -190,7 +232,12 @@ impl<'a> Grouping<'a> {
                 most[count][set] = best;
             }
         }
-        let (mut set, mut count) = (sets - 1, counts - 1);
+        most
+    }
+
+    /// The groups that are worth most.
+    fn groups(&self, workers: &[usize], most: &Most) -> Option<Vec<Members>> {
+        let (mut set, mut count) = ((1 << workers.len()) - 1, self.counts() - 1);
         let mut groups = Vec::new();
         while set > 0 {
             let (_, part) = most[count][set]?;

@@ -25,7 +25,9 @@ impl Grouping<'_> {
             out.sort_unstable();
             let is_better = self.pass(groups, &mut out);
             groups.retain(|group| !group.is_empty());
-            if !is_better && !self.regroup(groups, &mut out) {
+            if !is_better && !self.regroup(groups, &mut out, Care::Coarse) {
+                // What was near enough to compare many is not where they are nearly equal.
+                while !self.is_enough() && self.regroup(groups, &mut out, Care::Exact) {}
                 return;
             }
         }
@@ -33,13 +35,17 @@ impl Grouping<'_> {
 
     /// Makes other groups of the workers of few of them, and of those in none: what no single move
     /// leads to. Whether it helped.
-    fn regroup(&mut self, groups: &mut Vec<Members>, out: &mut Members) -> bool {
+    fn regroup(&mut self, groups: &mut Vec<Members>, out: &mut Members, care: Care) -> bool {
         let mut is_better = false;
         let mut a = 0;
         while a < groups.len() {
             // The group alone and those out, then with the next that have room beside it.
             let mut b = a;
-            while a < groups.len() && b < groups.len() && !self.is_enough() {
+            while a < groups.len()
+                && b < groups.len()
+                && !self.is_enough()
+                && self.costs.is_wanted()
+            {
                 let mut chosen = vec![a];
                 let mut count = groups[a].len();
                 let others = if b == a { &[] } else { &groups[b..] };
@@ -58,12 +64,14 @@ impl Grouping<'_> {
                     continue;
                 }
                 let before: f64 =
-                    chosen.iter().map(|&c| self.worth(&groups[c]).unwrap_or(0.0)).sum();
+                    chosen.iter().map(|&c| self.worth(&groups[c], care).unwrap_or(0.0)).sum();
                 let pipelines = self.wanted.pipelines.map(|_| chosen.len() as u32);
-                let found = self
-                    .with_pipelines(pipelines, |this| this.every_partition(&workers, Care::Coarse));
+                let found = self.with_pipelines(pipelines, |this| match care {
+                    Care::Coarse => this.every_partition(&workers, care),
+                    Care::Exact => this.every_near_partition(&workers),
+                });
                 let Some(found) = found else { continue };
-                if self.sum(&found) > before * (1.0 + 1e-6) {
+                if self.sum(&found, care) > before * (1.0 + 1e-6) {
                     for &c in chosen.iter().rev() {
                         groups.remove(c);
                     }
@@ -113,7 +121,7 @@ impl Grouping<'_> {
         let worth = |this: &mut Self, a: &Members, b: &Members| -> Option<f64> {
             let of = |this: &mut Self, group: &Members| match group.is_empty() {
                 true => this.wanted.pipelines.is_none().then_some(0.0),
-                false => this.worth(group),
+                false => this.worth(group, Care::Coarse),
             };
             let second = if is_out { 0.0 } else { of(this, b)? };
             Some(of(this, a)? + second)

@@ -1,5 +1,6 @@
 //! Many workers: orders in which neighbours may do well together, and their best cut into pipelines.
 
+use super::super::group::Care;
 use super::{Grouping, Members, sorted};
 
 /// Pipelines by neighbours have so many workers more than the fewest that hold the model at most.
@@ -63,7 +64,7 @@ impl Grouping<'_> {
         let found: Vec<_> = self.cuts(workers).collect();
         let mut best: Option<(f64, Vec<Members>)> = None;
         for groups in found {
-            let worth = self.sum(&groups);
+            let worth = self.sum(&groups, Care::Coarse);
             if best.as_ref().is_none_or(|(most, _)| worth > *most) {
                 best = Some((worth, groups));
             }
@@ -96,8 +97,8 @@ impl Grouping<'_> {
         })
     }
 
-    pub(super) fn sum(&mut self, groups: &[Members]) -> f64 {
-        groups.iter().map(|group| self.worth(group).unwrap_or(0.0)).sum()
+    pub(super) fn sum(&mut self, groups: &[Members], care: Care) -> f64 {
+        groups.iter().map(|group| self.worth(group, care).unwrap_or(0.0)).sum()
     }
 
     /// The quickest pipeline, the quickest of the other workers, and so on.
@@ -204,6 +205,6 @@ impl Grouping<'_> {
     }
 
     fn group(&mut self, members: &[usize]) -> Option<f64> {
-        self.worth(&sorted(members))
+        self.worth(&sorted(members), Care::Coarse)
     }
 }

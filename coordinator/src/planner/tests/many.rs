@@ -60,7 +60,7 @@ fn fleets(count: std::ops::RangeInclusive<usize>, number: u32) -> Vec<Problem> {
 #[test]
 fn few_workers_planned_as_many_give_nearly_as_much() {
     let mut shares = Vec::new();
-    for problem in fleets(3..=6, 250 * soak()) {
+    for problem in fleets(3..=6, 750 * soak()) {
         match (deploy(&problem), deploy_as_many(&problem)) {
             (Ok(all), Ok(found)) => {
                 check(&problem, &found);
@@ -72,8 +72,8 @@ fn few_workers_planned_as_many_give_nearly_as_much() {
     shares.sort_by(f64::total_cmp);
     let mean = shares.iter().sum::<f64>() / shares.len() as f64;
     let poor = shares.iter().filter(|share| **share < 0.99).count();
-    assert!(shares[0] > 0.9 && mean > 0.998, "the least of {}: {:?}", shares.len(), &shares[..5]);
-    assert!(poor * 25 <= shares.len(), "{poor} of {} are a hundredth behind", shares.len());
+    assert!(mean > 0.998, "the mean of {}: {mean}", shares.len());
+    assert!(poor == 0, "{poor} of {} are a hundredth behind: {:?}", shares.len(), &shares[..5]);
 }
 
 /// So many workers with these bytes of memory, from one to the other, as unequal as the numbers are.
