@@ -11,6 +11,9 @@ use crate::command::TextWriter;
 use crate::operator::{Operator, OperatorError, Progress, TIMEOUT, until};
 use crate::{CommandError, operator};
 
+/// How long it is waited until an order is in the registry.
+const KEPT_WITHIN: Duration = Duration::from_secs(20);
+
 /// What `tercet drain` is told, beside whom to tell.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DrainArgs {
@@ -20,11 +23,14 @@ pub struct DrainArgs {
     /// Give up waiting after this time; the order stands
     #[arg(long, value_name = "TIME", default_value = TIMEOUT)]
     pub timeout: node::config::Duration,
-    /// Order it and do not wait
+    /// Order it and do not wait until it is done: the order is in the registry, and stands whoever leads
     #[arg(long)]
     pub no_wait: bool,
+    /// Also where nobody can take its place: then what runs on it stops, and goes on once it is back
+    #[arg(long)]
+    pub force: bool,
     /// Take the order back: the worker may be used again
-    #[arg(long, conflicts_with_all = ["timeout", "no_wait"])]
+    #[arg(long, conflicts_with_all = ["timeout", "no_wait", "force"])]
     pub cancel: bool,
     /// Print one JSON object
     #[arg(long)]
@@ -51,15 +57,17 @@ struct Report<'a> {
 /// If the order is not taken, or not carried out in time.
 pub async fn run(operator: &Operator, args: &DrainArgs) -> Result<(), CommandError> {
     let began = Instant::now();
-    let DrainArgs { worker, timeout, no_wait, cancel, json } = args;
-    let drained = match *cancel || *no_wait {
-        true => operator.drain(worker, None, *cancel).await?,
-        false => drain(operator, worker, timeout.get(), &mut Progress::stderr()).await?,
+    let DrainArgs { worker, timeout, no_wait, force, cancel, json } = args;
+    let mut progress = Progress::stderr();
+    let drained = match (*cancel, *no_wait) {
+        (true, _) => operator.cancel_drain(worker).await?,
+        (false, true) => order(operator, worker, *force, &mut progress).await?,
+        (false, false) => drain(operator, worker, *force, timeout.get(), &mut progress).await?,
     };
     let mut writer = TextWriter::stdout();
     let took_s = began.elapsed().as_secs_f64();
     if *json {
-        let Drained { incarnation, state, detail } = &drained;
+        let Drained { incarnation, state, detail, kept: _ } = &drained;
         let incarnation = incarnation.to_string();
         return writer.json(&Report { worker, incarnation, state: *state, detail, took_s });
     }
@@ -68,6 +76,27 @@ pub async fn run(operator: &Operator, args: &DrainArgs) -> Result<(), CommandErr
         DrainState::InUse => format!("{worker} may be used again\n"),
         DrainState::Moving => format!("{worker} is drained: its stages are to move\n"),
         DrainState::Ending => format!("{worker} is drained: it has no stage, and is to end\n"),
+    })
+}
+
+/// Orders it, and waits until the order stands whoever leads next.
+async fn order(
+    operator: &Operator,
+    worker: &str,
+    force: bool,
+    progress: &mut Progress,
+) -> Result<Drained, CommandError> {
+    let mut first: Option<Incarnation> = None;
+    let found = until(Instant::now() + KEPT_WITHIN, progress, async || {
+        let drained = operator.drain(worker, first, force).await?;
+        first.get_or_insert(drained.incarnation);
+        Ok(match drained.kept {
+            true => Ok(drained),
+            false => Err(format!("the order to drain {worker} is to be written to the registry")),
+        })
+    });
+    found.await?.map_err(|_| {
+        OperatorError::NotKept { worker: worker.to_owned(), waited: KEPT_WITHIN }.into()
     })
 }
 
@@ -80,6 +109,7 @@ pub async fn run(operator: &Operator, args: &DrainArgs) -> Result<(), CommandErr
 pub(crate) async fn drain(
     operator: &Operator,
     worker: &str,
+    force: bool,
     timeout: Duration,
     progress: &mut Progress,
 ) -> Result<Drained, CommandError> {
@@ -89,8 +119,8 @@ pub(crate) async fn drain(
     let mut last = DrainState::Moving;
     let found = until(end, progress, async || {
         let incarnation: Option<Incarnation> = first.as_ref().map(|first| first.incarnation);
-        // The order again: a coordinator that leads anew has forgotten it.
-        let drained = operator.drain(worker, incarnation, false).await?;
+        // The order again: what is not in the registry yet a coordinator that leads anew does not know.
+        let drained = operator.drain(worker, incarnation, force).await?;
         if first.is_none() {
             first = Some(drained.clone());
         }

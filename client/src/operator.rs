@@ -71,6 +71,17 @@ pub enum OperatorError {
         /// It is to go still, as soon as it can.
         stands: bool,
     },
+    /// The registry is away, or the coordinator is of an earlier version.
+    #[error(
+        "the order to drain {worker} was taken, and was not in the registry after {waited:?}: it is \
+         forgotten if another coordinator leads before"
+    )]
+    NotKept {
+        /// Which worker.
+        worker: String,
+        /// How long was waited.
+        waited: Duration,
+    },
     /// It has none, and is there.
     #[error(
         "worker {worker} has no stage any more and did not end within {waited:?}{}",

@@ -1,5 +1,5 @@
 //! `tercet roll`: every worker of a cluster is replaced by a new process of its name, one after the
-//! other, while the others serve.
+//! other, while the others serve. What runs on one that cannot be spared waits until it is back.
 
 use std::time::Duration;
 
@@ -105,13 +105,14 @@ async fn replace<'a>(
     progress: &mut Progress,
 ) -> Result<Report<'a>, CommandError> {
     let began = Instant::now();
-    let old = match drain(operator, worker, timeout, progress).await {
+    // In any case: who cannot be spared is waited for, and comes back.
+    let old = match drain(operator, worker, true, timeout, progress).await {
         Ok(drained) => drained.incarnation.to_string(),
         Err(CommandError::Operator(OperatorError::StillServes {
             worker, waited, detail, ..
         })) => {
             // It serves still, and is to go on with that.
-            let stands = operator.drain(&worker, None, true).await.is_err();
+            let stands = operator.cancel_drain(&worker).await.is_err();
             return Err(OperatorError::StillServes { worker, waited, detail, stands }.into());
         }
         Err(error) => return Err(error),

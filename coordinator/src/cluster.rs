@@ -46,8 +46,8 @@ use pipelines::{GivenUp, Pipeline, Placed};
 use planning::Planning;
 use transition::{Phase, Switch};
 pub use types::{
-    Action, Availability, ClusterView, Event, Failure, Found, Held, Options, PROBE_TIMEOUT, Target,
-    Ticket,
+    Action, Availability, ClusterView, Event, Failure, Found, Held, Options, PREPARE_LIMIT,
+    PROBE_TIMEOUT, Target, Ticket,
 };
 use workers::planned_shape;
 
@@ -191,6 +191,9 @@ impl Cluster {
                     self.ledger.read_again(now);
                 }
             }
+            Event::Strange { at, stage, detail } => {
+                self.computes_wrongly(now, at, stage, &detail, actions);
+            }
             Event::StepOverdue { at } => {
                 if let Some(pipeline) = self.pipeline(at) {
                     pipeline.overdue(now);
@@ -210,8 +213,8 @@ impl Cluster {
                     self.probe_failed(now, &worker, &detail, actions);
                 }
             }
-            Event::DrainWorker { worker, drain } => {
-                if self.fleet.order_drain(now, &worker, drain) && drain {
+            Event::DrainWorker { worker, drain, force } => {
+                if self.fleet.order_drain(now, &worker, drain, force) && drain {
                     self.drain_starting(now, &worker, actions);
                 }
             }
@@ -236,6 +239,7 @@ impl Cluster {
         self.ledger.advance(now, actions);
         self.give_way(now, actions);
         self.plan(now, actions);
+        self.keep_orders(now, actions);
         self.dismiss(now, actions);
         let mut wanted: BTreeSet<String> = self
             .pipelines
@@ -296,13 +300,18 @@ impl Cluster {
             Answer::Ignored | Answer::Failed => {}
             Answer::Read { is_own, write_failed } => {
                 self.plan_read(now, is_own, actions);
-                if write_failed {
+                if write_failed && self.planning.writes_orders {
+                    self.planning.wrote_orders(now, false);
+                } else if write_failed {
                     self.planning.failed(now);
                     let detail = "the plan was not written";
                     self.last_failure = Some(waits(WaitCause::Starting, detail));
                 }
             }
-            Answer::Written(plan) => self.plan_written(now, &plan),
+            Answer::Written(plan) => {
+                self.fleet.recall_orders(now, &plan.drains);
+                self.plan_written(now, &plan);
+            }
             Answer::Unusable(detail) => {
                 self.end_reign(now, actions);
                 actions.push(Action::Resign { detail });
@@ -313,6 +322,8 @@ impl Cluster {
     fn plan_read(&mut self, now: Tick, is_own: bool, actions: &mut Vec<Action>) {
         let Self { ledger, options, observed, .. } = self;
         observed.learn(|at, worker| planned_shape(ledger, options, at, worker));
+        let drains = self.ledger.plan().map_or(&[][..], |plan| &plan.drains);
+        self.fleet.recall_orders(now, drains);
         let Some(plan) = self.ledger.plan() else {
             self.planning.is_missing = !self.pipelines.is_empty() || !self.switches.is_empty();
             return;
@@ -342,6 +353,9 @@ impl Cluster {
 
     /// Our plan is in the registry: what it changes begins to change.
     fn plan_written(&mut self, now: Tick, plan: &Plan) {
+        if self.planning.writes_orders {
+            return self.planning.wrote_orders(now, true);
+        }
         let is_loss = self.planning.cause.take().is_some_and(planning::Cause::is_loss);
         // The reign may be another one than the plan was made in.
         let Some((reign, revision)) = self.ledger.ready() else {
@@ -366,9 +380,9 @@ impl Cluster {
             return;
         }
         let unusable = new.iter().flat_map(|placed| &placed.plan.stages);
-        let unusable =
-            unusable.filter(|stage| !self.fleet.is_usable(now, stage)).collect::<Vec<_>>();
-        if let Some(stage) = unusable.first() {
+        let mut unusable =
+            unusable.filter(|stage| !self.fleet.is_usable(now, stage, self.planning.reserve()));
+        if let Some(stage) = unusable.next() {
             let detail = format!("worker {} went while the plan was written", stage.worker);
             self.last_failure = Some(waits(WaitCause::Lost, detail));
             self.planning.failed(now);
@@ -412,7 +426,7 @@ impl Cluster {
                     } else {
                         continue;
                     };
-                    let alarm = self.fleet.evicted(now, stage, why);
+                    let alarm = self.fleet.evicted(now, stage, Loss::Broken, why);
                     actions.extend(alarm.map(|text| Action::Alarm { text }));
                 }
                 self.fail_pipeline(now, id, Loss::Broken, reason, actions);
@@ -500,8 +514,10 @@ impl Cluster {
     /// Tells those to end who were drained by order and have no stage any more.
     fn dismiss(&mut self, now: Tick, actions: &mut Vec<Action>) {
         let Some((term, _)) = self.ledger.ready() else { return };
+        // Nothing serves, and a plan may count on those that only go once they can be spared.
+        let is_missed = self.pipelines.is_empty() && self.infeasible().is_none();
         let Self { fleet, pipelines, switches, .. } = self;
-        let targets = fleet.dismissals(now, |id| {
+        let targets = fleet.dismissals(now, is_missed, |id| {
             pipelines.values().any(|pipeline| pipeline.uses(id))
                 || switches.iter().any(|switch| switch.starts_at(id))
         });
@@ -537,6 +553,8 @@ impl Cluster {
 
     /// The stages that a worker has, if they are still needed there, or is to have.
     fn stages_of(&self, worker: &str) -> impl Iterator<Item = &proto::plan::StagePlan> {
+        #[cfg(test)]
+        self.pipelines.values().for_each(|_| view::looked());
         let needing = self.pipelines.values().filter(move |pipeline| pipeline.needs(worker));
         let serving = needing.map(|pipeline| &pipeline.placed);
         let starting = self.switches.iter().flat_map(|switch| &switch.new).map(|new| &new.placed);

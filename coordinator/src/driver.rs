@@ -24,7 +24,7 @@ mod lanes;
 mod orders;
 mod registry;
 mod status;
-mod timed;
+pub(crate) mod timed;
 mod waiting;
 
 use std::time::Duration;
@@ -196,6 +196,8 @@ pub(crate) struct DriverConfig {
     pub(crate) socket: String,
     /// The token that probes go on from.
     pub(crate) first_token: u32,
+    /// The model's token ids are `0..vocab`.
+    pub(crate) vocab: u32,
     /// How long open answers may go on after the stop.
     pub(crate) grace: Duration,
     /// How long after the stop requests are still taken, while it says that it is not ready.

@@ -17,6 +17,8 @@ mod sse;
 mod types;
 
 #[cfg(test)]
+mod polls;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

@@ -113,6 +113,7 @@ pub async fn run(
         admin: admin.map(|admin| advertised_admin(&config, admin)),
         socket: node::socket::name(grpc),
         first_token: model.bos_token.unwrap_or(0),
+        vocab: model.vocab,
         grace: config.shutdown_grace.get(),
         lame_duck: config.lame_duck.get(),
         lanes: lanes.handle(),

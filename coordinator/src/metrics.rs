@@ -49,6 +49,7 @@ pub(crate) fn describe() {
         "newest epoch of the pipelines that serve, 0 without one"
     );
     describe_gauge!("tercet_membership_term", "this coordinator's reign, 0 when it does not lead");
+    describe_counter!("tercet_plans_written_total", "plans that this coordinator wrote");
     describe_gauge!(
         "tercet_ready",
         "1 when a token came through a pipeline within the last seconds, and nothing stops"
@@ -168,6 +169,11 @@ pub(crate) fn membership(term: u64, epoch: u64, ready: bool) {
     gauge!("tercet_membership_term").set(term as f64);
     gauge!("tercet_membership_epoch").set(epoch as f64);
     gauge!("tercet_ready").set(f64::from(u8::from(ready)));
+}
+
+/// This coordinator wrote a plan.
+pub(crate) fn plan_written() {
+    counter!("tercet_plans_written_total").increment(1);
 }
 
 /// Where rounds of steps are counted: the whole of each, and what is added to computing.

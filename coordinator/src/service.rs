@@ -403,7 +403,7 @@ impl ServedModel {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proto::generate::ChatMessage;
 
     use super::*;
@@ -422,8 +422,13 @@ mod tests {
         assert_eq!(seed_of("key"), 16_130_938_569_539_944_529);
     }
 
-    /// Gives back what its template makes of the first message.
     fn service(template: &str, context: u32) -> Service {
+        let (driver, _) = crate::driver::testing::handle();
+        service_of(template, context, driver)
+    }
+
+    /// Gives back what its template makes of the first message.
+    pub(crate) fn service_of(template: &str, context: u32, driver: DriverHandle) -> Service {
         let model = ServedModel {
             name: "small".into(),
             id: "ab".repeat(32),
@@ -435,7 +440,6 @@ mod tests {
             sampling: Default::default(),
             created_unix_s: 0,
         };
-        let (driver, _) = crate::driver::testing::handle();
         let text = text_with_context(template, context);
         let memory = Memory::for_requests(4 << 20);
         Service::new(model, text, driver, Duration::from_secs(1), memory)

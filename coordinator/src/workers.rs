@@ -22,13 +22,17 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::cluster::{Failure, Target};
+use crate::cluster::{Failure, PREPARE_LIMIT, PROBE_TIMEOUT, Target};
 
 /// Opening a connection on a LAN takes a millisecond.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 
-/// A worker maps its shards and makes room for KV: seconds, from a cold disk perhaps many.
+/// A worker hashes its shards, reads them into memory and makes room for KV: minutes, from a cold disk. It
+/// may take [`PREPARE_LIMIT`] as long as it gets further, and for so long it need not ...
 const PREPARE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// ... which it is asked this often.
+const PREPARE_LOOK: Duration = Duration::from_secs(10);
 
 /// Activating and retiring only change a worker's mind.
 const SWITCH_PATIENCE: Duration = Duration::from_secs(5);
@@ -192,7 +196,11 @@ pub(crate) async fn prepare(
     let address = &stage.ok_or_else(|| CallError::transient("no such stage"))?.address;
     let mut client = connect(address).await?;
     let call = client.prepare(key.attach(convert::encode_prepare(request)));
-    let response = within(PREPARE_PATIENCE, call).await?;
+    let how_far = || {
+        let address = address.clone();
+        async move { Some(describe(&address, PROBE_TIMEOUT).await.ok()?.prepared_bytes) }
+    };
+    let response = while_it_gets_further(call, how_far).await?;
     NumericsClass::try_from(&response.numerics_class[..])
         .map_err(|error| CallError { failure: Failure::Refused, detail: error.to_string() })
 }
@@ -379,6 +387,46 @@ async fn within<T>(
     }
 }
 
+/// Waits for `call` for as long as `how_far` its worker is becomes more.
+async fn while_it_gets_further<T, L: Future<Output = Option<u64>>>(
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+    how_far: impl Fn() -> L,
+) -> Result<T, CallError> {
+    let mut call = std::pin::pin!(call);
+    let begin = Instant::now();
+    let (mut furthest, mut since) = (None, begin);
+    loop {
+        let look = async {
+            tokio::time::sleep(PREPARE_LOOK).await;
+            how_far().await
+        };
+        let done = tokio::select! {
+            answer = &mut call => {
+                let answer = answer.map_err(|status| CallError::of_status(&status));
+                return answer.map(tonic::Response::into_inner);
+            }
+            done = look => done,
+        };
+        let now = Instant::now();
+        if let Some(done) = done
+            && furthest.is_none_or(|furthest| done > furthest)
+        {
+            // What was read before it was asked for the first time says nothing.
+            since = if furthest.is_some() { now } else { since };
+            furthest = Some(done);
+        }
+        let (waited, stuck) = (now - begin, now - since);
+        if stuck >= PREPARE_PATIENCE {
+            let detail = format!("no answer, and no further for {} s", stuck.as_secs());
+            return Err(CallError::transient(detail));
+        }
+        if waited >= PREPARE_LIMIT {
+            let detail = format!("not prepared within {} min", PREPARE_LIMIT.as_secs() / 60);
+            return Err(CallError::transient(detail));
+        }
+    }
+}
+
 fn incarnation_bytes(incarnation: Incarnation) -> bytes::Bytes {
     bytes::Bytes::copy_from_slice(&incarnation.0)
 }
@@ -392,4 +440,54 @@ fn status_words(status: &Status) -> String {
 
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     node::Chain(error).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    type Answer = Result<tonic::Response<u32>, Status>;
+
+    async fn after(time: Duration) -> Answer {
+        tokio::time::sleep(time).await;
+        Ok(tonic::Response::new(7))
+    }
+
+    /// What comes of a call whose worker gets further with every look until `stuck_after`, and when.
+    async fn waits_for(
+        call: impl Future<Output = Answer>,
+        stuck_after: Duration,
+    ) -> (Result<u32, String>, Duration) {
+        let (begin, bytes) = (Instant::now(), AtomicU64::new(5_000));
+        let how_far = || {
+            let more = u64::from(begin.elapsed() <= stuck_after);
+            std::future::ready(Some(bytes.fetch_add(more, Ordering::Relaxed) + more))
+        };
+        let answer = while_it_gets_further(call, how_far).await;
+        (answer.map_err(|error| error.detail), begin.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_gets_further_is_waited_for_and_no_other() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let always = Duration::MAX;
+        let (answer, took) = waits_for(after(minutes(20)), always).await;
+        assert_eq!((answer, took), (Ok(7), minutes(20)), "however long it hashes");
+        let (answer, took) = waits_for(pending(), Duration::ZERO).await;
+        let stuck = "no answer, and no further for 60 s".to_owned();
+        assert_eq!((answer, took), (Err(stuck.clone()), PREPARE_PATIENCE));
+        let (answer, took) = waits_for(pending(), minutes(9)).await;
+        assert_eq!((answer, took), (Err(stuck), minutes(9) + PREPARE_PATIENCE));
+        let (answer, took) = waits_for(pending(), always).await;
+        assert_eq!((answer, took), (Err("not prepared within 30 min".to_owned()), PREPARE_LIMIT));
+        let refused = async { Err(Status::resource_exhausted("2 GiB are missing")) };
+        let (answer, _) = waits_for(refused, always).await;
+        assert_eq!(answer, Err("2 GiB are missing".to_owned()));
+        // One that does not say how far it is has as long as one that is stuck.
+        let silent = while_it_gets_further(pending::<Answer>(), || std::future::ready(None)).await;
+        assert_eq!(silent.map_err(|error| error.failure), Err(Failure::Transient));
+    }
 }

@@ -5,6 +5,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
+use tokio::task::{JoinError, spawn_blocking};
+
 use crate::telemetry;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
@@ -30,6 +33,11 @@ const TOKENS_BUCKETS: [f64; 18] = [
 /// How often histograms are folded into their buckets, so that a process nobody scrapes does not
 /// keep every value it ever recorded.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Pages that are made at once: who scrapes needs one, and more take each other's time.
+const PAGES_AT_ONCE: usize = 2;
+
+static PAGES: Semaphore = Semaphore::const_new(PAGES_AT_ONCE);
 
 static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
 
@@ -101,4 +109,22 @@ pub fn render() -> String {
     metrics_process::Collector::default().collect();
     metrics::counter!("tercet_log_lines_lost_total").absolute(telemetry::lost_lines());
     RECORDER.get().map(PrometheusHandle::render).unwrap_or_default()
+}
+
+/// The same, changed by `change`, for a server: thousands of lines take longer than an async thread may be
+/// held.
+///
+/// # Errors
+///
+/// If `change` panics, or the runtime ends.
+pub async fn page(
+    change: impl FnOnce(String) -> String + Send + 'static,
+) -> Result<String, JoinError> {
+    // It is never closed. The turn lasts as long as the work, whoever has gone away meanwhile.
+    let turn = PAGES.acquire().await;
+    spawn_blocking(move || {
+        let _turn = turn;
+        change(render())
+    })
+    .await
 }

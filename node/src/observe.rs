@@ -139,8 +139,14 @@ pub fn options(name: &'static str) -> Options {
     Options { linger: Some(LINGER), ..Options::new(name, Protocol::Http, CONNECTIONS) }
 }
 
-async fn metrics() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], crate::metrics::render())
+async fn metrics() -> Response {
+    match crate::metrics::page(std::convert::identity).await {
+        Ok(text) => ([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "metrics were not written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
 }
 
 async fn report(State(health): State<Health>) -> Response {

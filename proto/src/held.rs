@@ -14,6 +14,9 @@ pub struct Description {
     pub incarnation: Incarnation,
     /// Every stage that it is prepared for or serves.
     pub held: Vec<HeldStage>,
+    /// Bytes of weights that were hashed and read into memory since the process started, by whoever
+    /// prepares: while they become more a `Prepare` gets further.
+    pub prepared_bytes: u64,
 }
 
 /// One stage that a worker holds.

@@ -15,6 +15,8 @@ pub struct Drain {
     pub incarnation: Option<Incarnation>,
     /// It may be used again.
     pub cancel: bool,
+    /// It goes also where nobody can take its place: what runs on it waits until it is back.
+    pub force: bool,
 }
 
 /// How far a drain is.
@@ -26,6 +28,8 @@ pub struct Drained {
     pub state: DrainState,
     /// For people; empty: there is nothing to add.
     pub detail: String,
+    /// The order is in the registry: it stands whoever leads next.
+    pub kept: bool,
 }
 
 /// What is left of a worker that is drained.

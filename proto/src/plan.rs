@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::str::FromStr;
 
@@ -34,7 +35,7 @@ pub const LEADER_FORMAT: u32 = 2;
 pub const WORKER_FORMAT: u32 = 4;
 
 /// Format of the [`Plan`]s that this version writes.
-pub const PLAN_FORMAT: u32 = 1;
+pub const PLAN_FORMAT: u32 = 2;
 
 /// The number format of cached keys and values. Part of the numerics class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -150,9 +151,20 @@ impl WorkerRecord {
 /// Whether others could be told to connect there.
 fn is_address(text: &str) -> Result<(), &'static str> {
     let authority = text.parse::<tonic::codegen::http::uri::Authority>();
-    match authority {
-        Ok(authority) if authority.port_u16().is_some() && !authority.host().is_empty() => Ok(()),
-        _ => Err("it has no address of the form host:port"),
+    let Some((port, host)) = authority
+        .as_ref()
+        .ok()
+        .and_then(|authority| Some((authority.port_u16()?, authority.host())))
+        .filter(|(_, host)| !host.is_empty())
+    else {
+        return Err("it has no address of the form host:port");
+    };
+    // Who connects there reaches itself, or nobody.
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let is_anywhere = host.parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_unspecified());
+    match is_anywhere || port == 0 {
+        true => Err("its address is one that it listens on, and none that others can connect to"),
+        false => Ok(()),
     }
 }
 
@@ -191,6 +203,20 @@ pub struct Plan {
     pub pipelines: Vec<PipelinePlan>,
     /// Why it is so, for people.
     pub reason: String,
+    /// Workers that a person ordered to be used no more: an order outlives the reign that it was given in.
+    pub drains: Vec<DrainOrder>,
+}
+
+/// An order to use a worker no more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DrainOrder {
+    /// The worker's id.
+    pub worker: String,
+    /// The process start that is meant: another one of its name may be used.
+    pub incarnation: Incarnation,
+    /// Also where nobody can take its place.
+    pub force: bool,
 }
 
 impl Plan {

@@ -42,6 +42,7 @@ fn the_flags_that_scripts_rely_on_exist() {
         "tercet plan --admin a:1 --apply --timeout 1m --json",
         "tercet drain w --endpoint a:1 --timeout 1m --json",
         "tercet drain w --admin a:2 --no-wait",
+        "tercet drain w --force --no-wait",
         "tercet drain w --cancel",
         "tercet roll --endpoint a:1 --timeout 1m --json",
         "tercet roll w1 w2 --admin a:2",

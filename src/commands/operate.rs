@@ -11,11 +11,12 @@ use crate::{Failure, settings};
 /// Has a worker used no more: its stages move elsewhere while everything is served on, and then it ends.
 ///
 /// It ends as after SIGTERM, with exit code 0. Where nobody can take its stages it goes on serving, and
-/// this command waits.
+/// this command waits; with --force it goes all the same, and what runs on it waits until it is back.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tercet drain rack1-7071 --endpoint rack1:7420
   tercet drain rack1-7071 --admin 127.0.0.1:7421 --timeout 10m --json
+  tercet drain rack1-7071 --force
   tercet drain rack1-7071 --cancel")]
 pub(crate) struct DrainCommand {
     #[command(flatten)]
@@ -28,7 +29,8 @@ pub(crate) struct DrainCommand {
 ///
 /// Each is drained and ends; whatever started it (systemd, Kubernetes, `tercet up`) must start it again
 /// under its name. The next one's turn comes when the new process is there and nothing is being changed any
-/// more. If a worker does not go or does not come back the rest is left as it is.
+/// more. What runs on a worker that cannot be spared waits until its new process is there. If a worker does
+/// not go or does not come back the rest is left as it is.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tercet roll --endpoint rack1:7420

@@ -16,7 +16,8 @@ use tests::model::bundled_store;
 use tests::process::{self, wait_for};
 use tests::slow::to_a_tenth;
 use tests::streams::{
-    SETTLE, assert_unharmed, placed, streaming, undisturbed, wait_until_placed, workers_placed,
+    QUICK, SETTLE, assert_unharmed, placed, streaming, undisturbed, wait_until_placed,
+    workers_placed,
 };
 
 /// A minute of the defaults takes two seconds here.
@@ -156,6 +157,29 @@ fn drain_slowness_and_roll_cost_nobody_an_answer() {
         whole(cluster);
     });
     assert_unharmed("a roll of three stages and a spare", &found);
+    let after = incarnations(&cluster);
+    assert_eq!(before.len(), after.len());
+    assert!(before.iter().all(|(id, old)| after[id] != *old), "{before:?} {after:?}");
+}
+
+/// Nobody can take the stage of anybody: what runs waits for each new process.
+#[test]
+fn a_cluster_without_a_spare_is_rolled_by_one_command() {
+    let flags = "--stages 3 --pipelines 1 --admin 127.0.0.1:0";
+    let mut cluster = Cluster::start_flags(bundled_store(), 3, flags, QUICK);
+    let expected = undisturbed(&cluster);
+    let before = incarnations(&cluster);
+    let found = streaming(&mut cluster, &expected, |cluster| {
+        let rolled = supervised(cluster, |cluster| cluster.operate(&["roll", "--timeout", "60s"]));
+        assert!(rolled.status.success(), "{}", said(&rolled));
+        let lines = String::from_utf8_lossy(&rolled.stdout).into_owned();
+        println!("roll:\n{lines}");
+        assert_eq!(lines.lines().count(), 3);
+        wait_until_placed(cluster, "the pipeline to be whole", |placed| {
+            workers_placed(placed) == 3
+        });
+    });
+    assert_unharmed("a roll of three stages without a spare", &found);
     let after = incarnations(&cluster);
     assert_eq!(before.len(), after.len());
     assert!(before.iter().all(|(id, old)| after[id] != *old), "{before:?} {after:?}");

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use tests::cluster::Cluster;
 use tests::model::bundled_store;
 use tests::process::{Process, wait_for};
+use tests::scrape::Scrape;
 use tests::streams::{
     QUICK, SETTLE, assert_unharmed, placed, stream, streaming, undisturbed, wait_until_placed,
     workers_placed,
@@ -21,6 +22,16 @@ fn newest_epoch(cluster: &Cluster) -> u64 {
     let pipelines = status["plan"]["pipelines"].as_array().unwrap();
     pipelines.iter().filter_map(|pipeline| pipeline["epoch"].as_u64()).max().unwrap()
 }
+
+/// Plans that the coordinator has written.
+fn plans(cluster: &Cluster) -> f64 {
+    Scrape::of(cluster.http()).value("tercet_plans_written_total")
+}
+
+/// A worker that comes is planned for once ...
+const PLANS_FOR_A_COMER: f64 = 1.0;
+/// ... and one that is killed and comes back when it is lost and when it is back.
+const PLANS_FOR_A_DEATH: f64 = 2.0;
 
 /// Ends a worker in order and starts another process in its place; the new one.
 fn replace(cluster: &Cluster, worker: &mut Process, id: &str) -> Process {
@@ -35,11 +46,11 @@ fn every_worker_counts_however_they_come() {
     let mut cluster = Cluster::start_flags(bundled_store(), 1, "", QUICK);
     let alone = [vec!["worker-0".to_owned()]];
     assert_eq!(placed(&cluster), BTreeSet::from(alone));
-    let mut late = Vec::new();
+    let mut workers = vec![cluster.take_worker(0)];
     let expected = undisturbed(&cluster);
     let found = streaming(&mut cluster, &expected, |cluster| {
         for count in 2..=4 {
-            late.push(cluster.start_worker(&format!("worker-{}", count - 1)));
+            workers.push(cluster.start_worker(&format!("worker-{}", count - 1)));
             wait_until_placed(cluster, "the late worker to serve", |placed| {
                 workers_placed(placed) == count
             });
@@ -47,9 +58,13 @@ fn every_worker_counts_however_they_come() {
     });
     assert_unharmed("three workers join one by one", &found);
 
+    let mut allowed = 4.0 * PLANS_FOR_A_COMER;
+    let written = plans(&cluster);
+    assert!((1.0..=allowed).contains(&written), "{written} plans for four who came");
+
     // Each dies without a word, and comes back.
-    for (index, worker) in late.iter_mut().enumerate() {
-        let id = format!("worker-{}", index + 1);
+    for (index, worker) in workers.iter_mut().enumerate() {
+        let id = format!("worker-{index}");
         worker.kill();
         wait_until_placed(&cluster, "the others to serve without it", |placed| {
             !placed.iter().flatten().any(|other| *other == id) && workers_placed(placed) == 3
@@ -57,11 +72,15 @@ fn every_worker_counts_however_they_come() {
         *worker = cluster.start_worker(&id);
         wait_until_placed(&cluster, "it to serve again", |placed| workers_placed(placed) == 4);
         assert_eq!(stream(&cluster, index).unwrap().text, expected[index]);
+        allowed += PLANS_FOR_A_DEATH;
+        let written = plans(&cluster);
+        assert!(written <= allowed, "{written} plans when {id} had died, not {allowed}");
     }
     let epoch = newest_epoch(&cluster);
     // At rest: what is well is left alone.
     assert_eq!(undisturbed(&cluster), expected);
     assert_eq!(newest_epoch(&cluster), epoch);
+    assert!(plans(&cluster) <= allowed, "{} plans", plans(&cluster));
 }
 
 #[test]

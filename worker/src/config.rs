@@ -194,7 +194,7 @@ impl Config {
             listen("metrics", "http", http, self.insecure)?;
         }
         match &self.advertise {
-            None if self.listen.ip().is_unspecified() => {
+            None if self.listen.ip().to_canonical().is_unspecified() => {
                 Err(ConfigError::Advertise { listen: self.listen })
             }
             _ => Ok(()),

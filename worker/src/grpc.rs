@@ -183,6 +183,7 @@ impl Stage for StageService {
             isa: identity.engine.backend.isa().into(),
             version: env!("CARGO_PKG_VERSION").into(),
             held: description.stages.iter().map(encode_held).collect(),
+            prepared_bytes: description.prepared_bytes,
         }))
     }
 

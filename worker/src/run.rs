@@ -286,7 +286,7 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
                 match store.manifest().has_digest() {
                     // Of the rest each stage is verified when it is prepared: of a model that no
                     // single machine holds, a worker reads what it serves.
-                    true => verify::stage(&store, &measured_layers(&store), true)?,
+                    true => verify::stage(&store, &measured_layers(&store), true, |_| {})?,
                     false => verify::all(&store)?,
                 }
                 measure_steps(&store, &engine).map_err(RunError::Measure)?

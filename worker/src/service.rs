@@ -2,7 +2,7 @@
 //! each step to the stage that it is for. Decisions are those of [`Epochs`].
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,8 +26,8 @@ use tokio_util::sync::CancellationToken;
 use crate::bridge::{EngineFailure, EngineHandle, IN_FLIGHT_MAX};
 use crate::callers::Caller;
 use crate::engine::{
-    Engine, EngineConfig, EngineError, StageModel, kv_bytes, stage_weight_bytes, weight_copies,
-    working_bytes,
+    Engine, EngineConfig, EngineError, StageModel, WeightMemory, kv_bytes, stage_weight_bytes,
+    weight_copies, working_bytes,
 };
 use crate::error::ServiceError;
 use crate::executor::Executor;
@@ -98,6 +98,8 @@ pub(crate) struct Description {
     pub(crate) stages: Vec<HeldStage>,
     /// Executed since the process started.
     pub(crate) steps: u64,
+    /// Bytes of weights that were hashed and read into memory for stages since then.
+    pub(crate) prepared_bytes: u64,
 }
 
 /// What became of a `Prepare`.
@@ -182,6 +184,8 @@ pub(crate) struct Service {
     preparing: tokio::sync::Mutex<Option<Build>>,
     /// [`PREPARES_WAITING`].
     prepares: Semaphore,
+    /// See [`Description::prepared_bytes`].
+    prepared_bytes: Arc<AtomicU64>,
     reserve: Arc<Reserve>,
     failures: mpsc::Sender<EngineFailure>,
     pace: Arc<Pace>,
@@ -212,6 +216,7 @@ impl Service {
             held: Mutex::new(Held { epochs, running: Vec::new() }),
             preparing: tokio::sync::Mutex::default(),
             prepares: Semaphore::new(PREPARES_WAITING),
+            prepared_bytes: Arc::default(),
             failures,
             pace: Arc::default(),
             closing,
@@ -502,6 +507,7 @@ impl Service {
     ) -> Result<Build, ServiceError> {
         let store = self.store(shape.model)?.clone();
         let failures = self.failures.clone();
+        let prepared_bytes = self.prepared_bytes.clone();
         let (of, charge) = (shape.clone(), Arc::new(charge));
         let profile = self.identity.stub;
         let threads = config.threads;
@@ -527,11 +533,16 @@ impl Service {
                 });
             }
             let has_head = shape.draws || shape.layers.end == store.config().layers;
-            verify::stage(&store, &shape.layers, has_head).map_err(EngineError::Store)?;
+            let read = |bytes| _ = prepared_bytes.fetch_add(bytes, Ordering::Relaxed);
+            verify::stage(&store, &shape.layers, has_head, read).map_err(EngineError::Store)?;
             let model = match shape.draws {
                 true => StageModel::open_to_draw(&store, shape.layers.clone())?,
                 false => StageModel::open(&store, shape.layers.clone())?,
             };
+            if config.placement.weights == WeightMemory::Map {
+                // The engine does it too, and then finds them there; here it is told how far it is.
+                model.populate(read);
+            }
             let weight_bytes = model.weight_bytes().saturating_mul(weight_copies(&config));
             let kv_bytes = shape.kv_bytes(&store);
             let engine = Engine::new(model, config)?;
@@ -668,6 +679,7 @@ impl Service {
             held: held.epochs.held().cloned(),
             stages: held.stages(),
             steps: self.pace.steps(),
+            prepared_bytes: self.prepared_bytes.load(Ordering::Relaxed),
         }
     }
 

@@ -20,15 +20,23 @@ pub(crate) fn all(store: &Store) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// What a stage of these layers computes with, as [`Store::verify_stage`]. Says nothing if all of it was
-/// known to be right.
+/// What a stage of these layers computes with, as [`Store::verify_stage`]; `read` hears of every piece how
+/// many bytes it has. Says nothing if all of it was known to be right.
 ///
 /// # Errors
 ///
 /// The first file that is wrong.
-pub(crate) fn stage(store: &Store, layers: &Range<u32>, has_head: bool) -> Result<(), StoreError> {
+pub(crate) fn stage(
+    store: &Store,
+    layers: &Range<u32>,
+    has_head: bool,
+    mut read: impl FnMut(u64),
+) -> Result<(), StoreError> {
     let mut report = Report::begin(store);
-    store.verify_stage(layers, has_head, |now| report.progress(now))?;
+    store.verify_stage(layers, has_head, |now| {
+        read(now.done.saturating_sub(report.read_bytes));
+        report.progress(now);
+    })?;
     report.end();
     Ok(())
 }

@@ -54,8 +54,8 @@ impl Operator {
         Ok(convert::decode_status(self.answer(answer)?))
     }
 
-    /// Orders a worker to be used no more, or with `cancel` again, and tells how far that is. Without an
-    /// incarnation the process that is there now is meant.
+    /// Orders a worker to be used no more, with `force` also where nobody can take its place, and tells
+    /// how far that is. Without an incarnation the process that is there now is meant.
     ///
     /// # Errors
     ///
@@ -64,11 +64,25 @@ impl Operator {
         &self,
         worker: &str,
         incarnation: Option<Incarnation>,
-        cancel: bool,
+        force: bool,
     ) -> Result<Drained, ClientError> {
         let (cluster_id, worker) = (self.cluster_id.clone(), worker.to_owned());
-        let order = Drain { cluster_id, worker, incarnation, cancel };
-        let order = within(ANSWER_TIMEOUT, convert::encode_drain(&order));
+        self.order(&Drain { cluster_id, worker, incarnation, cancel: false, force }).await
+    }
+
+    /// Orders that a worker may be used again, and tells how it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`drain`](Self::drain), and if it is told to end already.
+    pub async fn cancel_drain(&self, worker: &str) -> Result<Drained, ClientError> {
+        let (cluster_id, worker) = (self.cluster_id.clone(), worker.to_owned());
+        let incarnation = None;
+        self.order(&Drain { cluster_id, worker, incarnation, cancel: true, force: false }).await
+    }
+
+    async fn order(&self, order: &Drain) -> Result<Drained, ClientError> {
+        let order = within(ANSWER_TIMEOUT, convert::encode_drain(order));
         let answer = self.client.clone().drain(order).await;
         convert::decode_drained(self.answer(answer)?)
             .map_err(|source| ClientError::Wire { endpoint: self.endpoint.clone(), source })

@@ -6,14 +6,15 @@ mod probe;
 mod racks;
 mod standing;
 
-pub(super) use class::Candidate;
+pub(super) use class::{Candidate, Majority};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::Incarnation;
-use proto::plan::{StagePlan, WorkerRecord};
+use proto::plan::{DrainOrder, StagePlan, WorkerRecord};
 
+use super::Loss;
 use super::types::{Action, Target};
 use crate::tick::Tick;
 use probe::{PROBE_INTERVAL, Probe};
@@ -33,6 +34,8 @@ const INFER_EVERY: Duration = Duration::from_secs(1);
 pub(super) struct Fleet {
     by_id: BTreeMap<String, Member>,
     flaps: FlapHistories,
+    /// Orders of earlier reigns, as the plan that was read says; `None` before one was in this reign.
+    recalled: Option<Orders>,
     /// Whose leases ended unexpectedly within [`VANISH_WINDOW`], or since the freeze, and when.
     vanished: BTreeMap<String, Tick>,
     frozen_until: Option<Tick>,
@@ -54,12 +57,34 @@ pub(super) struct Member {
     /// Its key is there. A stage is remembered without: a lease is a hint.
     pub(super) has_lease: bool,
     /// A person wants this process start used no more.
-    drain_ordered: bool,
+    order: Option<Order>,
     /// It was told to end for that.
     dismissed: Option<Dismissed>,
     /// Why this process start is not planned until it answers a probe.
     pub(super) suspect: Option<String>,
     probe: Probe,
+}
+
+/// How a worker is to be drained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Order {
+    /// Also where nobody can take its place.
+    force: bool,
+}
+
+/// By worker, for which process start.
+type Orders = BTreeMap<String, (Incarnation, Order)>;
+
+/// Whom plans may count on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Reserve {
+    /// Those that nothing is said against.
+    #[default]
+    Untouched,
+    /// Also those that are kept out because they were lost too often: no plan is possible without.
+    Flapping,
+    /// Also those that are to go once they can be spared: nothing serves.
+    All,
 }
 
 /// A worker that was told to end.
@@ -83,7 +108,22 @@ impl Member {
 
     /// It finishes what it has and takes nothing new.
     pub(super) fn is_draining(&self) -> bool {
-        self.record.draining || self.drain_ordered
+        self.record.draining || self.order.is_some()
+    }
+
+    /// Whether it ends, with or without what is planned for it.
+    fn ends(&self) -> bool {
+        self.record.draining || self.is_forced()
+    }
+
+    fn is_forced(&self) -> bool {
+        self.order.is_some_and(|order| order.force)
+    }
+
+    /// Whether it takes something new, if plans count on `reserve`.
+    fn is_willing(&self, reserve: Reserve) -> bool {
+        let stays = reserve == Reserve::All && !self.ends() && self.dismissed.is_none();
+        stays || !self.is_draining()
     }
 }
 
@@ -112,7 +152,7 @@ impl Fleet {
                 self.flaps.started_again(&record.id);
                 let member = Member {
                     has_lease: true,
-                    drain_ordered: false,
+                    order: self.recalled.as_ref().and_then(|orders| order_of(orders, &record)),
                     dismissed: None,
                     suspect: None,
                     probe: Probe::new(now),
@@ -122,9 +162,9 @@ impl Fleet {
                 true
             }
         };
-        let here = self.by_id.values().filter(|member| member.has_lease).count();
-        if self.vanished.len() <= here {
-            self.frozen_until = None;
+        if self.is_frozen() {
+            let here = self.by_id.values().filter(|member| member.has_lease).count();
+            self.frozen_until = self.frozen_until.filter(|_| self.vanished.len() > here);
         }
         is_new
     }
@@ -170,35 +210,82 @@ impl Fleet {
         self.frozen_until.is_some()
     }
 
-    /// A person wants a worker used no more, or used again, unless it was told to end meanwhile.
-    /// Whether that is news.
-    pub(super) fn order_drain(&mut self, now: Tick, id: &str, drain: bool) -> bool {
+    /// A person wants a worker used no more (with `force` also where nobody can take its place), or used
+    /// again, unless it was told to end meanwhile. Whether that is news.
+    pub(super) fn order_drain(&mut self, now: Tick, id: &str, drain: bool, force: bool) -> bool {
         let Some(member) = self.by_id.get_mut(id) else { return false };
-        if member.drain_ordered == drain || member.dismissed.is_some() {
+        // Who wants it to go in any case is not contradicted by who only wants it to go.
+        let force = force || member.is_forced();
+        let order = drain.then_some(Order { force });
+        if member.order == order || member.dismissed.is_some() {
             return false;
         }
-        member.drain_ordered = drain;
+        member.order = order;
         self.last_change = now;
         true
     }
 
-    /// Orders are those of a reign: who leads next may have been told otherwise.
+    /// Whoever leads next reads what was ordered.
     pub(super) fn forget_orders(&mut self) {
+        self.recalled = None;
         for member in self.by_id.values_mut() {
-            (member.drain_ordered, member.dismissed) = (false, None);
+            (member.order, member.dismissed) = (None, None);
         }
     }
 
-    /// Who is drained by order and has nothing left to do: told to end, and told again.
+    /// The plan was read: what was ordered in earlier reigns stands, for the process starts that were
+    /// meant. The first reading of a reign counts; what is ordered after it is newer.
+    pub(super) fn recall_orders(&mut self, now: Tick, orders: &[DrainOrder]) {
+        if self.recalled.is_some() {
+            return;
+        }
+        let orders = by_worker(orders);
+        for member in self.by_id.values_mut() {
+            if let Some(order) = order_of(&orders, &member.record) {
+                member.order = Some(order);
+                self.last_change = now;
+            }
+        }
+        self.recalled = Some(orders);
+    }
+
+    /// What is ordered, by worker.
+    pub(super) fn orders(&self) -> Vec<DrainOrder> {
+        let ordered = self.by_id.values().filter_map(|member| {
+            let Order { force } = member.order?;
+            let WorkerRecord { id, incarnation, .. } = &member.record;
+            Some(DrainOrder { worker: id.clone(), incarnation: *incarnation, force })
+        });
+        ordered.collect()
+    }
+
+    /// Whether these orders are those that stand, as far as they are about who is here.
+    pub(super) fn are_orders(&self, written: &[DrainOrder]) -> bool {
+        let written = by_worker(written);
+        self.by_id.values().all(|member| order_of(&written, &member.record) == member.order)
+    }
+
+    /// Whether whoever leads next knows of a worker's order, or needs not to.
+    pub(super) fn is_order_kept(&self, id: &str, written: &[DrainOrder]) -> bool {
+        let written = by_worker(written);
+        self.by_id.get(id).is_none_or(|member| {
+            member.record.draining || order_of(&written, &member.record) == member.order
+        })
+    }
+
+    /// Who is drained by order and has nothing left to do: told to end, and told again. While somebody
+    /// `is_missed` only those that go in any case: the others may be needed once more.
     pub(super) fn dismissals(
         &mut self,
         now: Tick,
+        is_missed: bool,
         has_stage: impl Fn(&str) -> bool,
     ) -> Vec<Target> {
         let mut targets = Vec::new();
         for (id, member) in &mut self.by_id {
             let is_due = member.dismissed.as_ref().is_none_or(|dismissed| now >= dismissed.again);
-            let may_end = member.drain_ordered && member.has_lease && !has_stage(id);
+            let order = member.order.filter(|order| order.force || !is_missed);
+            let may_end = order.is_some() && member.has_lease && !has_stage(id);
             // One that drains by itself ends by itself.
             if !may_end || !is_due || member.record.draining {
                 continue;
@@ -281,9 +368,14 @@ impl Fleet {
         self.by_id.get(id).is_some_and(Member::is_draining)
     }
 
-    /// Whether it ends by itself, with or without what is planned for it.
+    /// Whether it ends, with or without what is planned for it.
     pub(super) fn ends(&self, id: &str) -> bool {
-        self.by_id.get(id).is_some_and(|member| member.record.draining)
+        self.by_id.get(id).is_some_and(Member::ends)
+    }
+
+    /// Whether a person wants that, and at once.
+    pub(super) fn is_forced(&self, id: &str) -> bool {
+        self.by_id.get(id).is_some_and(Member::is_forced)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Member> {
@@ -357,7 +449,13 @@ impl Fleet {
     // ---- losses and refusals
 
     /// Its stage was given up. The text of an alarm if it happens too often.
-    pub(super) fn evicted(&mut self, now: Tick, stage: &StagePlan, why: &str) -> Option<String> {
+    pub(super) fn evicted(
+        &mut self,
+        now: Tick,
+        stage: &StagePlan,
+        loss: Loss,
+        why: &str,
+    ) -> Option<String> {
         self.last_change = now;
         if let Some(member) = self.by_id.get_mut(&stage.worker)
             && member.record.incarnation == stage.incarnation
@@ -365,7 +463,7 @@ impl Fleet {
             member.suspect = Some(why.to_owned());
             member.probe.at(now + PROBE_INTERVAL);
         }
-        self.flaps.lost(now, &stage.worker, why)
+        self.flaps.lost(now, &stage.worker, loss, why)
     }
 
     /// It could not take its stage.
@@ -384,18 +482,34 @@ impl Fleet {
         self.by_id.keys().any(|id| self.flaps.has_refused(now, id))
     }
 
-    /// Whether the stage's process start may be given something to do.
-    pub(super) fn is_usable(&self, now: Tick, stage: &StagePlan) -> bool {
+    /// Whether the stage's process start may be given something to do, if plans count on `reserve`.
+    pub(super) fn is_usable(&self, now: Tick, stage: &StagePlan, reserve: Reserve) -> bool {
         self.by_id.get(&stage.worker).is_some_and(|member| {
-            member.record.incarnation == stage.incarnation && self.is_free(now, member)
+            member.record.incarnation == stage.incarnation && self.is_free(now, member, reserve)
         })
     }
 
-    /// Whether a worker may be planned with.
-    fn is_free(&self, now: Tick, member: &Member) -> bool {
+    /// Whether a worker may be planned with, if plans count on `reserve`.
+    fn is_free(&self, now: Tick, member: &Member, reserve: Reserve) -> bool {
+        let id = &member.record.id;
         member.has_lease
-            && !member.is_draining()
             && member.suspect.is_none()
-            && self.kept_out(now, &member.record.id).is_none()
+            && !self.flaps.has_refused(now, id)
+            && member.is_willing(reserve)
+            && !self.flaps.is_quarantined(now, id, reserve != Reserve::Untouched)
     }
+}
+
+fn by_worker(orders: &[DrainOrder]) -> Orders {
+    let of = |order: &DrainOrder| {
+        let DrainOrder { worker, incarnation, force } = order.clone();
+        (worker, (incarnation, Order { force }))
+    };
+    orders.iter().map(of).collect()
+}
+
+/// What of these orders is about the process start of a record.
+fn order_of(orders: &Orders, record: &WorkerRecord) -> Option<Order> {
+    let (incarnation, order) = orders.get(&record.id)?;
+    (*incarnation == record.incarnation).then_some(*order)
 }

@@ -358,6 +358,7 @@ fn same_plan(a: &Plan, b: &Plan) -> bool {
         let pipelines = plan.pipelines.iter();
         (
             plan.term,
+            plan.drains.clone(),
             pipelines
                 .map(|p| (p.at(), p.model, p.kv_type, p.class, p.stages.clone(), p.kv_blocks))
                 .collect::<Vec<_>>(),

@@ -8,9 +8,9 @@ use proto::operator::Planned;
 use proto::plan::{PLAN_FORMAT, PipelinePlan, Plan, StagePlan};
 use proto::status::{WaitCause, Waiting};
 
-use super::fleet::Candidate;
+use super::fleet::{Candidate, Reserve};
 use super::pipelines::Pipeline;
-use super::types::{Action, Ticket};
+use super::types::{Action, Options, Ticket};
 use super::{BACKOFF_FIRST, Cluster, Loss, STABLE, backoff, waits};
 use crate::planner::{self, Deployment, Incumbent, PlanError, Prediction, Problem, Stage};
 use crate::tick::Tick;
@@ -43,6 +43,10 @@ const GIVE_WAY_AFTER: Duration = Duration::from_secs(10);
 
 /// Who ended so is waited for that long: a restart, and the reading of a large model.
 const EXPECTED_BACK: Duration = Duration::from_secs(60);
+
+/// Said of a plan for which those were not enough that nothing is said against.
+const IN_NEED: &str = "no plan is possible without workers that are kept out, or that are to go once they \
+                       can be spared";
 
 /// Why a plan is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +94,11 @@ pub(super) struct Planning {
     requested: Option<Request>,
     /// What came of the last question to the planner.
     outcome: Planned,
+    /// What is being written changes nothing but the orders beside the plan.
+    pub(super) writes_orders: bool,
+    /// How often in a row that was not written, and when it is tried again.
+    orders_failures: u32,
+    orders_not_before: Tick,
     /// The registry has no plan, and something serves.
     pub(super) is_missing: bool,
     /// The fleet that the last decision was made for.
@@ -101,6 +110,9 @@ pub(super) struct Planning {
     drift_since: Option<Tick>,
     /// Why no plan was possible, by the last decision.
     infeasible: Option<Waiting>,
+    /// Of those that nothing is said against, no plan was possible: as long as it is these, others are
+    /// counted on too.
+    short: Option<Basis>,
     /// Since when somebody ends without whom none is.
     cannot_spare_since: Option<Tick>,
     /// Until when one who ended so is expected back.
@@ -119,6 +131,7 @@ struct Asked {
     since: Tick,
     cause: Cause,
     basis: Basis,
+    reserve: Reserve,
     incumbents: Vec<PipelineId>,
     /// Pipelines that the answer does not touch.
     fixed: BTreeSet<PipelineRef>,
@@ -169,19 +182,30 @@ impl Basis {
     /// Of the same fleet: by how much the speed that changed most did, if it counts.
     fn drift(&self, now: &Self) -> Option<Drift> {
         let drifts = self.candidates.iter().zip(&now.candidates).filter_map(|(before, now)| {
-            let (slow, fast) =
-                (before.layer_ns().max(now.layer_ns()), before.layer_ns().min(now.layer_ns()));
-            let (slow, fast) = (u128::from(slow) * 100, u128::from(fast));
-            if slow >= fast * u128::from(100 * LARGE_DRIFT) {
-                return Some(Drift::Large);
-            }
-            (slow > fast * u128::from(100 + DRIFT_PERCENT)).then_some(Drift::Small)
+            now.times_since(before)
+                .filter_map(|(before_ns, now_ns)| between(before_ns, now_ns))
+                .max()
         });
         drifts.max()
     }
 }
 
+/// How much a time changed, if it counts.
+fn between(before_ns: u64, now_ns: u64) -> Option<Drift> {
+    let (slow, fast) = (before_ns.max(now_ns), before_ns.min(now_ns));
+    let (slow, fast) = (u128::from(slow) * 100, u128::from(fast));
+    if slow >= fast * u128::from(100 * LARGE_DRIFT) {
+        return Some(Drift::Large);
+    }
+    (slow > fast * u128::from(100 + DRIFT_PERCENT)).then_some(Drift::Small)
+}
+
 impl Planning {
+    /// Whom plans may count on that are on their way.
+    pub(super) fn reserve(&self) -> Reserve {
+        if self.short.is_some() { Reserve::All } else { Reserve::Untouched }
+    }
+
     fn decide(&mut self, basis: Basis, in_part: bool) {
         self.decided = Some(basis);
         self.decided_in_part = in_part;
@@ -199,6 +223,16 @@ impl Planning {
         self.not_before = now + backoff(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.decided = None;
+    }
+
+    /// Orders were to be written beside the plan, and were or were not.
+    pub(super) fn wrote_orders(&mut self, now: Tick, is_written: bool) {
+        self.writes_orders = false;
+        self.orders_not_before = match is_written {
+            true => Tick::ZERO,
+            false => now + backoff(self.orders_failures),
+        };
+        self.orders_failures = if is_written { 0 } else { self.orders_failures.saturating_add(1) };
     }
 
     /// A pipeline was lost. One that was young, or that broke while its workers answer, counts as a
@@ -254,6 +288,7 @@ impl Planning {
     /// this reign may never have been written.
     pub(super) fn end_reign(&mut self) {
         (self.asked, self.requested, self.decided) = (None, None, None);
+        self.writes_orders = false;
     }
 
     /// Whether a plan is wanted or being made.
@@ -292,16 +327,42 @@ impl Cluster {
         {
             return;
         }
-        let (class, candidates) =
-            self.fleet.candidates(now, self.options.model, self.options.kv_type);
-        let basis = Basis { class, candidates };
+        let (basis, reserve) = self.basis(now);
         let Some(cause) = self.cause(now, &basis) else { return };
         // Who leaves, or asks, has nothing to do with what breaks.
         let waits_for_breaks = !matches!(cause, Cause::Requested | Cause::Draining);
         if now < self.planning.not_before || waits_for_breaks && now < self.planning.broken_until {
             return;
         }
-        self.ask_planner(now, cause, basis, actions);
+        self.ask_planner(now, cause, (basis, reserve), actions);
+    }
+
+    /// What a plan is made of now. Those who are kept out, or to go, are counted on only where no plan is
+    /// possible without.
+    fn basis(&mut self, now: Tick) -> (Basis, Reserve) {
+        let untouched = self.basis_with(now, Reserve::Untouched);
+        match &self.planning.short {
+            Some(short) if short.is_same_fleet(&untouched) => {
+                let reserve = self.reserve();
+                (self.basis_with(now, reserve), reserve)
+            }
+            _ => {
+                self.planning.short = None;
+                (untouched, Reserve::Untouched)
+            }
+        }
+    }
+
+    fn basis_with(&self, now: Tick, reserve: Reserve) -> Basis {
+        let Options { model, kv_type, .. } = self.options;
+        let (class, candidates) = self.fleet.candidates(now, model, kv_type, reserve);
+        Basis { class, candidates }
+    }
+
+    /// Whom may be counted on where no plan is possible else. Who is to go once it can be spared cannot
+    /// be while nothing serves; while something does it is that which goes on.
+    fn reserve(&self) -> Reserve {
+        if self.pipelines.is_empty() { Reserve::All } else { Reserve::Flapping }
     }
 
     fn cause(&mut self, now: Tick, basis: &Basis) -> Option<Cause> {
@@ -385,7 +446,13 @@ impl Cluster {
         stages.any(|stage| self.fleet.is_draining(&stage.worker))
     }
 
-    fn ask_planner(&mut self, now: Tick, cause: Cause, basis: Basis, actions: &mut Vec<Action>) {
+    fn ask_planner(
+        &mut self,
+        now: Tick,
+        cause: Cause,
+        (basis, reserve): (Basis, Reserve),
+        actions: &mut Vec<Action>,
+    ) {
         let may = |id: &str| basis.candidates.iter().any(|member| member.spec.id == id);
         // What serves with a worker that nothing new is given to now stays as it is.
         let stays = |pipeline: &&Pipeline| {
@@ -440,7 +507,8 @@ impl Cluster {
         let incumbents = incumbents.iter().map(|plan| plan.id).collect();
         let ticket = self.ledger.ticket();
         actions.push(Action::Deploy { ticket, problem: Box::new(problem) });
-        self.planning.asked = Some(Asked { ticket, since: now, cause, basis, incumbents, fixed });
+        self.planning.asked =
+            Some(Asked { ticket, since: now, cause, basis, reserve, incumbents, fixed });
     }
 
     /// The planner answered.
@@ -456,10 +524,13 @@ impl Cluster {
         };
         self.planning.change_since = None;
         self.planning.drift_since = None;
-        let deployment = match result {
+        let mut deployment = match result {
             Ok(deployment) => deployment,
             Err(error) => return self.cannot_plan(now, asked, &error, actions),
         };
+        if asked.reserve != Reserve::Untouched {
+            deployment.reason = format!("{}; {IN_NEED}", deployment.reason);
+        }
         let Some(composed) = self.compose(now, &asked, &deployment) else {
             // The world moved on while the planner worked.
             return self.planning.failed(now);
@@ -551,7 +622,8 @@ impl Cluster {
         };
         self.planning.cause = Some(cause);
         let reason = self.planning.reason.clone();
-        let plan = Plan { format: PLAN_FORMAT, term, pipelines, reason };
+        let drains = self.fleet.orders();
+        let plan = Plan { format: PLAN_FORMAT, term, pipelines, reason, drains };
         self.ledger.write(now, plan, actions);
     }
 
@@ -562,6 +634,17 @@ impl Cluster {
         error: &PlanError,
         actions: &mut Vec<Action>,
     ) {
+        // Beside something that serves on nobody is missed.
+        if asked.fixed.is_empty() && self.planning.short.is_none() {
+            // From now on others are counted on too, also those who come later.
+            self.planning.short = Some(asked.basis.clone());
+            let more = self.basis_with(now, self.reserve());
+            if more.candidates.len() > asked.basis.candidates.len() {
+                // It is asked again at once.
+                self.planning.decided = None;
+                return;
+            }
+        }
         let cause = match error {
             // Whoever was refused is left out, and that is why the rest do not suffice.
             _ if self.fleet.somebody_refused(now) => WaitCause::Refused,
@@ -576,8 +659,8 @@ impl Cluster {
         self.planning.infeasible = Some(Waiting { cause, detail });
     }
 
-    /// Whoever ends by itself may, also where no plan is possible without it: its pipelines stop in order,
-    /// and what runs on them waits for somebody to go on with.
+    /// Whoever ends by itself may, also where no plan is possible without it, and whoever is to go in any
+    /// case: its pipelines stop in order, and what runs on them waits for somebody to go on with.
     pub(super) fn give_way(&mut self, now: Tick, actions: &mut Vec<Action>) {
         let ends = |pipeline: &&Pipeline| {
             let mut stages = pipeline.placed.plan.stages.iter();
@@ -593,7 +676,10 @@ impl Cluster {
             return;
         }
         let since = *self.planning.cannot_spare_since.get_or_insert(now);
-        if now.since(since) < GIVE_WAY_AFTER || !self.may_retire() {
+        let has_waited = now.since(since) >= GIVE_WAY_AFTER;
+        let goes = |at: &PipelineRef| has_waited || self.is_forced(at.id);
+        let stuck: Vec<_> = stuck.into_iter().filter(goes).collect();
+        if stuck.is_empty() || !self.may_retire() {
             return;
         }
         for at in stuck {
@@ -604,6 +690,30 @@ impl Cluster {
         self.planning.lost = true;
         self.planning.decided = None;
         self.planning.expected_back = Some(now + EXPECTED_BACK);
+    }
+
+    /// Whether a person wants a worker of it to go in any case. Who says so waits for nobody.
+    fn is_forced(&self, pipeline: PipelineId) -> bool {
+        let stages = self.pipelines.get(&pipeline).map(|pipeline| &pipeline.placed.plan.stages);
+        stages.into_iter().flatten().any(|stage| self.fleet.is_forced(&stage.worker))
+    }
+
+    /// Writes what is ordered of workers beside the plan as it is, if it is not there: whoever leads next
+    /// reads it. A plan that is on its way brings it anyway.
+    pub(super) fn keep_orders(&mut self, now: Tick, actions: &mut Vec<Action>) {
+        let Some((term, _)) = self.ledger.ready() else { return };
+        let is_open = self.planning.asked.is_some() || self.planning.is_missing || !self.listed;
+        if is_open || now < self.planning.orders_not_before {
+            return;
+        }
+        let plan = self.ledger.plan();
+        if self.fleet.are_orders(plan.map_or(&[][..], |plan| &plan.drains)) {
+            return;
+        }
+        let plan = plan.cloned().unwrap_or_default();
+        self.planning.writes_orders = true;
+        let plan = Plan { format: PLAN_FORMAT, term, drains: self.fleet.orders(), ..plan };
+        self.ledger.write(now, plan, actions);
     }
 
     /// Whether somebody who ended in order is expected back.
@@ -653,7 +763,7 @@ impl Cluster {
             let stages: Option<Vec<StagePlan>> =
                 assignment.stages.iter().map(|stage| self.fleet.place(stage)).collect();
             let stages = stages?;
-            if !stages.iter().all(|stage| self.fleet.is_usable(now, stage)) {
+            if !stages.iter().all(|stage| self.fleet.is_usable(now, stage, asked.reserve)) {
                 return None;
             }
             let kept = self.pipelines.values().map(|pipeline| &pipeline.placed.plan).find(|plan| {
@@ -706,8 +816,8 @@ impl Cluster {
 
     /// What the planner would be asked if a person wanted a plan of everybody now.
     pub fn question(&self) -> Problem {
-        let (_, candidates) =
-            self.fleet.candidates(self.now, self.options.model, self.options.kv_type);
+        let Options { model, kv_type, .. } = self.options;
+        let (_, candidates) = self.fleet.candidates(self.now, model, kv_type, Reserve::Untouched);
         let serving = self.pipelines.values().map(|pipeline| &pipeline.placed.plan);
         Problem {
             model: self.options.costs,

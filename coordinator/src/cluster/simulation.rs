@@ -32,7 +32,8 @@ fn arb_fault() -> impl Strategy<Value = Fault> {
         2 => any::<usize>().prop_map(Fault::Usurp),
         1 => any::<usize>().prop_map(Fault::Relist),
         1 => any::<usize>().prop_map(Fault::PlanNow),
-        2 => any::<(usize, bool)>().prop_map(|(which, drain)| Fault::Order(which, drain)),
+        2 => any::<(usize, bool, bool)>()
+            .prop_map(|(which, drain, force)| Fault::Order(which, drain, force)),
         1 => Just(Fault::DeletePlan),
     ]
 }
@@ -124,6 +125,61 @@ proptest! {
         for at in served {
             prop_assert!(world.served().contains(&at), "{at} was touched");
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+
+    #[test]
+    fn nobody_waits_for_a_worker_that_flaps_and_cannot_be_spared(
+        nodes in proptest::collection::vec(1usize..3, 1..4), times in 1usize..6, which: usize,
+        pause_ms in 100u64..20_000,
+    ) {
+        let step = Duration::from_millis(250);
+        let mut world = World::new(&nodes, Some(nodes.len() as u32), 1);
+        world.lead(0);
+        world.list_all();
+        world.run(Duration::from_secs(30), step);
+        for _ in 0..times {
+            world.apply(Fault::Kill(which));
+            world.run(Duration::from_millis(pause_ms), step);
+            world.apply(Fault::Restart(which));
+            // What it takes to plan again what was young when it was lost.
+            world.run(Duration::from_secs(15), step);
+            prop_assert!(world.leader_serves(), "{:?}", world.reasons());
+        }
+        let writes = world.writes();
+        world.run(Duration::from_secs(120), step);
+        prop_assert_eq!(world.writes(), writes, "and nothing changes when its time is over");
+    }
+
+    #[test]
+    fn an_order_to_drain_is_carried_out_whoever_leads(
+        nodes in proptest::collection::vec(2usize..3, 1..6), stages in proptest::option::of(1u32..3),
+        which: usize, force: bool, wait_ms in 0u64..3000, takes_over: bool,
+    ) {
+        let step = Duration::from_millis(100);
+        let mut world = World::new(&nodes, stages, 2);
+        world.supervise();
+        world.lead(0);
+        world.list_all();
+        world.run(Duration::from_secs(30), step);
+        let which = which % nodes.len();
+        let before = world.starts(which);
+        world.apply(Fault::Order(2 * which, true, force));
+        // Until it is in the registry; after that whoever leads knows of it.
+        world.run(Duration::from_millis(100 + wait_ms), step);
+        if takes_over {
+            world.lead(1);
+        }
+        world.run(Duration::from_secs(30), step);
+        let is_spared = nodes.len() as u32 > stages.unwrap_or(1) || !world.possible();
+        prop_assert_eq!(world.starts(which) > before, is_spared || force, "{:?}", world.reasons());
+        if world.possible() {
+            prop_assert!(world.leader_serves(), "{:?}", world.reasons());
+        }
+        world.check_memory();
     }
 }
 

@@ -437,28 +437,81 @@ fn a_restarted_worker_is_another_and_serves_again() {
     assert!(matches!(actions.last(), Some(Action::Serve { .. })), "{actions:?}");
 }
 
-#[test]
-fn a_worker_that_flaps_is_kept_out() {
-    let mut script = Script::new(Some(3), workers(3));
-    for incarnation in 2..4 {
+/// A worker is lost three times and comes back each time; what was done about the last.
+fn flaps(script: &mut Script) -> Vec<Action> {
+    for incarnation in 2..5 {
         script.pass(20_000);
         script.take();
-        script.kill(script.at(1), 1);
+        let at = script.cluster.pipelines.values().find(|pipeline| pipeline.uses("w1"));
+        let (at, stage) = at
+            .and_then(|pipeline| Some((pipeline.at(), pipeline.placed.stage_of("w1")?.0)))
+            .expect("it serves again");
+        script.kill(at, stage);
         script.tell(Event::WorkerPut(record(1, incarnation)));
-        assert_eq!(script.serves().len(), 1);
     }
-    script.pass(20_000);
-    script.kill(script.at(1), 1);
-    script.tell(Event::WorkerPut(record(1, 4)));
     let actions = script.take();
     assert!(
         actions.iter().any(|a| matches!(a, Action::Alarm { text } if text.contains("3 times")))
     );
-    assert_eq!(script.states()[1], "w1 suspect");
+    actions
+}
+
+#[test]
+fn a_worker_that_flaps_is_kept_out_while_others_serve() {
+    let mut script = Script::new(None, workers(2));
+    flaps(&mut script);
+    assert_eq!(script.states(), ["w0 active", "w1 suspect"]);
     script.pass(59_000);
     assert_eq!(script.serves(), []);
     script.pass(1000);
     assert_eq!(script.serves().len(), 1);
+}
+
+#[test]
+fn a_worker_that_flaps_and_cannot_be_spared_serves() {
+    let mut script = Script::new(Some(3), workers(3));
+    let actions = flaps(&mut script);
+    assert!(actions.iter().any(|a| matches!(a, Action::Serve { .. })), "{actions:?}");
+    assert_eq!(script.states(), ["w0 active", "w1 active", "w2 active"]);
+    assert!(script.reason().contains("no plan is possible without"), "{}", script.reason());
+    // When it is free of that nothing changes, and who could take its place is planned for as ever.
+    let plans = script.plans.len();
+    script.pass(100_000);
+    assert_eq!((script.serves(), script.plans.len()), (vec![], plans));
+
+    // One that could not take its stage is not given it because of that.
+    let mut script = Script::new(Some(3), workers(3));
+    flaps(&mut script);
+    script.slow.insert("w1".to_owned());
+    script.kill(script.at(1), 1);
+    script.tell(Event::WorkerPut(record(1, 9)));
+    script.pass(11_000);
+    script.take();
+    let new = at(1, script.revision);
+    let (failure, detail) = (Failure::Refused, "no such model".to_owned());
+    script.tell(Event::PrepareFailed { at: new, stage: 1, failure, detail });
+    script.pass(4_000);
+    assert_eq!((script.serves(), script.states()[1].as_str()), (vec![], "w1 suspect"));
+}
+
+/// What is measured for steps of more rows than before says nothing of those that were measured before.
+#[test]
+fn times_of_other_numbers_of_rows_are_no_other_speed() {
+    let pinned = Options { pipelines: Some(1), ..options(Some(1)) };
+    let asked_after = |change: &dyn Fn(&mut Vec<proto::plan::StepTime>)| {
+        let mut script = Script::with(pinned.clone(), workers(1), Found::Nothing);
+        script.pass(20_000);
+        let mut other = record(0, 1);
+        change(&mut other.models[0].steps);
+        let before = script.cluster.ledger.ticket().0;
+        script.tell(Event::WorkerPut(other));
+        script.pass(100_000);
+        script.cluster.ledger.ticket().0 - before - 1
+    };
+    let more = proto::plan::StepTime { rows: 64, layer_ns: 400, head_ns: 400 };
+    assert_eq!(asked_after(&|steps| steps.push(more)), 0, "more rows take more time");
+    assert_eq!(asked_after(&|steps| steps.truncate(1)), 0);
+    assert_eq!(asked_after(&|steps| steps[0].layer_ns *= 2), 1, "single rows take twice as long");
 }
 
 #[test]

@@ -20,13 +20,13 @@ use proto::plan::PipelinePlan;
 use super::backoff;
 use super::observed::{Observed, Shape};
 use super::pipelines::{Lane, Pipeline, Placed};
-use super::types::Failure;
+use super::types::{Failure, PREPARE_LIMIT};
 use crate::tick::Tick;
 
 /// Tries of one `Prepare` or `Activate` before its worker counts as unable ...
 pub(super) const START_TRIES: u32 = 4;
-/// ... and how long one may go without an answer: mapping and first touch of a large KV cache.
-const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// ... and how much longer than it may take one may go without an answer: whoever carried it is gone.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a worker without memory for its new stage waits until it can be told to leave its old
 /// one: longer than the registry has for an answer.
@@ -51,6 +51,16 @@ pub(super) enum Phase {
     /// The old lanes were told to pause.
     Pausing,
     Activating,
+}
+
+impl Phase {
+    /// A stage that is asked has answered by then, or nobody carries its answer.
+    fn answered_within(self) -> Duration {
+        match self {
+            Self::Preparing => PREPARE_LIMIT + ANSWER_TIMEOUT,
+            Self::Pausing | Self::Activating => ANSWER_TIMEOUT,
+        }
+    }
 }
 
 /// A pipeline that is to serve.
@@ -153,7 +163,7 @@ impl Switch {
             for (stage, start) in (0..).zip(&starting.starts) {
                 let worker = &starting.placed.plan.stages[stage as usize].worker;
                 match start.state {
-                    StartState::Asked(since) if now.since(since) > START_TIMEOUT => {
+                    StartState::Asked(since) if now.since(since) > self.phase.answered_within() => {
                         return Next::Silent(at, stage);
                     }
                     StartState::Due(from) if now >= from => {
@@ -362,5 +372,23 @@ pub(super) fn check_class(planned: NumericsClass, found: NumericsClass) -> Resul
             found.to_string(),
             planned.to_string()
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_says_how_long_a_prepare_may_take() {
+        let documentation = include_str!("../../../docs/scheduling.md");
+        let minutes = PREPARE_LIMIT.as_secs() / 60;
+        let said = format!("One `Prepare` may take {minutes} minutes");
+        assert!(documentation.contains(&said), "{said}");
+        assert!(documentation.contains(&format!("and is tried {START_TRIES} times")));
+        assert!(
+            Phase::Preparing.answered_within() > PREPARE_LIMIT,
+            "whoever carries it says so first"
+        );
     }
 }

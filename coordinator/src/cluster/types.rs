@@ -239,6 +239,15 @@ pub enum Event {
         /// The stage's message.
         detail: String,
     },
+    /// What a stage computed cannot be of the model.
+    Strange {
+        /// Of the pipeline.
+        at: PipelineRef,
+        /// Index of the stage that drew it.
+        stage: u32,
+        /// What came.
+        detail: String,
+    },
     /// A step has been on its way for too long.
     StepOverdue {
         /// Of the pipeline.
@@ -279,6 +288,8 @@ pub enum Event {
         worker: String,
         /// Used no more.
         drain: bool,
+        /// Also where nobody can take its place: what runs on it waits until it is back.
+        force: bool,
     },
     /// Answer to [`Action::Dismiss`].
     Dismissed {
@@ -421,6 +432,10 @@ pub enum Action {
 
 /// How long a probe may take.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long one [`Action::Prepare`] may take as long as its worker gets further: 180 GB from a disk that
+/// gives 100 MB/s.
+pub const PREPARE_LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// Whether requests are served. The one answer that clients, status and log are given.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,26 +1,47 @@
-//! What people see of the cluster.
+//! What people see of the cluster. In one go over all workers: a status of many is asked for often.
+
+use std::collections::BTreeSet;
 
 use proto::operator::{DrainState, Drained};
 use proto::plan::{PipelinePlan, StagePlan};
 use proto::status::{PipelineStatus, PlanStatus, StageStatus, WaitCause, Waiting, WorkerStatus};
 
-use super::fleet::Member;
+use super::fleet::{Majority, Member};
 use super::pipelines::Pipeline;
-use super::transition::Phase;
+use super::transition::{Phase, Switch};
 use super::types::{Availability, ClusterView};
 use super::{Cluster, STARTUP, waits};
 use crate::tick::Tick;
 
+#[cfg(test)]
+std::thread_local! {
+    /// Members and stages that were looked at by this thread, to tell what a status costs.
+    static LOOKED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// A member or a stage is looked at.
+#[cfg(test)]
+pub(super) fn looked() {
+    LOOKED.with(|looked| looked.set(looked.get() + 1));
+}
+
+/// What is said of every worker, looked up once for all.
+struct Looks<'a> {
+    /// Who has a stage that is needed there, or is to get one.
+    placed: BTreeSet<&'a str>,
+    standard: Majority,
+}
+
 impl Cluster {
     /// What people see.
     pub fn view(&self) -> ClusterView {
-        let now = self.now;
+        let looks = self.looks();
         let class = self.serving().next().map(|pipeline| pipeline.placed.class());
         ClusterView {
             term: self.ledger.term(),
             class,
             serving: class.is_some(),
-            workers: self.fleet.iter().map(|member| self.worker(now, member)).collect(),
+            workers: self.fleet.iter().map(|member| self.worker(member, &looks)).collect(),
             plan: self.plan_status(),
         }
     }
@@ -44,8 +65,10 @@ impl Cluster {
             (true, Some(_)) => DrainState::Moving,
             (true, None) => DrainState::Ending,
         };
-        let detail = self.worker(self.now, member).detail;
-        Some(Drained { incarnation: member.record.incarnation, state, detail })
+        let detail = self.worker(member, &self.looks()).detail;
+        let written = self.ledger.plan().map_or(&[][..], |plan| &plan.drains);
+        let kept = self.fleet.is_order_kept(worker, written);
+        Some(Drained { kept, incarnation: member.record.incarnation, state, detail })
     }
 
     fn serving(&self) -> impl Iterator<Item = &Pipeline> {
@@ -149,9 +172,26 @@ impl Cluster {
         PlanStatus { pipelines, reason }
     }
 
-    fn worker(&self, now: Tick, member: &Member) -> WorkerStatus {
-        let record = &member.record;
-        let is_stage = self.stages_of(&record.id).next().is_some();
+    fn looks(&self) -> Looks<'_> {
+        let serving = self.pipelines.values().flat_map(|pipeline| {
+            let workers = pipeline.placed.plan.stages.iter().map(|stage| &*stage.worker);
+            workers.filter(|worker| !pipeline.released.contains(*worker))
+        });
+        let starting = self.switches.iter().flat_map(Switch::workers).map(String::as_str);
+        let looks = |worker| {
+            #[cfg(test)]
+            looked();
+            worker
+        };
+        Looks {
+            placed: serving.chain(starting).map(looks).collect(),
+            standard: self.fleet.standard(self.options.model),
+        }
+    }
+
+    fn worker(&self, member: &Member, looks: &Looks<'_>) -> WorkerStatus {
+        let (now, record) = (self.now, &member.record);
+        let is_stage = looks.placed.contains(&*record.id);
         let (state, detail) = if member.is_draining() {
             let detail = match (is_stage, self.infeasible()) {
                 (true, Some(waiting)) => format!("it still has a stage: {}", waiting.detail),
@@ -167,7 +207,7 @@ impl Cluster {
             ("active", String::new())
         } else if let Some(why) = self.fleet.kept_out(now, &record.id) {
             ("suspect", why.to_owned())
-        } else if let Some(why) = self.fleet.unfit(record, self.options.model) {
+        } else if let Some(why) = self.fleet.unfit(record, self.options.model, looks.standard) {
             ("unfit", why)
         } else {
             let why = self.planning.left_out.get(&record.id);
@@ -205,6 +245,48 @@ impl Cluster {
             stages: plan.stages.iter().map(stage).collect(),
             predicted_tokens_per_s: plan.predicted_tokens_per_s,
             ..PipelineStatus::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simulation::{options, place, record};
+    use super::super::{Action, Event, Found};
+    use super::*;
+    use crate::cluster::Options;
+
+    /// A cluster of so many workers that serve alone, as far as it is planned.
+    fn planned(workers: usize) -> Cluster {
+        let mut cluster = Cluster::new(Options { stages: Some(1), ..options(None) });
+        let now = Tick::ZERO;
+        let records = (0..workers).map(|i| record(i, 1)).collect();
+        let mut actions = cluster.handle(now, Event::Reset(records));
+        actions.extend(cluster.handle(now, Event::TermGained(proto::ids::Term(1))));
+        while let Some(action) = actions.pop() {
+            let event = match action {
+                Action::ReadPlan { ticket } => Event::PlanRead { ticket, found: Found::Nothing },
+                Action::Deploy { ticket, problem } => {
+                    Event::Deployed { ticket, result: place(&problem) }
+                }
+                Action::WritePlan { ticket, .. } => Event::PlanWritten { ticket, revision: 2 },
+                _ => continue,
+            };
+            actions.extend(cluster.handle(now, event));
+        }
+        cluster
+    }
+
+    #[test]
+    fn a_status_looks_at_each_worker_a_few_times_however_many_there_are() {
+        for workers in [10, 100, 1000] {
+            let cluster = planned(workers);
+            LOOKED.with(|looked| looked.set(0));
+            let view = cluster.view();
+            assert_eq!((view.workers.len(), view.plan.pipelines.len()), (workers, workers));
+            let looked = LOOKED.with(std::cell::Cell::get);
+            // Its vote for the class, and its stage.
+            assert!((workers..=2 * workers).contains(&looked), "{looked} looks at {workers}");
         }
     }
 }

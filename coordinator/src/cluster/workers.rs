@@ -40,12 +40,12 @@ impl Cluster {
         let (id, incarnation) = (record.id.clone(), record.incarnation);
         if self.fleet.put(now, record) {
             self.planning.worker_came();
+            // The process that held a stage is no more, whatever its streams say.
+            if self.stages_of(&id).any(|stage| stage.incarnation != incarnation) {
+                self.worker_lost(now, &id, "it was started again", actions);
+            }
         }
-        // The process that held a stage is no more, whatever its streams say.
-        if self.stages_of(&id).any(|stage| stage.incarnation != incarnation) {
-            self.worker_lost(now, &id, "it was started again", actions);
-        }
-        if self.fleet.is_draining(&id) {
+        if self.fleet.ends(&id) {
             self.drain_starting(now, &id, actions);
         }
     }
@@ -111,6 +111,24 @@ impl Cluster {
         }
     }
 
+    /// A stage gave what the model cannot give. Its pipeline ends, and others are planned with first.
+    pub(super) fn computes_wrongly(
+        &mut self,
+        now: Tick,
+        at: PipelineRef,
+        stage: u32,
+        detail: &str,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(pipeline) = self.pipeline(at).filter(|pipeline| pipeline.serves()) else { return };
+        let Some(stage) = pipeline.placed.plan.stages.get(stage as usize).cloned() else { return };
+        let why = format!("it gave what the model cannot give: {detail}");
+        let reason = format!("worker {} failed: {why}", stage.worker);
+        let alarm = self.fleet.evicted(now, &stage, Loss::Broken, &why);
+        actions.extend(alarm.map(|text| Action::Alarm { text }));
+        self.fail_pipeline(now, at.id, Loss::Broken, reason, actions);
+    }
+
     /// A worker's process is dead: so are the pipelines that it had a stage of.
     pub(super) fn worker_lost(
         &mut self,
@@ -120,7 +138,7 @@ impl Cluster {
         actions: &mut Vec<Action>,
     ) {
         let Some(stage) = self.stages_of(worker).next().cloned() else { return };
-        let alarm = self.fleet.evicted(now, &stage, why);
+        let alarm = self.fleet.evicted(now, &stage, Loss::Gone, why);
         actions.extend(alarm.map(|text| Action::Alarm { text }));
         let needing = self.pipelines.values().filter(|pipeline| pipeline.needs(worker));
         let using = needing.filter_map(|pipeline| {

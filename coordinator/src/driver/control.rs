@@ -8,9 +8,10 @@ use node::membership::{Leadership, Membership, MembershipError, Watch};
 use proto::ids::{Incarnation, PipelineId, SequenceId, Term};
 use proto::key::CoordinatorKey;
 use proto::keys::Keys;
+use proto::plan::WorkerRecord;
 use proto::status::Waiting;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -83,6 +84,8 @@ pub(crate) struct Driver {
     pub(super) lanes: Lanes,
     lane_events: mpsc::Receiver<LaneEvent>,
     pub(super) workers: Watch,
+    /// The list of workers that is being read; what the registry says after it waits.
+    pub(super) listing: Option<JoinHandle<Vec<WorkerRecord>>>,
     pub(super) cluster_ids: Watch,
     pub(super) history: History,
     pub(super) leadership: Option<Leadership>,
@@ -137,6 +140,7 @@ impl Driver {
             limits: config.limits,
             started,
             first_token: config.first_token,
+            vocab: config.vocab,
             totals: Arc::clone(&totals),
         };
         let runtime = config.lanes.clone();
@@ -161,6 +165,7 @@ impl Driver {
             lanes,
             lane_events,
             workers,
+            listing: None,
             cluster_ids,
             history: History::default(),
             leadership: None,
@@ -208,7 +213,8 @@ impl Driver {
             tokio::select! {
                 () = stop.cancelled(), if self.stopped_at.is_none() => self.begin_to_stop(),
                 Some(command) = self.commands.recv() => self.obey(command),
-                event = self.workers.next() => self.on_registry(event),
+                event = self.workers.next(), if self.listing.is_none() => self.on_registry(event),
+                records = read(&mut self.listing) => self.on_listed(records),
                 event = self.cluster_ids.next() => self.on_cluster_id(&event),
                 Some(event) = self.lane_events.recv() => self.on_lane(event),
                 end = self.lanes.joined() => on_end(end),
@@ -375,6 +381,7 @@ impl Driver {
                 cluster::Event::StreamBroken { at, stage, detail }
             }
             LaneSays::Fenced { detail } => cluster::Event::Fenced { at, detail },
+            LaneSays::Strange { stage, detail } => cluster::Event::Strange { at, stage, detail },
             LaneSays::StepOverdue => cluster::Event::StepOverdue { at },
             LaneSays::Flowing => cluster::Event::ResultsFlowing { at },
         };
@@ -533,12 +540,22 @@ impl Driver {
 }
 
 /// A task of ours ended. Its panic is a bug here: the process ends, and another leads.
-fn on_end(end: Result<(), JoinError>) {
+pub(super) fn on_end(end: Result<(), JoinError>) {
     if let Err(error) = end {
         match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(error) => tracing::debug!(%error, "a task was aborted"),
         }
+    }
+}
+
+/// Waits for a list that may not be there.
+async fn read(
+    listing: &mut Option<JoinHandle<Vec<WorkerRecord>>>,
+) -> Result<Vec<WorkerRecord>, JoinError> {
+    match listing {
+        Some(listing) => listing.await,
+        None => std::future::pending().await,
     }
 }
 

@@ -126,6 +126,11 @@ pub(super) enum LaneSays {
     Fenced {
         detail: String,
     },
+    /// What a stage computed cannot be of the model.
+    Strange {
+        stage: u32,
+        detail: String,
+    },
     StepOverdue,
     /// Results came since that was last said.
     Flowing,
@@ -156,6 +161,8 @@ pub(super) struct LaneConfig {
     pub(super) started: Instant,
     /// What a probe goes on from.
     pub(super) first_token: u32,
+    /// Token ids are below.
+    pub(super) vocab: u32,
     pub(super) totals: Arc<Totals>,
 }
 
@@ -213,7 +220,8 @@ impl Lane {
             at,
             class: served.class,
             scheduler: PipelineScheduler::new(config.limits, served.shape),
-            path: Path::new(served.shape, served.stages, ends.slot, wire, link_sender),
+            path: Path::new(served.shape, served.stages, ends.slot, wire, link_sender)
+                .with_vocab(config.vocab),
             clients: Clients::new(Arc::clone(&config.totals)),
             config,
             ends,
@@ -415,6 +423,9 @@ impl Lane {
             // Said once, and nothing goes on before somebody has heard it.
             path::Heard::Broken { stage, detail } => {
                 self.say(LaneSays::StreamBroken { stage, detail });
+            }
+            path::Heard::Strange { stage, detail } => {
+                self.mention(LaneSays::Strange { stage, detail });
             }
             path::Heard::Fenced { detail } => self.mention(LaneSays::Fenced { detail }),
         }

@@ -66,9 +66,11 @@ impl Driver {
     /// Takes an order about a worker, and tells how far it is. The same order again changes nothing.
     pub(super) fn drain(&mut self, order: &Drain) -> Result<Drained, OrderError> {
         self.may_order(&order.cluster_id)?;
-        let Drain { worker, incarnation: meant, cancel, .. } = order;
-        let gone =
-            |incarnation| Drained { incarnation, state: DrainState::Gone, detail: String::new() };
+        let Drain { worker, incarnation: meant, cancel, force, .. } = order;
+        let gone = |incarnation| {
+            let (state, detail) = (DrainState::Gone, String::new());
+            Drained { incarnation, state, detail, kept: true }
+        };
         let before = self.cluster.drained(worker);
         let there = before.as_ref().map(|drained| drained.incarnation);
         match (there, *meant) {
@@ -80,9 +82,10 @@ impl Driver {
             _ => {}
         }
         if *cancel || before.is_some_and(|drained| drained.state == DrainState::InUse) {
-            tracing::info!(worker, cancel, "an operator orders a drain");
+            tracing::info!(worker, cancel, force, "an operator orders a drain");
         }
-        let event = cluster::Event::DrainWorker { worker: worker.clone(), drain: !cancel };
+        let (drain, force) = (!cancel, *force && !cancel);
+        let event = cluster::Event::DrainWorker { worker: worker.clone(), drain, force };
         self.tell_cluster(event);
         let drained = self.cluster.drained(worker);
         let drained = drained.or_else(|| there.map(gone)).ok_or(OrderError::Stopping)?;

@@ -10,8 +10,9 @@ use proto::ids::Term;
 use proto::key::LeaderRecord;
 use proto::keys::Keys;
 use proto::plan::{LEADER_FORMAT, Plan, WorkerRecord, is_successor};
+use tokio::task::JoinError;
 
-use super::control::{Driver, Outcome};
+use super::control::{Driver, Outcome, on_end};
 use super::history::Watched;
 use crate::cluster::{self, Found, Ticket};
 use crate::tick::Tick;
@@ -128,8 +129,14 @@ impl Driver {
         self.hear_registry(Watched::Workers, &event);
         let event = match event {
             RegistryEvent::Reset(snapshot) => {
-                let record = |entry| record(&self.keys, entry);
-                cluster::Event::Reset(snapshot.entries.iter().filter_map(record).collect())
+                // Megabytes of many workers: not on a thread that others wait for.
+                let keys = self.keys.clone();
+                let read = move || {
+                    let records = snapshot.entries.iter().filter_map(|entry| record(&keys, entry));
+                    records.collect()
+                };
+                self.listing = Some(tokio::task::spawn_blocking(read));
+                return;
             }
             RegistryEvent::Put(entry) => match record(&self.keys, &entry) {
                 Some(record) => cluster::Event::WorkerPut(record),
@@ -139,6 +146,15 @@ impl Driver {
             RegistryEvent::Delete { key, .. } => return self.on_gone(&key),
         };
         self.tell_cluster(event);
+    }
+
+    /// The list of workers is read: what changed since then is heard from now on.
+    pub(super) fn on_listed(&mut self, records: Result<Vec<WorkerRecord>, JoinError>) {
+        self.listing = None;
+        match records {
+            Ok(records) => self.tell_cluster(cluster::Event::Reset(records)),
+            Err(error) => on_end(Err(error)),
+        }
     }
 
     fn on_gone(&mut self, key: &str) {
@@ -189,6 +205,7 @@ impl Driver {
             let outcome = membership.write_if_leader(&leader, term.0, &key, previous, value).await;
             Outcome::Event(match outcome {
                 Ok(WriteOutcome::Written(revision)) => {
+                    crate::metrics::plan_written();
                     cluster::Event::PlanWritten { ticket, revision }
                 }
                 Ok(WriteOutcome::Conflict) => cluster::Event::PlanConflict { ticket },
@@ -321,6 +338,10 @@ mod tests {
             ("address", json!("host")),
             ("address", json!("\u{1b}[2J:1")),
             ("address", json!(":1")),
+            ("address", json!("0.0.0.0:7071")),
+            ("address", json!("[::]:7071")),
+            ("address", json!("[::ffff:0.0.0.0]:7071")),
+            ("address", json!("host:0")),
             ("models", json!(7)),
         ] {
             let mut other = whole.clone();

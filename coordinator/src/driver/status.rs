@@ -1,6 +1,6 @@
 //! What the driver says of itself.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -54,12 +54,13 @@ impl Driver {
     /// The whole as it is now; who serves fills in what it knows of the model.
     pub(super) fn status(&self) -> ClusterStatus {
         let mut view = self.cluster.view();
+        // The first of equal ones, as they are shown.
+        let pipelines = view.plan.pipelines.iter_mut().rev();
+        let mut by_epoch: BTreeMap<_, _> =
+            pipelines.map(|shown| ((shown.id, shown.epoch), shown)).collect();
         for report in self.lanes.reports() {
             let at = report.at;
-            let is_it =
-                |p: &&mut proto::status::PipelineStatus| (p.id, p.epoch) == (at.id.0, at.epoch.0);
-            let shown = view.plan.pipelines.iter_mut().find(is_it);
-            let Some(shown) = shown else { continue };
+            let Some(shown) = by_epoch.get_mut(&(at.id.0, at.epoch.0)) else { continue };
             (shown.steps, shown.on_way_ms) = (report.trips.steps, report.trips.on_way_ms);
             shown.budget = report.budget;
             for (stage, means) in shown.stages.iter_mut().zip(&report.stages) {

@@ -107,12 +107,21 @@ pub(super) struct MetricsQuery {
 }
 
 /// Prometheus's text; with `?compat=vllm` also under vLLM's names.
-pub(super) async fn metrics_page(AskedQuery(query): AskedQuery<MetricsQuery>) -> impl IntoResponse {
-    let mut text = node::metrics::render();
-    if query.compat.as_deref() == Some("vllm") {
-        text.push_str(&vllm_aliases(&text));
+pub(super) async fn metrics_page(AskedQuery(query): AskedQuery<MetricsQuery>) -> Response {
+    let is_for_vllm = query.compat.as_deref() == Some("vllm");
+    let with_aliases = move |mut text: String| {
+        if is_for_vllm {
+            text.push_str(&vllm_aliases(&text));
+        }
+        text
+    };
+    match node::metrics::page(with_aliases).await {
+        Ok(text) => ([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "metrics were not written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
     }
-    ([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], text)
 }
 
 /// Counts a request that was refused, at the one place that every response passes, and notes when
@@ -263,6 +272,7 @@ mod tests {
         crate::metrics::refused("invalid_request", "http", "completions", second);
         crate::metrics::failed("lost");
         crate::metrics::cancelled();
+        crate::metrics::plan_written();
         let text = node::metrics::render();
         let whole = format!("{text}{}", vllm_aliases(&text));
         let types = check(&whole);

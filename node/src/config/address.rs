@@ -220,7 +220,7 @@ impl FromStr for HostPort {
     /// An address that others are told: one that means "everywhere" tells them nothing.
     fn from_str(text: &str) -> Result<Self, AddressError> {
         let address = Self::read(text, None, HOST_PORT)?;
-        if address.host.parse().is_ok_and(|ip: IpAddr| ip.is_unspecified()) {
+        if address.host.parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_unspecified()) {
             let wrong = "is no address that others can connect to";
             return Err(AddressError::new(text, wrong, HOST_PORT));
         }

@@ -14,6 +14,7 @@ pub fn encode_drain(drain: &Drain) -> pb::DrainRequest {
         worker: drain.worker.clone(),
         incarnation: drain.incarnation.map_or_else(Bytes::new, |own| own.0.to_vec().into()),
         cancel: drain.cancel,
+        force: drain.force,
     }
 }
 
@@ -31,6 +32,7 @@ pub fn decode_drain(drain: pb::DrainRequest) -> Result<Drain, WireError> {
             false => Some(Incarnation::try_from(&drain.incarnation[..])?),
         },
         cancel: drain.cancel,
+        force: drain.force,
     })
 }
 
@@ -46,6 +48,7 @@ pub fn encode_drained(drained: &Drained) -> pb::DrainResponse {
         incarnation: drained.incarnation.0.to_vec().into(),
         state: state.into(),
         detail: clipped(drained.detail.clone(), limits::DETAIL_BYTES),
+        kept: drained.kept,
     }
 }
 
@@ -67,7 +70,7 @@ pub fn decode_drained(drained: pb::DrainResponse) -> Result<Drained, WireError> 
     };
     let incarnation = Incarnation::try_from(&drained.incarnation[..])?;
     let detail = clipped(drained.detail, limits::DETAIL_BYTES);
-    Ok(Drained { incarnation, state, detail })
+    Ok(Drained { incarnation, state, detail, kept: drained.kept })
 }
 
 /// What came of planning, as it goes over the wire.
@@ -102,12 +105,16 @@ mod tests {
     fn orders_and_answers_survive_the_wire() {
         for incarnation in [None, Some(Incarnation([7; 16]))] {
             let (cluster_id, worker) = ("c".to_owned(), "w".to_owned());
-            let order = Drain { cluster_id, worker, incarnation, cancel: true };
-            assert_eq!(decode_drain(encode_drain(&order)), Ok(order));
+            for (cancel, force) in [(true, false), (false, true)] {
+                let (cluster_id, worker) = (cluster_id.clone(), worker.clone());
+                let order = Drain { cluster_id, worker, incarnation, cancel, force };
+                assert_eq!(decode_drain(encode_drain(&order)), Ok(order));
+            }
         }
         for state in [DrainState::Moving, DrainState::Ending, DrainState::Gone, DrainState::InUse] {
             let (incarnation, detail) = (Incarnation([7; 16]), "why".to_owned());
-            let drained = Drained { incarnation, state, detail };
+            let kept = state == DrainState::Moving;
+            let drained = Drained { incarnation, state, detail, kept };
             assert_eq!(decode_drained(encode_drained(&drained)), Ok(drained));
         }
         let planned = Planned {
@@ -131,8 +138,8 @@ mod tests {
         };
         assert!(matches!(decode_drain(drain(&long, b"")), Err(WireError::TooLarge { .. })));
         assert!(matches!(decode_drain(drain("w", b"short")), Err(WireError::Id(_))));
-        let unknown =
-            pb::DrainResponse { incarnation: vec![7; 16].into(), state: 99, detail: String::new() };
+        let incarnation = vec![7; 16].into();
+        let unknown = pb::DrainResponse { incarnation, state: 99, ..pb::DrainResponse::default() };
         assert!(matches!(decode_drained(unknown), Err(WireError::Invalid { .. })));
     }
 }

@@ -586,6 +586,7 @@ pub fn decode_description(response: pb::DescribeResponse) -> Result<Description,
         worker: bounded_text("worker", response.worker, limits::NAME_BYTES)?,
         incarnation: Incarnation::try_from(&response.incarnation[..])?,
         held: response.held.into_iter().map(decode_held).collect::<Result<_, _>>()?,
+        prepared_bytes: response.prepared_bytes,
     })
 }
 

@@ -413,13 +413,19 @@ fn what_a_worker_holds_survives_the_wire_and_nonsense_is_refused() {
         worker: "w".into(),
         incarnation: Bytes::from_static(&[9; 16]),
         held,
+        prepared_bytes: 7 << 40,
         ..Default::default()
     };
     let encoded: Vec<_> = held.iter().map(encode_held).collect();
     let decoded = decode_description(response(encoded.clone())).unwrap();
     assert_eq!(
         decoded,
-        Description { worker: "w".into(), incarnation: Incarnation([9; 16]), held }
+        Description {
+            worker: "w".into(),
+            incarnation: Incarnation([9; 16]),
+            held,
+            prepared_bytes: 7 << 40,
+        }
     );
     assert_eq!(decode_description(response(Vec::new())).unwrap().held, [], "an older worker");
     type Spoil = fn(&mut pb::HeldStage);

@@ -127,6 +127,23 @@ fn plan(format: u32) -> Plan {
                 },
             ],
             reason: "2 pipelines".to_owned(),
+            ..Plan::default()
+        },
+        2 => Plan {
+            format: 2,
+            drains: vec![
+                DrainOrder {
+                    worker: "rack3-7071".to_owned(),
+                    incarnation: INCARNATION.parse().unwrap(),
+                    force: false,
+                },
+                DrainOrder {
+                    worker: "rack2-7071".to_owned(),
+                    incarnation: BACKWARDS.parse().unwrap(),
+                    force: true,
+                },
+            ],
+            ..plan(1)
         },
         _ => panic!("say here what the plan of format {format} is"),
     }
@@ -297,8 +314,17 @@ fn any_plan() -> impl Strategy<Value = Plan> {
         // Of few digits: JSON may change the last bit of others.
         predicted_tokens_per_s: f64::from(n.6 >> 8) / 8.0,
     });
-    (any::<(u32, u64, String)>(), vec(pipeline, 0..4)).prop_map(
-        |((format, term, reason), pipelines)| Plan { format, term: Term(term), pipelines, reason },
+    let order = any::<(String, [u8; 16], bool)>().prop_map(|(worker, incarnation, force)| {
+        DrainOrder { worker, incarnation: Incarnation(incarnation), force }
+    });
+    (any::<(u32, u64, String)>(), vec(pipeline, 0..4), vec(order, 0..4)).prop_map(
+        |((format, term, reason), pipelines, drains)| Plan {
+            format,
+            term: Term(term),
+            pipelines,
+            reason,
+            drains,
+        },
     )
 }
 

@@ -38,7 +38,7 @@ pub(super) fn place(
 ) -> Result<Vec<StageModel>, EngineError> {
     let models = match config.placement.weights {
         WeightMemory::Map => {
-            model.populate();
+            model.populate(|_| {});
             vec![model]
         }
         WeightMemory::Copy => {

@@ -88,11 +88,22 @@ impl StageModel {
     }
 
     /// Reads the weights that every step reads into memory now, if they are not there. Of an embedding a
-    /// step reads some rows: it is left to be read when they are wanted.
-    pub(super) fn populate(&self) {
-        self.shards.iter().for_each(LayerShard::populate);
-        self.screen.iter().for_each(ScreenShard::populate);
-        self.end.iter().for_each(|(_, head)| head.populate());
+    /// step reads some rows: it is left to be read when they are wanted. `read` hears of every file how many
+    /// bytes it has.
+    pub(crate) fn populate(&self, mut read: impl FnMut(u64)) {
+        let mut is_read = |file: &WeightFile| read(file.bytes().len() as u64);
+        for shard in &self.shards {
+            shard.populate();
+            is_read(shard.file());
+        }
+        if let Some(screen) = &self.screen {
+            screen.populate();
+            is_read(screen.file());
+        }
+        if let Some((_, head)) = &self.end {
+            head.populate();
+            is_read(head.file());
+        }
     }
 
     /// Keeps all weights in memory, whatever else wants it.

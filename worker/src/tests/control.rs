@@ -21,7 +21,10 @@ async fn a_worker_goes_from_standby_to_active_and_back() {
     let class = NumericsClass::form(model_id(), KvType::F16, KERNEL_REVISION, KnownAnswer([7; 32]));
     assert_eq!(prepared.numerics_class, class.0.to_vec());
     assert!(prepared.weight_bytes > 0 && prepared.kv_bytes > 0);
-    assert_eq!(worker.describe().await.state, "prepared");
+    let held = worker.describe().await;
+    assert_eq!(held.state, "prepared");
+    // Hashed and read: that is how far it was while it prepared.
+    assert!(standby.prepared_bytes == 0 && held.prepared_bytes >= prepared.weight_bytes);
     worker.activate(&prepare).await.unwrap();
     worker.activate(&prepare).await.expect("saying so twice changes nothing");
     let active = worker.describe().await;

@@ -6,7 +6,7 @@ use proto::ids::{Incarnation, KnownAnswer, ModelId, NumericsClass};
 use proto::plan::{KvType, StagePlan, WorkerModel, WorkerRecord};
 
 use super::super::types::Options;
-use super::{Fleet, Member};
+use super::{Fleet, Member, Reserve};
 use crate::planner::{Stage, WorkerSpec};
 use crate::scheduler::{Line, StepCost};
 use crate::tick::Tick;
@@ -25,24 +25,37 @@ pub(in super::super) struct Candidate {
 }
 
 impl Candidate {
-    /// The time of one layer in the largest step that was measured: what tells speeds apart.
-    pub(in super::super) fn layer_ns(&self) -> u64 {
-        self.spec.steps.last().map_or(0, |step| step.layer_ns)
+    /// The times of one layer in steps of so many rows, before and now, for each number of rows that was
+    /// measured both times: what tells speeds apart.
+    pub(in super::super) fn times_since<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = (u64, u64)> + 'a {
+        self.spec.steps.iter().filter_map(|now| {
+            let mut steps = before.spec.steps.iter();
+            let then = steps.find(|then| then.rows == now.rows)?;
+            Some((then.layer_ns, now.layer_ns))
+        })
     }
 }
 
+/// The kernels that most workers share, looked up once for all who are compared with them.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Majority(Option<Kernels>);
+
 impl Fleet {
-    /// The workers that pipelines may be made of now, and their class.
+    /// The workers that pipelines may be made of now, if plans count on `reserve`, and their class.
     pub(in super::super) fn candidates(
         &self,
         now: Tick,
         model: ModelId,
         kv_type: KvType,
+        reserve: Reserve,
     ) -> (NumericsClass, Vec<Candidate>) {
-        let majority = self.majority(model);
+        let majority = self.majority(model, reserve);
         let (revision, answer) = majority.unwrap_or((0, KnownAnswer([0; 32])));
         let fits = |member: &&Member| {
-            self.is_free(now, member) && Some(kernels(&member.record)) == majority
+            self.is_free(now, member, reserve) && Some(kernels(&member.record)) == majority
         };
         let candidate = |member: &Member| {
             let record = &member.record;
@@ -114,12 +127,14 @@ impl Fleet {
 
     /// The kernels that most workers with the model share; of equal numbers the newest revision.
     /// Those that leave or are believed dead have no vote: they will compute nothing more.
-    fn majority(&self, model: ModelId) -> Option<Kernels> {
+    fn majority(&self, model: ModelId, reserve: Reserve) -> Option<Kernels> {
         let votes = |member: &&Member| {
-            member.has_lease && !member.is_draining() && member.suspect.is_none()
+            member.has_lease && member.is_willing(reserve) && member.suspect.is_none()
         };
         let mut counts: BTreeMap<Kernels, usize> = BTreeMap::new();
         for member in self.by_id.values().filter(votes) {
+            #[cfg(test)]
+            super::super::view::looked();
             if self.serves(&member.record, model).is_some() {
                 *counts.entry(kernels(&member.record)).or_default() += 1;
             }
@@ -130,8 +145,18 @@ impl Fleet {
             .map(|(kernels, _)| kernels)
     }
 
+    /// What [`Self::unfit`] compares workers with.
+    pub(in super::super) fn standard(&self, model: ModelId) -> Majority {
+        Majority(self.majority(model, Reserve::Untouched))
+    }
+
     /// Why a worker can never be part of this model's pipelines as it is.
-    pub(in super::super) fn unfit(&self, record: &WorkerRecord, model: ModelId) -> Option<String> {
+    pub(in super::super) fn unfit(
+        &self,
+        record: &WorkerRecord,
+        model: ModelId,
+        standard: Majority,
+    ) -> Option<String> {
         if self.is_refused_stub(record) {
             let why = "it computes nothing (--stub-compute), and this coordinator was not started with \
                        --allow-stub-compute";
@@ -145,7 +170,7 @@ impl Fleet {
             };
             return Some(why.to_owned());
         }
-        let majority = self.majority(model)?;
+        let majority = standard.0?;
         (kernels(record) != majority).then(|| {
             format!(
                 "it computes with kernel revision {} and known answer {:.8}, most others with {} and {:.8}",
@@ -160,6 +185,7 @@ impl Fleet {
     /// The planner's message, and who was left out and why.
     pub(in super::super) fn explain(&self, now: Tick, options: &Options, reason: &str) -> String {
         let mut left_out = BTreeSet::new();
+        let standard = self.standard(options.model);
         for member in self.by_id.values() {
             let id = &member.record.id;
             let why = if member.is_draining() {
@@ -171,7 +197,7 @@ impl Fleet {
             } else if let Some(why) = self.kept_out(now, id) {
                 Some(why.to_owned())
             } else {
-                self.unfit(&member.record, options.model)
+                self.unfit(&member.record, options.model, standard)
             };
             left_out.extend(why.map(|why| format!("{id}: {why}")));
         }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use super::super::Loss;
 use crate::tick::Tick;
 
 /// A worker that was lost so often ...
@@ -27,21 +28,25 @@ struct FlapHistory {
     losses: VecDeque<Tick>,
     /// Quarantines and refusals so far.
     times_kept_out: u32,
-    kept_out: Option<KeptOut>,
+    /// Because it was lost too often.
+    quarantine: Option<KeptOut>,
+    /// When it was lost last it answered, and did not do its part.
+    is_broken: bool,
+    /// Because it could not take its stage: another process start is free of it.
+    refusal: Option<KeptOut>,
 }
 
 #[derive(Debug)]
 struct KeptOut {
     until: Tick,
     why: String,
-    /// Because it could not take its stage: another process start is free of it.
-    by_refusal: bool,
 }
 
 impl FlapHistories {
     /// It was lost. The text of an alarm if that happens too often.
-    pub(super) fn lost(&mut self, now: Tick, id: &str, why: &str) -> Option<String> {
+    pub(super) fn lost(&mut self, now: Tick, id: &str, loss: Loss, why: &str) -> Option<String> {
         let history = self.of(now, id);
+        history.is_broken = loss == Loss::Broken;
         history.losses.push_back(now);
         history.losses.retain(|&at| now.since(at) <= FLAP_WINDOW);
         if history.losses.len() < FLAPS {
@@ -49,7 +54,8 @@ impl FlapHistories {
         }
         history.losses.clear();
         let why = format!("was lost {FLAPS} times, last: {why}");
-        let span = history.keep_out(now, QUARANTINE_FIRST, why, false);
+        let span = history.next_span(QUARANTINE_FIRST);
+        history.quarantine = Some(KeptOut { until: now + span, why });
         Some(format!(
             "worker {id} was lost {FLAPS} times within {} s and is kept out for {} s",
             FLAP_WINDOW.as_secs(),
@@ -60,28 +66,38 @@ impl FlapHistories {
     /// It could not take its stage.
     pub(super) fn refused(&mut self, now: Tick, id: &str, why: &str) {
         let why = format!("could not take its stage: {why}");
-        self.of(now, id).keep_out(now, REFUSAL_FIRST, why, true);
+        let history = self.of(now, id);
+        let span = history.next_span(REFUSAL_FIRST);
+        history.refusal = Some(KeptOut { until: now + span, why });
     }
 
     /// Another process start may take what this one refused.
     pub(super) fn started_again(&mut self, id: &str) {
         if let Some(history) = self.0.get_mut(id) {
-            history.kept_out.take_if(|kept_out| kept_out.by_refusal);
+            history.refusal = None;
         }
     }
 
     /// Why a worker is kept out for now.
     pub(super) fn kept_out(&self, now: Tick, id: &str) -> Option<&str> {
-        self.current(now, id).map(|kept_out| kept_out.why.as_str())
+        let history = self.0.get(id)?;
+        let kept_out = current(history.quarantine.as_ref(), now)
+            .or_else(|| current(history.refusal.as_ref(), now))?;
+        Some(&kept_out.why)
     }
 
     /// Whether it is kept out because it could not take its stage.
     pub(super) fn has_refused(&self, now: Tick, id: &str) -> bool {
-        self.current(now, id).is_some_and(|kept_out| kept_out.by_refusal)
+        self.0.get(id).is_some_and(|history| current(history.refusal.as_ref(), now).is_some())
     }
 
-    fn current(&self, now: Tick, id: &str) -> Option<&KeptOut> {
-        self.0.get(id)?.kept_out.as_ref().filter(|kept_out| now < kept_out.until)
+    /// Whether it is kept out because it was lost too often. Where nobody can take its place only one that
+    /// is broken is: of the others some serve for a while each time, and that is better than nothing.
+    pub(super) fn is_quarantined(&self, now: Tick, id: &str, is_needed: bool) -> bool {
+        self.0.get(id).is_some_and(|history| {
+            let is_kept_out = current(history.quarantine.as_ref(), now).is_some();
+            is_kept_out && (history.is_broken || !is_needed)
+        })
     }
 
     /// The history of a worker. Those that mean nothing any more are dropped first, so that there
@@ -93,25 +109,23 @@ impl FlapHistories {
 }
 
 impl FlapHistory {
-    /// Keeps the worker out for `first`, doubled for every time before. How long that is.
-    fn keep_out(&mut self, now: Tick, first: Duration, why: String, by_refusal: bool) -> Duration {
+    /// For how long it is kept out now: `first`, doubled for every time before.
+    fn next_span(&mut self, first: Duration) -> Duration {
         let span = (first * 2u32.saturating_pow(self.times_kept_out.min(16))).min(QUARANTINE_LIMIT);
         self.times_kept_out += 1;
-        let until = now + span;
-        match &self.kept_out {
-            // A quarantine is not shortened by a refusal.
-            Some(before) if before.until > until => {}
-            _ => self.kept_out = Some(KeptOut { until, why, by_refusal }),
-        }
         span
     }
 
     /// Whether it was good for so long that its past is forgotten.
     fn is_over(&self, now: Tick) -> bool {
         let last_loss = self.losses.back().is_none_or(|&at| now.since(at) > FLAP_WINDOW);
-        let kept_out = self.kept_out.as_ref().map_or(Tick::ZERO, |kept_out| kept_out.until);
-        last_loss && now.since(kept_out) > QUARANTINE_LIMIT
+        let ends = self.quarantine.iter().chain(&self.refusal).map(|kept_out| kept_out.until);
+        last_loss && now.since(ends.max().unwrap_or(Tick::ZERO)) > QUARANTINE_LIMIT
     }
+}
+
+fn current(kept_out: Option<&KeptOut>, now: Tick) -> Option<&KeptOut> {
+    kept_out.filter(|kept_out| now < kept_out.until)
 }
 
 #[cfg(test)]
@@ -137,11 +151,29 @@ mod tests {
     fn a_refusal_does_not_end_a_quarantine() {
         let mut histories = FlapHistories::default();
         let at = |seconds: u64| Tick(Duration::from_secs(seconds));
-        let alarms: Vec<_> = (0..3).filter_map(|i| histories.lost(at(i), "w", "silent")).collect();
+        let lost = |histories: &mut FlapHistories, loss| {
+            (0..3).filter_map(|i| histories.lost(at(i), "w", loss, "silent")).collect::<Vec<_>>()
+        };
+        let alarms = lost(&mut histories, Loss::Gone);
         assert_eq!(alarms, ["worker w was lost 3 times within 600 s and is kept out for 60 s"]);
+        assert!(!histories.has_refused(at(3), "w"));
         histories.refused(at(3), "w", "busy");
+        assert!(histories.has_refused(at(4), "w"), "nor does a quarantine hide a refusal");
         histories.started_again("w");
         assert!(histories.kept_out(at(61), "w").unwrap().starts_with("was lost"));
         assert_eq!(histories.kept_out(at(62), "w"), None);
+    }
+
+    #[test]
+    fn one_that_is_broken_is_kept_out_however_much_it_is_needed() {
+        let now = Tick(Duration::from_secs(1));
+        for (loss, is_kept_out) in [(Loss::Gone, false), (Loss::Broken, true)] {
+            let mut histories = FlapHistories::default();
+            for _ in 0..FLAPS {
+                histories.lost(now, "w", loss, "it goes again and again");
+            }
+            assert!(histories.is_quarantined(now, "w", false), "{loss:?}");
+            assert_eq!(histories.is_quarantined(now, "w", true), is_kept_out, "{loss:?}");
+        }
     }
 }

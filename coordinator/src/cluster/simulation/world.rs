@@ -45,6 +45,8 @@ pub(super) struct World {
     /// Others have led since, and they do not know it.
     deposed: BTreeSet<usize>,
     plan: Option<(u64, Plan)>,
+    /// Who ended in order is started again.
+    supervised: bool,
     planner: fn(&Problem) -> Result<Deployment, PlanError>,
 }
 
@@ -75,6 +77,7 @@ impl World {
             leader: None,
             deposed: BTreeSet::new(),
             plan: None,
+            supervised: false,
             planner: place,
         }
     }
@@ -515,18 +518,29 @@ impl World {
                 let any_gain = (i / coordinators).is_multiple_of(2);
                 self.tell(i % coordinators, Event::PlanNow { any_gain });
             }
-            Fault::Order(i, drain) => {
+            Fault::Order(i, drain, force) => {
                 self.excuse((i / coordinators) % count);
                 let worker = self.nodes[(i / coordinators) % count].record.id.clone();
-                self.tell(i % coordinators, Event::DrainWorker { worker, drain });
+                self.tell(i % coordinators, Event::DrainWorker { worker, drain, force });
             }
             Fault::DeletePlan => self.plan = None,
         }
     }
 
+    /// From now on whoever ends in order is started again.
+    pub(super) fn supervise(&mut self) {
+        self.supervised = true;
+    }
+
+    /// How often a worker was started, counted from 1.
+    pub(super) fn starts(&self, i: usize) -> u8 {
+        self.nodes[i].record.incarnation.0[0]
+    }
+
     /// Everything heals and nothing else goes wrong.
     pub(super) fn heal(&mut self) {
         self.excuse_all();
+        self.supervise();
         for i in 0..self.nodes.len() {
             if !self.nodes[i].alive || self.nodes[i].record.draining {
                 self.restart(i);
@@ -553,6 +567,8 @@ impl World {
             for i in 0..self.nodes.len() {
                 if !self.nodes[i].alive {
                     self.lose_lease(i);
+                } else if self.supervised && self.nodes[i].has_gone() {
+                    self.restart(i);
                 }
             }
         }
@@ -648,7 +664,7 @@ pub(super) enum Fault {
     Usurp(usize),
     Relist(usize),
     PlanNow(usize),
-    /// A coordinator is told to drain a worker, or to use it again.
-    Order(usize, bool),
+    /// A coordinator is told to drain a worker, or to use it again; or to drain it in any case.
+    Order(usize, bool, bool),
     DeletePlan,
 }

@@ -32,7 +32,7 @@ fn a_drained_replica_leaves_its_sequences_to_the_others() {
     let mut script = Script::new(None, workers(2));
     script.take();
     let (leaving, staying) = (script.at(1), script.at(2));
-    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true });
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true, force: false });
     let actions = script.take();
     assert!(actions.contains(&Action::Leave { at: leaving }), "{actions:?}");
     assert!(!actions.contains(&Action::Pause { at: staying }));
@@ -48,7 +48,7 @@ fn a_drained_replica_leaves_its_sequences_to_the_others() {
         actions.iter().position(is_dismissed),
     );
     assert!(leave < dismiss, "{actions:?}");
-    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: false });
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: false, force: false });
     script.pass(11_000);
     assert_eq!(script.states(), ["w0 draining", "w1 active"]);
     let again = script.take();
@@ -66,11 +66,11 @@ fn a_drained_replica_leaves_its_sequences_to_the_others() {
 }
 
 #[test]
-fn a_drain_that_has_not_moved_anything_can_be_taken_back_and_ends_with_the_reign() {
+fn a_drain_that_has_not_moved_anything_can_be_taken_back() {
     let mut script = Script::new(Some(2), workers(2));
     script.pass(20_000);
     let order = |script: &mut Script, drain| {
-        script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain });
+        script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain, force: false });
     };
     let state = |script: &Script| script.cluster.drained("w0").unwrap().state;
     script.take();
@@ -93,6 +93,95 @@ fn a_drain_that_has_not_moved_anything_can_be_taken_back_and_ends_with_the_reign
     assert_eq!(script.cluster.drained("w7"), None);
 }
 
+/// The plan in the registry says what was ordered.
+#[test]
+fn an_order_to_drain_outlives_the_reign_and_the_process_that_took_it() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    let order = |script: &mut Script, drain| {
+        let worker = "w0".to_owned();
+        script.tell(Event::DrainWorker { worker, drain, force: false });
+    };
+    let (serving, plans) = (script.at(1), script.plans.len());
+    script.take();
+    order(&mut script, true);
+    assert!(script.cluster.drained("w0").unwrap().kept);
+    script.pass(20_000);
+    assert_eq!(
+        (script.at(1), script.plans.len()),
+        (serving, plans + 1),
+        "only the order is written"
+    );
+    let ordered = script.plans.last().unwrap().drains.clone();
+    assert_eq!((ordered.len(), ordered[0].worker.as_str()), (1, "w0"));
+    // The same coordinator leads again: its lanes serve on, and it goes when somebody takes its place.
+    script.tell(Event::TermLost);
+    script.tell(Event::TermGained(Term(200)));
+    script.revision = 200;
+    assert_eq!(script.cluster.drained("w0").unwrap().state, DrainState::Moving);
+    assert_eq!(script.at(1), serving);
+
+    // Another one, that serves nothing yet: there is nobody else, so it is used once more, and not told
+    // to end.
+    let mut other = Script::with(options(Some(2)), Vec::new(), script.found.clone());
+    other.revision = 300;
+    other.tell(Event::Reset(workers(2)));
+    assert_eq!(other.served(), [(1, vec!["w0", "w1"])]);
+    assert!(other.reason().contains("no plan is possible without"), "{}", other.reason());
+    other.pass(20_000);
+    let dismissed = |action: &Action| matches!(action, Action::Dismiss { .. });
+    assert!(!other.take().iter().any(dismissed));
+    assert_eq!(other.states(), ["w0 draining", "w1 active"]);
+    other.tell(Event::WorkerPut(record(3, 1)));
+    assert_eq!(other.served(), [(1, vec!["w1", "w3"])]);
+    assert!(other.take().iter().any(dismissed), "and then it is");
+
+    // Taken back it is forgotten, and it never was about another process.
+    order(&mut script, false);
+    assert_eq!(script.plans.last().unwrap().drains, []);
+    order(&mut script, true);
+    let restarted = vec![record(0, 2), record(1, 1)];
+    let Found::Plan { plan, .. } = script.found.clone() else { panic!() };
+    let found = Found::Plan { revision: 90, plan: Plan { term: Term(3), ..plan } };
+    let other = Script::with(options(Some(2)), restarted, found);
+    assert_eq!(other.states()[0], "w0 active");
+}
+
+/// As SIGTERM lets it go, and at once: whoever forces it waits for nobody.
+#[test]
+fn a_worker_that_cannot_be_spared_is_let_go_if_that_is_forced_and_waited_for() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    script.take();
+    let serving = script.at(1);
+    let order = |script: &mut Script, force| {
+        script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true, force });
+    };
+    order(&mut script, false);
+    script.pass(60_000);
+    assert_eq!((script.take(), script.at(1)), (vec![], serving), "it is not spared");
+    order(&mut script, true);
+    let actions = script.take();
+    let position = |wanted: &dyn Fn(&Action) -> bool| actions.iter().position(wanted);
+    let leave = position(&|action| *action == Action::Leave { at: serving }).expect("it stops");
+    let told =
+        |action: &Action| matches!(action, Action::Dismiss { target, .. } if target.worker == "w1");
+    assert!(leave < position(&told).expect("and it is told to end"), "{actions:?}");
+    order(&mut script, false);
+    let waits = |script: &Script| matches!(script.cluster.availability(), Availability::Soon(_));
+    assert!(waits(&script), "{:?}", script.cluster.availability());
+    script.tell(Event::WorkerPut(draining(1)));
+    script.tell(Event::WorkerGone { worker: "w1".to_owned() });
+    script.pass(30_000);
+    assert!(waits(&script), "it is expected back: {:?}", script.cluster.availability());
+    script.tell(Event::WorkerPut(record(1, 2)));
+    script.pass(2_000);
+    assert_eq!(script.served(), [(1, vec!["w0", "w1"])]);
+    let actions = script.take();
+    let bad = |action: &&Action| matches!(action, Action::Fail { .. } | Action::Alarm { .. });
+    assert_eq!(actions.iter().find(bad), None, "nobody was lost");
+}
+
 #[test]
 fn a_plan_that_was_asked_for_is_told_with_what_it_changes() {
     let mut script = Script::new(Some(1), workers(1));
@@ -109,8 +198,8 @@ fn a_plan_that_was_asked_for_is_told_with_what_it_changes() {
     assert!(better.changes && better.tokens_per_s > better.before_tokens_per_s, "{better:?}");
     assert_eq!((script.plans.len(), script.served().len()), (plans + 1, 2));
     // Nobody is left: why is told, and what serves goes on.
-    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true });
-    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true });
+    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true, force: false });
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true, force: false });
     script.tell(Event::PlanNow { any_gain: true });
     let none = script.cluster.planned().unwrap();
     assert!(!none.possible && none.reason.contains("no worker can serve"), "{none:?}");
@@ -143,7 +232,7 @@ fn a_drain_that_leaves_too_few_changes_nothing_and_says_so() {
     script.pass(20_000);
     script.take();
     let serving = script.at(1);
-    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true });
+    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true, force: false });
     script.pass(30_000);
     assert_eq!(script.take(), []);
     assert_eq!(script.at(1), serving);
@@ -311,7 +400,7 @@ fn a_worker_moves_from_one_pipeline_to_another() {
     assert_eq!(script.served(), [(1, vec!["w0", "w1"]), (2, vec!["w2", "w3"])]);
     let (first, second) = (script.at(1), script.at(2));
     // One goes, and who was with it takes the first place of a pipeline with one of the other.
-    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true });
+    script.tell(Event::DrainWorker { worker: "w1".to_owned(), drain: true, force: false });
     let actions = script.take();
     assert_eq!(script.served(), [(1, vec!["w0", "w2"])], "{actions:?}");
     let position = |wanted: &Action| actions.iter().position(|a| a == wanted).expect("missing");

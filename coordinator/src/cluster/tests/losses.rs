@@ -279,7 +279,7 @@ fn what_breaks_holds_up_nobody_who_leaves_asks_or_comes() {
     };
     for event in [
         Event::PlanNow { any_gain: true },
-        Event::DrainWorker { worker: "w1".to_owned(), drain: true },
+        Event::DrainWorker { worker: "w1".to_owned(), drain: true, force: false },
         Event::WorkerPut(record(0, 2)),
     ] {
         let mut bare = Bare::new(2);
@@ -287,6 +287,27 @@ fn what_breaks_holds_up_nobody_who_leaves_asks_or_comes() {
         assert_eq!(deploy(&bare.tell(Event::Tick)), None);
         assert!(deploy(&bare.tell(event.clone())).is_some(), "{event:?} is held up");
     }
+}
+
+#[test]
+fn a_worker_that_gives_what_the_model_cannot_give_is_replaced_and_the_reason_told() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.tell(Event::WorkerPut(record(3, 1)));
+    script.pass(20_000);
+    script.take();
+    let at = script.at(1);
+    let detail = "token 70000 came back, the vocabulary has 50000".to_owned();
+    script.tell(Event::Strange { at, stage: 1, detail: detail.clone() });
+    let failed = script.take().into_iter().find_map(|action| match action {
+        Action::Fail { at: failed, reason } if failed == at => Some(reason),
+        _ => None,
+    });
+    let reason = failed.expect("its clients hear of it");
+    assert!(reason.contains("worker w1 failed") && reason.contains(&detail), "{reason}");
+    assert_eq!(script.served(), [(1, vec!["w0", "w3"])]);
+    // Of another epoch it says nothing.
+    script.tell(Event::Strange { at, stage: 1, detail });
+    assert_eq!(script.served(), [(1, vec!["w0", "w3"])]);
 }
 
 /// How often is planned within 20 minutes in which workers answer every probe, and every pipeline gives

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::driver::Submission;
+use crate::driver::timed::testing::{LONGEST_POLL, Longest, cpu_time};
 use crate::planner::{ModelCosts, Objective};
 use crate::request::RequestError;
 use crate::router::Wish;
@@ -49,6 +50,7 @@ pub(in crate::driver) fn config(lame_duck: Duration, grace: Duration) -> DriverC
         admin: None,
         socket: String::new(),
         first_token: 0,
+        vocab: 1,
         grace,
         lame_duck,
         lanes: tokio::runtime::Handle::current(),
@@ -203,14 +205,6 @@ async fn a_registry_that_is_away_does_not_hold_up_the_end() {
     assert_eq!(begin.elapsed(), registry::RESIGN_TIMEOUT);
 }
 
-/// What this thread has computed.
-fn cpu_time() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
-}
-
-/// As in a lane's test: 500 µs, seventy times for tests that are not optimised.
-const LONGEST_POLL: Duration = Duration::from_millis(35);
-
 #[tokio::test(start_paused = true)]
 async fn no_poll_computes_for_long_however_long_the_queue_is() {
     const MANY: u32 = 20_000;
@@ -232,21 +226,51 @@ async fn no_poll_computes_for_long_however_long_the_queue_is() {
     }
     // Half of them go away.
     clients.truncate(MANY as usize / 2);
-    let longest = Arc::new(std::sync::Mutex::new(Duration::ZERO));
-    let observed = Arc::clone(&longest);
-    let observe = move |took: Duration| {
-        let mut longest = observed.lock().unwrap();
-        *longest = took.max(*longest);
-    };
+    let longest = Longest::default();
     let mut run = JoinSet::new();
     let answered = CancellationToken::new();
-    run.spawn(timed(driver.work(answered.clone().drop_guard()), cpu_time, observe));
+    run.spawn(timed(driver.work(answered.clone().drop_guard()), cpu_time, longest.observe()));
     for client in clients {
         let end = client.end().await.unwrap_err();
         assert!(end.to_string().contains("does not lead"), "{end}");
     }
     stop.cancel();
     run.join_next().await.unwrap().unwrap();
-    let longest = *longest.lock().unwrap();
+    let longest = longest.get();
+    assert!(longest < LONGEST_POLL, "the control task computed for {longest:?} at once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_poll_computes_for_long_however_much_there_is_to_read_of_workers() {
+    const MANY: usize = 256;
+    let (membership, keys) = (Memory::new(), Keys::new("c"));
+    let mut registrations = Vec::new();
+    for index in 0..MANY {
+        let id = format!("w{index}");
+        let record = WorkerRecord {
+            id: id.clone(),
+            incarnation: Incarnation([1; 16]),
+            address: format!("host-{index}:1"),
+            // A label: nothing is inferred from the figures, which are the most that there may be.
+            rack: "r".to_owned(),
+            round_trips_us: (0..proto::limits::ROUND_TRIPS as u32)
+                .map(|other| (format!("other-{other}"), 100 + other))
+                .collect(),
+            ..WorkerRecord::default()
+        };
+        let value = serde_json::to_vec(&record).unwrap().into();
+        registrations.push(membership.register(&keys.worker(&id), value).await.unwrap());
+    }
+    let (stop, longest) = (CancellationToken::new(), Longest::default());
+    let config = config(Duration::ZERO, Duration::ZERO);
+    let (driver, handle) = Driver::new(config, keys, Arc::new(membership), stop.clone());
+    let mut run = JoinSet::new();
+    let answered = CancellationToken::new();
+    run.spawn(timed(driver.work(answered.clone().drop_guard()), cpu_time, longest.observe()));
+    let knows_all = async { while handle.status().await.unwrap().workers.len() < MANY {} };
+    tokio::time::timeout(Duration::from_secs(60), knows_all).await.expect("it hears of them");
+    stop.cancel();
+    run.join_next().await.unwrap().unwrap();
+    let longest = longest.get();
     assert!(longest < LONGEST_POLL, "the control task computed for {longest:?} at once");
 }

@@ -9,7 +9,7 @@ use metrics::Histogram;
 use proto::ids::{PipelineRef, StepId, Term};
 use proto::key::CoordinatorKey;
 use proto::plan::StagePlan;
-use proto::step::{StageTime, Step, StepReply, StepResult, StepVerdict};
+use proto::step::{RowValue, StageTime, Step, StepReply, StepResult, StepVerdict};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -65,6 +65,11 @@ pub(super) enum Heard {
         stage: u32,
         detail: String,
     },
+    /// What a stage computed cannot be of the model that is served.
+    Strange {
+        stage: u32,
+        detail: String,
+    },
     /// Somebody newer rules a stage.
     Fenced {
         detail: String,
@@ -96,6 +101,8 @@ pub(super) struct Path {
     histograms: Vec<(Histogram, Histogram)>,
     /// Of whole rounds, and of what is added in them to computing.
     rounds: (Histogram, Histogram),
+    /// Token ids are below.
+    vocab: u32,
 }
 
 struct Sent {
@@ -157,7 +164,13 @@ impl Path {
             last_link: 0,
             unanswered: BTreeMap::new(),
             last_sent: StepId(0),
+            vocab: u32::MAX,
         }
+    }
+
+    /// Results with other token ids than `0..vocab` are no results.
+    pub(super) fn with_vocab(self, vocab: u32) -> Self {
+        Self { vocab, ..self }
     }
 
     /// Opens both links.
@@ -266,6 +279,17 @@ impl Path {
     fn on_result(&mut self, result: StepResult) -> Heard {
         if result.epoch != self.shape.epoch {
             return Heard::Nothing;
+        }
+        if let Some(token) = beyond(self.vocab, &result) {
+            // Nothing of it is believed: whoever drew these may be wrong elsewhere too.
+            let sent = self.unanswered.get(&result.step);
+            let stage = match sent.is_some_and(|sent| sent.step.step.is_draw()) {
+                true => 0,
+                false => self.last_stage(),
+            };
+            let vocab = self.vocab;
+            let detail = format!("token {token} came back, the vocabulary has {vocab}");
+            return Heard::Strange { stage, detail };
         }
         if let Some(sent) = self.unanswered.remove(&result.step) {
             let round = sent.at.elapsed();
@@ -394,6 +418,19 @@ impl Path {
         self.last_link += 1;
         LinkId(self.last_link)
     }
+}
+
+/// A token of a result that is not below `vocab`, if it has any.
+fn beyond(vocab: u32, result: &StepResult) -> Option<u32> {
+    let sampled = result.rows.iter().filter_map(|row| match &row.value {
+        RowValue::Sampled(sampled) => Some(sampled),
+        _ => None,
+    });
+    let mut tokens = sampled.flat_map(|sampled| {
+        let top = sampled.top.iter().map(|top| top.token);
+        std::iter::once(sampled.token).chain(top)
+    });
+    tokens.find(|&token| token >= vocab)
 }
 
 /// What is added to computing in one step's round: carrying, queues, waking up. A step that waits while

@@ -8,6 +8,7 @@ use proto::step::{StepReply, StepVerdict};
 use super::*;
 use crate::driver::Tokens;
 use crate::driver::lanes::{Lanes, Left};
+use crate::driver::timed::testing::{LONGEST_POLL, Longest, cpu_time};
 use crate::scheduler::testing::{of_history, result};
 use crate::scheduler::{Request, StepCost};
 use crate::workers::{LinkId, ResultsLink, ResultsWanted, SentStep, StepsLink};
@@ -15,6 +16,9 @@ use crate::workers::{LinkId, ResultsLink, ResultsWanted, SentStep, StepsLink};
 mod recovery;
 
 const CLASS: NumericsClass = NumericsClass([4; 32]);
+
+/// Tokens of toys are below.
+const VOCAB: u32 = 50_000;
 
 /// The workers' ends of one pipeline's links.
 #[derive(Default)]
@@ -75,23 +79,19 @@ struct World {
     clients: Clients,
     started: Instant,
     /// CPU time of the longest poll of a lane.
-    longest_poll: Arc<Mutex<Duration>>,
-}
-
-/// What this thread has computed.
-fn cpu_time() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
+    longest_poll: Longest,
 }
 
 impl World {
     fn new() -> Self {
         let started = Instant::now();
-        let longest_poll = Arc::new(Mutex::new(Duration::ZERO));
-        let longest = Arc::clone(&longest_poll);
+        let longest_poll = Longest::default();
+        let longest = longest_poll.clone();
         let config = LaneConfig {
             limits: Limits { context_tokens: 1 << 17, ..Limits::default() },
             started,
             first_token: 1,
+            vocab: VOCAB,
             totals: Arc::default(),
         };
         let toys: Arc<Mutex<std::collections::BTreeMap<PipelineId, Toy>>> = Arc::default();
@@ -100,12 +100,7 @@ impl World {
             let toy = Toy::default();
             all.lock().unwrap().insert(served.shape.pipeline, toy.clone());
             let lane = Lane::new(config.clone(), served, Box::new(toy), ends);
-            let longest = Arc::clone(&longest);
-            let observe = move |took: Duration| {
-                let mut longest = longest.lock().unwrap();
-                *longest = took.max(*longest);
-            };
-            tasks.spawn(timed(lane.work(), cpu_time, observe));
+            tasks.spawn(timed(lane.work(), cpu_time, longest.observe()));
         }));
         Self { lanes, said, toys, clients: Clients::new(Arc::default()), started, longest_poll }
     }
@@ -163,6 +158,7 @@ impl World {
                 LaneSays::Paused => format!("{at} paused"),
                 LaneSays::StreamBroken { stage, .. } => format!("{at} broke at {stage}"),
                 LaneSays::Fenced { .. } => format!("{at} fenced"),
+                LaneSays::Strange { stage, detail } => format!("{at} strange at {stage}: {detail}"),
                 LaneSays::StepOverdue => format!("{at} overdue"),
                 LaneSays::Flowing | LaneSays::Charged(_) => continue,
                 LaneSays::Ready => format!("{at} ready"),
@@ -441,11 +437,7 @@ async fn a_regained_term_does_not_fence_a_pipeline_that_lives() {
     assert_eq!(said, ["1@10 fenced".to_owned(), format!("1@10 broke at {}", u32::MAX)]);
 }
 
-/// The most that a task may compute at once is 500 µs. Tests are not optimised and share their
-/// cores: seventy times as much is allowed, in CPU time of the thread, so that others who compute do
-/// not count. Hashing one long prompt in a lane, as was done once, takes longer, as is shown.
-const LONGEST_POLL: Duration = Duration::from_millis(35);
-
+/// Hashing one long prompt in a lane, as was done once, takes longer than is allowed, as is shown.
 #[tokio::test(start_paused = true)]
 async fn no_poll_of_a_lane_computes_for_long() {
     let mut world = World::new();
@@ -469,16 +461,15 @@ async fn no_poll_of_a_lane_computes_for_long() {
     clients.clear();
     tokio::time::sleep(2 * TICK).await;
     assert_eq!((before, world.lanes.reports()[0].stats.running), (256, 0));
-    let longest = *world.longest_poll.lock().unwrap();
+    let longest = world.longest_poll.get();
     assert!(longest < LONGEST_POLL, "a lane computed for {longest:?} at once");
 
-    let longest = Arc::new(Mutex::new(Duration::ZERO));
-    let observed = Arc::clone(&longest);
+    let longest = Longest::default();
     let hashes = async {
         Sequence::new(Request { prompt: vec![1; 1 << 19], ..request(8) }).unwrap();
     };
-    timed(hashes, cpu_time, move |took| *observed.lock().unwrap() = took).await;
-    let hashing = *longest.lock().unwrap();
+    timed(hashes, cpu_time, longest.observe()).await;
+    let hashing = longest.get();
     assert!(hashing > LONGEST_POLL, "hashing took {hashing:?}: it would not have been seen");
 }
 

@@ -15,7 +15,7 @@ use crate::driver::control::tests::config;
 
 fn order(cluster_id: &str, incarnation: Option<Incarnation>) -> Drain {
     let (cluster_id, worker) = (cluster_id.to_owned(), "w".to_owned());
-    Drain { cluster_id, worker, incarnation, cancel: false }
+    Drain { cluster_id, worker, incarnation, cancel: false, force: false }
 }
 
 /// What a driver says to somebody who asks what the planner would be asked, once it is `wanted`.

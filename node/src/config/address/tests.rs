@@ -91,6 +91,7 @@ fn addresses_that_others_are_told() {
         "a b:1",
         "0.0.0.0:1",
         "[::]:1",
+        "[::ffff:0.0.0.0]:1",
         "u:pw@a:1",
         "::1",
     ] {

@@ -33,6 +33,11 @@ impl Node {
         self.active.iter().chain(&self.prepared)
     }
 
+    /// It was told to end, and has nothing to do any more.
+    pub(super) fn has_gone(&self) -> bool {
+        self.record.draining && self.held().next().is_none()
+    }
+
     pub(super) fn newest(&self) -> Epoch {
         self.held().map(|stored| stored.at.epoch).fold(self.over, Epoch::max)
     }

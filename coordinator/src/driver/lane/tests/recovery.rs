@@ -1,5 +1,7 @@
 //! Lanes whose steps are refused, whose links break, and that leave while they are spoken to.
 
+use proto::step::{RowValue, Sampled, TokenLogprob};
+
 use super::*;
 
 fn refusal(step: StepId, verdict: StepVerdict) -> impl FnOnce(LinkId, LinkId) -> LinkEvent {
@@ -31,6 +33,36 @@ async fn no_step_is_sent_past_one_that_is_to_be_sent_again() {
     }
     while world.serve_steps(1).await > 0 {}
     assert_eq!(read(&mut client).len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_the_model_does_not_have_is_told_to_nobody_but_the_cluster() {
+    let spoils: [fn(&mut Sampled); 2] = [
+        |sampled| sampled.token = VOCAB,
+        |sampled| sampled.top.push(TokenLogprob { token: u32::MAX, logprob: -1.0 }),
+    ];
+    for spoil in spoils {
+        let mut world = World::new();
+        world.lanes.serve(served(1, 10));
+        let mut client = world.assign(1, 1, request(4));
+        world.turn().await;
+        let toy = world.toy(1);
+        for step in toy.steps() {
+            let mut result = result(&step, of_history);
+            for row in &mut result.rows {
+                if let RowValue::Sampled(sampled) = &mut row.value {
+                    spoil(sampled);
+                }
+            }
+            toy.say(|_, link| LinkEvent::Result { link, result });
+        }
+        world.turn().await;
+        assert_eq!(read(&mut client), [0_u32; 0]);
+        let said = world.hear();
+        let is_strange = |words: &String| words.starts_with("1@10 strange at 1: token ");
+        assert!(!said.is_empty() && said.iter().all(is_strange), "{said:?}");
+        assert!(said[0].ends_with("came back, the vocabulary has 50000"), "{said:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
