@@ -79,6 +79,8 @@ pub struct Cluster {
     switches: Vec<Switch>,
     /// Why the last pipeline was lost or did not come to serve.
     last_failure: Option<Waiting>,
+    /// When something last served in this reign, or when the reign began.
+    served_at: Tick,
 }
 
 /// Why a pipeline is lost.
@@ -113,6 +115,7 @@ impl Cluster {
             pipelines: BTreeMap::new(),
             switches: Vec::new(),
             last_failure: None,
+            served_at: Tick::ZERO,
         }
     }
 
@@ -228,6 +231,9 @@ impl Cluster {
     /// What time and events make due.
     fn advance(&mut self, now: Tick, actions: &mut Vec<Action>) {
         self.observed.follow(now, &self.fleet);
+        if !self.pipelines.is_empty() || self.ledger.ready().is_none() {
+            self.served_at = now;
+        }
         self.advance_pipelines(now, actions);
         self.take_over_lanes(actions);
         self.make_room(now, actions);
@@ -417,16 +423,16 @@ impl Cluster {
                 let stalled = pipeline.is_stalled(now);
                 let stages = pipeline.placed.plan.stages.clone();
                 for (index, stage) in (0..).zip(&stages) {
-                    let why = if broken == Some(index) {
+                    let (loss, why) = if broken == Some(index) {
                         // It answers, and nothing comes through to it: others may do better.
-                        reason.as_str()
+                        (Loss::Broken, reason.as_str())
                     } else if stalled && self.fleet.is_silent(stage) {
                         // Silence on the data path and no answer: two signals.
-                        "its steps were overdue and it did not answer"
+                        (Loss::Gone, "its steps were overdue and it did not answer")
                     } else {
                         continue;
                     };
-                    let alarm = self.fleet.evicted(now, stage, Loss::Broken, why);
+                    let alarm = self.fleet.evicted(now, stage, loss, why);
                     actions.extend(alarm.map(|text| Action::Alarm { text }));
                 }
                 self.fail_pipeline(now, id, Loss::Broken, reason, actions);
@@ -514,8 +520,10 @@ impl Cluster {
     /// Tells those to end who were drained by order and have no stage any more.
     fn dismiss(&mut self, now: Tick, actions: &mut Vec<Action>) {
         let Some((term, _)) = self.ledger.ready() else { return };
-        // Nothing serves, and a plan may count on those that only go once they can be spared.
-        let is_missed = self.pipelines.is_empty() && self.infeasible().is_none();
+        // Nothing serves, and a plan may count on those that only go once they can be spared: so will one
+        // when somebody is back who is restarted now. Later nobody waits for them.
+        let may_be_back = now.since(self.served_at) < planning::EXPECTED_BACK;
+        let is_missed = self.pipelines.is_empty() && (may_be_back || self.infeasible().is_none());
         let Self { fleet, pipelines, switches, .. } = self;
         let targets = fleet.dismissals(now, is_missed, |id| {
             pipelines.values().any(|pipeline| pipeline.uses(id))

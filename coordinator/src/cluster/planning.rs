@@ -42,7 +42,7 @@ const STABLE_LIMIT: Duration = Duration::from_secs(640);
 const GIVE_WAY_AFTER: Duration = Duration::from_secs(10);
 
 /// Who ended so is waited for that long: a restart, and the reading of a large model.
-const EXPECTED_BACK: Duration = Duration::from_secs(60);
+pub(super) const EXPECTED_BACK: Duration = Duration::from_secs(60);
 
 /// Said of a plan for which those were not enough that nothing is said against.
 const IN_NEED: &str = "no plan is possible without workers that are kept out, or that are to go once they \
@@ -194,7 +194,8 @@ impl Basis {
 fn between(before_ns: u64, now_ns: u64) -> Option<Drift> {
     let (slow, fast) = (before_ns.max(now_ns), before_ns.min(now_ns));
     let (slow, fast) = (u128::from(slow) * 100, u128::from(fast));
-    if slow >= fast * u128::from(100 * LARGE_DRIFT) {
+    // Times of nothing are equal, however large a multiple one is of the other.
+    if slow > 0 && slow >= fast * u128::from(100 * LARGE_DRIFT) {
         return Some(Drift::Large);
     }
     (slow > fast * u128::from(100 + DRIFT_PERCENT)).then_some(Drift::Small)

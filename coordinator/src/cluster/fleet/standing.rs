@@ -30,7 +30,7 @@ struct FlapHistory {
     times_kept_out: u32,
     /// Because it was lost too often.
     quarantine: Option<KeptOut>,
-    /// When it was lost last it answered, and did not do its part.
+    /// When it was lost so often it answered, and did not do its part.
     is_broken: bool,
     /// Because it could not take its stage: another process start is free of it.
     refusal: Option<KeptOut>,
@@ -46,13 +46,13 @@ impl FlapHistories {
     /// It was lost. The text of an alarm if that happens too often.
     pub(super) fn lost(&mut self, now: Tick, id: &str, loss: Loss, why: &str) -> Option<String> {
         let history = self.of(now, id);
-        history.is_broken = loss == Loss::Broken;
         history.losses.push_back(now);
         history.losses.retain(|&at| now.since(at) <= FLAP_WINDOW);
         if history.losses.len() < FLAPS {
             return None;
         }
         history.losses.clear();
+        history.is_broken = loss == Loss::Broken;
         let why = format!("was lost {FLAPS} times, last: {why}");
         let span = history.next_span(QUARANTINE_FIRST);
         history.quarantine = Some(KeptOut { until: now + span, why });

@@ -490,3 +490,35 @@ fn a_takeover_shares_equal_stages_and_retires_orphans_of_another_shape() {
     assert_eq!(script.served().len(), 2);
     assert!(script.held.values().all(|held| held.len() == 1), "{:?}", script.held);
 }
+
+/// Whoever goes only when it can be spared is not told to end because another was lost meanwhile.
+#[test]
+fn a_worker_under_orders_is_used_once_more_when_another_comes_back() {
+    let mut script = Script::new(Some(2), workers(2));
+    script.pass(20_000);
+    script.tell(Event::DrainWorker { worker: "w0".to_owned(), drain: true, force: false });
+    script.pass(5_000);
+    script.take();
+    let lose = |script: &mut Script| {
+        let (&id, _) = script.cluster.pipelines.first_key_value().expect("it serves");
+        script.kill(script.at(id.0), 1);
+        script.tell(Event::WorkerGone { worker: "w1".to_owned() });
+    };
+    let is_told = |script: &mut Script| {
+        let told = |action: &Action| matches!(action, Action::Dismiss { target, .. } if target.worker == "w0");
+        script.take().iter().any(told)
+    };
+    lose(&mut script);
+    script.pass(30_000);
+    assert_eq!(script.served(), []);
+    assert!(!is_told(&mut script), "the other is back in a moment");
+    script.tell(Event::WorkerPut(record(1, 2)));
+    script.pass(5_000);
+    assert_eq!(script.served().len(), 1);
+    // Where nobody comes back it is waited for in vain.
+    lose(&mut script);
+    script.pass(59_000);
+    assert!(!is_told(&mut script));
+    script.pass(10_000);
+    assert!(is_told(&mut script));
+}
