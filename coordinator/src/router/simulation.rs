@@ -118,6 +118,18 @@ struct Pipe {
     delivered: Vec<StepResult>,
 }
 
+impl Pipe {
+    /// Whether a later row of its sequence came back well: its result, which is still on its way, was
+    /// overtaken, and its blocks are written. What they hold may be forgotten since.
+    fn has_computed(&self, row: &Row) -> bool {
+        let rows = self.delivered.iter().filter(|result| result.epoch == self.shape.epoch);
+        rows.flat_map(|result| &result.rows).any(|later| {
+            let is_later = later.position > row.position && later.status == RowStatus::Ok;
+            is_later && (later.sequence, later.generation) == (row.sequence, row.generation)
+        })
+    }
+}
+
 struct World {
     router: Router,
     limits: Limits,
@@ -353,9 +365,8 @@ impl World {
                 if other.sequence != row.sequence {
                     let one = written(row).into_iter().find(|block| other.blocks.contains(block));
                     assert_eq!(one, None, "{} writes, {} reads", row.sequence, other.sequence);
-                    // Whose result overtook that of an earlier row has shown that this was computed.
-                    let mut one = written(other).into_iter();
-                    let one = one.find(|&block| !is_known(block) && row.blocks.contains(&block));
+                    let mut one = written(other).into_iter().filter(|_| !pipe.has_computed(other));
+                    let one = one.find(|block| row.blocks.contains(block));
                     assert_eq!(one, None, "{} writes, {} reads", other.sequence, row.sequence);
                 } else if other.generation == row.generation && other.position != row.position {
                     assert!(other.position < row.position, "sent in order");
