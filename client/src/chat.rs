@@ -13,6 +13,7 @@ use std::io::{self, Write};
 use std::pin::pin;
 
 use futures::StreamExt;
+use node::config::printable;
 use proto::generate::{ChatMessage, GenerateEvent, GenerateRequest, Prompt};
 use serde::Serialize;
 
@@ -20,7 +21,7 @@ use crate::command::TextWriter;
 use crate::generate::Completion;
 use crate::request::AnswerArgs;
 use crate::waiting::Notices;
-use crate::{Client, CommandError};
+use crate::{Client, ClientError, CommandError};
 use input::{Input, Line};
 
 /// What a person can type beside messages.
@@ -178,7 +179,7 @@ pub async fn run(client: &Client, args: &ChatArgs) -> Result<(), CommandError> {
         match say(client, &mut conversation, &message, args.json, &mut writer, interrupted).await {
             Err(CommandError::Client(error)) if input.is_terminal() => {
                 writer.end_line()?;
-                remark(&format!("error: {}", node::Chain(&error)));
+                remark(&told(&error));
             }
             other => other?,
         }
@@ -194,9 +195,17 @@ fn obey(conversation: &mut Conversation, order: Order) {
         }
         Order::Reset => conversation.turns.clear(),
         Order::Help => remark(HELP),
-        Order::Unknown(name) => remark(&format!("{name} is not known; /help lists what is")),
+        Order::Unknown(name) => {
+            let name = printable(&name);
+            remark(&format!("{name} is not known; /help lists what is"));
+        }
         Order::Say(_) | Order::Exit | Order::Nothing => {}
     }
+}
+
+/// A failure in one line that gives the terminal no orders: it may be what a server said.
+fn told(error: &ClientError) -> String {
+    format!("error: {}", printable(&node::Chain(error).to_string()))
 }
 
 /// A line for the person, beside the conversation. That it cannot be written is no failure.

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use node::Chain;
+use node::config::printable;
 use proto::status::{
     ClusterStatus, PipelineStatus, PlanStatus, QueueStatus, SamplingStatus, StageStatus,
     StepBudget, WorkerStatus,
@@ -62,7 +63,8 @@ async fn show(
             // One that never answered is likely not where it was looked for.
             Err(error) if args.watch.is_none() || !has_answered => return Err(error.into()),
             Err(error) => {
-                let reason = format!("no status, asking again: {}", Chain(&error));
+                let reason =
+                    format!("no status, asking again: {}", printable(&Chain(&error).to_string()));
                 say(&reason).map_err(CommandError::Output)?;
             }
         }

@@ -228,7 +228,7 @@ pub(crate) fn operator_router(service: Arc<Service>) -> Router {
     let routes = Routes::new(operator).into_axum_router();
     let router = with_limits(routes, methods.map(method).into(), limits);
     let router = router.layer(middleware::from_fn(refuse_pages));
-    router.layer(middleware::from_fn(count_refusals))
+    router.layer(middleware::from_fn(count_refused_orders))
 }
 
 /// Refuses what is not declared to be gRPC. A web page that a person visits may have her browser send
@@ -343,6 +343,30 @@ async fn count_refusals(request: axum::extract::Request, next: Next) -> axum::re
     .await
 }
 
+/// Counts an operator's call that was refused: apart from clients' requests, and not with the times that
+/// those take.
+async fn count_refused_orders(
+    request: axum::extract::Request,
+    next: Next,
+) -> axum::response::Response {
+    let response = next.run(request).await;
+    if let Some(status) = Status::from_header_map(response.headers())
+        && status.code() != Code::Ok
+    {
+        metrics::refused_order(cause_of_order(status.code()));
+    }
+    response
+}
+
+/// As an operator's call is counted: of what it names, and of who leads, others speak than of requests.
+fn cause_of_order(code: Code) -> &'static str {
+    match code {
+        Code::NotFound => "worker_not_found",
+        Code::FailedPrecondition => "not_in_order",
+        other => cause_of(other),
+    }
+}
+
 /// As it is counted.
 fn cause_of(code: Code) -> &'static str {
     match code {
@@ -384,6 +408,23 @@ fn status_of(error: &RequestError) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn orders_are_counted_apart_from_requests() {
+        let unknown =
+            refusal_of(&OrderError::UnknownWorker { worker: "w9".into(), there: "w1".into() });
+        assert_eq!(cause_of_order(unknown.code()), "worker_not_found");
+        assert_eq!(cause_of_order(refusal_of(&OrderError::Full).code()), "rate_limit_exceeded");
+        for code in [Code::NotFound, Code::FailedPrecondition] {
+            assert_ne!(cause_of_order(code), cause_of(code));
+        }
+        node::metrics::install().unwrap();
+        metrics::refused_order("worker_not_found");
+        let page = node::metrics::render();
+        let counted = page.lines().find(|line| line.contains("cause=\"worker_not_found\""));
+        assert!(counted.is_some_and(|line| line.contains("endpoint=\"operator\"")), "{counted:?}");
+        assert_eq!(page.matches("worker_not_found").count(), 1, "no time is noted");
+    }
 
     #[test]
     fn the_deadline_of_a_call_is_that_of_its_request() {

@@ -224,6 +224,17 @@ pub(crate) fn finished(ended: Ended) {
     histogram!("tercet_request_generation_tokens").record(f64::from(generated_tokens));
 }
 
+/// An operator's call was refused.
+pub(crate) fn refused_order(cause: &'static str) {
+    counter!(
+        "tercet_requests_refused_total",
+        "cause" => cause,
+        "protocol" => "grpc",
+        "endpoint" => "operator",
+    )
+    .increment(1);
+}
+
 /// A request was refused: no answer was taken for it. All three are of closed sets.
 pub(crate) fn refused(
     cause: &'static str,

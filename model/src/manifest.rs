@@ -202,7 +202,9 @@ pub enum ManifestError {
         most: usize,
     },
     /// A template may not know a token by this name.
-    #[error("special_token_texts has {found:?}, expected names ending in _token, with a text each")]
+    #[error(
+        "special_token_texts has {found:?}, expected names that templates know nothing else by, with a text each"
+    )]
     SpecialName {
         /// The name.
         found: String,

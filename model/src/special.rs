@@ -17,6 +17,63 @@ const NAME_BYTES_MAX: usize = 64;
 /// The name under which transformers gives templates a list of texts.
 pub(crate) const LIST: &str = "additional_special_tokens";
 
+/// What templates are given under names of its own, and names of their language: none of them is a token's.
+const RESERVED: [&str; 44] = [
+    "bos_token",
+    "eos_token",
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "raise_exception",
+    "strftime_now",
+    "range",
+    "dict",
+    "namespace",
+    "cycler",
+    "joiner",
+    "lipsum",
+    "loop",
+    "self",
+    "super",
+    "caller",
+    "varargs",
+    "kwargs",
+    "true",
+    "false",
+    "none",
+    "True",
+    "False",
+    "None",
+    "and",
+    "or",
+    "not",
+    "in",
+    "is",
+    "if",
+    "else",
+    "elif",
+    "for",
+    "recursive",
+    "set",
+    "macro",
+    "call",
+    "filter",
+    "block",
+    "generation",
+    "import",
+];
+
+/// Whether a template writes a name: not as a part of another.
+pub(crate) fn names(template: &str, name: &str) -> bool {
+    let is_part = |letter: Option<char>| letter.is_some_and(|c| c == '_' || c.is_alphanumeric());
+    template.match_indices(name).any(|(at, _)| {
+        let (before, after) = (&template[..at], &template[at + name.len()..]);
+        !is_part(before.chars().next_back()) && !is_part(after.chars().next())
+    })
+}
+
 /// What stands under one name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a text, or a list of them")]
@@ -54,15 +111,13 @@ impl SpecialTexts {
         self.0.iter().map(|(name, text)| (name.as_str(), text))
     }
 
-    /// Whether a template may know a token by this name: what else a template is given has none like it.
+    /// Whether a template may know a token by this name: an identifier under which it is given nothing else.
     pub(crate) fn is_name(name: &str) -> bool {
-        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-        let is_other = !matches!(name, "bos_token" | "eos_token");
-        (name == LIST || name.ends_with("_token"))
-            && is_other
-            && name.len() <= NAME_BYTES_MAX
-            && name.bytes().all(plain)
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+        (1..=NAME_BYTES_MAX).contains(&name.len())
+            && name.bytes().all(is_plain)
             && !name.starts_with(|first: char| first.is_ascii_digit())
+            && !RESERVED.contains(&name)
     }
 
     /// Names a text. Nothing is kept of an empty one, nor under what is no name: transformers defines
@@ -76,7 +131,12 @@ impl SpecialTexts {
 
     /// Keeps those that `template` names: the others are never asked for.
     pub(crate) fn keep_named_in(&mut self, template: Option<&str>) {
-        self.0.retain(|name, _| template.is_some_and(|template| template.contains(name.as_str())));
+        self.0.retain(|name, _| template.is_some_and(|template| names(template, name)));
+    }
+
+    /// Takes the list away; whether there was one.
+    pub(crate) fn drop_list(&mut self) -> bool {
+        self.0.remove(LIST).is_some()
     }
 
     /// What is longer or more than is accepted: its name, how much there is, and the most.
@@ -116,13 +176,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_part_of_a_name_is_none() {
+        for template in ["{{ boi }}", "boi", "x['boi']", "my_boi~boi"] {
+            assert!(names(template, "boi"), "{template}");
+        }
+        for template in ["{{ my_boi }}", "boing", "éboi", "boi2", ""] {
+            assert!(!names(template, "boi"), "{template}");
+        }
+    }
+
+    #[test]
     fn names_and_sizes_are_checked() {
-        for name in ["unk_token", "image_token", "boi_token", LIST] {
+        for name in
+            ["unk_token", "image_token", "boi_token", "boi", "Unk_token", "imageStart", LIST]
+        {
             assert!(SpecialTexts::is_name(name), "{name}");
         }
-        for name in
-            ["messages", "tools", "bos_token", "eos_token", "a b_token", "Unk_token", "0_token"]
-        {
+        for name in [
+            "messages",
+            "tools",
+            "bos_token",
+            "eos_token",
+            "a b_token",
+            "range",
+            "0_token",
+            "",
+            "é",
+        ] {
             assert!(!SpecialTexts::is_name(name), "{name}");
         }
         let mut texts = SpecialTexts::default();

@@ -196,6 +196,11 @@ fn other_special_tokens_are_read_from_metadata() {
     let special = serde_json::to_value(&stored.store.manifest().special_token_texts).unwrap();
     assert_eq!(special, serde_json::json!({"unk_token": "A", "sep_token": "<|eot_id|>"}));
     assert!(stored.notes("tokenizer.ggml.padding_token_id is 9999, which is no token: ignored"));
+    // What no template names may be anything.
+    gguf.set("tokenizer.chat_template", Meta::String("{{ unk_token }}".into()));
+    gguf.set("tokenizer.ggml.mask_token_id", Meta::String("[MASK]".into()));
+    let stored = imported(&gguf);
+    assert!(!stored.notes("padding_token_id"), "{:?}", stored.imported.notes);
 }
 
 #[test]

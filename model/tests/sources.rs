@@ -210,7 +210,7 @@ fn more_values_than_any_file_has_are_refused_before_they_are_built() {
     let model = dir.path().join("model");
     copy(&fixture("tiny_packed"), &model);
     let config = fs::read_to_string(model.join("config.json")).unwrap();
-    let many = format!("{{\"x\":[{}0],{}", "0,".repeat(1 << 20), &config.trim_start()[1..]);
+    let many = format!("{{\"x\":[{}0],{}", "0,".repeat(1 << 22), &config.trim_start()[1..]);
     fs::write(model.join("config.json"), many).unwrap();
-    check(&model, "config.json is more than 1048576, expected fewer");
+    check(&model, "config.json is more than 4194304, expected fewer");
 }

@@ -362,13 +362,14 @@ fn templates_get_the_special_tokens_that_transformers_gives_them() {
         .set(TOKENIZER, "additional_special_tokens", json!(["<a>", {"content": "<b>"}, "<a>"]))
         .set(TOKENIZER, "model_specific_special_tokens", json!({"boi_token": "<boi>"}))
         .set(TOKENIZER, "extra_special_tokens", json!({"image_token": "<image>", "messages": "x"}));
+    assert!(said.import().notes("no template knows one by (1, the first is \"messages\")"));
     let (texts, id) = special(&said);
     let want = json!({
         "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<image>",
         "boi_token": "<boi>",
-        "additional_special_tokens": ["<a>", "<b>"],
+        "additional_special_tokens": ["<a>", "<b>", "<a>"],
     });
-    assert_eq!(texts, want);
+    assert_eq!(texts, want, "what the config says twice stays");
     assert_ne!(id, plain, "what a template writes is part of what a model is");
     let other = naming().set(TOKENIZER, "unk_token", json!("<other>"));
     assert_ne!(special(&other).1, special(&naming().set(TOKENIZER, "unk_token", object)).1);
@@ -380,7 +381,7 @@ fn templates_get_the_special_tokens_that_transformers_gives_them() {
             .set(TOKENIZER, "additional_special_tokens", json!(["<a>"]))
             .set(MAP, "unk_token", json!({"content": "<other>"}))
             .set(MAP, "mask_token", json!("<mask>"))
-            .set(MAP, "additional_special_tokens", json!(["<b>"]))
+            .set(MAP, "additional_special_tokens", json!(["<b>", "<a>", "<b>"]))
     };
     let want = json!({
         "unk_token": "<other>", "mask_token": "<mask>", "additional_special_tokens": ["<a>", "<b>"],
@@ -401,10 +402,29 @@ fn templates_get_the_special_tokens_that_transformers_gives_them() {
     assert!(stored.notes("tokenizer.json lacks what the list of special tokens names: added"));
 
     let many: Vec<String> = (0..4097).map(|number| format!("<{number}>")).collect();
-    let refusal = naming().set(TOKENIZER, "additional_special_tokens", json!(many)).refusal();
-    assert!(refusal.contains("number of additional_special_tokens is 4097"), "{refusal}");
+    let stored = naming()
+        .set(TOKENIZER, "additional_special_tokens", json!(many))
+        .set(TOKENIZER, "unk_token", json!("<unk>"))
+        .import();
+    assert!(
+        stored.notes("warning: special tokens: the number of additional_special_tokens is 4097")
+    );
+    let texts = serde_json::to_value(&stored.store.manifest().special_token_texts).unwrap();
+    assert_eq!(texts, json!({ "unk_token": "<unk>" }), "the rest stays");
     let long = naming().set(TOKENIZER, "unk_token", json!("x".repeat(1025))).refusal();
     assert!(long.contains("the length of unk_token in bytes is 1025"), "{long}");
+}
+
+#[test]
+fn of_a_token_that_is_named_twice_the_last_counts_as_in_python() {
+    let variant = Variant::new().set(TOKENIZER, "chat_template", json!("{{ pad_token }}"));
+    let path = variant.path().join(TOKENIZER);
+    let text = fs::read_to_string(&path).unwrap();
+    let twice =
+        format!("{{\"pad_token\":\"<a>\",\"pad_token\":\"<b>\",{}", &text.trim_start()[1..]);
+    fs::write(path, twice).unwrap();
+    let texts = serde_json::to_value(&variant.import().store.manifest().special_token_texts);
+    assert_eq!(texts.unwrap(), json!({ "pad_token": "<b>" }));
 }
 
 #[test]

@@ -143,12 +143,16 @@ fn file(path: &Path) -> Result<Node, ConfigError> {
     let text = read_text(path, FILE_BYTES)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
-        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
-        let line = before.matches('\n').count() + 1;
-        let message = error.message().replace('\n', ", ");
+        let (line, message) = toml_problem(&text, &error);
         ConfigError::Syntax { path: path.to_owned(), line, message }
     })?;
     Ok(Node::from_toml(toml::Value::Table(table), &Origin::File(path.into())))
+}
+
+/// Where a TOML text is wrong, its line from 1, and how, in one line.
+pub fn toml_problem(text: &str, error: &toml::de::Error) -> (usize, String) {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
+    (before.matches('\n').count() + 1, error.message().replace('\n', ", "))
 }
 
 fn describe(problem: Problem) -> ConfigError {

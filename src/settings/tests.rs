@@ -63,8 +63,8 @@ fn units_are_read_and_unknown_keys_are_named() {
 /// Every time of either role, the least and the most that it may be, and what lies beyond.
 const TIMES: [(&str, &str, &str, Option<&str>, &str); 12] = [
     ("coordinator.token_time", "1us", "365d", Some("999ns"), "366d"),
-    ("coordinator.shutdown_grace", "0s", "1h", None, "61m"),
-    ("coordinator.lame_duck", "0s", "1h", None, "61m"),
+    ("coordinator.shutdown_grace", "0s", "1d", None, "25h"),
+    ("coordinator.lame_duck", "0s", "1d", None, "25h"),
     ("coordinator.settle", "0s", "365d", None, "366d"),
     ("coordinator.hold_down", "0s", "365d", None, "366d"),
     ("coordinator.drift_time", "1s", "365d", Some("999ms"), "366d"),
@@ -72,7 +72,7 @@ const TIMES: [(&str, &str, &str, Option<&str>, &str); 12] = [
     ("coordinator.limits.request_deadline", "10ms", "365d", Some("9ms"), "366d"),
     ("coordinator.limits.step_time", "1us", "365d", Some("999ns"), "366d"),
     ("coordinator.limits.step_deadline", "10ms", "365d", Some("9ms"), "366d"),
-    ("worker.shutdown_grace", "0s", "1h", None, "61m"),
+    ("worker.shutdown_grace", "0s", "1d", None, "25h"),
     ("worker.drift_time", "1s", "365d", Some("999ms"), "366d"),
 ];
 

@@ -97,15 +97,35 @@ fn stretch(limits: &CpuLimits, threads: usize, service: &Service) -> f64 {
     }
 }
 
+/// What this machine measured before it was registered.
+#[derive(Clone, Debug)]
+pub(crate) struct AtStart {
+    pub(crate) models: Vec<WorkerModel>,
+    pub(crate) threads: u32,
+    /// How many times as long as unhindered those times are.
+    pub(crate) stretch: f64,
+}
+
+impl AtStart {
+    /// What those times would be with so many threads and so much longer than unhindered: what a quota or
+    /// fewer cores take is nothing that measuring again could give back. More threads are not counted on.
+    fn under(&self, threads: u32, stretch: f64) -> Vec<WorkerModel> {
+        let by_threads = f64::from(self.threads.max(1)) / f64::from(threads.max(1));
+        let mut models = self.models.clone();
+        scale(&mut models, by_threads.max(1.0) * stretch / self.stretch);
+        models
+    }
+}
+
 /// Ends when `stop` fires. Until then what is published is kept as fast as steps really are: a departure
 /// that lasts for `drift_time` is published, and a large one sooner. Without a stage it is kept no slower
 /// than this machine is: `at_start` is what it measured before it was registered.
 ///
 /// # Errors
 ///
-/// If measuring panicked.
+/// If measuring or the thread that reads the limits panicked.
 pub(crate) async fn watch_pace(
-    at_start: Vec<WorkerModel>,
+    at_start: AtStart,
     service: Arc<Service>,
     published: Arc<Published>,
     drift_time: Duration,
@@ -116,9 +136,12 @@ pub(crate) async fn watch_pace(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         if let Some(factor) = drift.observe(service.pace().take()) {
-            adjust(factor, &service, &published).await;
+            let limits = tokio::task::spawn_blocking(CpuLimits::read).await?;
+            adjust(factor, limits, &service, &published).await;
         }
-        let is_slow = is_slower(&published.current().models, &at_start);
+        let record = published.current();
+        let usual = at_start.under(record.threads, published.stretch());
+        let is_slow = is_slower(&record.models, &usual);
         if rest.observe(service.holds_a_stage(), is_slow) {
             measure_again(&service, &published).await?;
         }
@@ -180,9 +203,16 @@ fn measure(service: &Service) -> Result<(Vec<WorkerModel>, f64), EngineError> {
     Ok((models?, stretch))
 }
 
-/// Multiplies all published times by `factor`.
-pub(crate) async fn adjust(factor: f64, service: &Service, published: &Published) {
+/// Multiplies all published times by `factor`, which steps took under these limits: where they changed,
+/// that is in it.
+pub(crate) async fn adjust(
+    factor: f64,
+    limits: CpuLimits,
+    service: &Service,
+    published: &Published,
+) {
     tracing::info!(factor, "steps take longer or shorter than published: the times are changed");
+    published.set_stretch(stretch(&limits, service.threads_in_use(), service));
     let told = published.change(|record| {
         scale(&mut record.models, factor);
         service.pace().publish(record.models.clone());
@@ -206,6 +236,21 @@ mod tests {
     use proto::plan::StepTime;
 
     use super::*;
+
+    #[test]
+    fn what_limits_take_makes_nobody_measure_again() {
+        let steps = vec![StepTime { rows: 1, layer_ns: 1000, head_ns: 1000 }];
+        let models = vec![WorkerModel { steps, ..WorkerModel::default() }];
+        let at_start = AtStart { models, threads: 4, stretch: 2.0 };
+        let usual = |threads, stretch| at_start.under(threads, stretch)[0].steps[0].layer_ns;
+        assert_eq!(usual(4, 2.0), 1000);
+        assert_eq!((usual(4, 6.0), usual(2, 2.0), usual(1, 1.0)), (3000, 2000, 2000));
+        assert_eq!(usual(8, 2.0), 1000, "twice as many may be no faster");
+        let under_less = at_start.under(2, 6.0);
+        assert!(is_slower(&under_less, &at_start.models));
+        assert!(!is_slower(&under_less, &at_start.under(2, 6.0)));
+        assert!(is_slower(&under_less, &at_start.under(2, 2.0)), "the quota is gone");
+    }
 
     #[test]
     fn fewer_threads_take_longer() {

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kernels::{Backend, KERNEL_REVISION, Refusal};
-use model::Store;
+use model::{Store, StoreError};
 use node::Chain;
 use node::hosts::Hosts;
 use node::membership::Membership;
@@ -181,8 +182,9 @@ pub async fn run(
     let (watched, registry) = (service.clone(), membership.clone());
     tasks.spawn("standby", |stop| standby::tell(watched, registry, keys.clone(), stop));
     let grace = config.shutdown_grace;
-    let at_start = record.models.clone();
-    service.pace().publish(at_start.clone());
+    let (models, threads) = (record.models.clone(), record.threads);
+    service.pace().publish(models.clone());
+    let at_start = machine::AtStart { models, threads, stretch };
     let published = Arc::new(Published::new(record, registration, stretch));
     let (watched, told) = (service.clone(), published.clone());
     tasks.spawn("cpus", |stop| machine::watch_cpus(config.threads, watched, told, stop));
@@ -272,8 +274,8 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
     }
     let mut stores: Vec<Arc<Store>> = Vec::with_capacity(paths.len());
     let mut models = Vec::with_capacity(paths.len());
-    for path in paths {
-        let store = Store::open(&path)?;
+    for store in usable(paths)? {
+        let path = store.dir().to_owned();
         let id = ModelId(store.id().0);
         // Two stores of one model differ in layout only; one is enough.
         if stores.iter().any(|other| other.id() == store.id()) {
@@ -301,6 +303,29 @@ fn check_machine(config: &Config) -> Result<Checked, RunError> {
         stores.push(Arc::new(store));
     }
     Ok(Checked { engine, known_answer, memory_bytes, stretch, stores, models })
+}
+
+/// The stores that can be opened: one of several that cannot be is passed over with a warning.
+///
+/// # Errors
+///
+/// Why the first cannot be opened, if none can be.
+fn usable(paths: Vec<PathBuf>) -> Result<Vec<Store>, StoreError> {
+    let mut stores = Vec::with_capacity(paths.len());
+    let mut failed = None;
+    for path in paths {
+        match Store::open(&path) {
+            Ok(store) => stores.push(store),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), error = %Chain(&error), "store passed over");
+                failed.get_or_insert(error);
+            }
+        }
+    }
+    match failed {
+        Some(error) if stores.is_empty() => Err(error),
+        _ => Ok(stores),
+    }
 }
 
 fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
@@ -334,6 +359,21 @@ async fn watch_engines(
 mod tests {
     use super::*;
     use crate::bridge::EngineFailure;
+
+    #[test]
+    fn a_store_that_cannot_be_opened_is_passed_over_beside_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let good = model::import_bundled(dir.path()).unwrap();
+        let broken = dir.path().join("broken");
+        std::fs::create_dir(&broken).unwrap();
+        std::os::unix::fs::symlink("gone", broken.join("manifest.json")).unwrap();
+        let found = model::find_stores(dir.path());
+        assert_eq!(found.len(), 2, "{found:?}");
+        let stores = usable(found).unwrap();
+        assert_eq!(stores.iter().map(Store::dir).collect::<Vec<_>>(), [good.as_path()]);
+        let error = usable(vec![broken.clone(), broken]).unwrap_err();
+        assert!(matches!(error, StoreError::Read { .. }), "{error}");
+    }
 
     #[tokio::test]
     async fn an_engine_that_fails_ends_the_process_and_every_stream() {

@@ -98,13 +98,15 @@ async fn an_interrupt_cancels_the_answer_and_keeps_what_was_seen() {
 
 #[tokio::test]
 async fn a_turn_that_failed_can_be_said_again() {
-    let full = tonic::Status::resource_exhausted("queue of 64 is full");
+    let full = tonic::Status::resource_exhausted("queue of 64 is full\u{1b}[2J\nerror: none");
     let server = Scripted::start(vec![Err(full)], false).await;
     let client = Client::connect(&server.endpoint).await.unwrap();
     let mut conversation = Conversation::new(&ChatArgs::default());
     let mut writer = TextWriter::new(Vec::new(), false);
     let said = say(&client, &mut conversation, "tell", false, &mut writer, never()).await;
-    assert!(matches!(said, Err(CommandError::Client(_))), "{said:?}");
+    let Err(CommandError::Client(error)) = said else { panic!("{said:?}") };
+    let words = told(&error);
+    assert!(words.ends_with(r"queue of 64 is full\u{1b}[2J\nerror: none"), "{words}");
     assert_eq!(conversation.turns, []);
 }
 

@@ -11,7 +11,7 @@ use super::text::{self, Claims, SamplingSource};
 use super::{ImportError, LLAMA3_VOCAB};
 use crate::config::ModelConfig;
 use crate::gguf::{Metadata, Value};
-use crate::special::{SpecialText, SpecialTexts};
+use crate::special::{SpecialText, SpecialTexts, names};
 use crate::writer::ModelText;
 use vocabulary::{Vocabulary, Words, token_texts};
 
@@ -113,7 +113,8 @@ pub(super) fn read(
     let file = text::parse_tokenizer(&json, config)?;
     text::finish(Some(&file), template.as_deref(), config, notes)?;
     let text_of = |id: Option<u32>| Some(vocabulary.tokens.get(id? as usize)?.text.to_owned());
-    let special = text::named_in(template.as_deref(), special(metadata, &vocabulary, notes)?)?;
+    let special = special(metadata, &vocabulary, template.as_deref(), notes)?;
+    let special = text::named_in(template.as_deref(), special, notes)?;
     Ok(ModelText {
         special,
         tokenizer: Some(json),
@@ -124,14 +125,17 @@ pub(super) fn read(
     })
 }
 
-/// Texts of special tokens beside BOS and EOS.
+/// Texts of special tokens beside BOS and EOS. Keys of such that the template does not name are nobody's
+/// concern, whatever they hold.
 fn special(
     metadata: &Metadata<'_>,
     vocabulary: &Vocabulary<'_>,
+    template: Option<&str>,
     notes: &mut Vec<String>,
 ) -> Result<SpecialTexts, ImportError> {
     let mut texts = SpecialTexts::default();
-    for (key, name) in OTHER_KEYS {
+    let is_named = |name: &str| template.is_some_and(|template| names(template, name));
+    for (key, name) in OTHER_KEYS.into_iter().filter(|(_, name)| is_named(name)) {
         let Some(id) = metadata.unsigned(key)? else { continue };
         let token = usize::try_from(id).ok().and_then(|id| vocabulary.tokens.get(id));
         match token {

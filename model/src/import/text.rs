@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::ImportError;
 use crate::config::{EOS_TOKENS_MAX, ModelConfig};
 use crate::sampling::SamplingDefaults;
-use crate::special::SpecialTexts;
+use crate::special::{LIST, SpecialTexts};
 use crate::tokenizer::TokenizerFile;
 use crate::writer::ModelText;
 pub(super) use others::OtherTokens;
@@ -131,7 +131,7 @@ pub(super) fn from_hugging_face(
     let texts = |token: Option<SpecialToken>| token.map(SpecialToken::text);
     let bos_texts = [texts(tokenizer_config.bos_token), texts(files.special_tokens_map.bos_token)];
     let eos_texts = [texts(tokenizer_config.eos_token), texts(files.special_tokens_map.eos_token)];
-    let special = others::gather(files.other_tokens);
+    let special = others::gather(files.other_tokens, notes);
     let text_files = ["tokenizer_config.json", "special_tokens_map.json"];
     let elsewhere = added::Elsewhere {
         decoder: tokenizer_config.added_tokens_decoder,
@@ -201,7 +201,7 @@ pub(super) fn from_hugging_face(
     Ok(ModelText {
         bos_text: bos_text.or_else(|| text_of(config.bos_token)),
         eos_text: eos_text.or_else(|| text_of(config.eos_tokens.first().copied())),
-        special: named_in(template.as_deref(), special)?,
+        special: named_in(template.as_deref(), special, notes)?,
         tokenizer,
         chat_template: template,
         sampling,
@@ -212,8 +212,17 @@ pub(super) fn from_hugging_face(
 pub(super) fn named_in(
     template: Option<&str>,
     mut special: SpecialTexts,
+    notes: &mut Vec<String>,
 ) -> Result<SpecialTexts, ImportError> {
     special.keep_named_in(template);
+    // Templates use the list to look for tokens in texts of people, and do without.
+    if let Some((what, found, most)) = special.wrong()
+        && special.drop_list()
+    {
+        notes.push(format!(
+            "warning: special tokens: {what} is {found}, at most {most}: the template gets no {LIST}"
+        ));
+    }
     match special.wrong() {
         None => Ok(special),
         Some((key, found, most)) => Err(ImportError::Value {

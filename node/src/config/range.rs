@@ -30,11 +30,13 @@ const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 impl TimeRange {
     /// How long something is put off, if at all.
     pub const PAUSE: Self = Self { least: Duration::from_secs(0), most: LONGEST };
-    /// How long a stopping process goes on: service managers kill one that does not end in minutes.
+    /// How long a stopping process goes on: answers may take hours, and one that does not end in a day was
+    /// forgotten.
     pub const STOP: Self =
-        Self { least: Duration::from_secs(0), most: Duration::from_secs(60 * 60) };
-    /// How long a speed must have changed. A twelfth of it is a window, and several steps of a model of
-    /// ordinary size must fit into that.
+        Self { least: Duration::from_secs(0), most: Duration::from_secs(24 * 60 * 60) };
+    /// How long a speed must have changed. For a worker a twelfth of it is a window, and several steps of a
+    /// model of ordinary size must fit into that; a coordinator hears of a change after that, and what
+    /// counts sooner there than here would replan for what nobody has measured.
     pub const DRIFT: Self = Self { least: Duration::from_secs(1), most: LONGEST };
     /// Until when something that goes over a network must be done: in less nothing is.
     pub const DEADLINE: Self = Self { least: Duration::from_millis(10), most: LONGEST };

@@ -122,7 +122,7 @@ impl Etcd {
             if answer.succeeded() {
                 return Ok(Some(revision_of(answer.header())));
             }
-            match first_kv(&answer.op_responses()) {
+            let seen = match first_kv(&answer.op_responses()) {
                 // An attempt before this one took effect although its answer was lost.
                 Some(holder) if holder.lease() == lease => {
                     return Ok(Some(revision(holder.create_revision())));
@@ -133,9 +133,9 @@ impl Etcd {
                 }
                 // Gone in between.
                 None => continue,
-                Some(_) => {}
-            }
-            let gone = self.wait_until_gone(key);
+                Some(holder) => revision(holder.mod_revision()),
+            };
+            let gone = self.wait_until_changed(key, seen);
             match give_up {
                 None => gone.await,
                 Some(give_up) => tokio::time::timeout_at(give_up, gone)
@@ -145,12 +145,15 @@ impl Etcd {
         }
     }
 
-    async fn wait_until_gone(&self, key: &str) {
+    /// Until the key is gone, or was written after `seen`: then it may be one that no lease ends.
+    async fn wait_until_changed(&self, key: &str, seen: Revision) {
+        let is_seen = |entry: &Entry| entry.key == key && entry.mod_revision == seen;
         let mut watch = self.watch(key);
         loop {
             match watch.next().await {
-                Event::Reset(now) if now.entries.iter().all(|entry| entry.key != key) => return,
+                Event::Reset(now) if !now.entries.iter().any(is_seen) => return,
                 Event::Delete { key: gone, .. } if gone == key => return,
+                Event::Put(entry) if entry.key == key => return,
                 _ => {}
             }
         }

@@ -29,6 +29,8 @@ pub(super) struct Arrival(Arc<Call>);
 impl Arrival {
     pub(super) fn mark(&self) {
         self.0.arrived();
+        // Told to end just before: it goes on all the same.
+        self.0.want();
     }
 
     /// The request is to end, and whoever serves it has been told.

@@ -370,6 +370,15 @@ impl Call {
         }
     }
 
+    /// It goes on, whatever was said before.
+    pub(super) fn want(&self) {
+        let mut progress = self.progress();
+        if std::mem::take(&mut progress.unwanted) {
+            self.activity.state().mark_stuck(self.number, None);
+            self.activity.changed.notify_one();
+        }
+    }
+
     /// The request is here: from now on its connection makes no room for others while we answer.
     pub(super) fn arrived(&self) {
         let mut progress = self.progress();

@@ -40,6 +40,7 @@ on_both! {
     an_update_that_could_not_be_sent_is_sent_later,
     a_key_that_another_process_holds_is_refused,
     a_key_that_no_lease_ends_is_not_waited_for,
+    a_key_that_is_written_over_without_a_lease_is_not_waited_for,
     a_key_that_is_left_can_be_taken_by_the_one_who_waits,
     events_have_the_revisions_of_the_store_in_order,
     a_watch_goes_on_after_a_cut_without_loss,

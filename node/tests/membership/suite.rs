@@ -140,6 +140,25 @@ pub(crate) async fn a_key_that_no_lease_ends_is_not_waited_for(world: impl World
     leadership.resign().await.unwrap();
 }
 
+pub(crate) async fn a_key_that_is_written_over_without_a_lease_is_not_waited_for(
+    world: impl World,
+) {
+    let (near, far) = (world.near(), world.far());
+    let stop = CancellationToken::new();
+    let leadership = near.campaign(LEADER, "near".into(), &stop).await.unwrap();
+    let candidate = far.campaign(LEADER, "far".into(), &stop);
+    let by_hand = async {
+        // The other one is given time to find the key taken.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let found = near.list(LEADER).await.unwrap().entries.remove(0).mod_revision;
+        let write = near.write_if_leader(LEADER, leadership.term, LEADER, Some(found), "x".into());
+        assert!(matches!(write.await.unwrap(), WriteOutcome::Written(_)));
+    };
+    let (outcome, ()) = tokio::join!(timeout(AGAIN, candidate), by_hand);
+    let error = outcome.expect("it is said at once").unwrap_err();
+    assert!(matches!(&error, MembershipError::NoLease { key } if key == LEADER), "{error}");
+}
+
 pub(crate) async fn a_key_that_is_left_can_be_taken_by_the_one_who_waits(world: impl World) {
     let (near, far) = (world.near(), world.far());
     let first = near.register(A, "first".into()).await.unwrap();

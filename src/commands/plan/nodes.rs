@@ -22,8 +22,8 @@ pub(crate) enum NodesError {
     #[error("failed to read {}", path.display())]
     Read { path: PathBuf, source: node::config::TextError },
     /// It is not TOML, or says what nobody asks for.
-    #[error("{} is no file of nodes", path.display())]
-    Parse { path: PathBuf, source: toml::de::Error },
+    #[error("{}:{line} is no file of nodes: {message}", path.display())]
+    Parse { path: PathBuf, line: usize, message: String },
     /// A node is described badly.
     #[error("node {id:?}: {what}")]
     Node { id: String, what: String },
@@ -73,8 +73,10 @@ struct Step {
 pub(super) fn read(path: &Path) -> Result<Vec<WorkerSpec>, NodesError> {
     let text = node::config::read_text(path, FILE_MAX)
         .map_err(|source| NodesError::Read { path: path.to_owned(), source })?;
-    let file = toml::from_str(&text)
-        .map_err(|source| NodesError::Parse { path: path.to_owned(), source })?;
+    let file = toml::from_str(&text).map_err(|error| {
+        let (line, message) = node::config::toml_problem(&text, &error);
+        NodesError::Parse { path: path.to_owned(), line, message }
+    })?;
     workers(file)
 }
 
@@ -251,6 +253,19 @@ mod tests {
         assert_eq!((found[2].memory_bytes, found[2].rack.as_str()), (1 << 30, "r"));
         assert_eq!(found[2].machine, "", "a copy runs elsewhere");
         assert_eq!(found[2].steps, [StepTime { rows: 1, layer_ns: 1_500_000, head_ns: 0 }]);
+    }
+
+    #[test]
+    fn a_file_that_is_wrong_is_named_with_its_line_in_one_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), format!("{ONE}sped = 1\n")).unwrap();
+        let error = read(file.path()).unwrap_err().to_string();
+        let start =
+            format!("{}:7 is no file of nodes: unknown field `sped`", file.path().display());
+        assert!(error.starts_with(&start) && !error.contains('\n'), "{error}");
+        std::fs::write(file.path(), "\n[[node]\n").unwrap();
+        let error = read(file.path()).unwrap_err().to_string();
+        assert!(error.contains(":2 is no file") && !error.contains('\n'), "{error}");
     }
 
     #[test]

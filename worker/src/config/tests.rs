@@ -25,8 +25,8 @@ fn each_wrong_field_is_named() {
     check(|c| c.threads = Some(100_000), "threads");
     check(|c| c.memory_bytes = 0, "memory");
     check(
-        |c| c.shutdown_grace = Duration::from_secs(3601),
-        "shutdown_grace must be from 0s to 1h, found 3601s",
+        |c| c.shutdown_grace = Duration::from_secs(86_401),
+        "shutdown_grace must be from 0s to 1d, found 86401s",
     );
     check(
         |c| c.drift_time = Duration::from_millis(999),
@@ -55,6 +55,9 @@ fn more_memory_than_there_is_counts_as_not_given() {
     assert_eq!(taken, GIB / 100 * 80);
     let reason = reason.unwrap();
     assert!(reason.starts_with("memory 8GiB is more than the 1GiB that"), "{reason}");
+    // A little too much takes a little less than there is, and no more costs more at once.
+    assert_eq!(within(24 * GIB, Some(24 * GIB - GIB / 2)).0, 23 * GIB);
+    assert_eq!(within(GIB + 1, Some(GIB)).0, GIB - 1);
     let greedy = Config { memory_bytes: u64::MAX, ..good() };
     assert!(memory::available_bytes().is_none() || greedy.memory_in_force().0 < u64::MAX);
     let stub = Some(StubProfile { layer_us: 1, row_us: 1, head_us: 1 });

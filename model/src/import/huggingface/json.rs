@@ -13,9 +13,10 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Numbers that Python writes and JSON does not have.
 const NO_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 
-/// Values and keys of one file: an index of a model of 65,536 tensors has 131,072, a list of 100,000 added
-/// tokens 800,000. They take some 100 MiB at most.
-const VALUES_MAX: usize = 1 << 20;
+/// Values and keys of one file: an index of a model of 65,536 tensors has 131,072, each of an
+/// `added_tokens_decoder` 14, which leaves room for one of 299,000, more than any vocabulary has words. They
+/// take some 400 MiB at most.
+const VALUES_MAX: usize = 1 << 22;
 
 /// Reads the JSON of the file at `path`.
 ///
@@ -57,4 +58,23 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T,
             None => ImportError::Json { path: path.to_owned(), key, source },
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::de::IgnoredAny;
+
+    use super::*;
+
+    #[test]
+    fn a_whole_vocabulary_of_added_tokens_has_room() {
+        let entry = r#""7":{"content":"a","lstrip":false,"normalized":false,"rstrip":false,"single_word":false,"special":true},"#;
+        let decoder = format!("{{{}\"x\":0}}", entry.repeat(152_000));
+        assert!(parse::<IgnoredAny>(decoder.as_bytes(), Path::new("x")).is_ok());
+        // The list, its first value, and one more with each comma.
+        let list = |values: usize| format!("[{}0]", "0,".repeat(values - 1));
+        assert!(parse::<IgnoredAny>(list(VALUES_MAX - 1).as_bytes(), Path::new("x")).is_ok());
+        let error = parse::<IgnoredAny>(list(VALUES_MAX).as_bytes(), Path::new("x")).unwrap_err();
+        assert!(error.to_string().contains("more than 4194304"), "{error}");
+    }
 }

@@ -1,16 +1,19 @@
 //! Special tokens beside BOS and EOS that transformers gives to chat templates.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use crate::special::{LIST, SpecialText, SpecialTexts};
 
+/// Characters of a name that a note shows.
+const NOTED_CHARS: usize = 64;
+
 /// What `tokenizer_config.json` or `special_tokens_map.json` says of them. Whatever is no text is
-/// passed over: no reader of weights needs it.
-#[derive(Debug, Default, Deserialize)]
+/// passed over: no reader of weights needs it. Of two values of a key the last counts, as in Python.
+#[derive(Debug, Default)]
 pub(in super::super) struct OtherTokens {
     unk_token: Option<Value>,
     sep_token: Option<Value>,
@@ -24,6 +27,49 @@ pub(in super::super) struct OtherTokens {
     model_specific_special_tokens: Option<Value>,
     /// Where it is, transformers does not look at `special_tokens_map.json`.
     added_tokens_decoder: Option<IgnoredAny>,
+}
+
+impl<'de> Deserialize<'de> for OtherTokens {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Keys)
+    }
+}
+
+/// Reads [`OtherTokens`]; a derived reader refuses a key that is there twice.
+struct Keys;
+
+impl<'de> Visitor<'de> for Keys {
+    type Value = OtherTokens;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<OtherTokens, A::Error> {
+        let mut tokens = OtherTokens::default();
+        while let Some(key) = map.next_key::<String>()? {
+            let value = match key.as_str() {
+                "unk_token" => &mut tokens.unk_token,
+                "sep_token" => &mut tokens.sep_token,
+                "pad_token" => &mut tokens.pad_token,
+                "cls_token" => &mut tokens.cls_token,
+                "mask_token" => &mut tokens.mask_token,
+                "additional_special_tokens" => &mut tokens.additional_special_tokens,
+                "extra_special_tokens" => &mut tokens.extra_special_tokens,
+                "model_specific_special_tokens" => &mut tokens.model_specific_special_tokens,
+                "added_tokens_decoder" => {
+                    tokens.added_tokens_decoder = map.next_value()?;
+                    continue;
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    continue;
+                }
+            };
+            *value = map.next_value()?;
+        }
+        Ok(tokens)
+    }
 }
 
 impl OtherTokens {
@@ -58,16 +104,25 @@ fn text(value: &Value) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// What transformers calls the map of special tokens, without BOS and EOS, of both files.
-pub(super) fn gather([config, map]: [OtherTokens; 2]) -> SpecialTexts {
+/// What version 4 of transformers calls the map of special tokens, without BOS and EOS, of both files.
+pub(super) fn gather([config, map]: [OtherTokens; 2], notes: &mut Vec<String>) -> SpecialTexts {
     let (mut named, mut listed) = (config.named(), config.listed());
     if config.added_tokens_decoder.is_none() {
         named.extend(map.named());
-        listed.extend(map.listed());
+        // It repeats nothing; what the config says twice stays.
+        let mut seen: HashSet<String> = listed.iter().cloned().collect();
+        listed.extend(map.listed().into_iter().filter(|text| seen.insert(text.clone())));
     }
-    let mut seen = std::collections::HashSet::new();
-    listed.retain(|text| seen.insert(text.clone()));
     let mut texts = SpecialTexts::default();
+    let (named, left_out): (Vec<_>, Vec<_>) =
+        named.into_iter().partition(|(name, _)| SpecialTexts::is_name(name));
+    if let Some((first, _)) = left_out.first() {
+        let (count, first) = (left_out.len(), first.chars().take(NOTED_CHARS).collect::<String>());
+        notes.push(format!(
+            "special tokens: left out are such with names that no template knows one by ({count}, the \
+             first is {first:?})"
+        ));
+    }
     for (name, text) in named {
         texts.add(&name, SpecialText::One(text));
     }

@@ -281,9 +281,9 @@ impl State {
         if !leads || found != previous {
             return WriteOutcome::Conflict;
         }
-        if found.is_none() {
-            self.unleased.insert(key.to_owned());
-        }
+        // What is written without a lease is under none any more.
+        self.leases.values_mut().filter(|lease| lease.key == key).for_each(|l| l.present = false);
+        self.unleased.insert(key.to_owned());
         WriteOutcome::Written(self.put(key, value).mod_revision)
     }
 

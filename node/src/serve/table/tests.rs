@@ -204,6 +204,17 @@ async fn a_connection_ends_whose_client_keeps_an_unwanted_call_from_hearing_of_i
     assert_eq!(due(), None);
     drop(other);
     assert_eq!(due().map(|(_, why)| why), Some(Cut::Idle));
+    // One that is admitted just after it was cut goes on, and its client may be as slow as others'.
+    let admitted = Call::begin(&place.activity);
+    admitted.handed_over(0);
+    admitted.unwant();
+    assert_eq!(due(), in_a_moment());
+    admitted.arrived();
+    admitted.want();
+    assert!(due().expect("it is waited for").0 > Instant::now() + 10 * STALL);
+    admitted.taken();
+    admitted.handed_over(0);
+    assert!(due().expect("it is waited for").0 > Instant::now() + 10 * STALL);
 }
 
 #[tokio::test(start_paused = true)]
