@@ -22,6 +22,8 @@ use crate::tick::Tick;
 
 mod blocks;
 mod epoch;
+#[cfg(test)]
+mod fairness;
 mod growing;
 mod holding;
 mod leaving;
@@ -246,8 +248,6 @@ impl PipelineScheduler {
             return Vec::new();
         }
         let Some(step) = self.active.take_sent(result.step, now) else { return Vec::new() };
-        self.fit.learn(&self.active.shape.cost, &step.rows, &result.stage_times);
-
         let mut emissions = Vec::new();
         let (want, found) = (step.rows.len(), result.rows.len());
         if want != found {
@@ -259,6 +259,10 @@ impl PipelineScheduler {
                 }
             }
             return emissions;
+        }
+        // Stages do not work for rows that they refuse.
+        if result.rows.iter().all(|row| row.status == RowStatus::Ok) {
+            self.fit.learn(&self.active.shape.cost, &step.rows, &result.stage_times);
         }
         for (sent, row) in step.rows.into_iter().zip(result.rows) {
             // Ended or restarted while its row was on the way.

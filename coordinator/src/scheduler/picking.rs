@@ -85,9 +85,7 @@ impl PipelineScheduler {
             self.pick_class(Priority::Interactive, interactive, share, &mut picked, now);
         }
         if batch.begun > 0 && self.may_send_batch() {
-            if is_alone {
-                picked.room.limit_decodes(1, 1);
-            } else {
+            if !is_alone {
                 let tokens: usize = picked.rows.iter().map(|row| row.tokens.len()).sum();
                 let usual = tokens.max(interactive.decoding.div_ceil(steps)) as u64;
                 let line = shape.cost.decode;
@@ -146,12 +144,14 @@ impl PipelineScheduler {
         picked: &mut Picked,
         now: Tick,
     ) {
-        let most = self.limits.step_tokens as usize;
+        let most = picked.room.tokens();
         let reads = crowd.prefilling > 0;
         // Whoever only reads has as much of a step as those who decode.
         let part = most * crowd.readers / crowd.callers.max(1);
         let reserved = if reads { (most / PREFILL_SHARE).max(part).max(1) } else { 0 };
         let share = share.min(most.saturating_sub(reserved).max(1));
+        // What the other class did with its part is nothing to this one.
+        picked.room.free_decodes();
         if crowd.readers > 0 {
             picked.room.limit_decodes(crowd.callers - crowd.readers, crowd.callers);
         }

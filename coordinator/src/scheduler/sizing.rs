@@ -120,6 +120,8 @@ pub(super) struct Room {
     fair_ns: f64,
     /// That decode rows may take, beside that.
     decodes_ns: f64,
+    /// Decode rows that are in it whatever they take of that.
+    least_decodes: u64,
     /// What is in it takes so long.
     spent_ns: f64,
 }
@@ -137,21 +139,37 @@ impl Room {
         let fixed_ns = rate.scale * cost.decode.step_ns.min(cost.prompt.step_ns) as f64;
         let fair_ns = fair.map_or(f64::INFINITY, |fair| rate.scale * fair as f64 - fixed_ns);
         let time_ns = time.as_nanos() as f64 - fixed_ns;
-        let (decodes_ns, tokens) = (f64::INFINITY, tokens as u64);
-        Self { cost, rate, tokens, time_ns, fair_ns, decodes_ns, spent_ns: fixed_ns }
+        let (decodes_ns, least_decodes, tokens) = (f64::INFINITY, 0, tokens as u64);
+        let spent_ns = fixed_ns;
+        Self { cost, rate, tokens, time_ns, fair_ns, decodes_ns, least_decodes, spent_ns }
     }
 
     /// Decode rows of a context of `position` that still have room.
     pub(super) fn decodes(&self, position: usize) -> bool {
         let took = self.decode_ns(position);
-        self.tokens > 0 && self.fair_ns >= took && self.decodes_ns >= took
+        let is_among_least = self.least_decodes > 0;
+        self.tokens > 0 && self.fair_ns >= took && (is_among_least || self.decodes_ns >= took)
     }
 
-    /// From here on decode rows take no more of the time together than so many of so many parts.
+    /// From here on decode rows take no more of the time together than so many of so many parts; but as
+    /// many fit in any case as cost what a step costs without them: with fewer, most of the time would go
+    /// to reading weights, however long a step takes.
     pub(super) fn limit_decodes(&mut self, parts: usize, of: usize) {
-        if self.cost.decode.row_ns > 0 {
+        let line = self.cost.decode;
+        if line.row_ns > 0 {
             self.decodes_ns = self.time_ns.max(0.0) * parts as f64 / of.max(1) as f64;
+            self.least_decodes = line.step_ns.div_ceil(line.row_ns);
         }
+    }
+
+    /// From here on decode rows are bound by tokens and by what is fair.
+    pub(super) fn free_decodes(&mut self) {
+        (self.decodes_ns, self.least_decodes) = (f64::INFINITY, 0);
+    }
+
+    /// Tokens that it still has.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens as usize
     }
 
     /// How long what is in it takes; nothing if nobody knows.
@@ -169,6 +187,7 @@ impl Room {
         let took = self.decode_ns(position);
         self.tokens = self.tokens.saturating_sub(1);
         self.decodes_ns -= took;
+        self.least_decodes = self.least_decodes.saturating_sub(1);
         self.take(took);
         self.cost(1, took)
     }
@@ -313,6 +332,26 @@ mod tests {
         assert!(chunks[0].0 == 32 && chunks[4].0 < 16, "{chunks:?}");
         assert!(chunks.iter().all(|&(_, ms)| ms <= 400.0), "{chunks:?}");
         assert_eq!(chunk(1 << 20).0, LEAST_CHUNK as usize, "it goes on, however long it takes");
+    }
+
+    #[test]
+    fn a_step_that_takes_long_in_any_case_has_as_many_decode_rows_as_pay_for_it() {
+        // 300 ms for weights alone, of 200: a large model on one machine.
+        let line = Line { step_ns: 300 * MS, row_ns: 10 * MS };
+        let rate = Rate { scale: 1.0, attention_ns: 20_000.0 };
+        let cost = StepCost { decode: line, prompt: line };
+        let mut room = Room::new(cost, rate, 64, Duration::from_millis(200), None);
+        room.limit_decodes(1, 2);
+        let mut rows = || {
+            let mut fits = 0;
+            while room.decodes(4000) && room.take_decode(4000) > 0 {
+                fits += 1;
+            }
+            fits
+        };
+        assert_eq!(rows(), 30, "whatever context they have");
+        room.free_decodes();
+        assert!(room.decodes(4000));
     }
 
     #[test]
