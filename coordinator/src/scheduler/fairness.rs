@@ -88,3 +88,49 @@ fn a_step_whose_rows_were_refused_teaches_nothing() {
     scheduler.complete(result, Tick::ZERO);
     assert_eq!(scheduler.fit.rate(), Fit::default().rate());
 }
+
+#[test]
+fn an_interactive_request_waits_for_no_prefix_that_batch_computes() {
+    let mut scheduler = measured(Limits::default());
+    let slow = admit(&mut scheduler, batch(of(1, 3000, 5)));
+    turn(&mut scheduler);
+    let chat = admit(&mut scheduler, of(1, 3000, 5));
+    let second = admit(&mut scheduler, batch(of(1, 3000, 5)));
+    let steps = turn(&mut scheduler);
+    assert!(tokens_of(&steps, chat) > 0 && tokens_of(&steps, second) == 0);
+    assert!(tokens_of(&steps, chat) >= tokens_of(&steps, slow));
+}
+
+#[test]
+fn a_prefix_that_batch_holds_is_batch_s_whoever_filled_it() {
+    let mut scheduler = measured(Limits::default());
+    let first = admit(&mut scheduler, batch(of(1, 320, 2)));
+    while scheduler.stats().running > 0 {
+        turn(&mut scheduler);
+    }
+    let hits: Vec<_> = (0..3).map(|_| admit(&mut scheduler, batch(of(1, 320, 40)))).collect();
+    turn(&mut scheduler);
+    assert!(scheduler.stats().prefix_hits > 0, "{first} has filled them");
+    let Growth { blocks, batch_blocks, .. } = scheduler.growth();
+    assert_eq!(blocks, batch_blocks, "{hits:?} make room");
+    assert!(scheduler.holders.share(Priority::Batch, Caller([1; 16])).held_blocks >= 30);
+}
+
+#[test]
+fn what_was_decoded_for_a_caller_before_does_not_keep_his_next_prompt_from_being_read() {
+    let mut scheduler = measured(Limits::default());
+    for number in 0..2 {
+        admit(&mut scheduler, of(1, 8 + number, 2000));
+    }
+    for _ in 0..400 {
+        turn(&mut scheduler);
+    }
+    admit(&mut scheduler, of(2, 4000, 5));
+    turn(&mut scheduler);
+    let late = admit(&mut scheduler, of(1, 40, 5));
+    let mut steps = Vec::new();
+    while tokens_of(&steps, late) == 0 {
+        steps.extend(turn(&mut scheduler));
+        assert!(steps.len() <= 8, "others have been read for {} steps", steps.len());
+    }
+}

@@ -44,7 +44,7 @@ impl PipelineScheduler {
         while let Some((ticket, id)) = self.arriving.next(after) {
             let Some(sequence) = self.sequences.get(&id) else { return };
             let (priority, begin) = (sequence.priority(), sequence.blocks_to_begin());
-            let own = self.holders.share(priority, sequence.caller()).own_blocks;
+            let own = self.holders.share(priority, sequence.caller()).held_blocks;
             let may_pass = waits.is_none_or(|(class, holds)| {
                 class == priority && own.saturating_add(begin) < holds
             });
@@ -134,7 +134,7 @@ impl PipelineScheduler {
     /// Blocks that others give back when one of this class needs them.
     fn yielding(&self, priority: Priority) -> u32 {
         match priority {
-            Priority::Interactive => self.holders.class(Priority::Batch).own_blocks,
+            Priority::Interactive => self.holders.class(Priority::Batch).held_blocks,
             Priority::Batch => 0,
         }
     }
@@ -143,9 +143,9 @@ impl PipelineScheduler {
     fn has_less_than_another(&self, id: SequenceId) -> bool {
         let Some(sequence) = self.sequences.get(&id) else { return false };
         let (priority, caller) = (sequence.priority(), sequence.caller());
-        let own = self.holders.share(priority, caller).own_blocks;
+        let own = self.holders.share(priority, caller).held_blocks;
         let own = own.saturating_add(sequence.blocks_to_begin());
-        self.holders.callers(priority).any(|(_, share)| share.own_blocks > own)
+        self.holders.callers(priority).any(|(_, share)| share.held_blocks > own)
     }
 
     /// Has somebody make room for one that is to begin: for an interactive one the last that came of
@@ -162,13 +162,13 @@ impl PipelineScheduler {
             self.push_out(batch, now);
             return true;
         }
-        let own = self.holders.share(priority, caller).own_blocks;
+        let own = self.holders.share(priority, caller).held_blocks;
         let own = own.saturating_add(sequence.blocks_to_begin());
-        let most = self.holders.callers(priority).max_by_key(|(_, share)| share.own_blocks);
+        let most = self.holders.callers(priority).max_by_key(|(_, share)| share.held_blocks);
         let Some((other, share)) = most.filter(|&(other, _)| other != caller) else { return false };
         let last = self.last_of(priority, Some(other), holds);
         let Some(last) = last.and_then(|id| self.sequences.get(&id)) else { return false };
-        if share.own_blocks.saturating_sub(last.own_blocks()) < own {
+        if share.held_blocks.saturating_sub(last.held_blocks()) < own {
             return false;
         }
         self.push_out(last.id(), now);
@@ -258,7 +258,7 @@ impl PipelineScheduler {
         let others = holding().filter(|s| (s.priority(), s.id()) != first);
         let least = others.max_by_key(|sequence| {
             let (priority, caller) = (sequence.priority(), sequence.caller());
-            let held = self.holders.share(priority, caller).own_blocks;
+            let held = self.holders.share(priority, caller).held_blocks;
             // Who is not read loses nothing by it.
             (sequence.is_parked, priority, held, caller, sequence.id())
         });
@@ -308,7 +308,8 @@ impl PipelineScheduler {
         let promised: u64 = self.promised.iter().sum();
         let batch = self.holders.class(Priority::Batch);
         let of_batch = Priority::Batch as usize;
-        let batch_taken = u64::from(batch.own_blocks) + self.begin_demand[of_batch];
+        let held = batch.held_blocks.min(self.blocks_taken());
+        let batch_taken = u64::from(held) + self.begin_demand[of_batch];
         Growth {
             blocks: taken as i64 - promised as i64,
             grown_up: self.holders.grown_up(),
@@ -363,13 +364,13 @@ impl PipelineScheduler {
             let reads = matches!(sequence.place, Some((Stand::Prefilling, _)));
             share.0 += 1;
             share.1 += u32::from(reads);
-            share.2 += sequence.own_blocks();
+            share.2 += sequence.held_blocks();
             share.3 += u32::from(sequence.is_parked);
         }
         let counted = Priority::ALL.into_iter().flat_map(|priority| {
             self.holders.callers(priority).map(move |(caller, share)| {
-                let Share { begun, prefilling, own_blocks, parked, .. } = share;
-                ((priority, caller), (begun, prefilling, own_blocks, parked))
+                let Share { begun, prefilling, held_blocks, parked, .. } = share;
+                ((priority, caller), (begun, prefilling, held_blocks, parked))
             })
         });
         assert_eq!(counted.collect::<BTreeMap<_, _>>(), found, "shares of callers");

@@ -54,11 +54,18 @@ impl PipelineScheduler {
             let key = sequence.key(block);
             match self.active.blocks.find(&key, sequence.tokens_of(block)) {
                 Some(known) if found.awaited.is_none() => found.blocks.push(known),
-                _ if self.prefixes.computing.contains_key(&key) => found.awaited = Some(key),
+                _ if self.is_worth_waiting(sequence, &key) => found.awaited = Some(key),
                 _ => break,
             }
         }
         found
+    }
+
+    /// Whether somebody computes this whose turn is no later than that of a sequence: an interactive one
+    /// waits for no batch.
+    fn is_worth_waiting(&self, sequence: &Sequence, key: &BlockKey) -> bool {
+        let computes = self.prefixes.computing.get(key).and_then(|id| self.sequences.get(id));
+        computes.is_some_and(|computes| computes.priority() <= sequence.priority())
     }
 
     /// A sequence waits until `key` is known, or nobody computes it any more.

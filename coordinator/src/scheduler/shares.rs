@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use proto::BLOCK_TOKENS;
-
 use super::Sequence;
 use super::types::{Caller, Priority};
 
@@ -23,8 +21,8 @@ pub(super) struct Class {
     pub(super) growing: u32,
     /// Hold all that they ever will, and began with less.
     pub(super) grown_up: u32,
-    /// Blocks that are not shared with those who were here before.
-    pub(super) own_blocks: u32,
+    /// Blocks that they hold, one that is shared as often as it is held.
+    pub(super) held_blocks: u32,
     /// Those whose clients read nothing at present.
     parked: u32,
     /// The turn of the last decode row that was taken.
@@ -44,7 +42,7 @@ pub(super) struct Share {
     pub(super) prefilling: u32,
     /// And those whose clients read nothing at present.
     pub(super) parked: u32,
-    pub(super) own_blocks: u32,
+    pub(super) held_blocks: u32,
     /// Of his next decode row, in virtual time: rows of callers who decode at once alternate.
     row_turn: u64,
     /// Of his next chunk: what he was served here, in time or, if nobody knows that, in tokens.
@@ -133,11 +131,11 @@ impl Holders {
             return;
         }
         let (priority, caller) = (sequence.priority(), sequence.caller());
-        let own = sequence.own_blocks();
+        let own = sequence.held_blocks();
         let class = &mut self.classes[priority as usize];
         change(&mut class.growing, u32::from(sequence.is_growing()));
         change(&mut class.grown_up, u32::from(sequence.is_grown_up()));
-        change(&mut class.own_blocks, own);
+        change(&mut class.held_blocks, own);
         let last_line = &mut self.last_line;
         let share = self.callers.entry((priority, caller)).or_insert_with(|| {
             *last_line += 1;
@@ -145,7 +143,7 @@ impl Holders {
             Share { line: *last_line, row_turn, turn, ..Share::default() }
         });
         change(&mut share.begun, 1);
-        change(&mut share.own_blocks, own);
+        change(&mut share.held_blocks, own);
     }
 
     /// A caller may have nothing here any more: then nothing is kept of him.
@@ -203,7 +201,10 @@ impl Holders {
             if reads {
                 self.classes[priority as usize].turn = share.turn;
             }
-            share.turn = share.turn.saturating_add(cost);
+            // Who only goes on with answers for a while owes his next prompt nothing for it.
+            if reads || share.prefilling > 0 {
+                share.turn = share.turn.saturating_add(cost);
+            }
         }
     }
 
@@ -224,10 +225,10 @@ impl Holders {
 }
 
 impl Sequence {
-    /// Blocks that it does not share with one that was here before it.
-    pub(super) fn own_blocks(&self) -> u32 {
-        let shared = self.shared / BLOCK_TOKENS as usize;
-        self.blocks.len().saturating_sub(shared) as u32
+    /// Blocks that it holds. One that is shared counts for each: whoever begins with what is cached has
+    /// taken it from the others no less than who fills it.
+    pub(super) fn held_blocks(&self) -> u32 {
+        self.blocks.len() as u32
     }
 
     pub(super) fn is_growing(&self) -> bool {
